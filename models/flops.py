@@ -1,0 +1,40 @@
+"""Decoder FLOPs from the tokens that enter each layer; nobody else counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+
+def layer_flops(config: PretrainedConfig, tokens: int, *, past: int = 0) -> int:
+    """FLOPs (2 a multiply-add) of one decoder layer on `tokens` new tokens over `past` cached ones.
+
+    Counts the q/k/v/o projections, attention (scores and weighted sum over every key: kernels are counted as
+    `torch.utils.flop_counter` does, without the causal half) and the gated MLP. Norms, RoPE and softmax are left
+    out, as is customary (below 1%).
+    """
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv_heads = text.num_key_value_heads or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    projections = 2 * tokens * hidden * head_dim * (2 * heads + 2 * kv_heads)
+    attention = 4 * tokens * (past + tokens) * heads * head_dim
+    mlp = 6 * tokens * hidden * text.intermediate_size
+    return projections + attention + mlp
+
+
+def decoder_flops(config: PretrainedConfig, tokens: Sequence[int]) -> int:
+    """FLOPs of a prefill whose layer `i` computes `tokens[i]` tokens (text and vision), padding not counted."""
+    return sum(layer_flops(config, n) for n in tokens)
+
+
+def vision_macs(config: PretrainedConfig, vision_tokens: Sequence[int]) -> int:
+    """The literature's vision-only convention, in MACs: `4nd^2 + 2n^2d + 3ndm` per layer (FastV, HiDrop).
+
+    `n` is the number of vision tokens of the layer, `d` the hidden size, `m` the MLP's inner size. Dense
+    LLaVA-1.5-7B gives 3.82T.
+    """
+    text = config.get_text_config()
+    d, m = text.hidden_size, text.intermediate_size
+    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in vision_tokens)

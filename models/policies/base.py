@@ -1,0 +1,128 @@
+"""What a policy is: it answers, for one prefill, which vision tokens each decoder layer sees.
+
+All indices are *logical*: positions in the tokens of this forward as the stock model sees them, `[B, T]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy may know of one prefill before its first layer.
+
+    Attributes:
+        vision: bool `[B, T]`, the vision tokens.
+        real: bool `[B, T]`, false for padding.
+        queries: int64 `[B, Q]`, the rows whose attention scores the vision tokens: the last prompt token, or
+            in training the tokens that an answer follows (repeated to fill the row).
+        n_vision, n_real: the same masks counted per sample, on the host.
+        num_layers: decoder layers.
+    """
+
+    vision: Tensor
+    real: Tensor
+    queries: Tensor
+    n_vision: tuple[int, ...]
+    n_real: tuple[int, ...]
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The vision tokens that take part from a layer on: a bool mask `[B, T]` and its count per sample.
+
+    `counts=None` means that only the device knows them; the executor then asks once (a host sync).
+    """
+
+    vision: Tensor
+    counts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention, after RoPE and q/k norm, in the layer's compact coordinates.
+
+    Attributes:
+        query: `[B, H, N, D]`; key, value: `[B, Hkv, K, D]`, with what the cache held before.
+        query_index: int64 `[B, N]`, logical position of each query row in this forward, -1 for padding.
+        key_index: int64 `[B, K]`, the same for keys; negative for padding and for keys of earlier forwards.
+        output: `[B, N, H, D]`, what the layer's own attention gave.
+        scaling: multiplies q·k.
+        rerun: `(value, rows) -> [B, R, H, D]`, the layer's kernel again with other values `[B, Hkv, K, D]`
+            for the query rows `rows` int64 `[B, R]` (compact; None: all rows).
+        weights: `rows int64 [B, R] (compact) -> float32 [B, H, R, K]`, attention probabilities of these rows.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_index: Tensor
+    key_index: Tensor
+    output: Tensor
+    scaling: float
+    rerun: Callable[[Tensor, Tensor | None], Tensor]
+    weights: Callable[[Tensor], Tensor]
+
+    def compact_rows(self, logical: Tensor) -> Tensor:
+        """Where the logical query rows `[B, R]` stand in this layer's compact order, int64 `[B, R]`."""
+        return (self.query_index[:, None, :] == logical[:, :, None]).int().argmax(-1)
+
+    def to_logical(self, scores: Tensor, length: int, fill: float = 0.0) -> Tensor:
+        """Scatter per-key scores `[B, ..., K]` to logical positions `[B, ..., length]`; absent keys get `fill`."""
+        index = self.key_index.clamp(min=-1) + 1  # 0 collects padding and earlier forwards
+        index = index.view(index.shape[0], *[1] * (scores.dim() - 2), -1).expand(scores.shape)
+        full = scores.new_full((*scores.shape[:-1], length + 1), fill)
+        return full.scatter(-1, index, scores)[..., 1:]
+
+
+class Decision(Protocol):
+    """A policy's answer for one prefill; made by `Policy.begin`, dropped when the forward ends."""
+
+    watch: Collection[int]
+    """Layers whose attention the decision wants to see (`attended` is called there, and only there)."""
+
+    fusion_layer: list[int | None] | None
+    """Per sample, the layer where fusion was found (VisiPruner); None for policies that do not look for it."""
+
+    def select(self, layer: int) -> Selection | None:
+        """The vision tokens seen from `layer` on, asked before each layer; None: as in the layer before.
+
+        Before layer 0 all vision tokens take part. A selection may only bring back tokens that never took
+        part (late entry); a token that left does not return.
+        """
+
+    def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
+        """Look at a watched layer's attention; return `[B, N, H, D]` to replace its output (before o_proj)."""
+
+
+class Policy(Protocol):
+    """Decides which vision tokens each layer sees. One object serves many forwards and keeps no state."""
+
+    def validate(self, num_layers: int) -> None:
+        """Raise ValueError, in one sentence that names value and fix, if it does not fit such a decoder."""
+
+    def begin(self, prompt: Prompt) -> Decision:
+        """Called once a forward that brings vision tokens, before layer 0."""
+
+
+def contribution_norm(call: AttentionCall, queries: Tensor) -> Tensor:
+    """How much each key adds to a query row's attention output: `||c_i||_2`, float32 `[B, R, K]`.
+
+    `c_i` is the concatenation over heads of `a[h, i] * v[h, i]`, before o_proj (VisiPruner, arXiv 2510.17205).
+    Closed form: `||c_i||^2 = sum_h a[h, i]^2 |v[h, i]|^2`, so no contribution is materialised.
+
+    Args:
+        queries: logical query rows, int64 `[B, R]`.
+    """
+    weights = call.weights(call.compact_rows(queries))  # [B, H, R, K]
+    groups = weights.shape[1] // call.value.shape[1]
+    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
+    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
+    return torch.sqrt((weights.square() * value_sq).sum(1))

@@ -1,0 +1,162 @@
+"""`VisionSchedule`: the single source of truth for which vision tokens each layer sees, decided ahead of time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from latefusion.models.flops import decoder_flops, vision_macs
+from latefusion.models.policies.base import AttentionCall, Prompt, Selection, contribution_norm
+
+SCHEDULE_FILE = "vision_schedule.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSchedule:
+    """Vision tokens enter at layer `enter`, shrink to the best `keep[layer]` from each `layer` on, leave at `exit`.
+
+    Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
+    (None: they stay to the end). The default sees everything everywhere: the dense model. The best `k` are those
+    that contribute most to the last prompt token's attention output (`contribution_norm`) in the layer before.
+
+    Raises:
+        ValueError: the numbers contradict each other.
+    """
+
+    enter: int = 0
+    exit: int | None = None
+    keep: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = dict(sorted((int(layer), int(k)) for layer, k in self.keep.items()))
+        object.__setattr__(self, "keep", keep)
+        if self.enter < 0:
+            raise ValueError(f"enter={self.enter} must not be negative; layers count from 0.")
+        if self.exit is not None and self.enter >= self.exit:
+            raise ValueError(
+                f"enter={self.enter} must be below exit={self.exit}, or no layer sees vision tokens; "
+                f"choose exit > {self.enter}."
+            )
+        previous: int | None = None
+        for layer, k in keep.items():
+            if layer <= self.enter or (self.exit is not None and layer >= self.exit):
+                end = "the last layer" if self.exit is None else f"exit={self.exit}"
+                raise ValueError(
+                    f"keep={{{layer}: {k}}} must lie after enter={self.enter} and before {end}: tokens are ranked by "
+                    "the attention of the layer before."
+                )
+            if k < 1:
+                raise ValueError(f"keep={{{layer}: {k}}} must keep at least one token; to drop all use exit={layer}.")
+            if previous is not None and k > previous:
+                raise ValueError(
+                    f"keep={{{layer}: {k}}} grows from {previous}: a token that left does not return; "
+                    f"choose at most {previous}."
+                )
+            previous = k
+
+    def validate(self, num_layers: int) -> None:
+        for name, layer in (("enter", self.enter), ("exit", self.exit), *(("keep", i) for i in self.keep)):
+            limit = num_layers if name == "exit" else num_layers - 1
+            if layer is not None and layer > limit:
+                raise ValueError(
+                    f"{name} names layer {layer}, but the decoder has layers 0 to {num_layers - 1}; "
+                    f"choose at most {limit}."
+                )
+
+    def begin(self, prompt: Prompt) -> _ScheduleDecision:
+        return _ScheduleDecision(self, prompt)
+
+    def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:
+        """Vision tokens that each layer computes for a prompt with `n_vision` of them."""
+        self.validate(num_layers)
+        exit_layer = num_layers if self.exit is None else self.exit
+        tokens, now = [], n_vision
+        for layer in range(num_layers):
+            now = min(now, self.keep.get(layer, now))
+            tokens.append(now if self.enter <= layer < exit_layer else 0)
+        return tokens
+
+    def flops(
+        self, config: PretrainedConfig, n_text: int, n_vision: int, *, convention: str = "computed"
+    ) -> int:
+        """Decoder cost of prefilling one prompt.
+
+        Args:
+            config: the model's configuration (its text part is read).
+            n_text, n_vision: tokens of the prompt.
+            convention: `"computed"`: FLOPs of everything the decoder layers compute (`decoder_flops`);
+                `"vision_only"`: the literature's MACs of vision tokens alone (`vision_macs`).
+        """
+        vision = self.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)
+        if convention == "computed":
+            return decoder_flops(config, [n_text + n for n in vision])
+        if convention == "vision_only":
+            return vision_macs(config, vision)
+        raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"enter": self.enter, "exit": self.exit, "keep": {str(i): k for i, k in self.keep.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisionSchedule:
+        unknown = sorted(set(values) - {"enter", "exit", "keep"})
+        if unknown:
+            raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has enter, exit and keep.")
+        return cls(
+            enter=values.get("enter", 0),
+            exit=values.get("exit"),
+            keep={int(i): int(k) for i, k in (values.get("keep") or {}).items()},
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `vision_schedule.json` into `folder`."""
+        (Path(folder) / SCHEDULE_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VisionSchedule:
+        """Read `vision_schedule.json` from `folder`."""
+        return cls.from_dict(json.loads((Path(folder) / SCHEDULE_FILE).read_text()))
+
+
+class _ScheduleDecision:
+    """One prefill under a `VisionSchedule`: everything but the ranking is known on the host."""
+
+    fusion_layer = None
+
+    def __init__(self, schedule: VisionSchedule, prompt: Prompt):
+        self.schedule, self.prompt = schedule, prompt
+        self.watch = {layer - 1 for layer in schedule.keep}
+        self.kept = prompt.vision  # bool [B, T]
+        self.scores: Tensor | None = None
+
+    def select(self, layer: int) -> Selection | None:
+        schedule, prompt = self.schedule, self.prompt
+        if layer == schedule.exit or (layer == 0 and schedule.enter > 0):
+            return Selection(torch.zeros_like(prompt.vision), (0,) * len(prompt.n_vision))
+        if layer in schedule.keep:
+            k = schedule.keep[layer]
+            self.kept = best(self.scores, self.kept, k)
+            return Selection(self.kept, tuple(min(k, n) for n in prompt.n_vision))
+        if layer == schedule.enter and layer > 0:
+            return Selection(prompt.vision, prompt.n_vision)
+        return None
+
+    def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
+        norms = contribution_norm(call, self.prompt.queries)  # [B, Q, K]
+        self.scores = call.to_logical(norms.amax(1), self.prompt.vision.shape[1])  # [B, T]
+        return None
+
+
+def best(scores: Tensor | None, among: Tensor, k: int) -> Tensor:
+    """The `k` highest-scored of the tokens `among` (bool `[B, T]`), ties to the earlier one, as bool `[B, T]`."""
+    assert scores is not None, "the layer before was not watched"
+    order = scores.masked_fill(~among, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < k  # [T]
+    return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among
