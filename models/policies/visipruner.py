@@ -1,0 +1,254 @@
+"""VisiPruner: training-free removal of vision tokens, decided from the model's own attention.
+
+Three stages (arXiv 2510.17205), each decided per sample. *Shallow*: below `boundary`, text does not look at
+vision. *Middle*: the first layer above `boundary` where removing one vision token turns the last prompt token's
+attention output is the fusion layer; only the tokens that contribute to it go on. *Deep*: once removing any of
+them changes nothing, they leave too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+
+STAGES = ("shallow", "middle", "deep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisiPruner:
+    """The paper's pruning; the defaults are its setting for LLaVA-1.5-7B (13B: `sink_rule="half"`).
+
+    Below, `cos_i` is the cosine between the last prompt token's attention output (heads concatenated, before
+    o_proj) and the same without vision token i's contribution `c_i`.
+
+    Args:
+        boundary: fusion is looked for after this layer; the shallow rule holds in the layers before it.
+        layer_threshold: the fusion layer is the first where some `cos_i` is below it.
+        tokens_threshold: the fusion layer keeps the tokens with `||c_i||_2` above it (the model's own units).
+        exit_threshold: a later layer no longer uses vision if no kept token's `cos_i` is below it.
+        exit_patience: after so many such layers, consecutive or not, the kept tokens leave.
+        stages: any of "shallow", "middle", "deep"; "deep" needs "middle".
+        sink_rule: what text may see of vision in layer 0. "first": all its attention to vision goes to the
+            first vision token; "half": the first half of the vision tokens is hidden.
+
+    The shallow rule drops attention without renormalising the rest. It rules the prompt's text after its first
+    vision token; generated tokens (in training: those after the first query) see all that is left. A prompt
+    that ends in a vision token is not pruned. With several queries, what any of them needs is kept.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    boundary: int = 6
+    layer_threshold: float = 0.995
+    tokens_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_patience: int = 2
+    stages: tuple[str, ...] = STAGES
+    sink_rule: str = "first"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise ValueError("stages=() prunes nothing; name at least one of 'shallow', 'middle', 'deep'.")
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise ValueError(f"stages names {stage!r}; use 'shallow', 'middle', 'deep'.")
+        if "deep" in self.stages and "middle" not in self.stages:
+            raise ValueError(
+                f"stages={self.stages} has 'deep' without 'middle', whose kept tokens it drops; add 'middle'."
+            )
+        if self.boundary < 0:
+            raise ValueError(f"boundary={self.boundary} must not be negative; layers count from 0.")
+        for name in ("layer_threshold", "exit_threshold"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is a cosine; choose it above 0 and at most 1."
+                )
+        if not self.tokens_threshold >= 0:
+            raise ValueError(f"tokens_threshold={self.tokens_threshold} is a norm; choose it 0 or above.")
+        if self.exit_patience < 1:
+            raise ValueError(f"exit_patience={self.exit_patience} counts layers; choose it 1 or above.")
+        if self.sink_rule not in ("first", "half"):
+            raise ValueError(f"sink_rule={self.sink_rule!r} is unknown; use 'first' or 'half'.")
+
+    def validate(self, num_layers: int) -> None:
+        fuses = "middle" in self.stages
+        limit = num_layers - 2 if fuses else num_layers
+        if self.boundary > limit:
+            why = "leaves no layer to fuse in" if fuses else "is beyond the end"
+            raise ValueError(
+                f"boundary={self.boundary} {why} of a decoder with layers 0 to {num_layers - 1}; "
+                f"choose at most {limit}."
+            )
+
+    def begin(self, prompt: Prompt) -> VisiPrunerDecision:
+        return VisiPrunerDecision(self, prompt)
+
+
+class VisiPrunerDecision:
+    """One prefill under `VisiPruner`.
+
+    Each layer looked at sends three integers per sample to the host. They are awaited only before the next
+    layer, so that the rest of the layer is queued meanwhile. Once all samples are settled, none is looked at.
+
+    Attributes:
+        kept: bool `[B, T]`, the vision tokens that still take part.
+        fusion_layer: per sample, the layer that chose them, or None.
+    """
+
+    def __init__(self, policy: VisiPruner, prompt: Prompt):
+        self.policy, self.prompt = policy, prompt
+        self.kept = prompt.vision  # [B, T]
+        self._counts = list(prompt.n_vision)
+        self._fusion: list[int | None] = [None] * len(self._counts)
+        self._passed = [0] * len(self._counts)  # layers that no longer used vision
+        self._pending: _Findings | None = None
+
+        shallow = range(min(policy.boundary, prompt.num_layers)) if "shallow" in policy.stages else range(0)
+        middle = range(policy.boundary + 1, prompt.num_layers) if "middle" in policy.stages else range(0)
+        self.watch = {*shallow, *middle}
+
+        ends_in_vision = prompt.vision.gather(1, prompt.queries).any(1, keepdim=True)  # [B, 1]
+        self._prunable = prompt.vision & ~ends_in_vision  # [B, T]
+        position = torch.arange(prompt.vision.shape[1], device=prompt.vision.device)
+        in_prompt = position <= prompt.queries.amin(1, keepdim=True)
+        after_vision = prompt.vision.cumsum(1) > 0
+        self._ruled = prompt.real & ~prompt.vision & after_vision & in_prompt  # [B, T]
+        self._max_ruled = max(
+            real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)
+        )
+
+    @property
+    def fusion_layer(self) -> list[int | None]:
+        self._settle()
+        return self._fusion
+
+    def select(self, layer: int) -> Selection | None:
+        return Selection(self.kept, tuple(self._counts)) if self._settle() else None
+
+    def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
+        if layer < self.policy.boundary:
+            return self._without_vision(layer, call)
+        self._look(layer, call)
+        return None
+
+    def _without_vision(self, layer: int, call: AttentionCall) -> Tensor:
+        """The shallow rule, as the same attention over other values: a zero value is a zeroed weight."""
+        keys = _at(self.prompt.vision, call.key_index)[:, None, :, None]  # [B, 1, K, 1]
+        hidden = call.value.masked_fill(keys, 0)  # [B, Hkv, K, D]
+        ruled = _at(self._ruled, call.query_index)  # [B, N]
+        if layer > 0:
+            return self._replace(call, call.output, hidden, ruled)
+        vision = _at(self.prompt.vision, call.query_index)[:, :, None, None]  # [B, N, 1, 1]
+        output = torch.where(vision, call.rerun(hidden, None), call.output)
+        if self.policy.sink_rule == "first":
+            first = keys.int().argmax(2, keepdim=True)  # [B, 1, 1, 1]
+            sink = call.value.gather(2, first.expand(-1, hidden.shape[1], -1, hidden.shape[3]))
+            text_value = torch.where(keys, sink, call.value)
+        else:
+            rank, total = keys.cumsum(2), keys.sum(2, keepdim=True)
+            text_value = call.value.masked_fill(keys & (rank <= total // 2), 0)
+        return self._replace(call, output, text_value, ruled)
+
+    def _replace(self, call: AttentionCall, output: Tensor, value: Tensor, ruled: Tensor) -> Tensor:
+        """`output` `[B, N, H, D]` with the rows `ruled` (bool `[B, N]`) attending to `value` instead."""
+        if not self._max_ruled:
+            return output
+        rows = ruled.int().argsort(dim=1, descending=True, stable=True)[:, : self._max_ruled]  # [B, R]
+        index = rows[:, :, None, None].expand(-1, -1, *output.shape[2:])
+        rerun = torch.where(
+            ruled.gather(1, rows)[:, :, None, None], call.rerun(value, rows), output.gather(1, index)
+        )
+        return output.scatter(1, index, rerun)
+
+    @torch.no_grad()
+    def _look(self, layer: int, call: AttentionCall) -> None:
+        policy, length = self.policy, self.prompt.vision.shape[1]
+        cosine, norm = removal_effect(call.weights(call.compact_rows(self.prompt.queries)), call.value)
+        cosine = call.to_logical(cosine.amin(1), length, fill=1.0)  # [B, T]
+        norm = call.to_logical(norm.amax(1), length)  # [B, T]
+        critical = (norm > policy.tokens_threshold) & self._prunable
+        fuses = ((cosine < policy.layer_threshold) & self._prunable).any(1)  # [B]
+        used = ((cosine < policy.exit_threshold) & self.kept).any(1)  # [B]
+        self._pending = _Findings(
+            layer, critical, torch.stack((fuses.long(), used.long(), critical.sum(1)), dim=1)
+        )
+
+    def _settle(self) -> bool:
+        """Turn what the layer before found into this sample's next tokens; true if any of them changed."""
+        if self._pending is None:
+            return False
+        layer, critical = self._pending.layer, self._pending.critical
+        fused, left = [], []
+        for i, (fuses, used, count) in enumerate(self._pending.on_host()):
+            if self._fusion[i] is None:
+                if fuses:
+                    self._fusion[i], self._counts[i] = layer, count
+                    fused.append(i)
+            elif self._counts[i] and "deep" in self.policy.stages:
+                self._passed[i] += not used
+                if self._passed[i] >= self.policy.exit_patience:
+                    self._counts[i] = 0
+                    left.append(i)
+        self._pending = None
+        if fused or left:
+            self.kept = self.kept.clone()
+            self.kept[fused] = critical[fused]
+            self.kept[left] = False
+        if all(self._is_settled(i) for i in range(len(self._counts))):
+            self.watch.clear()
+        return bool(fused or left)
+
+    def _is_settled(self, sample: int) -> bool:
+        return self._counts[sample] == 0 or (
+            self._fusion[sample] is not None and "deep" not in self.policy.stages
+        )
+
+
+class _Findings:
+    """What a layer says: `critical` bool `[B, T]`; per sample: it fuses, uses kept tokens, critical count."""
+
+    def __init__(self, layer: int, critical: Tensor, numbers: Tensor):
+        self.layer, self.critical = layer, critical
+        self._numbers = numbers.to("cpu", non_blocking=True)  # [B, 3], pinned memory if it comes from a GPU
+        self._copied = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+
+    def on_host(self) -> list[list[int]]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+
+def removal_effect(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What each key gives to a query row: cosine of the output without it to the output, and its norm.
+
+    With `o` the row's output (heads concatenated, before o_proj) and `c_i` the concatenation over heads of
+    `a[h, i] * v[h, i]`: `cos(o - c_i, o)` and `||c_i||_2`. No contribution is materialised: with
+    `d_i = <o, c_i>` the cosine is `(|o|^2 - d_i) / (|o| sqrt(|o|^2 - 2 d_i + |c_i|^2))`.
+
+    Args:
+        weights: attention probabilities, float32 `[B, H, R, K]`.
+        value: `[B, Hkv, K, D]`, any floating dtype; head h reads value head `h // (H / Hkv)`.
+
+    Returns:
+        Cosine and norm, float32 `[B, R, K]`. An output shrunk below a thousandth counts as a thousandth.
+    """
+    value = value.float()
+    grouped = weights.unflatten(1, (value.shape[1], -1))  # [B, Hkv, G, R, K]
+    output = grouped @ value[:, :, None]  # [B, Hkv, G, R, D]
+    dot = (grouped * (output @ value[:, :, None].mT)).sum((1, 2))  # [B, R, K]
+    norm_sq = (grouped.square() * value.square().sum(-1)[:, :, None, None]).sum((1, 2))  # [B, R, K]
+    total = output.square().sum((1, 2, 4))[..., None]  # [B, R, 1]
+    rest = (total - 2 * dot + norm_sq).clamp(min=1e-6 * total)
+    cosine = (total - dot) / (total * rest).sqrt()
+    return cosine, norm_sq.sqrt()
+
+
+def _at(mask: Tensor, index: Tensor) -> Tensor:
+    """The logical mask `[B, T]` in compact order, bool `[B, N]` as `index`, false where that is negative."""
+    return mask.gather(1, index.clamp(min=0)) & (index >= 0)
