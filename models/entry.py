@@ -1,0 +1,52 @@
+"""The entry adapter: shapes projected vision features to what a layer `enter > 0` expects of its input."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+ENTRY = "vision_entry"
+
+
+class EntryAdapter(nn.Module):
+    """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`; the identity when new.
+
+    The vision rows that reach layer `enter` are the projector's output, while the layer was trained on states that
+    all layers before it had refined. Ridge regression between the two explains 96 to 99% of the variance, so a
+    map of low rank is enough.
+
+    Args:
+        hidden_size: of the decoder.
+        rank: of the low-rank part.
+    """
+
+    def __init__(self, *, hidden_size: int, rank: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(hidden_size))
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights."""
+        x = hidden_states.to(self.scale.dtype)
+        return (x + x * self.scale + self.up(self.down(x))).to(hidden_states.dtype)
+
+
+def install_entry(model: nn.Module, rank: int) -> EntryAdapter:
+    """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`."""
+    if rank < 1:
+        raise ValueError(f"entry rank {rank} must be at least 1; for no entry adapter install none.")
+    if entry_of(model) is not None:
+        raise ValueError("the model already has an entry adapter; load a fresh base model.")
+    embeddings = model.get_input_embeddings().weight
+    entry = EntryAdapter(hidden_size=model.config.get_text_config().hidden_size, rank=rank)
+    model.add_module(ENTRY, entry.to(device=embeddings.device, dtype=embeddings.dtype))
+    return entry
+
+
+def entry_of(model: nn.Module) -> nn.Module | None:
+    """The entry adapter of a Hugging Face model (PEFT's wrapper of it, if the model is wrapped), or None."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner._modules.get(ENTRY)
