@@ -1,8 +1,8 @@
 """Questions about a scene, with answers that follow from its description alone.
 
-Eight types, after the public benchmarks they stand in for: `existence` (POPE, half of its negatives adversarial: colour
-and shape occur in the scene, but not together), `attribute`, `relation` and `neighbor` (GQA), `counting`, `reading`
-(TextVQA), `where` and `open` (spatial answers of several words).
+Eight types, after the public benchmarks they stand in for: `existence` (POPE; many negatives are
+adversarial: colour and shape occur in the scene, but not together), `attribute`, `relation` and
+`neighbor` (GQA), `counting`, `reading` (TextVQA), `where` and `open` (spatial answers of several words).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 WORDS = (
-    "cat dog sun bus car hat cup key map pen box egg fox jam log net "
-    "owl pig rug toy van web zoo bed fan ice gym lip oak tea"
-).split()
+    "cat", "dog", "sun", "bus", "car", "hat", "cup", "key", "map", "pen", "box", "egg", "fox",
+    "jam", "log", "net", "owl", "pig", "rug", "toy", "van", "web", "zoo", "bed", "fan", "ice",
+    "gym", "lip", "oak", "tea",
+)  # fmt: skip
 CELLS = (
     ("top left", "top", "top right"),
     ("left", "center", "right"),
@@ -65,7 +66,7 @@ class Scene(NamedTuple):
     background: tuple[int, int, int]
 
     def layout(self) -> str:
-        """What stands where, without jitter, sizes and background: scenes with one layout belong to one split."""
+        """What stands where, without jitter, sizes and background: what a scene's split follows from."""
         cells = sorted((i.row, i.column, f"{i.color} {i.shape}") for i in self.items)
         cells.append((self.sign.row, self.sign.column, f"sign {self.sign.text}"))
         return ";".join(f"{row}{column} {what}" for row, column, what in cells)

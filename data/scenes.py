@@ -1,11 +1,13 @@
 """`scenes`: a procedural visual-question-answering set, rendered with Pillow.
 
-A scene is a 96 x 96 image of 2 to 6 coloured shapes and one sign on a 3 x 3 grid, with about 13 questions
-(`data/questions.py`). It is a function of (seed, split, index) alone, the same on every machine and in every process.
+A scene is a 96 x 96 image of 2 to 6 coloured shapes and one sign on a 3 x 3 grid, with about 13
+questions (`data/questions.py`). It is a function of (seed, split, index) alone, the same on every
+machine and in every process.
 
-Splits are disjoint by construction: a hash of what stands where (colours, shapes, sign text and cells; not jitter, sizes or
-background) assigns every possible layout to one split, and a scene is redrawn until its layout falls in the split asked
-for. Reading is closed-set: the 30 words and 90 numbers of the signs occur in every split, only never in the same layout.
+Splits are disjoint by construction: a hash of what stands where (colours, shapes, sign text and cells;
+not jitter, sizes or background) assigns every possible layout to one split, and a scene is redrawn until
+its layout falls in the split asked for. Reading is closed-set: the 30 words and 90 numbers of the signs
+occur in every split, only never in the same layout.
 
 Text is drawn with the font in `data/fonts/`, so pixels do not depend on the fonts of the machine.
 """
@@ -22,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image, ImageDraw, ImageFont
-
 from latefusion.data.questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
+from PIL import Image, ImageDraw, ImageFont
 
 VERSION = 1  # raise it when a scene, a question or a pixel changes: it names the cache
 SIZE, CELL, ZOOM = 96, 32, 2  # pixels of the image and of a cell; drawn at ZOOM times the size, then averaged
@@ -76,7 +77,7 @@ def make_scene(split: str, index: int, *, seed: int = 0) -> tuple[Scene, list[Qu
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of SIZE x SIZE pixels. All coordinates are integers: no float reaches the rasteriser."""
+    """The scene as an RGB image of SIZE x SIZE pixels. Coordinates are integers: no rounding differs."""
     image = Image.new("RGB", (SIZE * ZOOM, SIZE * ZOOM), scene.background)
     draw = ImageDraw.Draw(image)
     for item in scene.items:
@@ -130,10 +131,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def load_scenes(split: str, n_scenes: int | None = None, seed: int = 0) -> datasets.Dataset:
-    """The first `n_scenes` scenes of a split, one row a question, built once and kept in the cache of `datasets`.
+    """The first `n_scenes` scenes of a split, one row a question, built once and cached by `datasets`.
 
-    Columns: `id`, `image` (PIL), `question`, `answer`, `type` (see `questions.TYPES`), `scene` (equal for the questions
-    of one image). Without `n_scenes`: 1500 scenes of train, 150 of validation, 300 of test.
+    Columns: `id`, `image` (PIL), `question`, `answer`, `type` (see `questions.TYPES`), `scene` (equal for the
+    questions of one image). Without `n_scenes`: 1500 scenes of train, 150 of validation, 300 of test.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} does not exist; choose one of {', '.join(SPLITS)}")
