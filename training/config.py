@@ -1,0 +1,284 @@
+"""What `training/train.py` can be told: typed, composed by Hydra from `recipes/`, checked before any compute."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class Teacher(Enum):
+    """Which policy the teacher, the same weights with the adapters off, runs under; `none`: no distillation."""
+
+    visipruner = "visipruner"
+    dense = "dense"
+    none = "none"
+
+
+class Source(Enum):
+    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images."""
+
+    scenes = "scenes"
+    llava = "llava"
+    dataset = "dataset"
+
+
+class Trainer(Enum):
+    accelerate = "accelerate"
+    lightning = "lightning"
+
+
+class Dtype(Enum):
+    """`auto`: bfloat16 where the hardware computes in it, else float32."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass
+class ScheduleConfig:
+    """A `VisionSchedule`; layers count from 0. `keep` is `{layer: k}`; left untyped, an override replaces all of it."""
+
+    enter: int = 0
+    exit: int | None = None
+    keep: Any = None
+
+
+@dataclass
+class VisiPrunerConfig:
+    """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
+
+    boundary: int = 6
+    layer_threshold: float = 0.995
+    tokens_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_patience: int = 2
+    stages: list[str] = field(default_factory=lambda: ["shallow", "middle", "deep"])
+    sink_rule: str = "first"
+
+
+@dataclass
+class ModelConfig:
+    """A base model, and what is known of where it fuses.
+
+    Attributes:
+        path: `embedded`, a hub id, or a local folder.
+        projector: name of the module between vision tower and decoder, for `lora.train_projector`.
+        schedule: where its late-fusion student sees vision tokens.
+        visipruner: its calibrated thresholds.
+    """
+
+    path: str = MISSING
+    projector: str | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from.
+
+    Attributes:
+        source: kind of source.
+        path: JSON file, dataset folder or hub id (unused by `scenes`).
+        images: folder of the images that a LLaVA JSON names.
+        split: to train on; `eval.split` names the one to evaluate on.
+        eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
+        scenes: how many scenes to render for training (`scenes` only; None: the source's default).
+        seed: of the rendered scenes.
+        max_length: tokens, vision included, after which a training sample is cut; None: never.
+    """
+
+    source: Source = MISSING
+    path: str | None = None
+    images: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    scenes: int | None = None
+    seed: int = 0
+    max_length: int | None = None
+
+
+@dataclass
+class EngineConfig:
+    """Who runs the loop; `deepspeed` is a DeepSpeed configuration, or None."""
+
+    trainer: Trainer = Trainer.accelerate
+    deepspeed: dict[str, Any] | None = None
+
+
+@dataclass
+class TrainConfig:
+    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`."""
+
+    steps: int = 500
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    accumulation: int = 1
+    warmup: float = 0.03
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: Dtype = Dtype.auto
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    threads: int | None = None
+    workers: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] | None = None
+    train_projector: bool = False
+
+
+@dataclass
+class EntryConfig:
+    """The entry adapter; rank 0: none."""
+
+    rank: int = 16
+
+
+@dataclass
+class KLConfig:
+    """Distillation: `weight` times KL(teacher || student) at this temperature."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass
+class EvalConfig:
+    """The evaluation after training; `samples` None: the whole split."""
+
+    enabled: bool = True
+    split: str = "test"
+    samples: int | None = None
+    batch_size: int = 32
+
+
+@dataclass
+class Config:
+    """Everything; `name` is the recipe's, and names the output folder."""
+
+    name: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    teacher: Teacher = Teacher.visipruner
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    entry: EntryConfig = field(default_factory=EntryConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output_dir: str = MISSING
+    resume: bool = False
+    overwrite: bool = False
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def read(cfg: DictConfig) -> Config:
+    """The composed configuration as a checked `Config`.
+
+    Raises:
+        ValueError: a value is missing or out of range.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    train, lora, kl = config.train, config.lora, config.kl
+    for key, value in (
+        ("train.steps", train.steps),
+        ("train.batch_size", train.batch_size),
+        ("train.accumulation", train.accumulation),
+        ("train.log_every", train.log_every),
+        ("train.save_every", train.save_every),
+        ("train.keep_checkpoints", train.keep_checkpoints),
+        ("lora.r", lora.r),
+        ("lora.alpha", lora.alpha),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1.")
+    for key, number in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.max_grad_norm", train.max_grad_norm),
+        ("kl.temperature", kl.temperature),
+    ):
+        if not number > 0:
+            raise ValueError(f"{key}={number} must be positive.")
+    for key, number in (
+        ("train.weight_decay", train.weight_decay),
+        ("train.workers", train.workers),
+        ("entry.rank", config.entry.rank),
+        ("kl.weight", kl.weight),
+    ):
+        if number < 0:
+            raise ValueError(f"{key}={number} must not be negative.")
+    for key, number in (("train.warmup", train.warmup), ("lora.dropout", lora.dropout)):
+        if not 0 <= number < 1:
+            raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if config.resume and config.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
+    if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if lora.train_projector and config.model.projector is None:
+        raise ValueError("lora.train_projector=true needs model.projector=NAME, the projector's name in this model.")
+    return config
+
+
+def explain(overrides: Sequence[str]) -> None:
+    """Compose once with these command-line overrides, only to say in one sentence what is wrong with them.
+
+    Raises:
+        ValueError: names the bad key or value and what exists.
+    """
+    with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
+        try:
+            compose("config", list(overrides))
+        except MissingConfigException as error:
+            options = ", ".join(error.options or ())
+            group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}.") from None
+        except ConfigCompositionException as error:
+            cause = error.__cause__
+            if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+                raise ValueError(_unknown_key(str(cause.full_key))) from None
+            reason = str(cause).splitlines()[0] if cause else str(error)
+            raise ValueError(f"{error}: {reason}.") from None
+
+
+def _unknown_key(key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    root = compose("config")
+    try:
+        exists = sorted(str(k) for k in (OmegaConf.select(root, parent) if parent else root))
+    except TypeError:  # the parent is itself a value
+        return f"{key} does not exist: {parent} is a value."
+    near = difflib.get_close_matches(name, exists, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key} does not exist{hint}; {parent or 'the top level'} has {', '.join(exists)}."
