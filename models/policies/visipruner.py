@@ -1,9 +1,9 @@
 """VisiPruner: training-free removal of vision tokens, decided from the model's own attention.
 
 Three stages (arXiv 2510.17205), each decided per sample. *Shallow*: below `boundary`, text does not look at
-vision. *Middle*: the first layer above `boundary` where removing one vision token turns the last prompt token's
-attention output is the fusion layer; only the tokens that contribute to it go on. *Deep*: once removing any of
-them changes nothing, they leave too.
+vision. *Middle*: the first layer above `boundary` where removing one vision token turns the last prompt
+token's attention output is the fusion layer; only the tokens that contribute to it go on. *Deep*: once removing
+any of them changes nothing, they leave too.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class VisiPruner:
         sink_rule: what text may see of vision in layer 0. "first": all its attention to vision goes to the
             first vision token; "half": the first half of the vision tokens is hidden.
 
-    The shallow rule drops attention without renormalising the rest. It rules the prompt's text after its first
-    vision token; generated tokens (in training: those after the first query) see all that is left. A prompt
-    that ends in a vision token is not pruned. With several queries, what any of them needs is kept.
+    The shallow rule drops attention without renormalising the rest. It rules the prompt's text after its
+    first vision token; generated tokens (in training: those after the first query) see all that is left. A
+    prompt that ends in a vision token is not pruned. With several queries, what any of them needs is kept.
 
     Raises:
         ValueError: a value is out of its range.
