@@ -1,0 +1,214 @@
+"""What each system costs: FLOPs, vision tokens, latency, KV-cache bytes, working memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Cache, PretrainedConfig
+from transformers.generation.streamers import BaseStreamer
+
+from latefusion.eval.predict import Answer, System, running
+from latefusion.models.flops import decoder_flops
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Mean over questions, from what the executor really ran.
+
+    Attributes:
+        flops: decoder FLOPs of a prefill (`decoder_flops` of the tokens of each layer).
+        vision_tokens: vision tokens in each layer.
+        text_tokens: prompt tokens that are not vision.
+    """
+
+    flops: float
+    vision_tokens: list[float]
+    text_tokens: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median with quartiles, of a system and of its ratio to the reference in the same round."""
+
+    median: float
+    q25: float
+    q75: float
+    ratio: float
+    ratio_q25: float
+    ratio_q75: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured at batch 1 on a fixed set of prompts.
+
+    Attributes:
+        ttft, tpot: seconds to the first token (vision tower, projector, prefill), seconds a further token.
+        kv_bytes: key-value cache after the prefill, mean over the prompts.
+        working_bytes: peak of tensor memory beyond weights and inputs while answering, most over the prompts.
+    """
+
+    ttft: Spread
+    tpot: Spread
+    kv_bytes: float
+    working_bytes: float
+
+
+def compute(config: PretrainedConfig, answers: Sequence[Answer]) -> Compute:
+    """Mean decoder FLOPs and vision tokens a layer of one system's answers."""
+    layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
+    return Compute(
+        flops=fmean(decoder_flops(config, answer.tokens) for answer in answers),
+        vision_tokens=[fmean(layer) for layer in layers],
+        text_tokens=fmean(answer.text_tokens for answer in answers),
+    )
+
+
+class TokenClock(BaseStreamer):
+    """Times at which `generate` hands out tokens; the first `put` brings the prompt, before the prefill."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and median seconds of each further one, of one `generate` call.
+
+    Tokens reach the clock through `.cpu()`, so a GPU has finished them by then. `new_tokens` are always generated
+    (an early end token is ruled out), so that all systems do the same number of decode steps.
+    """
+    clock = TokenClock()
+    start = time.perf_counter()
+    _generate(model, inputs, new_tokens, streamer=clock)
+    tokens = clock.times[1:]
+    return tokens[0] - start, median(np.diff(tokens))
+
+
+def kv_cache_bytes(cache: Cache) -> int:
+    """Bytes of every tensor that the cache's layers hold: keys and values that are really there, and bookkeeping.
+
+    Storages are counted once and whole, so a view of a longer tensor costs what it keeps alive.
+    """
+    storages = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Most tensor memory alive at once while `work` runs, beyond what was alive before.
+
+    On CUDA the caching allocator's own peak. On a CPU resident memory says little (allocators keep freed pages,
+    and a small model drowns in the process), so torch's profiler records every allocation and release of its CPU
+    allocator, and this is the highest point of their running sum. Scratch inside maths libraries is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes over the progress bar
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
+    running_sum = np.cumsum([0] + [change["Bytes"] for change in sorted(changes, key=lambda c: c["Ev Idx"])])
+    return int(running_sum.max())
+
+
+def measure(
+    *,
+    model: Any,
+    attachment: Any,
+    systems: dict[str, System],
+    prompts: Sequence[dict[str, Any]],
+    reference: str,
+    repeats: int,
+    new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Cost]:
+    """Latency and memory of every system at batch 1.
+
+    Rounds are interleaved (A B C, B C A, ...), so that drift of the machine falls on all systems alike, and each
+    ratio divides by the reference's run on the same prompt in the same round. Adapters are off for every system:
+    merged into the weights, as a student is deployed, LoRA costs nothing, and costs do not depend on the values of
+    weights. The entry adapter runs where a schedule enters late.
+
+    Args:
+        prompts: inputs of single prompts, with their pixels.
+        repeats: timed rounds over the prompts, after one untimed.
+        new_tokens: tokens to generate, at least two.
+        advance: called after each prompt of each round.
+    """
+    keys = list(systems)
+    deployed = {key: replace(system, adapters=False) for key, system in systems.items()}
+    kv: dict[str, list[int]] = {key: [] for key in keys}
+    peak: dict[str, list[int]] = {key: [] for key in keys}
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
+    for prompt in prompts:  # untimed: the warm-up
+        for key in keys:
+            with running(model, attachment, deployed[key]):
+                kv[key].append(kv_cache_bytes(model(**prompt, use_cache=True).past_key_values))
+                peak[key].append(_peak_of_answer(model, prompt, new_tokens))
+        advance()
+    for repeat in range(repeats):
+        for number, prompt in enumerate(prompts):
+            first = (repeat + number) % len(keys)
+            for key in keys[first:] + keys[:first]:
+                with running(model, attachment, deployed[key]):
+                    times[key].append(time_answer(model, prompt, new_tokens))
+            advance()
+    return {
+        key: Cost(
+            ttft=_spread([t for t, _ in times[key]], [t for t, _ in times[reference]]),
+            tpot=_spread([t for _, t in times[key]], [t for _, t in times[reference]]),
+            kv_bytes=fmean(kv[key]),
+            working_bytes=max(peak[key]),
+        )
+        for key in keys
+    }
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def _spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
+    low, mid, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    ratio_low, ratio, ratio_high = np.quantile(np.divide(seconds, reference), [0.25, 0.5, 0.75])
+    return Spread(float(mid), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
+
+
+def _peak_of_answer(model: Any, prompt: dict[str, Any], new_tokens: int) -> int:
+    return peak_bytes(lambda: _generate(model, prompt, new_tokens), model.device)
+
+
+def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:
+    lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    return model.generate(**inputs, **lengths, do_sample=False, num_beams=1, **kwargs)
