@@ -83,7 +83,7 @@ class Question(NamedTuple):
 def ask(scene: Scene, rng: random.Random) -> list[Question]:
     """About 13 different questions on a scene, in random order."""
     asked: list[Question] = []
-    for kind in (_existence, _attribute, _relation, _neighbor, _where, _counting, _reading, _open):
+    for kind in (_existence, _attribute, _relation, _neighbor, _where, ask_counting, _reading, _open):
         asked += kind(scene, rng)
     asked = list({question.question: question for question in asked}.values())
     rng.shuffle(asked)
@@ -168,7 +168,7 @@ def _where(scene: Scene, rng: random.Random) -> list[Question]:
     ]
 
 
-def _counting(scene: Scene, rng: random.Random) -> list[Question]:
+def ask_counting(scene: Scene, rng: random.Random) -> list[Question]:
     """Counts that many scenes allow (0, 1) are chosen less often, so that answers are near balance."""
     by_count: dict[int, list[str]] = {}
     for color in COLORS:

@@ -1,12 +1,13 @@
 """The embedded model: a stock LLaVA of 5.3 million parameters, and its initialisation.
 
-96 x 96 pixels in patches of 8 give 144 vision tokens against about 14 of text; CLIP tower of 4 layers x 128, Llama
-decoder of 16 layers x 192 with 3 heads that share one key-value head.
+96 x 96 pixels in patches of 8 give 144 vision tokens against about 14 of text; CLIP tower of 4 layers x
+128, Llama decoder of 16 layers x 192 with 3 heads that share one key-value head.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from latefusion.models.embedded.vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY
@@ -71,10 +72,11 @@ def build_config(
 def build_model(config: LlavaConfig, *, seed: int = 0) -> LlavaForConditionalGeneration:
     """A fresh float32 model, initialised so that a small decoder learns to bind two words in minutes.
 
-    Without what is written here beyond the usual, phrases such as "red circle" were not bound and half of the question
-    types stayed at chance: embeddings of one scale with one shared direction, through which heads can attend by
-    position alone; a previous-token head, written into head 0 of layers 0 and 1; every residual branch but that head
-    starts at zero; a small final norm, so that tied logits start small.
+    Without what is written here beyond the usual, phrases such as "red circle" were not bound and half of
+    the question types stayed at chance: embeddings of one scale with one shared direction, through which
+    heads can attend by position alone; a previous-token head, written into head 0 of layers 0 and 1;
+    every residual branch but that head starts at zero; a small final norm, so that tied logits start
+    small.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,7 +90,8 @@ def build_model(config: LlavaConfig, *, seed: int = 0) -> LlavaForConditionalGen
 
 @torch.no_grad()
 def _initialise(model: LlavaForConditionalGeneration) -> None:
-    decoder, text = model.model.language_model, model.config.text_config
+    decoder: Any = model.model.language_model
+    width = decoder.config.hidden_size
     for layer in decoder.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.weight.normal_(0, 0.05)
@@ -98,20 +101,23 @@ def _initialise(model: LlavaForConditionalGeneration) -> None:
         layer.mlp.down_proj.weight.zero_()
     decoder.norm.weight.fill_(0.2)
 
-    shared = torch.randn(text.hidden_size)  # [D]
+    shared = torch.randn(width)  # [D]
     shared /= shared.norm()
     embeddings = decoder.embed_tokens.weight  # [V, D]
-    embeddings.normal_(0, EMBEDDING_STD).add_(shared * EMBEDDING_STD * text.hidden_size**0.5)
+    embeddings.normal_(0, EMBEDDING_STD).add_(shared * EMBEDDING_STD * width**0.5)
     for layer in decoder.layers[:2]:
         _write_previous_token_head(layer.self_attn, shared)
 
-    positions = model.model.vision_tower.embeddings.position_embedding.weight  # [1 + patches, D]
+    tower: Any = model.model.vision_tower
+    positions = tower.embeddings.position_embedding.weight  # [1 + patches, D]
     side = math.isqrt(len(positions) - 1)
     positions[1:] = POSITION_SCALE * sine_table(side, positions.shape[1])
 
 
-def _write_previous_token_head(attention: torch.nn.Module, shared: Tensor) -> None:
-    """Head 0 reads the shared direction in queries and keys and turns the query back by one RoPE position."""
+def _write_previous_token_head(attention: Any, shared: Tensor) -> None:
+    """Head 0 reads the shared direction in queries and keys and turns the query back by one RoPE
+    position.
+    """
     head, width = attention.head_dim, len(shared)
     key, query = torch.zeros(head), torch.zeros(head)
     scale = 5.6 / (width**0.5 / 2**0.5)

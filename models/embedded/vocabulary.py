@@ -15,8 +15,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>")
 PAD, BOS, EOS, IMAGE, USER, ASSISTANT, UNK = range(len(SPECIAL))
 _COMMON = (
-    "yes no a an sign nothing what is color the shape of object objects how many are there in image does show word "
-    "number on where which written at just left right above below top bottom center"
+    "yes no a an sign nothing what is color the shape of object objects how many are there in image does "
+    "show word number on where which written at just left right above below top bottom center"
 )
 VOCABULARY = (*SPECIAL, *sorted({*_COMMON.split(), *COLORS, *SHAPES, *WORDS, *"0123456789?"}))
 TOKEN_ID = {token: index for index, token in enumerate(VOCABULARY)}
@@ -43,10 +43,14 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 """
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a question of `scenes`, question mark included."""
+    return text.replace("?", " ?").split()
+
+
 def encode(text: str) -> list[int]:
     """Token ids of a question or an answer of `scenes`; the same as the processor's, only faster."""
-    words = text.replace("?", " ?").split()
-    return [TOKEN_ID[piece] for word in words for piece in (word if word.isdigit() else [word])]
+    return [TOKEN_ID[piece] for word in split_words(text) for piece in (word if word.isdigit() else [word])]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -81,7 +85,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(*, image_size: int = 96, patch_size: int = 8) -> LlavaProcessor:
-    """Questions and images to model inputs: each `<image>` becomes `(image_size / patch_size) ** 2` tokens."""
+    """Questions and images to model inputs: each `<image>` becomes `(image_size / patch_size) ** 2`
+    tokens.
+    """
     square = {"height": image_size, "width": image_size}
     image_processor = CLIPImageProcessorPil(
         size=square, do_center_crop=False, crop_size=square, image_mean=[0.5] * 3, image_std=[0.25] * 3
