@@ -1,0 +1,54 @@
+"""`Layout`: which of a forward's tokens a run of layers computes, and how rows go from full to compact and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens of one segment: order kept, right-aligned, a row with fewer tokens padded on the left.
+
+    Attributes:
+        index: int64 `[B, n]`, position of each compact token among the forward's `length` tokens. Padding
+            columns point at tokens that are not part of the segment, so a row never names a token twice.
+        valid: bool `[B, n]`, false for padding; None if there is none.
+        rows: int64 `[B * n]`, the same positions counted over the flattened batch.
+        length: T, the forward's tokens.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    rows: Tensor
+    length: int
+
+    @classmethod
+    def build(cls, active: Tensor, counts: Sequence[int]) -> Layout:
+        """Lay out the tokens `active` (bool `[B, T]`), whose number per sample is `counts`, without a host sync."""
+        batch, length = active.shape
+        n = max(1, *counts)  # kernels want at least one column
+        index = torch.argsort(active.to(torch.int8), dim=1, stable=True)[:, length - n :]  # [B, n]
+        valid = None if min(counts) == n else active.gather(1, index)
+        start = torch.arange(0, batch * length, length, device=index.device)[:, None]  # [B, 1]
+        return cls(index, valid, (index + start).flatten(), length)
+
+    def take(self, full: Tensor) -> Tensor:
+        """`[B, T, D]` (or one row `[1, T, D]` for all samples) -> `[B, n, D]`."""
+        rows = self.rows if full.shape[0] == self.index.shape[0] else self.index.flatten()
+        return full.flatten(0, 1).index_select(0, rows).unflatten(0, self.index.shape)
+
+    def put(self, full: Tensor, compact: Tensor) -> Tensor:
+        """A copy of `full` `[B, T, D]` in which the segment's rows are `compact` `[B, n, D]`."""
+        full = full.to(compact.dtype)
+        if self.valid is not None:
+            compact = torch.where(self.valid[..., None], compact, self.take(full))
+        return full.flatten(0, 1).index_copy(0, self.rows, compact.flatten(0, 1)).unflatten(0, full.shape[:2])
+
+    def positions(self, offset: int) -> Tensor:
+        """Logical positions after `offset` earlier tokens, -1 for padding, int64 `[B, n]`."""
+        index = self.index + offset
+        return index if self.valid is None else torch.where(self.valid, index, -1)

@@ -1,0 +1,102 @@
+"""Attention masks in compact coordinates, translated from those that the stock model prepared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PretrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+
+class _Lengths:
+    """The lengths that `create_causal_mask` asks a cache for."""
+
+    is_compileable = False
+
+    def __init__(self, past: int):
+        self.past = past
+
+    def get_query_offset(self, layer_idx: int) -> int:
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.past + query_length, 0
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the decoder's local attention layers look back, None if every layer sees everything."""
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((w for w in windows if w is not None), default=None)
+
+
+def is_causal_enough(
+    mask: Tensor | BlockMask | None, *, padded: bool, plain: bool, config: PretrainedConfig
+) -> bool:
+    """Whether a segment needs no mask at all.
+
+    Causal order survives compaction. So where the stock model left the mask to `is_causal`, so do we, unless samples
+    hold different numbers of tokens (`padded`); and where its mask is causal but for padding (`plain`), which compaction
+    drops, none is left.
+    """
+    if padded or isinstance(mask, BlockMask) or config._attn_implementation == "eager":
+        return False
+    return mask is None or plain
+
+
+def compact_mask(
+    mask: Tensor | BlockMask | None,
+    hidden_states: Tensor,
+    query_index: Tensor,
+    key_index: Tensor,
+    *,
+    config: PretrainedConfig,
+) -> Tensor | BlockMask | None:
+    """The mask of one segment.
+
+    Args:
+        mask: what the stock model hands the layer: None, bool or additive `[B|1, H|1, T, L]`, bool `[B, L]`
+            (flash attention) or a `BlockMask`.
+        hidden_states: `[B, n, D]`, for batch, dtype and device.
+        query_index: int64 `[B, n]`, the rows of `mask` to use.
+        key_index: int64 `[B, K]`, its columns; negative: not to be seen.
+        config: of the decoder.
+    """
+    seen = key_index >= 0  # [B, K]
+    columns = key_index.clamp(min=0)
+    if isinstance(mask, BlockMask):
+        return _compact_block_mask(mask, query_index, columns, seen)
+    if mask is None:
+        if is_flash_attention_requested(config):
+            return seen
+        return create_causal_mask(
+            config,
+            hidden_states,
+            seen,
+            _Lengths(key_index.shape[1] - query_index.shape[1]),  # type: ignore[arg-type]
+            layer_idx=0,
+            allow_is_causal_skip=False,  # deciding to skip would ask the device
+        )
+    if mask.dim() == 2:
+        return mask.gather(1, columns) & seen
+    batch, n = query_index.shape
+    rows = mask.expand(batch, *mask.shape[1:]).gather(
+        2, query_index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    )  # [B, H|1, n, L]
+    cells = rows.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], n, -1))  # [B, H|1, n, K]
+    hidden = ~seen[:, None, None, :]
+    return cells.masked_fill(hidden, False if cells.dtype == torch.bool else torch.finfo(cells.dtype).min)
+
+
+def _compact_block_mask(mask: BlockMask, query_index: Tensor, columns: Tensor, seen: Tensor) -> BlockMask:
+    stock = mask.mask_mod
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return stock(b, h, query_index[b, q], columns[b, k]) & seen[b, k]
+
+    (batch, queries), keys = query_index.shape, columns.shape[1]
+    return create_block_mask(
+        mask_mod, B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=str(query_index.device)
+    )

@@ -1,0 +1,71 @@
+"""What happened in the last prefill, read out only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latefusion.models.policies.base import Decision, Prompt, Selection
+
+
+@dataclass(frozen=True)
+class TraceRecord:
+    """One sample of the last prefill.
+
+    Attributes:
+        fusion_layer: the layer where the policy found fusion; None if it found none or does not look for it.
+        kept: logical positions (in the padded row) of the vision tokens that were chosen to go on, ascending;
+            None if nothing was chosen among them.
+        exit_layer: first layer that no longer sees vision tokens; None if the last layer does, or there are none.
+        tokens: tokens that enter each layer, padding not counted.
+    """
+
+    fusion_layer: int | None
+    kept: list[int] | None
+    exit_layer: int | None
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class PrefillTrace:
+    """The raw material of the records: masks still on the device."""
+
+    prompt: Prompt
+    decision: Decision | None
+    selections: Sequence[tuple[int, Selection]]
+
+    def records(self) -> list[TraceRecord]:
+        found = None if self.decision is None else self.decision.fusion_layer
+        fusion = [None] * len(self.prompt.n_real) if found is None else list(found)
+        return [self._record(sample, layer) for sample, layer in enumerate(fusion)]
+
+    def _record(self, sample: int, fusion_layer: int | None) -> TraceRecord:
+        total, layers = self.prompt.n_vision[sample], self.prompt.num_layers
+        steps = [
+            (layer, selection.counts[sample], selection.vision[sample])
+            for layer, selection in self.selections
+            if selection.counts is not None
+        ]
+        vision, now = [], total
+        starts = {layer: count for layer, count, _ in steps}
+        for layer in range(layers):
+            now = starts.get(layer, now)
+            vision.append(now)
+        seeing = [layer for layer, count in enumerate(vision) if count]
+        exit_layer = seeing[-1] + 1 if seeing and seeing[-1] + 1 < layers else None
+        text = self.prompt.n_real[sample] - total
+        return TraceRecord(
+            fusion_layer=fusion_layer,
+            kept=self._kept(steps, total, fusion_layer),
+            exit_layer=exit_layer,
+            tokens=[text + count for count in vision],
+        )
+
+    def _kept(self, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
+        if fusion_layer is not None:
+            steps = [step for step in steps if step[0] > fusion_layer]
+            chosen = steps[0][2] if steps else None  # what went on from the fusion layer
+        else:
+            some = [mask for _, count, mask in steps if 0 < count < total]
+            chosen = some[-1] if some else None
+        return None if chosen is None else chosen.nonzero().flatten().tolist()
