@@ -2,8 +2,8 @@
 
 Three stages (arXiv 2510.17205), each decided per sample. *Shallow*: below `boundary`, text does not look at
 vision. *Middle*: the first layer above `boundary` where removing one vision token turns the last prompt
-token's attention output is the fusion layer; only the tokens that contribute to it go on. *Deep*: once removing
-any of them changes nothing, they leave too.
+token's attention output is the fusion layer; only tokens that contribute to it go on. *Deep*: once removing
+any kept token changes nothing, all of them leave too.
 """
 
 from __future__ import annotations
