@@ -35,13 +35,12 @@ def everything(split: str, seed: int) -> str:
     return sha(repr(made).encode()) + sha(b"".join(render(scene).tobytes() for scene, _ in made))
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_scenes_do_not_depend_on_the_process(hash_seed):
+def test_scenes_do_not_depend_on_the_process():
     code = "from test_scenes import everything; print(everything('train', 3), everything('test', 0))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=os.path.dirname(__file__),
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        env={**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"},
         capture_output=True,
         text=True,
         check=True,
@@ -72,18 +71,16 @@ def test_splits_are_disjoint_whatever_the_seed():
 
 def test_jitter_and_background_do_not_move_a_scene_to_another_split():
     scene, _ = make_scene("test", 0)
-    moved = scene._replace(
-        items=tuple(item._replace(dx=-item.dx, radius=9) for item in reversed(scene.items)),
-        background=(0, 0, 0),
-    )
+    items = tuple(item._replace(dx=-item.dx, radius=9) for item in reversed(scene.items))
+    moved = scene._replace(items=items, background=(0, 0, 0))
     assert moved.layout() == scene.layout()
     assert scene._replace(items=scene.items[1:]).layout() != scene.layout()
 
 
 def test_pixels_are_pinned():
-    """They depend on Pillow's rasteriser and its FreeType, too: the weights were trained on exactly these."""
+    """They depend on Pillow, too (12.0 and 13.0 agree); the base was trained on exactly these."""
     hashes = [sha(render(make_scene("test", index)[0]).tobytes()) for index in range(4)]
-    assert hashes == ["HASH0", "HASH1", "HASH2", "HASH3"]
+    assert hashes == ["8ed45d461794eb7b", "638bd911ad9f7c4f", "3aa2261e0c4e4b1f", "db3549d460c8df66"]
 
 
 def oracle(scene, question: str) -> str:
@@ -145,16 +142,10 @@ def test_answers_are_balanced():
     for index in range(500):
         for q in make_scene("test", index)[1]:
             answers[q.type][q.answer] += 1
-    for kind, most in {
-        "existence": 0.55,
-        "relation": 0.55,
-        "counting": 0.33,
-        "where": 0.14,
-        "open": 0.15,
-    }.items():
-        assert max(answers[kind].values()) <= most * answers[kind].total(), (kind, answers[kind])
-    for kind, most in {"attribute": 0.13, "neighbor": 0.13, "reading": 0.05}.items():
-        assert max(answers[kind].values()) <= most * answers[kind].total(), (kind, answers[kind])
+    most = {"existence": 0.55, "relation": 0.55, "counting": 0.33, "where": 0.14, "open": 0.15}
+    most |= {"attribute": 0.13, "neighbor": 0.13, "reading": 0.05}
+    for kind, share in most.items():
+        assert max(answers[kind].values()) <= share * answers[kind].total(), (kind, answers[kind])
     totals = {kind: counted.total() for kind, counted in answers.items()}
     assert min(totals.values()) >= 500
     assert set(answers["counting"]) >= set("01234")
