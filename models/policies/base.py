@@ -99,7 +99,11 @@ class Decision(Protocol):
         """
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        """Look at a watched layer's attention; return `[B, N, H, D]` to replace its output (before o_proj)."""
+        """Look at a watched layer's attention; return `[B, N, H, D]` to replace its output (before o_proj).
+
+        Score under `torch.no_grad()`: gradient checkpointing computes the layer a second time, unwatched (and
+        therefore refuses to have its output replaced).
+        """
 
 
 class Policy(Protocol):
@@ -112,6 +116,7 @@ class Policy(Protocol):
         """Called once a forward that brings vision tokens, before layer 0."""
 
 
+@torch.no_grad()
 def contribution_norm(call: AttentionCall, queries: Tensor) -> Tensor:
     """How much each key adds to a query row's attention output: `||c_i||_2`, float32 `[B, R, K]`.
 
