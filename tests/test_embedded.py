@@ -1,6 +1,7 @@
-"""The embedded base: its processor, its packed training batches, its resumable training, its shipped weights."""
+"""The embedded base: its processor, packed training batches, resumable training, shipped weights."""
 
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_score_wants_every_token_of_an_answer():
 
 
 def test_patch_labels_agree_with_pixels():
-    """In the middle of each item its labelled patch shows its colour; patches without a label show background."""
+    """The patch in the middle of an item is labelled; patches without a label show background."""
     for index in range(30):
         scene, _ = make_scene("train", index)
         image = np.asarray(render(scene)).astype(int)
@@ -173,8 +174,6 @@ def test_patch_labels_agree_with_pixels():
 
 def test_sampled_patches_show_every_item():
     scenes = [make_scene("train", index)[0] for index in range(20)]
-    import random
-
     labels, positions = sample_patches(scenes, 40, random.Random(0))
     assert labels.shape == (20, 40, 2) and positions.shape == (20, 40)
     for scene, label, position in zip(scenes, labels, positions, strict=True):
@@ -255,7 +254,7 @@ def test_an_interrupted_stage_ends_in_the_same_state(name, tmp_path):
 
 
 def test_stages_build_on_finished_ones(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stage decoder is not finished in .*; run it first"):
+    with pytest.raises(FileNotFoundError, match=r"stage decoder is not finished in .*; run it first"):
         load_finished(tiny_learner(), ("decoder",), tmp_path)
 
 

@@ -120,7 +120,7 @@ class Learner(nn.Module):
             output_hidden_states=True,
         )
         text = slice(1 + n_vision, None)
-        grounded = output.hidden_states[GROUNDED_LAYER][:, text] if GROUNDED_LAYER else bos
+        grounded = output.hidden_states[GROUNDED_LAYER][:, text]
         return self.model.lm_head(output.last_hidden_state[:, text]), grounded
 
     def see(self, drawn: list, packed: Packed) -> tuple[Tensor, Tensor]:
