@@ -1,8 +1,9 @@
-"""The KV cache under a policy: stores only the tokens a layer computed, reports the length the stock model expects."""
+"""The KV cache under a policy: stores what a layer computed, reports the lengths the stock model expects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from latefusion.models.layout import Layout
 
 
 class Track:
-    """Which logical positions a cache layer's entries hold. Immutable; layers with the same history share one.
+    """Which logical positions a cache layer's entries hold. Immutable; shared by layers with one history.
 
-    Every change (`append`, `crop`, `reorder`, ...) gives a new track and remembers it, so that the next layer which
+    Every change (`append`, `crop`, `rows`) gives a new track and remembers it, so that the next layer that
     makes the same change to the same track gets the same object and nothing is computed twice.
 
     Args:
@@ -44,7 +45,7 @@ class Track:
         return tail if self.head is None else torch.cat([self.head, tail], dim=1)
 
     def append(self, layout: Layout | None, length: int, forward: object) -> Track:
-        """After a forward (named by the object `forward`) over `length` tokens, of which `layout` were computed."""
+        """After a forward over `length` tokens, of which `layout` were computed; `forward` is its name."""
         if layout is None:
             grown = self.tail + length, self.length + length
             return self._once("text", forward, lambda: Track(self.head, *grown, self.ragged))
@@ -69,11 +70,9 @@ class Track:
             return Track()
         rest = tokens - self.tail  # newest entries of head, which must be these very tokens in every sample
         newest = torch.arange(start, start + rest, device=self.head.device)
-        if self.head.shape[1] < rest or not torch.equal(
-            self.head[:, -rest:], newest.expand_as(self.head[:, -rest:])
-        ):
+        if self.head.shape[1] < rest or not bool((self.head[:, -rest:] == newest).all()):
             raise ValueError(
-                f"crop(-{tokens}) reaches back into tokens that the vision policy removed; crop at most {self.tail}."
+                f"crop(-{tokens}) reaches into tokens that the policy removed: crop at most {self.tail}."
             )
         return Track(self.head[:, :-rest], 0, start, self.ragged)
 
@@ -135,7 +134,7 @@ class ScheduledLayer(_Scheduled, DynamicLayer):
 
 
 class ScheduledSlidingLayer(_Scheduled, DynamicSlidingWindowLayer):
-    """`DynamicSlidingWindowLayer` under a vision policy: keeps the newest `sliding_window - 1` *physical* entries."""
+    """`DynamicSlidingWindowLayer` under a vision policy: keeps the newest `sliding_window - 1` entries."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         seen, window = self.track.length, self.sliding_window
@@ -143,7 +142,7 @@ class ScheduledSlidingLayer(_Scheduled, DynamicSlidingWindowLayer):
         return kv_length, max(seen - window + 1, 0)
 
 
-SUPPORTED = {DynamicLayer: ScheduledLayer, DynamicSlidingWindowLayer: ScheduledSlidingLayer}
+SUPPORTED: dict[type, Any] = {DynamicLayer: ScheduledLayer, DynamicSlidingWindowLayer: ScheduledSlidingLayer}
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -166,11 +165,11 @@ def is_scheduled(cache: Cache | None) -> bool:
 
 
 def scheduled_layer(cache: Cache, layer_idx: int, start: Track) -> ScheduledLayer | ScheduledSlidingLayer:
-    """The cache's layer as one that keeps a track, converted in place if need be; `start` if it is still empty."""
+    """The cache's layer as one that keeps a track, converted in place if need be; `start` fits its length."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if isinstance(layer, (ScheduledLayer, ScheduledSlidingLayer)):
         return layer
     kind = SUPPORTED[type(layer)]

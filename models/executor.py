@@ -1,4 +1,4 @@
-"""One forward pass under a policy: each layer computes the tokens of its segment, the model around it sees them all."""
+"""One forward under a policy: each layer computes the tokens of its segment, the model around it sees all."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from latefusion.models.policies.base import Decision, Prompt, Selection
 class Forward:
     """The state of one forward of the decoder, from before its first layer to after its last.
 
-    Between two layers the hidden states are either those of all tokens (`layout is None`, the tensors of the stock
-    model untouched) or compact, with `full` holding every token's state at the start of the segment. A token that
-    enters late is in `full` all the time: the projector's output, until its first layer.
+    Between two layers the hidden states are either those of all tokens (`layout is None`, the stock model's
+    tensors untouched) or compact, with `full` holding every token's state at the start of the segment. A
+    token that enters late is in `full` all the time: the projector's output, until its first layer.
 
     Args:
         config: of the decoder.
@@ -131,10 +131,7 @@ class Forward:
         entering = self._entering(i, selection.vision, counts)
         if everything and self.layout is None and entering is None:
             return hidden_states
-        if self.layout is None or self.expanded:
-            full = hidden_states
-        else:
-            full = self._expand(hidden_states)
+        full = hidden_states if self.layout is None or self.expanded else self._expand(hidden_states)
         if entering is not None and self.entry is not None:
             full = entering.put(full, self.entry(entering.take(full)))
             self.entered = True
@@ -154,9 +151,7 @@ class Forward:
         unseen, unseen_counts = self.unseen
         assert self.prompt is not None
         new = unseen & vision
-        if (
-            tuple(unseen_counts) != self.prompt.n_vision
-        ):  # only the device knows what is new in this selection
+        if tuple(unseen_counts) != self.prompt.n_vision:  # only the device knows what is new
             counts = new.sum(1).tolist()
         rest = [u - c for u, c in zip(unseen_counts, counts, strict=True)]
         self.unseen = (unseen & ~vision, rest) if any(rest) else None

@@ -1,4 +1,4 @@
-"""`Layout`: which of a forward's tokens a run of layers computes, and how rows go from full to compact and back."""
+"""`Layout`: which of a forward's tokens a run of layers computes; rows from full to compact and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layout:
 
     @classmethod
     def build(cls, active: Tensor, counts: Sequence[int]) -> Layout:
-        """Lay out the tokens `active` (bool `[B, T]`), whose number per sample is `counts`, without a host sync."""
+        """Lay out the tokens `active` (bool `[B, T]`), `counts` of them per sample, without a host sync."""
         batch, length = active.shape
         n = max(1, *counts)  # kernels want at least one column
         index = torch.argsort(active.to(torch.int8), dim=1, stable=True)[:, length - n :]  # [B, n]

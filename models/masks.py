@@ -37,9 +37,9 @@ def is_causal_enough(
 ) -> bool:
     """Whether a segment needs no mask at all.
 
-    Causal order survives compaction. So where the stock model left the mask to `is_causal`, so do we, unless samples
-    hold different numbers of tokens (`padded`); and where its mask is causal but for padding (`plain`), which compaction
-    drops, none is left.
+    Causal order survives compaction. So where the stock model left the mask to `is_causal`, so do we, unless
+    samples hold different numbers of tokens (`padded`); and where its mask is causal but for padding
+    (`plain`), which compaction drops, none is left.
     """
     if padded or isinstance(mask, BlockMask) or config._attn_implementation == "eager":
         return False

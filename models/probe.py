@@ -82,8 +82,8 @@ class Probe:
             return output, weights
         if self.replayed:
             raise ValueError(
-                f"the policy replaces the attention output of layer {layer}, which gradient checkpointing would "
-                "undo when it computes the layer again: run it under torch.no_grad() or turn checkpointing off."
+                f"the policy replaces the attention output of layer {layer}, which gradient checkpointing "
+                "cannot repeat: run it under torch.no_grad() or turn checkpointing off."
             )
         return replaced, weights
 
@@ -95,7 +95,7 @@ class _Rows:
         self.query, self.key, self.mask = query, key, mask
         scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
         self.scaling: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self.causal: bool = module.is_causal if causal is None else causal
+        self.causal = bool(module.is_causal if causal is None else causal)
         self.softcap: float | None = kwargs.get("softcap")
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def given_vision(vision_mask: VisionMask, arguments: Mapping[str, Any]) -> Tenso
     batch, length = tokens.shape[:2]
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(
-            f"vision_mask must be bool [batch, prompt tokens], not {mask.dtype} with shape {tuple(mask.shape)}."
+            f"vision_mask must be bool [batch, prompt tokens], not {mask.dtype} of shape {tuple(mask.shape)}."
         )
     if isinstance(vision_mask, Tensor):
         cache = arguments.get("past_key_values")
@@ -84,7 +84,7 @@ def given_vision(vision_mask: VisionMask, arguments: Mapping[str, Any]) -> Tenso
         mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]))  # what follows the prompt is text
     if batch % mask.shape[0] or mask.shape[1] != length:
         raise ValueError(
-            f"vision_mask of shape {tuple(mask.shape)} does not fit a forward over {batch} x {length} tokens; "
+            f"vision_mask of shape {tuple(mask.shape)} does not fit a forward of {batch} x {length} tokens: "
             "attach with the mask of this batch, or with a callable of the forward's arguments."
         )
     return mask.to(tokens.device).repeat_interleave(batch // mask.shape[0], dim=0)  # beams
