@@ -24,8 +24,8 @@ weights.
 
 {scenes} unseen scenes of each of {seeds} data seeds; percent of questions whose whole answer is right
 under greedy decoding, with 95% intervals (Wilson, questions taken as independent). *Blind*: a decoder of
-the same size and initialisation, trained on the same questions without vision until its loss was flat.
-*Table*: each question's most frequent answer in train.
+the same size and initialisation, trained on the same questions without vision. *Table*: each question's
+most frequent answer in train, about what a converged blind model can know.
 
 {accuracy}
 
@@ -49,14 +49,13 @@ Versions: {versions}.
 A study of *where* this model fuses vision into text should know what put it there:
 
 - a **grounding loss** while training reads from the input of layer 6 which cells a phrase speaks of, so
-phrases are
-  looked up by layer 6; its head is dropped afterwards;
+  phrases are looked up by layer 6; its head is dropped afterwards;
 - a **previous-token head** is written into head 0 of layers 0 and 1 at initialisation, so these layers
-bind words; - the decoder first learned on **pseudo-vision** (sums of its own word embeddings and place
-tables), and the tower was
-  fitted to it: vision tokens arrive already in the decoder's language, nearly as legible at layer 0 as
-  later;
-- residual branches start at zero and training is short, so deep layers do little that was not needed.
+  bind words;
+- the decoder first learned on **pseudo-vision** (sums of its own word embeddings and place tables), and
+  the tower was fitted to it: vision tokens arrive already in the decoder's language;
+- residual branches start at zero (but the previous-token head), and training is short: a layer that was
+  not needed stayed near the identity.
 
 ## Use
 

@@ -97,8 +97,8 @@ def run_stage(
 
 
 def load_finished(learner: Learner, names: tuple[str, ...], folder: Path) -> None:
-    """Put what earlier stages trained into the learner."""
-    for name in names:
+    """Put earlier stages into the learner: all of the first one, what the others trained themselves."""
+    for order, name in enumerate(names):
         path = folder / f"{name}.pt"
         state = torch.load(path) if path.is_file() else None
         if state is None or state["done"] < STAGES[name].steps:
@@ -106,9 +106,8 @@ def load_finished(learner: Learner, names: tuple[str, ...], folder: Path) -> Non
                 f"stage {name} is not finished in {folder}; run it first with --stages {name}"
             )
         trained = {id(p) for module in learner.trained_in(name) for p in module.parameters()}
-        own = dict(learner.named_parameters())
-        for key, parameter in own.items():
-            if id(parameter) in trained or len(names) == 1:
+        for key, parameter in learner.named_parameters():
+            if order == 0 or id(parameter) in trained:
                 parameter.data.copy_(state["learner"][key])
 
 
@@ -136,10 +135,10 @@ def main() -> None:
     tune_allocator()
     arguments.work.mkdir(parents=True, exist_ok=True)
     for name in arguments.stages:
-        learner = build_learner()
+        learner = build_learner(compiled=name != "record")
         load_finished(learner, NEEDS[name], arguments.work)
         if name == "record":
-            blind = build_learner()
+            blind = build_learner(compiled=False)
             load_finished(blind, ("blind",), arguments.work)
             seconds = {stage: torch.load(arguments.work / f"{stage}.pt")["cpu_seconds"] for stage in STAGES}
             write_record(learner.eval(), blind.eval(), cpu_seconds=seconds, folder=arguments.output)
