@@ -35,14 +35,14 @@ class EntryAdapter(nn.Module):
 
 
 def install_entry(model: nn.Module, rank: int) -> EntryAdapter:
-    """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`."""
+    """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""
     if rank < 1:
         raise ValueError(f"entry rank {rank} must be at least 1; for no entry adapter install none.")
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; load a fresh base model.")
-    embeddings = model.get_input_embeddings().weight
-    entry = EntryAdapter(hidden_size=model.config.get_text_config().hidden_size, rank=rank)
-    model.add_module(ENTRY, entry.to(device=embeddings.device, dtype=embeddings.dtype))
+    with model.get_input_embeddings().weight.device:
+        entry = EntryAdapter(hidden_size=model.config.get_text_config().hidden_size, rank=rank)
+    model.add_module(ENTRY, entry)
     return entry
 
 

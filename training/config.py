@@ -75,12 +75,15 @@ class ModelConfig:
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
+        attention: the attention implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
+            model's default.
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
         visipruner: its calibrated thresholds.
     """
 
     path: str = MISSING
+    attention: str | None = None
     projector: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
@@ -247,7 +250,9 @@ def read(cfg: DictConfig) -> Config:
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
     if lora.train_projector and config.model.projector is None:
-        raise ValueError("lora.train_projector=true needs model.projector=NAME, the projector's name in this model.")
+        raise ValueError(
+            "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
+        )
     return config
 
 

@@ -1,0 +1,183 @@
+"""From samples to a batch: the processor's own chat template and expansion, labels on answer tokens alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+IGNORE = -100
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+class Collator:
+    """A list of `{"messages", "images"}` samples to the model's inputs, with `labels` and `queries`.
+
+    A batch is what the processor returns (`input_ids` `[B, T]`, `pixel_values`, ..., padded on the right), and
+
+    - `labels` int64 `[B, T]`: the token where an assistant's answer is to be learnt (every turn, with the token
+      that ends it), -100 elsewhere; never on a vision token, nor on one that a vision token would predict, whose
+      state is stale once vision tokens have left.
+    - `queries` int64 `[B, Q]`: the token before each answer, repeated to fill the row (for `Attachment.queries`).
+
+    Args:
+        processor: of the model, with a fast tokenizer.
+        vision_ids: token ids that stand for vision features (`config.image_token_id`).
+        stop: the tokens at which the model's `generate` stops, the one to append first if the chat template closes
+            a turn with none of them (LLaVA-1.5's does not).
+        max_length: cut longer samples to so many tokens; None: never.
+    """
+
+    def __init__(
+        self,
+        *,
+        processor: ProcessorMixin,
+        vision_ids: Sequence[int],
+        stop: Sequence[str],
+        max_length: int | None = None,
+    ):
+        self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
+        self.vision_ids = torch.tensor(sorted(set(vision_ids)))
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        texts, spans = zip(*(self.render(sample["messages"]) for sample in samples), strict=True)
+        bos = self.processor.tokenizer.bos_token
+        batch = self.processor(
+            text=list(texts),
+            images=[list(s["images"]) for s in samples] if any(len(s["images"]) for s in samples) else None,
+            add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
+            padding=True,
+            padding_side="right",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_tensors="pt",
+        )
+        moved = batch.pop("text_replacement_offsets", None) or [[]] * len(samples)
+        offsets = batch.pop("offset_mapping")  # [B, T, 2]
+        answer, first = mark(offsets, [_after(s, m) for s, m in zip(spans, moved, strict=True)])
+        inputs = self.cut(dict(batch), samples)
+        ids = inputs["input_ids"]
+        answer, first = answer[:, : ids.shape[1]], first[:, : ids.shape[1]]
+
+        vision = torch.isin(ids, self.vision_ids)  # bool [B, T]
+        blocked = vision.clone()
+        blocked[:, 1:] |= vision[:, :-1]  # the token that a vision token predicts
+        blocked[:, 0] = True  # nothing predicts the first
+        inputs["labels"] = ids.masked_fill(~answer | blocked, IGNORE)
+        inputs["queries"] = before(first, inputs["attention_mask"])
+        return inputs
+
+    def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """The conversation as text, and where in it the answers stand, each with the token that ends it."""
+        template = self.processor.chat_template
+        special = self.processor.tokenizer.special_tokens_map
+        if GENERATION.search(template):
+            rendered, generated = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, **special
+            )
+            return self.close(rendered[0], [(start, end) for start, end in generated[0]])
+        text = self.processor.apply_chat_template(messages)
+        found = []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self.processor.apply_chat_template(messages[:turn], add_generation_prompt=True)
+                until = self.processor.apply_chat_template(messages[: turn + 1])
+                if not (until.startswith(prompt) and text.startswith(until.rstrip())):
+                    raise ValueError(
+                        f"the chat template renders turn {turn} differently when others follow it, so its answer "
+                        "cannot be found; put {% generation %} ... {% endgeneration %} around answers in the template."
+                    )
+                found.append((len(prompt), min(len(until), len(text))))
+        return self.close(text, found)
+
+    def close(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """End every span right after a stop token, writing one where the template has none."""
+        closed, grown = [], 0
+        for start, end in spans:
+            start, end = start + grown, end + grown
+            ends = [at + len(stop) for stop in self.stop if 0 <= (at := text.find(stop, start, end))]
+            if not ends:
+                tail = text[end:]
+                stop = next((s for s in self.stop if tail.lstrip().startswith(s)), None)
+                if stop is not None:
+                    ends = [end + tail.index(stop) + len(stop)]
+                else:
+                    kept = start + len(text[start:end].rstrip())
+                    text = text[:kept] + self.stop[0] + text[end:]
+                    grown += kept + len(self.stop[0]) - end
+                    ends = [kept + len(self.stop[0])]
+            closed.append((start, min(ends)))
+        return text, closed
+
+    def cut(self, inputs: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """At most `max_length` tokens; what is cut off must be text.
+
+        Raises:
+            ValueError: a placeholder of an image would be cut.
+        """
+        ids = inputs["input_ids"]  # [B, T]
+        if self.max_length is None or ids.shape[1] <= self.max_length:
+            return inputs
+        lost = torch.isin(ids[:, self.max_length :], self.vision_ids).any(1)
+        if lost.any():
+            row = int(lost.int().argmax())
+            vision = torch.isin(ids[row], self.vision_ids).nonzero()
+            raise ValueError(
+                f"sample {samples[row].get('id', row)} has vision tokens up to position {int(vision.max())}, beyond "
+                f"data.max_length={self.max_length}; raise data.max_length above {int(vision.max())}."
+            )
+        shape = ids.shape
+        return {
+            name: value[:, : self.max_length] if value.shape[:2] == shape else value
+            for name, value in inputs.items()
+        }
+
+
+def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:
+    """The tokens that overlap a span, and the first of each span, both bool `[B, T]`.
+
+    Args:
+        offsets: where each token stands in its text, `[B, T, 2]`; padding and added tokens are empty.
+        spans: of each text.
+    """
+    inside = torch.zeros(offsets.shape[:2], dtype=torch.bool)
+    first = torch.zeros_like(inside)
+    for row, (token, found) in enumerate(zip(offsets, spans, strict=True)):
+        start, end = token.unbind(-1)  # [T]
+        for left, right in found:
+            hit = (start < right) & (end > left) & (end > start)
+            inside[row] |= hit
+            first[row] |= hit & (hit.cumsum(0) == 1)
+    return inside, first
+
+
+def before(first: Tensor, attention_mask: Tensor) -> Tensor:
+    """The position before each marked token, int64 `[B, Q]`; short rows repeat their last, empty rows the last token.
+
+    Args:
+        first: bool `[B, T]`.
+        attention_mask: `[B, T]`, padded on the right.
+    """
+    rows = [row.nonzero().flatten() - 1 for row in first]
+    rows = [
+        row[row >= 0] if (row >= 0).any() else mask.sum().view(1) - 1
+        for row, mask in zip(rows, attention_mask, strict=True)
+    ]
+    width = max(map(len, rows))
+    return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
+
+
+def _after(spans: Sequence[Span], moved: Sequence[dict[str, Any]]) -> list[Span]:
+    """Spans of the template's text, moved to where they stand once image placeholders have been expanded."""
+
+    def place(at: int) -> int:
+        return at + next((m["new_span"][1] - m["span"][1] for m in reversed(moved) if m["span"][1] <= at), 0)
+
+    return [(place(start), place(end)) for start, end in spans]

@@ -1,0 +1,119 @@
+"""The objective: cross-entropy on answer tokens, and KL to the teacher at the same positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from latefusion.models.attach import Attachment
+from latefusion.models.policies.base import Policy
+from peft import PeftModel
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Objective:
+    """`(sum of cross-entropies + weight * temperature^2 * sum of KL(teacher || student)) / count`.
+
+    The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass, no second
+    copy of any weight. Dividing by the token count of the whole optimizer step, rather than of a micro-batch, makes
+    the gradient independent of accumulation and of the number of processes.
+
+    Args:
+        model: the student, whose adapters `disable_adapter` turns off.
+        attachment: of `model`, holding the student's policy.
+        teacher: the teacher's policy; None: cross-entropy alone.
+        weight, temperature: of the KL term (Hinton et al., arXiv 1503.02531).
+        share_images: encode images once for teacher and student; right where all that LoRA and
+            `modules_to_save` train comes after the projector.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        attachment: Attachment,
+        teacher: Policy | None,
+        weight: float,
+        temperature: float,
+        share_images: bool,
+    ):
+        self.model, self.attachment = model, attachment
+        self.teacher = teacher if weight > 0 else None
+        self.weight, self.temperature, self.share_images = weight, temperature, share_images
+
+    def __call__(
+        self, forward: Callable[..., Any], batch: dict[str, Any], *, count: Tensor | int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch's share of the loss.
+
+        Args:
+            forward: the student, as the engine wraps it (DDP, DeepSpeed).
+            batch: of the collator; `labels` `[B, T]` and `queries` `[B, Q]` among it.
+            count: label tokens in the whole optimizer step, over accumulation and processes.
+
+        Returns:
+            The loss, and its two terms as sums over tokens: `ce`, `kl`, with `tokens`, their number.
+        """
+        inputs = dict(batch)
+        labels, queries = inputs.pop("labels"), inputs.pop("queries")
+        columns = label_columns(labels)  # [R]
+        targets = labels[:, columns + 1]  # [B, R]
+        learnt = targets != IGNORE  # bool [B, R]
+        inputs.update(logits_to_keep=columns, use_cache=False)
+        if self.share_images and "pixel_values" in inputs and "pixel_values_videos" not in inputs:
+            inputs = self.encode_images(inputs)
+
+        with self.attachment.queries(queries):
+            wanted = self.teach(inputs, learnt) if self.teacher is not None else None  # [N, V]
+            logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
+        ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
+        loss, kl = ce, torch.zeros_like(ce)
+        if wanted is not None:
+            kl = distillation(logits, wanted, self.temperature)
+            loss = loss + self.weight * kl
+        return loss / count, {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+
+    @torch.no_grad()
+    def teach(self, inputs: dict[str, Any], learnt: Tensor) -> Tensor:
+        """The teacher's logits where labels are, float32 `[N, V]`."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter(), self.attachment.using(self.teacher):
+                return self.model(**fresh(inputs)).logits[learnt].float()
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with `pixel_values` replaced by the features that the decoder would receive."""
+        encode = self.model.get_base_model().base_model.get_image_features
+        names = [name for name in inspect.signature(encode).parameters if name in inputs]
+        features = encode(**{name: inputs[name] for name in names}, return_dict=True)
+        rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        return {**rest, "mm_encoder_outputs": {"image": features}}
+
+
+def label_columns(labels: Tensor) -> Tensor:
+    """The columns whose logits predict a label in some row of `[B, T]`, int64 `[R]`; at least one."""
+    columns = (labels[:, 1:] != IGNORE).any(0).nonzero().flatten()  # [R]
+    return columns if len(columns) else columns.new_zeros(1)
+
+
+def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """`temperature^2 * KL(softmax(wanted / temperature) || softmax(logits / temperature))`, summed over rows `[N, V]`."""
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(wanted / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A copy for one forward pass, which may write into `mm_encoder_outputs`."""
+    if "mm_encoder_outputs" not in inputs:
+        return inputs
+    return {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}

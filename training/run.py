@@ -1,0 +1,234 @@
+"""One training run, from a composed configuration to the report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from latefusion.data import sources
+from latefusion.data.collate import Collator
+from latefusion.data.scenes import load_scenes
+from latefusion.models.build import (
+    ADAPTER_CONFIG,
+    Student,
+    build_student,
+    check_base,
+    compute_dtype,
+    load_base,
+    load_student,
+)
+from latefusion.models.policies.base import Policy
+from latefusion.models.policies.visipruner import VisiPruner
+from latefusion.models.schedule import VisionSchedule
+from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.objective import Objective
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+
+
+def run(cfg: DictConfig) -> None:
+    """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute."""
+    started = time.perf_counter()
+    try:
+        config = read(cfg)
+        engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
+        check(config, engine)
+        settle(config)
+        context = engine.prepare(config, dtype=dtype_of(config))
+        dataset = samples(config.data)
+        student = student_of(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    collator = collator_of(student, config.data.max_length)
+    objective = objective_of(config, student)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True)
+    main = engine.fit(config, context, student, dataset, collator, objective)
+    if main:
+        print(f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.", flush=True)
+        evaluate(config)
+
+
+def check(config: Config, engine: ModuleType) -> None:
+    """Raise before anything is loaded if this run cannot work.
+
+    Raises:
+        ValueError, FileNotFoundError: in one sentence.
+    """
+    VisionSchedule.from_dict(vars(config.schedule))
+    visipruner(config.model.visipruner)
+    check_base(config.model.path)
+    output = Path(config.output_dir)
+    if config.resume:
+        engine.last_checkpoint(config.output_dir)
+    elif not config.overwrite and ((output / ADAPTER_CONFIG).exists() or any(output.glob("checkpoint-*"))):
+        raise ValueError(
+            f"{output} holds a run already; continue it with resume=true, replace it with overwrite=true, "
+            "or choose another output_dir=FOLDER."
+        )
+
+
+def settle(config: Config) -> None:
+    """Threads, seeds, and an output folder without checkpoints of a run that this one replaces."""
+    if not torch.cuda.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    set_seed(config.train.seed)
+    if config.overwrite:
+        for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+    return named.get(config.train.dtype) or compute_dtype()
+
+
+def samples(data: DataConfig) -> Any:
+    """The training set: rows of `{"messages", "images"}`."""
+    if data.source is Source.scenes:
+        return sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
+    assert data.path is not None
+    if data.source is Source.llava:
+        return sources.llava(data.path, data.images)
+    return sources.dataset(data.path, split=data.split)
+
+
+def student_of(config: Config) -> Student:
+    model, processor = load_base(config.model.path, dtype=dtype_of(config))
+    if config.model.attention is not None:
+        model.set_attn_implementation(config.model.attention)
+    return student_from(config, model, processor)
+
+
+def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMixin) -> Student:
+    """The student that `config` describes, on an already loaded base."""
+    projector = config.model.projector if config.lora.train_projector else None
+    return build_student(
+        model,
+        processor,
+        base=config.model.path,
+        schedule=VisionSchedule.from_dict(vars(config.schedule)),
+        rank=config.lora.r,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        targets=config.lora.targets,
+        entry_rank=config.entry.rank,
+        train=[projector] if projector else [],
+    )
+
+
+def collator_of(student: Student, max_length: int | None = None) -> Collator:
+    model, tokenizer = student.model, student.processor.tokenizer
+    stop = model.generation_config.eos_token_id
+    return Collator(
+        processor=student.processor,
+        vision_ids=[model.config.image_token_id],
+        stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
+        max_length=max_length,
+    )
+
+
+def objective_of(config: Config, student: Student) -> Objective:
+    return Objective(
+        model=student.model,
+        attachment=student.attachment,
+        teacher=teacher(config),
+        weight=config.kl.weight,
+        temperature=config.kl.temperature,
+        share_images=not config.lora.train_projector,
+    )
+
+
+def teacher(config: Config) -> Policy | None:
+    if config.teacher is Teacher.none:
+        return None
+    return VisionSchedule() if config.teacher is Teacher.dense else visipruner(config.model.visipruner)
+
+
+def visipruner(config: VisiPrunerConfig) -> VisiPruner:
+    return VisiPruner(**{**vars(config), "stages": tuple(config.stages)})
+
+
+def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
+    """What is about to be trained: parameters, vision tokens by layer, FLOPs against dense."""
+    model, schedule = student.model, student.schedule
+    n = len(batch["input_ids"])
+    n_vision = round(int((batch["input_ids"] == model.config.image_token_id).sum()) / n)
+    n_text = round(int(batch["attention_mask"].sum()) / n) - n_vision
+    trainable, total = model.get_nb_trainable_parameters()
+    layers = model.config.get_text_config().num_hidden_layers
+    flops = schedule.flops(model.config, n_text, n_vision)
+    dense = VisionSchedule().flops(model.config, n_text, n_vision)
+    train = config.train
+    return "\n".join(
+        [
+            f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
+            f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, "
+            f"teacher {config.teacher.value}, {str(dtype_of(config)).removeprefix('torch.')}",
+            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
+            f"decoder FLOPs a sample: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
+            f"({n_vision} vision + {n_text} text tokens)",
+        ]
+    )
+
+
+def runs(tokens: list[int]) -> str:
+    """`[0, 0, 144, 144, 16]` as `0-1: 0, 2-3: 144, 4: 16`."""
+    starts = [i for i, n in enumerate(tokens) if i == 0 or n != tokens[i - 1]]
+    ends = [*(i - 1 for i in starts[1:]), len(tokens) - 1]
+    return ", ".join(
+        f"{a}: {tokens[a]}" if a == b else f"{a}-{b}: {tokens[a]}" for a, b in zip(starts, ends, strict=True)
+    )
+
+
+def evaluate(config: Config) -> dict[str, Any] | None:
+    """Compare the saved student with its dense base and the pruned base; writes the report to `output_dir`."""
+    if not config.eval.enabled:
+        return None
+    questions = questions_of(config)
+    if questions is None:
+        print("No evaluation: data.eval_path names no data set of questions and answers.")
+        return None
+    from latefusion.eval.evaluate import System, evaluate_run
+
+    student = load_student(config.output_dir, dtype=dtype_of(config))
+    if torch.cuda.is_available():
+        student.model.cuda()
+    train = config.train
+    return evaluate_run(
+        model=student.model,
+        processor=student.processor,
+        attachment=student.attachment,
+        systems={
+            "dense": System(name="Dense base", policy=VisionSchedule()),
+            "pruned": System(name="VisiPruner", policy=visipruner(config.model.visipruner)),
+            "student": System(name=config.name, policy=student.schedule, adapters=True),
+        },
+        dataset=questions,
+        output_dir=config.output_dir,
+        title=config.name,
+        batch_size=config.eval.batch_size,
+        seed=train.seed,
+        note=f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}",
+    )
+
+
+def questions_of(config: Config) -> Any:
+    """Rows of `id`, `image`, `question`, `answer`, `type`, `scene` to evaluate on; None: there are none."""
+    data, asked = config.data, config.eval
+    if data.eval_path is not None:
+        questions = sources.read(data.eval_path, split=asked.split)
+    elif data.source is Source.scenes:
+        questions = load_scenes(asked.split, seed=data.seed)
+    else:
+        return None
+    if asked.samples is not None and asked.samples < len(questions):
+        questions = questions.shuffle(seed=0).select(range(asked.samples))
+    return questions

@@ -1,0 +1,30 @@
+"""Train a late-fusion model and evaluate it: `accelerate launch training/train.py recipe=late_fusion key=value`.
+
+Recipes, models, data and engines are the YAML files in `recipes/`; every key is described in `training/config.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
+
+import hydra
+from latefusion.training.config import explain
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
+def main(cfg: DictConfig) -> None:
+    from latefusion.training.run import run  # torch and transformers: seconds, which --help does not need
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    try:
+        explain([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
