@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from latefusion.data.questions import TYPES
-from latefusion.data.scenes import make_scene, render
+from latefusion.data.scenes import make_scene, render, split_of
 from latefusion.models import embedded
 from latefusion.models.embedded import attention
 from latefusion.models.embedded.build import build_config, build_model
@@ -156,6 +156,16 @@ def test_score_wants_every_token_of_an_answer():
     logits[0, stop - 1] = 0  # its <eos> is missed
     assert [right for _, right in score(logits, packed)].count(False) == 1
     assert list(score(logits, packed))[2] == (kind, False)
+
+
+def test_crowded_scenes_are_asked_for_what_crowds_them():
+    drawn = draw(0, range(9), crowd_every=3)
+    for index, (scene, questions) in enumerate(drawn):
+        counts = [int(question.answer) for question in questions if question.type == "counting"]
+        if index % 3 == 0:
+            assert max(counts) >= 4 and split_of(scene) == "train"
+        else:
+            assert scene == make_scene("train", index)[0]
 
 
 def test_patch_labels_agree_with_pixels():

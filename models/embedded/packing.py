@@ -8,6 +8,7 @@ renders, at a fraction of the cost.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,19 +40,42 @@ class Packed:
     cells: Tensor  # [N, 9] the cells it speaks of
 
 
-def draw(seed: int, indices: range, *, split: str = "train", more_counting: bool = True) -> list:
-    """Scenes with their questions; training asks each scene two more counting questions, the hardest
-    type.
+CROWD = 4  # so many of one colour or shape are rare in a scene, and the last thing that counting learns
+
+
+def draw(
+    seed: int, indices: range, *, split: str = "train", more_counting: bool = True, crowd_every: int = 0
+) -> list[tuple[Scene, list[Question]]]:
+    """Scenes with their questions; training asks each scene two more counting questions, the hardest type.
+
+    Each `crowd_every`-th scene has CROWD or more of a colour or a shape, and is asked for their number.
     """
     drawn = []
     for index in indices:
-        scene, questions = make_scene(split, index, seed=seed)
+        crowded = crowd_every > 0 and index % crowd_every == 0
+        scene, questions = _crowded(split, index, seed) if crowded else make_scene(split, index, seed=seed)
         if more_counting:
             asked = {question.question for question in questions}
             more = ask_counting(scene, random.Random(f"more counting/{seed}/{index}"))
+            more += [count_most(scene)] if crowded else []
             questions = questions + [question for question in more if question.question not in asked]
         drawn.append((scene, questions))
     return drawn
+
+
+def _crowded(split: str, index: int, seed: int) -> tuple[Scene, list[Question]]:
+    while True:
+        scene, questions = make_scene(split, index, seed=seed)
+        if int(count_most(scene).answer) >= CROWD:
+            return scene, questions
+        index += 10**7  # beyond the indices of any stage
+
+
+def count_most(scene: Scene) -> Question:
+    """How many there are of the most frequent colour or shape."""
+    kinds = Counter(kind for item in scene.items for kind in (item.color, item.shape))
+    kind, count = max(kinds.items(), key=lambda counted: (counted[1], counted[0]))
+    return Question("counting", f"how many {kind} objects?", str(count))
 
 
 def caption(scene: Scene) -> Question:

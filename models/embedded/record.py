@@ -84,10 +84,11 @@ def summary(outcomes: Outcomes) -> dict[str, dict[str, float]]:
     for kind in (*TYPES, "all"):
         rights = [r for rs in outcomes.values() for r in rs] if kind == "all" else outcomes[kind]
         interval = binomtest(sum(rights), len(rights)).proportion_ci(method="wilson")
-        numbers = (sum(rights) / len(rights), interval.low, interval.high)
         result[kind] = {
             "questions": len(rights),
-            **{name: round(100 * x, 2) for name, x in zip(("accuracy", "low", "high"), numbers, strict=True)},
+            "accuracy": round(100 * sum(rights) / len(rights), 2),
+            "low": round(100 * float(interval.low), 2),
+            "high": round(100 * float(interval.high), 2),
         }
     return result
 

@@ -40,6 +40,7 @@ class Stage:
     warmup: int = 20
     floor: float = 0.03
     grounding: float = 0.0  # weight of the grounding loss
+    crowd_every: int = 0  # one scene in so many is crowded, see `draw`; 0: scenes as they come
 
     def factor(self, step: int) -> float:
         """Learning rate of step `step` (from 0) over its peak."""
@@ -50,16 +51,24 @@ class Stage:
         return range(step * self.scenes, (step + 1) * self.scenes)
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(name="tower", seed=101, steps=850, scenes=24, lr=3e-3, decay=0.5, floor=0.05),
-        Stage(name="decoder", seed=102, steps=620, scenes=10, lr=2e-3, decay=0.75, warmup=30, grounding=0.5),
-        Stage(name="align", seed=103, steps=650, scenes=24, lr=2e-3, decay=0.6),
-        Stage(name="see", seed=104, steps=150, scenes=12, lr=8e-4, decay=0.8, floor=0.02, grounding=0.3),
-        Stage(name="blind", seed=102, steps=300, scenes=10, lr=2e-3, decay=0.75),
-    )
-}
+_STAGES = (
+    Stage(name="tower", seed=101, steps=850, scenes=24, lr=3e-3, decay=0.5, floor=0.05),
+    Stage(name="decoder", seed=102, steps=620, scenes=10, lr=2e-3, decay=0.75, warmup=30, grounding=0.5),
+    Stage(name="align", seed=103, steps=650, scenes=24, lr=2e-3, decay=0.6),
+    Stage(
+        name="see",
+        seed=104,
+        steps=150,
+        scenes=12,
+        lr=8e-4,
+        decay=0.8,
+        floor=0.02,
+        grounding=0.3,
+        crowd_every=3,
+    ),
+    Stage(name="blind", seed=102, steps=300, scenes=10, lr=2e-3, decay=0.75),
+)
+STAGES = {stage.name: stage for stage in _STAGES}
 PSEUDO_PATCHES = 40  # of 144, in stage `decoder`
 CAPTIONED = 0.5  # share of stage `decoder`'s steps whose scenes come with a caption
 
@@ -192,7 +201,7 @@ def align_loss(learner: Learner, stage: Stage, step: int) -> tuple[Tensor, dict[
 
 
 def see_loss(learner: Learner, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
-    drawn = draw(stage.seed, stage.indices(step))
+    drawn = draw(stage.seed, stage.indices(step), crowd_every=stage.crowd_every)
     packed = pack(drawn, vision_tokens=pseudo_vision.SIDE**2)
     logits, grounded = learner.see(drawn, packed)
     return _language_loss(learner, stage, logits, grounded, packed)
