@@ -20,18 +20,20 @@ Span = tuple[int, int]
 class Collator:
     """A list of `{"messages", "images"}` samples to the model's inputs, with `labels` and `queries`.
 
-    A batch is what the processor returns (`input_ids` `[B, T]`, `pixel_values`, ..., padded on the right), and
+    A batch is what the processor returns (`input_ids` `[B, T]`, `pixel_values`, ..., padded on the
+    right), and
 
-    - `labels` int64 `[B, T]`: the token where an assistant's answer is to be learnt (every turn, with the token
-      that ends it), -100 elsewhere; never on a vision token, nor on one that a vision token would predict, whose
-      state is stale once vision tokens have left.
-    - `queries` int64 `[B, Q]`: the token before each answer, repeated to fill the row (for `Attachment.queries`).
+    - `labels` int64 `[B, T]`: the token where an assistant's answer is to be learnt (every turn, with the
+      token that ends it), -100 elsewhere; never on a vision token, nor on one that a vision token would
+      predict, whose state is stale once vision tokens have left.
+    - `queries` int64 `[B, Q]`: the token before each answer, repeated to fill the row (for
+      `Attachment.queries`).
 
     Args:
         processor: of the model, with a fast tokenizer.
         vision_ids: token ids that stand for vision features (`config.image_token_id`).
-        stop: the tokens at which the model's `generate` stops, the one to append first if the chat template closes
-            a turn with none of them (LLaVA-1.5's does not).
+        stop: the tokens at which the model's `generate` stops; the first is written after an answer that the
+            chat template closes with none of them (LLaVA-1.5's does not).
         max_length: cut longer samples to so many tokens; None: never.
     """
 
@@ -76,13 +78,14 @@ class Collator:
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The conversation as text, and where in it the answers stand, each with the token that ends it."""
-        template = self.processor.chat_template
+        template: Any = self.processor.chat_template
         special = self.processor.tokenizer.special_tokens_map
         if GENERATION.search(template):
-            rendered, generated = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [messages], chat_template=template, return_assistant_tokens_mask=True, **special
             )
-            return self.close(rendered[0], [(start, end) for start, end in generated[0]])
+            (text,), (generated,) = rendered
+            return self.close(text, [(start, end) for start, end in generated])
         text = self.processor.apply_chat_template(messages)
         found = []
         for turn, message in enumerate(messages):
@@ -91,8 +94,9 @@ class Collator:
                 until = self.processor.apply_chat_template(messages[: turn + 1])
                 if not (until.startswith(prompt) and text.startswith(until.rstrip())):
                     raise ValueError(
-                        f"the chat template renders turn {turn} differently when others follow it, so its answer "
-                        "cannot be found; put {% generation %} ... {% endgeneration %} around answers in the template."
+                        f"the chat template renders turn {turn} differently when others follow it, so its "
+                        "answer cannot be found; put {% generation %} ... {% endgeneration %} around answers "
+                        "in the template."
                     )
                 found.append((len(prompt), min(len(until), len(text))))
         return self.close(text, found)
@@ -102,7 +106,7 @@ class Collator:
         closed, grown = [], 0
         for start, end in spans:
             start, end = start + grown, end + grown
-            ends = [at + len(stop) for stop in self.stop if 0 <= (at := text.find(stop, start, end))]
+            ends = [at + len(stop) for stop in self.stop if (at := text.find(stop, start, end)) >= 0]
             if not ends:
                 tail = text[end:]
                 stop = next((s for s in self.stop if tail.lstrip().startswith(s)), None)
@@ -130,8 +134,8 @@ class Collator:
             row = int(lost.int().argmax())
             vision = torch.isin(ids[row], self.vision_ids).nonzero()
             raise ValueError(
-                f"sample {samples[row].get('id', row)} has vision tokens up to position {int(vision.max())}, beyond "
-                f"data.max_length={self.max_length}; raise data.max_length above {int(vision.max())}."
+                f"sample {samples[row].get('id', row)} has vision tokens up to position {int(vision.max())}, "
+                f"beyond data.max_length={self.max_length}; raise data.max_length above {int(vision.max())}."
             )
         shape = ids.shape
         return {
@@ -159,7 +163,9 @@ def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tens
 
 
 def before(first: Tensor, attention_mask: Tensor) -> Tensor:
-    """The position before each marked token, int64 `[B, Q]`; short rows repeat their last, empty rows the last token.
+    """The position before each marked token, int64 `[B, Q]`, short rows filled with their last one.
+
+    A row without a mark gets its last token.
 
     Args:
         first: bool `[B, T]`.

@@ -1,8 +1,8 @@
 """Where samples come from: every source yields `{"messages", "images"}`, lazily, as a `datasets.Dataset`.
 
-`messages` is a conversation in the Hugging Face convention, whose contents are lists of `{"type": "text", "text": ...}`
-and `{"type": "image"}`; `images` holds one PIL image for each image part, in order. What evaluation needs
-(`id`, `question`, `answer`, `type`) stays beside them where the source has it.
+`messages` is a conversation in the Hugging Face convention, whose contents are lists of
+`{"type": "text", "text": ...}` and `{"type": "image"}`; `images` holds one PIL image for each image part,
+in order. A source's other columns (`id`, `question`, `answer`, `type`) stay beside them.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def read(path: str, *, split: str) -> datasets.Dataset:
         return datasets.load_dataset(path, split=split)
     except (FileNotFoundError, ConnectionError, KeyError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"no data set with a split {split!r} at {path} that can be read from here; name a folder or a hub id "
-            f"({error})."
+            f"no data set with a split {split!r} at {path} that can be read from here; name a folder or "
+            f"a hub id ({error})."
         ) from error
 
 
@@ -164,7 +164,8 @@ def _llava_rows(path: str, version: tuple[int, int]) -> Iterator[dict[str, Any]]
         unknown = next((turn["from"] for turn in turns if turn["from"] not in ROLES), None)
         if unknown is not None:
             raise ValueError(
-                f"conversation {name} (entry {number} of {path}) has a turn from {unknown!r}; it can be {', '.join(ROLES)}."
+                f"conversation {name} (entry {number} of {path}) has a turn from {unknown!r}; it can be from "
+                f"{', '.join(ROLES)}."
             )
         yield {"id": name, "image": names, "conversations": json.dumps(turns)}
 

@@ -65,7 +65,7 @@ def check_base(path: str) -> None:
     """Raise FileNotFoundError, in one sentence, where `load_base` cannot find its weights."""
     if path == EMBEDDED or (Path(path) / "config.json").is_file():
         return
-    fix = f"name a model folder or a hub id (model.path=...), or run `hf download {path}` where the hub can be reached"
+    fix = f"name a folder or hub id with model.path=..., or run `hf download {path}` where there is a network"
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"no model at {path}: it has no config.json; {fix}.")
     if isinstance(try_to_load_from_cache(path, "config.json"), str):
@@ -179,10 +179,10 @@ def load_student(path: str | Path, *, dtype: torch.dtype | None = None) -> Stude
 
 
 def merge(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the student at `source` as a plain Hugging Face checkpoint, LoRA merged, to the folder `target`.
+    """Write the student at `source` as a plain Hugging Face checkpoint, LoRA merged, to `target`.
 
-    Its `config.json` carries the schedule as `vision_schedule`; the entry adapter lies beside the weights, so any
-    stock class loads the folder (and runs it dense). `load` restores both.
+    Its `config.json` carries the schedule as `vision_schedule`; the entry adapter lies beside the weights,
+    so any stock class loads the folder (and runs it dense). `load` restores both.
     """
     student = load_student(source, dtype=dtype)
     student.attachment.detach()
@@ -213,7 +213,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Pr
         return student.model, student.processor
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
+            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that "
+            "training wrote."
         )
     model, processor = load_base(str(folder), dtype=dtype or compute_dtype())
     if not hasattr(model.config, "vision_schedule"):

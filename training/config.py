@@ -1,4 +1,4 @@
-"""What `training/train.py` can be told: typed, composed by Hydra from `recipes/`, checked before any compute."""
+"""What `training/train.py` can be told: typed, composed from `recipes/`, checked before any compute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class Teacher(Enum):
-    """Which policy the teacher, the same weights with the adapters off, runs under; `none`: no distillation."""
+    """The policy of the teacher (the same weights, adapters off); `none`: no distillation."""
 
     visipruner = "visipruner"
     dense = "dense"
@@ -49,7 +49,10 @@ class Dtype(Enum):
 
 @dataclass
 class ScheduleConfig:
-    """A `VisionSchedule`; layers count from 0. `keep` is `{layer: k}`; left untyped, an override replaces all of it."""
+    """A `VisionSchedule`; layers count from 0.
+
+    `keep` is `{layer: k}`; untyped, so that an override replaces all of it.
+    """
 
     enter: int = 0
     exit: int | None = None
@@ -75,7 +78,7 @@ class ModelConfig:
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
-        attention: the attention implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
+        attention: the implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
             model's default.
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
@@ -274,14 +277,16 @@ def explain(overrides: Sequence[str]) -> None:
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
                 raise ValueError(_unknown_key(str(cause.full_key))) from None
             reason = str(cause).splitlines()[0] if cause else str(error)
-            raise ValueError(f"{error}: {reason}.") from None
+            override = str(error).splitlines()[0].removeprefix("Error merging override ")
+            raise ValueError(f"{override}: {reason}.") from None
 
 
 def _unknown_key(key: str) -> str:
     parent, _, name = key.rpartition(".")
     root = compose("config")
     try:
-        exists = sorted(str(k) for k in (OmegaConf.select(root, parent) if parent else root))
+        keys = {str(k) for k in OmegaConf.select(root, parent)} if parent else {"recipe", *map(str, root)}
+        exists = sorted(keys)
     except TypeError:  # the parent is itself a value
         return f"{key} does not exist: {parent} is a value."
     near = difflib.get_close_matches(name, exists, n=1)

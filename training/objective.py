@@ -19,9 +19,9 @@ IGNORE = -100
 class Objective:
     """`(sum of cross-entropies + weight * temperature^2 * sum of KL(teacher || student)) / count`.
 
-    The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass, no second
-    copy of any weight. Dividing by the token count of the whole optimizer step, rather than of a micro-batch, makes
-    the gradient independent of accumulation and of the number of processes.
+    The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass,
+    no second copy of any weight. Dividing by the token count of the whole optimizer step, rather than of a
+    micro-batch, makes the gradient independent of accumulation and of the number of processes.
 
     Args:
         model: the student, whose adapters `disable_adapter` turns off.
@@ -92,7 +92,8 @@ class Objective:
     @torch.no_grad()
     def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` with `pixel_values` replaced by the features that the decoder would receive."""
-        encode = self.model.get_base_model().base_model.get_image_features
+        model: Any = self.model.get_base_model()
+        encode = model.base_model.get_image_features
         names = [name for name in inspect.signature(encode).parameters if name in inputs]
         features = encode(**{name: inputs[name] for name in names}, return_dict=True)
         rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
@@ -106,7 +107,11 @@ def label_columns(labels: Tensor) -> Tensor:
 
 
 def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """`temperature^2 * KL(softmax(wanted / temperature) || softmax(logits / temperature))`, summed over rows `[N, V]`."""
+    """`temperature^2 * KL(softmax(wanted / temperature) || softmax(logits / temperature))`, summed.
+
+    Args:
+        logits, wanted: of student and teacher, `[N, V]`.
+    """
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(wanted / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")

@@ -48,10 +48,15 @@ def run(cfg: DictConfig) -> None:
     collator = collator_of(student, config.data.max_length)
     objective = objective_of(config, student)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True)
+        print(
+            describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True
+        )
     main = engine.fit(config, context, student, dataset, collator, objective)
     if main:
-        print(f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.", flush=True)
+        print(
+            f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
+            flush=True,
+        )
         evaluate(config)
 
 
@@ -189,7 +194,7 @@ def runs(tokens: list[int]) -> str:
 
 
 def evaluate(config: Config) -> dict[str, Any] | None:
-    """Compare the saved student with its dense base and the pruned base; writes the report to `output_dir`."""
+    """Compare the saved student with its dense base and the pruned base; writes the report."""
     if not config.eval.enabled:
         return None
     questions = questions_of(config)
@@ -216,7 +221,8 @@ def evaluate(config: Config) -> dict[str, Any] | None:
         title=config.name,
         batch_size=config.eval.batch_size,
         seed=train.seed,
-        note=f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}",
+        note=f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, "
+        f"seed {train.seed}",
     )
 
 

@@ -1,6 +1,8 @@
-"""Train a late-fusion model and evaluate it: `accelerate launch training/train.py recipe=late_fusion key=value`.
+"""Train a late-fusion model and evaluate it.
 
-Recipes, models, data and engines are the YAML files in `recipes/`; every key is described in `training/config.py`.
+    accelerate launch training/train.py recipe=late_fusion model=embedded data=scenes engine=accelerate
+
+Recipes, models, data and engines are the YAML files in `recipes/`; `training/config.py` describes every key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main engine: Hugging Face `Trainer`, on what `accelerate launch` started (one process, DDP, DeepSpeed)."""
+"""The main engine: Hugging Face `Trainer`, on what `accelerate launch` started (DDP, DeepSpeed)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
 
 
 def fit(
-    config: Config, args: TrainingArguments, student: Student, dataset: Any, collator: Collator, objective: Objective
+    config: Config,
+    args: TrainingArguments,
+    student: Student,
+    dataset: Any,
+    collator: Collator,
+    objective: Objective,
 ) -> bool:
     """Train, and save the student to `output_dir`.
 
@@ -61,9 +66,14 @@ def fit(
         Whether this is the main process.
     """
     trainer = StudentTrainer(
-        model=student.model, args=args, train_dataset=dataset, data_collator=collator, student=student, objective=objective
+        model=student.model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collator,
+        student=student,
+        objective=objective,
     )
-    # under autocast LoRA's products run in bfloat16 from float32 weights; PEFT would cast every input to float32
+    # under autocast LoRA's products run in bfloat16; PEFT would cast every input to the weights' float32
     with disable_input_dtype_casting(student.model, active=args.bf16):
         trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if config.resume else None)
     trainer.save_model()
@@ -88,7 +98,8 @@ class StudentTrainer(Trainer):
 
     def __init__(self, *, student: Student, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
-        self.student, self.objective = student, objective
+        self.student: Student = student
+        self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
 
