@@ -8,18 +8,21 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import Cache, PretrainedConfig
-from transformers.generation.streamers import BaseStreamer
-
 from latefusion.eval.predict import Answer, System, running
 from latefusion.models.flops import decoder_flops
+from torch.profiler import ProfilerActivity, profile
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+
+PEAK_PROMPTS = 3  # recording every allocation is slow
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Cost:
     Attributes:
         ttft, tpot: seconds to the first token (vision tower, projector, prefill), seconds a further token.
         kv_bytes: key-value cache after the prefill, mean over the prompts.
-        working_bytes: peak of tensor memory beyond weights and inputs while answering, most over the prompts.
+        working_bytes: peak of tensor memory beyond weights and inputs in prefill and one decode step, most
+            over the first `PEAK_PROMPTS`.
     """
 
     ttft: Spread
@@ -91,8 +95,8 @@ class TokenClock(BaseStreamer):
 def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token and median seconds of each further one, of one `generate` call.
 
-    Tokens reach the clock through `.cpu()`, so a GPU has finished them by then. `new_tokens` are always generated
-    (an early end token is ruled out), so that all systems do the same number of decode steps.
+    Tokens reach the clock through `.cpu()`, so a GPU has finished them by then. `new_tokens` are always
+    generated (an early end token is ruled out), so that all systems do the same number of decode steps.
     """
     clock = TokenClock()
     start = time.perf_counter()
@@ -102,25 +106,27 @@ def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[fl
 
 
 def kv_cache_bytes(cache: Cache) -> int:
-    """Bytes of every tensor that the cache's layers hold: keys and values that are really there, and bookkeeping.
+    """Bytes of the keys and values that really are in the cache.
 
     Storages are counted once and whole, so a view of a longer tensor costs what it keeps alive.
     """
     storages = {}
     for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+        assert isinstance(layer, DynamicLayer)
+        for tensor in (layer.keys, layer.values):
+            assert tensor is not None
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     """Most tensor memory alive at once while `work` runs, beyond what was alive before.
 
-    On CUDA the caching allocator's own peak. On a CPU resident memory says little (allocators keep freed pages,
-    and a small model drowns in the process), so torch's profiler records every allocation and release of its CPU
-    allocator, and this is the highest point of their running sum. Scratch inside maths libraries is not seen.
+    On CUDA the caching allocator's own peak. On a CPU resident memory says little (allocators keep freed
+    pages, and a small model drowns in the process), so torch's profiler records every allocation and release
+    of its CPU allocator, and this is the highest point of their running sum. Scratch inside maths libraries
+    is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,10 +160,10 @@ def measure(
 ) -> dict[str, Cost]:
     """Latency and memory of every system at batch 1.
 
-    Rounds are interleaved (A B C, B C A, ...), so that drift of the machine falls on all systems alike, and each
-    ratio divides by the reference's run on the same prompt in the same round. Adapters are off for every system:
-    merged into the weights, as a student is deployed, LoRA costs nothing, and costs do not depend on the values of
-    weights. The entry adapter runs where a schedule enters late.
+    Rounds are interleaved (A B C, B C A, ...), so that drift of the machine falls on all systems alike, and
+    each ratio divides by the reference's run on the same prompt in the same round. Adapters are off for
+    every system: merged into the weights, as a student is deployed, LoRA costs nothing, and costs do not
+    depend on the values of weights. The entry adapter runs where a schedule enters late.
 
     Args:
         prompts: inputs of single prompts, with their pixels.
@@ -170,11 +176,15 @@ def measure(
     kv: dict[str, list[int]] = {key: [] for key in keys}
     peak: dict[str, list[int]] = {key: [] for key in keys}
     times: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
-    for prompt in prompts:  # untimed: the warm-up
+    for number, prompt in enumerate(prompts):  # untimed: the warm-up
         for key in keys:
             with running(model, attachment, deployed[key]):
                 kv[key].append(kv_cache_bytes(model(**prompt, use_cache=True).past_key_values))
-                peak[key].append(_peak_of_answer(model, prompt, new_tokens))
+                if number < PEAK_PROMPTS:
+                    model(
+                        input_ids=prompt["input_ids"][:, :1]
+                    )  # so that what the attachment remembers is gone
+                    peak[key].append(peak_bytes(partial(_generate, model, prompt, 2), model.device))
         advance()
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
@@ -203,10 +213,6 @@ def _spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
     low, mid, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     ratio_low, ratio, ratio_high = np.quantile(np.divide(seconds, reference), [0.25, 0.5, 0.75])
     return Spread(float(mid), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
-
-
-def _peak_of_answer(model: Any, prompt: dict[str, Any], new_tokens: int) -> int:
-    return peak_bytes(lambda: _generate(model, prompt, new_tokens), model.device)
 
 
 def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:

@@ -7,35 +7,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-
 from latefusion.eval import efficiency, metrics
-from latefusion.eval.predict import Answer, System, answer_questions, check, progress_bar, prompt_inputs
+from latefusion.eval import results as found
+from latefusion.eval.predict import System, answer_questions, check, progress_bar, prompt_inputs
 from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["System", "evaluate_run"]
+__all__ = ["System", "evaluate_checkpoint", "evaluate_run"]
 
-SCHEMA = 1
-NEW_TOKENS = 9  # generated while timing: the first and eight further ones
-VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
+SCHEMA = 1  # of results.json; raise it when a key changes its meaning
+NEW_TOKENS = 6  # generated while timing: the first and five further ones
+CONFIG = "config.yaml"
 
 
 def evaluate_run(
@@ -60,27 +53,29 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate `systems` on `dataset`, print the table and write the report.
 
-    Writes into `output_dir`: `results.json` (every number), `predictions.jsonl` (one line a question and system),
-    `report.html`. The model is put into eval mode and given back in the mode it came in.
+    Writes into `output_dir`: `results.json` (every number), `predictions.jsonl` (one line a question and
+    system), `report.html`. The model is put into eval mode and given back in the mode it came in.
 
     Args:
         model: Hugging Face image-text-to-text model, PEFT-wrapped if a system has `adapters=True`.
         processor: its processor; prompts are made with its chat template, padded on the left.
-        attachment: what `attach(model, ...)` returned; each system runs under `attachment.using(system.policy)`.
+        attachment: what `attach(model, ...)` returned; each system runs under
+            `attachment.using(system.policy)`.
         systems: by key, in the order of the table, such as
             `{"dense": System(name="Dense base", policy=VisionSchedule()),
             "pruned": System(name="VisiPruner", policy=VisiPruner(...)),
             "student": System(name="Late fusion", policy=schedule, adapters=True)}`.
-        dataset: rows of `load_scenes` (`image`) or of `data/sources.py` (`messages`, `images`), both with `id`,
-            `question`, `answer`, `type`, `scene`.
+        dataset: rows of `load_scenes` (`image`) or of `data/sources.py` (`messages`, `images`), both with
+            `id`, `question`, `answer`, `type`, `scene`.
         output_dir: made if missing.
         title: heading of the report, such as the recipe's name.
         split: what the report calls the dataset's part.
         checkpoint: where the student was saved, named in the report's "use it next"; None: `output_dir`.
-        reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of the
-            one that the headline speaks of.
+        reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of
+            the one that the headline speaks of.
         batch_size: questions a batch (accuracy only; latency is measured at batch 1).
-        latency_prompts, latency_repeats: prompts that latency and memory are measured on, and rounds over them.
+        latency_prompts, latency_repeats: prompts that latency and memory are measured on, and rounds over
+            them.
         seed: of the bootstrap.
         note: free text on how the checkpoint was made (steps, time), shown in the report.
 
@@ -88,7 +83,8 @@ def evaluate_run(
         What `results.json` holds.
 
     Raises:
-        ValueError: a key names no system, the dataset is empty, or adapters are asked of a model without them.
+        ValueError: a key names no system, the dataset is empty, or adapters are asked of a model without
+            them.
     """
     for role, key in (("reference", reference), ("baseline", baseline), ("candidate", candidate)):
         if key not in systems:
@@ -112,11 +108,13 @@ def evaluate_run(
         "note": note,
         "checkpoint": str(checkpoint or output_dir),
         "roles": {"reference": reference, "baseline": baseline, "candidate": candidate},
-        "data": _describe_data(dataset, split),
-        "model": _describe_model(model, answers[reference]),
-        "systems": _describe_systems(model, systems, answers, costs, reference),
+        "data": found.describe_data(dataset, split),
+        "model": found.describe_model(model, answers[reference]),
+        "systems": found.describe_systems(model, systems, answers, costs, reference),
         "paired": {
-            key: asdict(_paired(answers[candidate], answers[key], seed)) for key in systems if key != candidate
+            key: asdict(found.compare(answers[candidate], answers[key], seed))
+            for key in systems
+            if key != candidate
         },
         "settings": {
             "decoding": "greedy",
@@ -127,9 +125,9 @@ def evaluate_run(
             "bootstrap_resamples": metrics.RESAMPLES,
             "seed": seed,
         },
-        "environment": _environment(model, time.perf_counter() - started),
+        "environment": found.describe_environment(model, time.perf_counter() - started),
     }
-    (folder / "results.json").write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    (folder / "results.json").write_text(json.dumps(found.plain(results), indent=2, allow_nan=False) + "\n")
     with (folder / "predictions.jsonl").open("w") as lines:
         for key in systems:
             lines.writelines(json.dumps(answer.to_dict()) + "\n" for answer in answers[key])
@@ -143,9 +141,7 @@ def _measure(
 ) -> dict[str, efficiency.Cost]:
     """Costs at batch 1 on prompts spread evenly over the dataset."""
     n = min(n_prompts, len(dataset))
-    prompts = [
-        prompt_inputs(common["model"], processor, [dataset[i * len(dataset) // n]]) for i in range(n)
-    ]
+    prompts = [prompt_inputs(common["model"], processor, [dataset[i * len(dataset) // n]]) for i in range(n)]
     with progress_bar() as progress:
         task = progress.add_task("Latency, memory", total=n * (repeats + 1))
         return efficiency.measure(
@@ -157,107 +153,98 @@ def _measure(
         )
 
 
-def _describe_systems(
-    model: Any,
-    systems: dict[str, System],
-    answers: dict[str, list[Answer]],
-    costs: dict[str, efficiency.Cost],
-    reference: str,
+@dataclass
+class Arguments:
+    """The command line of this script, as `key=value`.
+
+    Attributes:
+        checkpoint: folder that `training/train.py` wrote.
+        split: of the questions.
+        samples: how many of them; null: the whole split.
+        output: folder for the report; null: `evaluation_<split>` in the checkpoint's folder.
+        batch_size: questions a batch.
+    """
+
+    checkpoint: str = MISSING
+    split: str = "test"
+    samples: int | None = None
+    output: str | None = None
+    batch_size: int = 96
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    *,
+    split: str = "test",
+    samples: int | None = None,
+    output: str | Path | None = None,
+    batch_size: int = 96,
 ) -> dict[str, Any]:
-    compute = {key: efficiency.compute(model.config, answers[key]) for key in systems}
-    base, base_cost = compute[reference], costs[reference]
-    return {
-        key: {
-            "name": system.name,
-            "policy": {"type": type(system.policy).__name__, **vars(system.policy)},
-            "adapters": system.adapters,
-            "accuracy": _accuracies(answers[key]),
-            "flops": _ratio(compute[key].flops, base.flops),
-            "vision_tokens": {
-                "per_layer": compute[key].vision_tokens,
-                **_ratio(fmean(compute[key].vision_tokens), fmean(base.vision_tokens)),
-            },
-            "ttft": asdict(costs[key].ttft),
-            "tpot": asdict(costs[key].tpot),
-            "kv_bytes": _ratio(costs[key].kv_bytes, base_cost.kv_bytes),
-            "working_bytes": _ratio(costs[key].working_bytes, base_cost.working_bytes),
-        }
-        for key, system in systems.items()
-    }
+    """Compare a trained student with its dense base and the pruned base, as its own run configured them.
+
+    Args: see `Arguments`.
+
+    Raises:
+        FileNotFoundError: the folder holds no student, or not the configuration of its run.
+        ValueError: the split does not exist, or the run's data has no questions to evaluate on.
+    """
+    from latefusion.models.build import load_student
+    from latefusion.models.schedule import VisionSchedule
+    from latefusion.training.config import Config
+    from latefusion.training.run import questions_of, visipruner
+
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {checkpoint}; name one that training/train.py wrote: checkpoint=FOLDER."
+        )
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
+            "baseline is; name a folder that training/train.py wrote."
+        )
+    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+    config.eval.split, config.eval.samples = split, samples
+    typed: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+    questions = questions_of(typed)
+    if questions is None:
+        raise ValueError(
+            f"{checkpoint} was trained on data without questions to evaluate on; set data.eval_path."
+        )
+    student = load_student(folder)
+    if torch.cuda.is_available():
+        student.model.cuda()
+    return evaluate_run(
+        model=student.model,
+        processor=student.processor,
+        attachment=student.attachment,
+        systems={
+            "dense": System(name="Dense base", policy=VisionSchedule()),
+            "pruned": System(name="VisiPruner", policy=visipruner(typed.model.visipruner)),
+            "student": System(name=typed.name, policy=student.schedule, adapters=True),
+        },
+        dataset=questions,
+        output_dir=output or folder / f"evaluation_{split}",
+        title=typed.name,
+        split=split,
+        checkpoint=checkpoint,
+        batch_size=batch_size,
+    )
 
 
-def _accuracies(answers: Sequence[Answer]) -> dict[str, Any]:
-    def score(chosen: Sequence[Answer]) -> dict[str, Any]:
-        return asdict(metrics.accuracy([a.correct for a in chosen], [a.scene for a in chosen]))
-
-    types = sorted({answer.type for answer in answers})
-    return {
-        "overall": score(answers),
-        "types": {name: score([a for a in answers if a.type == name]) for name in types},
-    }
-
-
-def _paired(first: Sequence[Answer], second: Sequence[Answer], seed: int) -> metrics.Paired:
-    scenes = [answer.scene for answer in first]
-    return metrics.paired([a.correct for a in first], [a.correct for a in second], scenes, seed=seed)
+def main(arguments: list[str]) -> None:
+    """Run from the command line; what cannot work ends in one sentence."""
+    try:
+        if any("=" not in argument for argument in arguments) or not arguments:
+            sys.exit(__doc__)
+        chosen = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
+        evaluate_checkpoint(**OmegaConf.to_container(chosen, throw_on_missing=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        keys = ", ".join(Arguments.__dataclass_fields__)
+        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
-def _ratio(value: float, base: float) -> dict[str, float]:
-    return {"mean": value, "ratio": value / base if base else float("nan")}
-
-
-def _describe_data(dataset: Dataset, split: str) -> dict[str, Any]:
-    dataset = dataset.with_format(None)
-    digest = hashlib.sha256()
-    for row in zip(dataset["id"], dataset["question"], dataset["answer"], strict=True):
-        digest.update(repr(row).encode())
-    return {
-        "split": split,
-        "questions": len(dataset),
-        "scenes": len(set(dataset["scene"])),
-        "types": dict(sorted(Counter(dataset["type"]).items())),
-        "fingerprint": digest.hexdigest()[:16],
-    }
-
-
-def _describe_model(model: Any, answers: Sequence[Answer]) -> dict[str, Any]:
-    return {
-        "architecture": (model.config.architectures or [type(model).__name__])[0],
-        "layers": len(answers[0].tokens),
-        "vision_tokens": max(answers[0].vision_tokens),
-        "text_tokens": fmean(answer.text_tokens for answer in answers),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weight_bytes": efficiency.weight_bytes(model),
-    }
-
-
-def _environment(model: Any, seconds: float) -> dict[str, Any]:
-    device = model.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": device.type,
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS},
-        "seconds": round(seconds, 1),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: not-a-number becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+if __name__ == "__main__":
+    main(sys.argv[1:])

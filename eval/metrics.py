@@ -1,13 +1,14 @@
 """Accuracies and their differences, with 95% intervals that know several questions share a scene.
 
-Answers about one image are not independent: a system that misreads an image misses several of its questions. So the
-unit of sampling is the scene (the cluster), and every interval here is made for clusters:
+Answers about one image are not independent: a system that misreads an image misses several of its questions.
+So the unit of sampling is the scene (the cluster), and every interval here is made for clusters:
 
-- an accuracy gets a Wilson interval at its *effective* sample size: `n` divided by the design effect, the ratio of
-  the between-scene (linearised) variance to the binomial one, never below 1 (Korn and Graubard 1998; Franco et al.
-  2019). Unlike a bootstrap it does not collapse to a point when nearly everything is right;
-- a paired difference or ratio of two systems gets a percentile bootstrap over scenes (`scipy.stats.bootstrap`), with
-  McNemar's exact test over questions beside it.
+- an accuracy gets a Wilson interval at its *effective* sample size: `n` divided by the design effect, the
+  ratio of the between-scene (linearised) variance to the binomial one, never below 1 (Korn and Graubard
+  1998; Franco et al. 2019). Unlike a bootstrap it does not collapse to a point when nearly everything is
+  right;
+- a paired difference or ratio of two systems gets a percentile bootstrap over scenes
+  (`scipy.stats.bootstrap`), with McNemar's exact test over questions beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Paired:
     Attributes:
         difference, ratio: with bootstrap intervals over scenes.
         wins, losses: questions that only the first, only the second answered right.
-        mcnemar_p: two-sided exact test that wins and losses are as likely; it counts questions as independent.
+        mcnemar_p: two-sided exact test that wins and losses are as likely; it counts questions as
+            independent.
     """
 
     difference: Estimate
@@ -65,8 +67,9 @@ def normalise(answer: str) -> str:
 def accuracy(correct: Sequence[bool], scenes: Sequence[object]) -> Estimate:
     """Share of right answers with a Wilson interval at the effective sample size.
 
-    The quantile is Student's t with `clusters - 1` degrees of freedom. Where all answers are right (or all wrong)
-    the design effect cannot be estimated, and the number of scenes is the sample size, which is the safe side.
+    The quantile is Student's t with `clusters - 1` degrees of freedom. Where all answers are right (or all
+    wrong) the design effect cannot be estimated, and the number of scenes is the sample size, which is the
+    safe side.
 
     Args:
         correct: one entry a question; scenes: the scene each belongs to.
@@ -92,14 +95,16 @@ def paired(
 ) -> Paired:
     """How much better `first` is than `second` on the same questions.
 
-    Where no scene tells the two apart a bootstrap would claim certainty; there the interval is the share of scenes
-    that could differ unseen (`1 - 0.025 ** (1 / clusters)`, either way).
+    Where no scene tells the two apart a bootstrap would claim certainty; there the interval is the share of
+    scenes that could differ unseen (`1 - 0.025 ** (1 / clusters)`, either way).
 
     Raises:
         ValueError: the lists differ in length, or are empty.
     """
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} answers cannot be paired; give both the same questions.")
+        raise ValueError(
+            f"{len(first)} and {len(second)} answers cannot be paired; give both the same questions."
+        )
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     right_a, size = _per_scene(a, scenes)
     right_b, _ = _per_scene(b, scenes)

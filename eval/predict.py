@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from latefusion.eval.metrics import normalise
+from latefusion.models.policies.base import Policy
 from peft import PeftModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from latefusion.eval.metrics import normalise
-from latefusion.models.policies.base import Policy
 
 COLUMNS = ("id", "question", "answer", "type", "scene")
 
@@ -119,7 +118,7 @@ def encode_images(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
     `generate` would encode the same images again for every system; it takes this in their place.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     encoder = inner.base_model.get_image_features
     wanted = [name for name in inspect.signature(encoder).parameters if name in inputs]
     features = encoder(**{name: inputs[name] for name in wanted}, return_dict=True)

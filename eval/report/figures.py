@@ -1,8 +1,8 @@
 """The report's figures as plain SVG text: no script, no font, no network; colours follow light and dark.
 
-Colours are Okabe and Ito's, safe for colour-blind readers, and every series also has its own marker and dash. A
-figure is 400 units wide, so that its 12-unit text stays readable on a phone. Figures inline in a page take their
-colours from the page's copy of `STYLE`; `standalone` puts a copy inside.
+Colours are Okabe and Ito's, safe for colour-blind readers, and every series also has its own marker and
+dash. A figure is 400 units wide, so that its 12-unit text stays readable on a phone. Figures inline in a
+page take their colours from the page's copy of `STYLE`; `standalone` puts a copy inside.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
+from latefusion.eval.report.tables import prefix
+
 WIDTH = 400
 ROW = 18  # of the legend
 
 STYLE = """
 .figure { --ink: #1d2330; --muted: #5b6474; --grid: #e3e6ec; --s0: #5b6474; --s1: #c45500; --s2: #0072b2;
   --s3: #007a5a; --s4: #a8407f; font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-@media (prefers-color-scheme: dark) { .figure { --ink: #e8eaf0; --muted: #a4adbd; --grid: #333a48; --s0: #b4bccb;
-  --s1: #e69f00; --s2: #56b4e9; --s3: #3ecf9f; --s4: #e59cc6; } }
+@media (prefers-color-scheme: dark) { .figure { --ink: #e8eaf0; --muted: #a4adbd; --grid: #333a48;
+  --s0: #b4bccb; --s1: #e69f00; --s2: #56b4e9; --s3: #3ecf9f; --s4: #e59cc6; } }
 .figure text { fill: var(--ink); }
 .figure .muted { fill: var(--muted); }
 .figure .axis { stroke: var(--muted); }
@@ -55,7 +57,8 @@ def tokens_per_layer(results: dict[str, Any]) -> str:
         points = [(x(layer + end), y(n)) for layer, n in enumerate(tokens) for end in (0, 1)]
         path = "M" + " L".join(f"{a:.1f} {b:.1f}" for a, b in points)
         if i == len(systems) - 1:
-            body += f'<path class="area c{i % 5}" d="{path} L{x(layers):.1f} {y(0):.1f} L{x(0):.1f} {y(0):.1f} Z"/>'
+            closed = f"{path} L{x(layers):.1f} {y(0):.1f} L{x(0):.1f} {y(0):.1f} Z"
+            body += f'<path class="area c{i % 5}" d="{closed}"/>'
         body += f'<path class="line c{i % 5}" stroke-dasharray="{DASHES[i % 5]}" d="{path}"/>'
     means = ", ".join(f"{s['name']} {s['vision_tokens']['mean']:.1f}" for s in systems)
     return _svg("tokens", "Vision tokens per decoder layer", f"On average: {means}.", bottom + 42, body)
@@ -67,7 +70,7 @@ def accuracy_against_flops(results: dict[str, Any]) -> str:
     scores = [system["accuracy"]["overall"] for system in systems]
     low, high, ticks = _percent_axis([100 * s["low"] for s in scores], [100 * s["high"] for s in scores])
     most = max(system["flops"]["mean"] for system in systems)
-    unit, letter = _flops_unit(most)
+    unit, letter = prefix(most)
     top, left, right, height = ROW * len(systems) + 14, 42, 14, 190
     bottom = top + height
     x = _scale(0, most * 1.06, left, WIDTH - right)
@@ -136,7 +139,8 @@ def _legend(systems: Sequence[dict], detail: Callable[[dict], str], *, lines: bo
     for i, system in enumerate(systems):
         at = ROW * i + 10
         if lines:
-            body += f'<line class="line c{i % 5}" stroke-dasharray="{DASHES[i % 5]}" x1="2" x2="26" y1="{at}" y2="{at}"/>'
+            body += f'<line class="line c{i % 5}" stroke-dasharray="{DASHES[i % 5]}" '
+            body += f'x1="2" x2="26" y1="{at}" y2="{at}"/>'
         else:
             body += _mark(14, at, i)
         body += f'<text x="34" y="{at + 4}">{escape(system["name"])}'
@@ -149,7 +153,7 @@ def _mark(x: float, y: float, i: int) -> str:
     kind = f'class="mark c{i % 5}"'
     if i % 5 == 0:
         return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    corners = {
+    corners: list[tuple[float, float]] = {
         1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
         2: [(0, -6), (6, 0), (0, 6), (-6, 0)],
         3: [(0, -5.5), (5.5, 4.5), (-5.5, 4.5)],
@@ -187,7 +191,9 @@ def _nice_ticks(low: float, high: float, count: int, *, outside: bool = False) -
     step = (high - low) / count
     size = 10 ** floor(log10(step))
     step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= step)
-    first, last = (floor(low / step), ceil(high / step)) if outside else (ceil(low / step), floor(high / step))
+    first, last = (
+        (floor(low / step), ceil(high / step)) if outside else (ceil(low / step), floor(high / step))
+    )
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
@@ -195,9 +201,6 @@ def _by_type(system: dict, name: str) -> dict:
     return system["accuracy"]["overall"] if name == "overall" else system["accuracy"]["types"][name]
 
 
-def _flops_unit(most: float) -> tuple[float, str]:
-    return next((size, letter) for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1, "")) if most >= size)
-
-
 def _score(system: dict, unit: float, letter: str) -> str:
-    return f"{100 * system['accuracy']['overall']['value']:.1f}% at {system['flops']['mean'] / unit:.2f} {letter}FLOPs"
+    flops = system["flops"]["mean"] / unit
+    return f"{100 * system['accuracy']['overall']['value']:.1f}% at {flops:.2f} {letter}FLOPs"

@@ -12,10 +12,10 @@ from typing import Any
 
 from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from latefusion.eval.efficiency import PEAK_PROMPTS
 from latefusion.eval.predict import Answer, images_of
 from latefusion.eval.report import figures, tables
+from markupsafe import Markup
 
 THUMBNAIL = 336  # pixels, longest side
 
@@ -52,11 +52,14 @@ def write_report(
     page = environment.get_template("template.html").render(
         results=results,
         headline=tables.headline(results),
-        groups=[(name, list(rows)) for name, rows in groupby(tables.rows(results), key=lambda row: row.group)],
+        groups=[
+            (name, list(rows)) for name, rows in groupby(tables.rows(results), key=lambda row: row.group)
+        ],
         figures=[
             Markup(figure(results))
             for figure in (figures.tokens_per_layer, figures.accuracy_against_flops, figures.accuracy_by_type)
         ],
+        peak_prompts=min(PEAK_PROMPTS, results["settings"]["latency_prompts"]),
         style=Markup(figures.STYLE),
         examples=gallery(results, dataset, answers),
     )
@@ -68,7 +71,8 @@ def gallery(
 ) -> list[Example]:
     """Up to `each` examples of a kind: lost by the candidate, won against the baseline, missed by all, right.
 
-    The rule is fixed, so that nobody picks: the first of a kind in the order of the data, a scene and a question type once.
+    The rule is fixed, so that nobody picks: the first of a kind in the order of the data, a scene and a
+    question type once.
     """
     candidate, baseline = answers[results["roles"]["candidate"]], answers[results["roles"]["baseline"]]
     reference = answers[results["roles"]["reference"]]
@@ -77,8 +81,14 @@ def gallery(
     base = results["systems"][results["roles"]["reference"]]["name"]
     rows = range(len(candidate))
     kinds = (
-        (f"{name} wrong, {base} right", [i for i in rows if reference[i].correct and not candidate[i].correct]),
-        (f"{name} right, {other} wrong", [i for i in rows if candidate[i].correct and not baseline[i].correct]),
+        (
+            f"{name} wrong, {base} right",
+            [i for i in rows if reference[i].correct and not candidate[i].correct],
+        ),
+        (
+            f"{name} right, {other} wrong",
+            [i for i in rows if candidate[i].correct and not baseline[i].correct],
+        ),
         ("all wrong", [i for i in rows if not any(found[i].correct for found in answers.values())]),
         ("all right", [i for i in rows if all(found[i].correct for found in answers.values())]),
     )
