@@ -33,6 +33,12 @@ STYLE = """
 .figure .c0 { --c: var(--s0); } .figure .c1 { --c: var(--s1); } .figure .c2 { --c: var(--s2); }
 .figure .c3 { --c: var(--s3); } .figure .c4 { --c: var(--s4); }
 """
+CORNERS: dict[int, list[tuple[float, float]]] = {
+    1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
+    2: [(0, -6), (6, 0), (0, 6), (-6, 0)],
+    3: [(0, -5.5), (5.5, 4.5), (-5.5, 4.5)],
+    4: [(0, 5.5), (5.5, -4.5), (-5.5, -4.5)],
+}
 DASHES = ("", "7 3", "", "2 3", "9 3 2 3")
 
 
@@ -149,17 +155,11 @@ def _legend(systems: Sequence[dict], detail: Callable[[dict], str], *, lines: bo
 
 
 def _mark(x: float, y: float, i: int) -> str:
-    """The marker of series `i`: circle, square, diamond, triangle, ring of a cross."""
+    """The marker of series `i`: circle, square, diamond, triangle up, triangle down."""
     kind = f'class="mark c{i % 5}"'
     if i % 5 == 0:
         return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    corners: list[tuple[float, float]] = {
-        1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
-        2: [(0, -6), (6, 0), (0, 6), (-6, 0)],
-        3: [(0, -5.5), (5.5, 4.5), (-5.5, 4.5)],
-        4: [(0, 5.5), (5.5, -4.5), (-5.5, -4.5)],
-    }[i % 5]
-    points = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
+    points = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in CORNERS[i % 5])
     return f'<polygon {kind} points="{points}"/>'
 
 
