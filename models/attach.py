@@ -28,7 +28,7 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
             model with a `vision_mask`. Wrappers (PEFT, DDP, DeepSpeed) may come later.
         policy: which vision tokens each decoder layer sees, e.g. a `VisionSchedule`.
         vision_mask: replaces the search for placeholder tokens: bool `[batch, prompt tokens]`, or a callable
-            of the forward's keyword arguments (of the multimodal model; a bare language model's: of its decoder)
+            of the forward's keyword arguments (the multimodal model's; a bare language model's decoder's)
             that returns bool `[batch, tokens]` or None. Tokens after the prompt are text.
 
     Returns:
@@ -57,6 +57,9 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
 
 class Attachment(Hooks):
     """A policy on a model. A deep copy of the model has its own, with the same policy: `attached(copy)`."""
+
+    policy: Policy
+    _queries: Tensor | None
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[Attachment]:

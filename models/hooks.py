@@ -47,9 +47,8 @@ class Hooks:
     ):
         self.model, self.decoder, self.multimodal = model, decoder, multimodal
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
-        self.policy: Policy = policy
-        self.vision_mask = vision_mask
-        self._queries: Tensor | None = None
+        self.policy, self.vision_mask = policy, vision_mask
+        self._queries: Tensor | None = None  # int64 [B, Q]
         self._last: PrefillTrace | None = None
         # of the running forward; None between forwards
         self._vision: Tensor | None = None  # bool [B, T]

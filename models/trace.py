@@ -16,7 +16,7 @@ class TraceRecord:
         fusion_layer: the layer where the policy found fusion; None if it found none or does not look for it.
         kept: logical positions (in the padded row) of the vision tokens that were chosen to go on, ascending;
             None if nothing was chosen among them.
-        exit_layer: first layer that no longer sees vision tokens; None if the last one does or there are none.
+        exit_layer: first layer that no longer sees vision tokens; None if the last does or there are none.
         tokens: tokens that enter each layer, padding not counted.
     """
 

@@ -1,0 +1,165 @@
+"""The judge of the executor: the full-length stock model, told by 4-D masks what each layer must not see.
+
+Nothing is removed here and nothing is shared with the executor: hooks on an untouched model hide the columns
+of vision tokens in each layer's mask, and put a late token's input back in place when it enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latefusion.models.policies.base import Selection
+
+
+@contextmanager
+def masked(
+    model: Any,
+    vision: Tensor,
+    seen: Sequence[Tensor],
+    *,
+    padding: Tensor | None = None,
+    entry: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """The model as it would be under a policy, for uncached forwards inside.
+
+    Args:
+        vision: bool `[B, T]`.
+        seen: per layer, the vision tokens that take part, bool `[B, T]`.
+        padding: the 2-D attention mask, for models whose stock mask is None.
+        entry: maps the rows `[N, D]` of vision tokens that enter late.
+    """
+    decoder = model.get_decoder()
+    state: dict[str, Any] = {}
+
+    def before_decoder(module: Any, args: tuple, kwargs: dict) -> None:
+        state["inputs"] = kwargs["inputs_embeds"]
+        state["deepstack"] = kwargs.get("deepstack_visual_embeds")
+
+    def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
+        hidden = args[0]
+        before = torch.stack(list(seen[:i])).any(0) if i else torch.zeros_like(vision)
+        entering = seen[i] & ~before
+        if i > 0 and bool(entering.any()):
+            rows = state["inputs"].clone()
+            for extra in (state["deepstack"] or [])[:i]:
+                rows[vision] = rows[vision] + extra
+            if entry is not None:
+                rows = torch.where(entering[..., None], entry(rows), rows)
+            hidden = torch.where(entering[..., None], rows, hidden)
+        kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, hidden, vision & ~seen[i])
+        return (hidden, *args[1:]), kwargs
+
+    def hide(mask: Tensor | None, layer: Any, hidden: Tensor, columns: Tensor) -> Tensor:
+        batch, length = hidden.shape[:2]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool)
+            mask = mask.tril() if layer.self_attn.is_causal else mask
+            mask = mask[None, None].expand(batch, 1, -1, -1)
+            if padding is not None:
+                mask = mask & padding.bool()[:, None, None]
+        if mask.dtype != torch.bool and layer.self_attn.config._attn_implementation != "eager":
+            raise AssertionError("an additive mask outside eager attention")
+        hidden_cells = columns[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
+        if mask.dtype == torch.bool:
+            return mask & ~hidden_cells
+        return mask.masked_fill(hidden_cells, torch.finfo(mask.dtype).min)
+
+    handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
+    for i, layer in enumerate(decoder.layers):
+        hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def band(vision: Tensor, layers: int, enter: int = 0, exit: int | None = None) -> list[Tensor]:
+    """`seen` of a plain band."""
+    nothing = torch.zeros_like(vision)
+    last = layers if exit is None else exit
+    return [vision if enter <= i < last else nothing for i in range(layers)]
+
+
+def ranked(
+    eager: Any,
+    inputs: dict[str, Any],
+    vision: Tensor,
+    *,
+    enter: int,
+    exit: int | None,
+    keep: dict[int, int],
+    queries: Sequence[Sequence[int]],
+    entry: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """`seen` of a band with keeps, ranked by the eager model's own attention maps, token by token in loops.
+
+    Args:
+        queries: per sample, the rows whose attention ranks.
+    """
+    layers = len(eager.get_decoder().layers)
+    seen = band(vision, layers, enter, exit)
+    last = layers if exit is None else exit
+    for layer, k in sorted(keep.items()):
+        values: dict[str, Tensor] = {}
+        attention = eager.get_decoder().layers[layer - 1].self_attn
+        handle = attention.v_proj.register_forward_hook(lambda m, a, out: values.update(v=out.detach()))
+        with masked(eager, vision, seen, entry=entry), torch.no_grad():
+            maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer - 1]
+        handle.remove()
+        heads, head_dim = maps.shape[1], attention.head_dim
+        value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
+        group = heads // value.shape[2]
+        chosen = torch.zeros_like(vision)
+        for b, rows in enumerate(queries):
+            score = {}
+            for t in seen[layer - 1][b].nonzero().flatten().tolist():
+                score[t] = max(
+                    torch.cat([maps[b, h, q, t] * value[b, t, h // group] for h in range(heads)])
+                    .norm()
+                    .item()
+                    for q in rows
+                )
+            for t in sorted(score, key=lambda t: (-score[t], t))[:k]:
+                chosen[b, t] = True
+        for i in range(layer, last):
+            seen[i] = chosen
+    return seen
+
+
+class Fixed:
+    """A policy with the answer written down: `seen` per layer; `counted` says whether the host knows the counts."""
+
+    def __init__(self, seen: Sequence[Tensor], counted: bool = True):
+        self.seen, self.counted = seen, counted
+
+    def validate(self, num_layers: int) -> None:
+        assert len(self.seen) == num_layers
+
+    def begin(self, prompt: Any) -> Any:
+        return _FixedDecision(self, prompt)
+
+
+class _FixedDecision:
+    watch: frozenset[int] = frozenset()
+    fusion_layer = None
+
+    def __init__(self, policy: Fixed, prompt: Any):
+        self.policy, self.before = policy, prompt.vision
+
+    def select(self, layer: int) -> Selection | None:
+        seen = self.policy.seen[layer]
+        seen = seen.repeat_interleave(len(self.before) // len(seen), dim=0)  # beams
+        if torch.equal(seen, self.before):
+            return None
+        self.before = seen
+        return Selection(seen, tuple(seen.sum(1).tolist()) if self.policy.counted else None)
+
+    def attended(self, layer: int, call: Any) -> None:
+        raise AssertionError("watches nothing")
