@@ -1,7 +1,7 @@
-"""Muon for the matrices of the layers, AdamW for the rest; float32 masters of bfloat16 weights.
+"""Muon for the matrices of the layers (with weight decay), Adam for the rest; float32 masters of bfloat16 weights.
 
 Muon (Jordan et al., 2024): momentum, then five Newton-Schulz iterations towards the nearest orthogonal
-matrix, scaled by 0.2 sqrt(max(rows, columns)) to match AdamW's step (Liu et al., 2025). Matrices of one
+matrix, scaled by 0.2 sqrt(max(rows, columns)) to match Adam's step (Liu et al., 2025). Matrices of one
 shape are stacked.
 """
 
@@ -27,7 +27,7 @@ def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-class MuonAdamW:
+class MuonAdam:
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float = 0.02
     ) -> None:

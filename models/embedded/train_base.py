@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from latefusion.models.embedded import WEIGHTS, attention
 from latefusion.models.embedded.build import build_config, build_model
-from latefusion.models.embedded.optimiser import MuonAdamW
+from latefusion.models.embedded.optimiser import MuonAdam
 from latefusion.models.embedded.record import write_record
 from latefusion.models.embedded.stages import LOSSES, STAGES, Learner, Stage
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,7 +67,7 @@ def run_stage(
     learner.requires_grad_(False)
     for module in learner.trained_in(stage.name):
         module.requires_grad_(True)
-    optimiser = MuonAdamW(learner.named_parameters(), lr=stage.lr)
+    optimiser = MuonAdam(learner.named_parameters(), lr=stage.lr)
     path, done, spent = folder / f"{stage.name}.pt", 0, 0.0
     if path.is_file():
         state = torch.load(path)
