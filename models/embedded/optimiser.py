@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers (with weight decay), Adam for the rest; float32 masters of bfloat16 weights.
+"""Muon for the matrices of the layers (with weight decay), Adam for the rest; float32 masters.
 
 Muon (Jordan et al., 2024): momentum, then five Newton-Schulz iterations towards the nearest orthogonal
 matrix, scaled by 0.2 sqrt(max(rows, columns)) to match Adam's step (Liu et al., 2025). Matrices of one
