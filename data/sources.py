@@ -46,17 +46,20 @@ def llava(path: str, images: str | None) -> datasets.Dataset:
             f"no image folder at {images}; download the images there, or name yours: data.images=FOLDER."
         )
     stat = file.stat()
-    rows = datasets.Dataset.from_generator(
-        _llava_rows,
-        gen_kwargs={"path": str(file.resolve()), "version": (stat.st_size, stat.st_mtime_ns)},
-        features=datasets.Features(
-            {
-                "id": datasets.Value("string"),
-                "image": datasets.List(datasets.Value("string")),
-                "conversations": datasets.Value("string"),
-            }
-        ),
-    )
+    try:
+        rows = datasets.Dataset.from_generator(
+            _llava_rows,
+            gen_kwargs={"path": str(file.resolve()), "version": (stat.st_size, stat.st_mtime_ns)},
+            features=datasets.Features(
+                {
+                    "id": datasets.Value("string"),
+                    "image": datasets.List(datasets.Value("string")),
+                    "conversations": datasets.Value("string"),
+                }
+            ),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
     folder = Path(images) if images is not None else file.parent
     first = next((name for names in rows["image"] for name in names), None)
     if first is not None and not (folder / first).is_file():

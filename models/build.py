@@ -127,13 +127,12 @@ def build_student(
         target_modules=decoder_linears(model, targets),
         modules_to_save=saved or None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
     )
     student = get_peft_model(model, config)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # masters; PEFT does so for LoRA only
-    config.base_model_name_or_path = base  # get_peft_model overwrites it with a path of this machine
+    config.base_model_name_or_path = base  # PEFT writes the folder that the weights came from
     return Student(
         model=student, processor=processor, attachment=attach(student, schedule), schedule=schedule
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,7 @@ def read(cfg: DictConfig) -> Config:
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    _refuse_additions(config)
     train, lora, kl = config.train, config.lora, config.kl
     for key, value in (
         ("train.steps", train.steps),
@@ -248,6 +249,10 @@ def read(cfg: DictConfig) -> Config:
     for key, number in (("train.warmup", train.warmup), ("lora.dropout", lora.dropout)):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if config.data.source is not Source.scenes and config.data.path is None:
+        raise ValueError(
+            f"data.path is not set; name the {config.data.source.value} data with data.path=PATH."
+        )
     if config.resume and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
@@ -257,6 +262,16 @@ def read(cfg: DictConfig) -> Config:
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
         )
     return config
+
+
+def _refuse_additions(node: Any, prefix: str = "") -> None:
+    """Hydra's `+key=value` adds keys even to a typed node."""
+    exists = sorted(f.name for f in fields(node))
+    for name, value in vars(node).items():
+        if name not in exists:
+            raise ValueError(f"{prefix}{name} does not exist; there are {', '.join(exists)}.")
+        if is_dataclass(value):
+            _refuse_additions(value, f"{prefix}{name}.")
 
 
 def explain(overrides: Sequence[str]) -> None:
