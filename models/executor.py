@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latefusion.models.cache import ScheduledLayer, ScheduledSlidingLayer, Track, scheduled_layer, stored
 from latefusion.models.layout import Layout
-from latefusion.models.masks import compact_mask, is_causal_enough
+from latefusion.models.masks import compact_mask, needs_no_mask
 from latefusion.models.policies.base import Decision, Prompt, Selection
 
 
@@ -52,8 +53,10 @@ class Forward:
         self.full: Tensor | None = None  # [B, T, D]
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.entered = False  # the entry adapter has run
-        self.unseen: tuple[Tensor, Sequence[int]] | None = None  # vision tokens that no layer has computed
-        if prompt is not None:
+        self.unseen: tuple[Tensor, Sequence[int]] | None = (
+            None  # what the entry adapter may still have to map
+        )
+        if prompt is not None and entry is not None:
             self.unseen = prompt.vision, prompt.n_vision
         self.name = object()
         self.start = Track(tail=past, length=past)
@@ -76,7 +79,7 @@ class Forward:
             hidden_states = self.layout.take(hidden_states)
         self.expanded = False
         if self.unseen is not None and not self.selections:
-            self.unseen = None  # all vision tokens took part in layer 0
+            self.unseen = None  # layer 0 computes all vision tokens
         if self.record:
             self.segments.append((self.layout, self.full))
 
@@ -87,7 +90,7 @@ class Forward:
             return None if hidden_states is args[0] else ((hidden_states, *args[1:]), kwargs)
 
         kwargs = dict(kwargs)
-        kwargs["attention_mask"] = self._mask(i, kwargs.get("attention_mask"), cache, hidden_states)
+        kwargs["attention_mask"] = self._mask(i, layer, kwargs.get("attention_mask"), cache, hidden_states)
         if self.layout is not None:
             kwargs["position_embeddings"] = self._rope(kwargs["position_embeddings"])
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
@@ -167,21 +170,24 @@ class Forward:
             self._memo[key] = embeddings, (self.layout.take(cos), self.layout.take(sin))
         return self._memo[key][1]
 
-    def _mask(self, i: int, mask: Any, cache: Cache | None, hidden_states: Tensor) -> Any:
+    def _mask(
+        self, i: int, layer: nn.Module, mask: Any, cache: Cache | None, hidden_states: Tensor
+    ) -> Tensor | BlockMask | None:
         """The layer's mask; also tells its cache which tokens are coming."""
         batch, n = hidden_states.shape[:2]
         before, offset, keys = self.start, 0, n
         if cache is not None:
-            layer = scheduled_layer(cache, i, self.start)
-            before, offset, keys = layer.track, layer.get_mask_sizes(self.length)[1], stored(layer, n)
+            store = scheduled_layer(cache, i, self.start)
+            before, offset, keys = store.track, store.get_mask_sizes(self.length)[1], stored(store, n)
         track = before.append(self.layout, self.length, self.name)
         if cache is not None:
-            layer.track = track
+            store.track = track
         if track.complete and self.layout is None:
             return mask
         padded = track.ragged or offset > 0
-        plain = self.plain and self.layout is not None
-        if is_causal_enough(mask, padded=padded, plain=plain, config=self.config):
+        causal = getattr(layer.self_attn, "is_causal", True)  # as transformers decides for its kernels
+        plain = self.plain and self.layout is not None and causal
+        if needs_no_mask(mask, padded=padded, plain=plain, config=self.config):
             return None
         key = ("mask", id(mask), id(track), keys, offset)
         if key not in self._memo:
@@ -196,6 +202,7 @@ class Forward:
                 hidden_states,
                 query_index,
                 positions - offset,
+                causal=causal,
                 config=self.config,
             )
             self._memo[key] = (mask, track), translated

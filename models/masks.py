@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 
@@ -32,18 +34,18 @@ def attention_window(config: PretrainedConfig) -> int | None:
     return min((w for w in windows if w is not None), default=None)
 
 
-def is_causal_enough(
+def needs_no_mask(
     mask: Tensor | BlockMask | None, *, padded: bool, plain: bool, config: PretrainedConfig
 ) -> bool:
-    """Whether a segment needs no mask at all.
+    """Whether a segment can do without a mask.
 
-    Causal order survives compaction. So where the stock model left the mask to `is_causal`, so do we, unless
-    samples hold different numbers of tokens (`padded`); and where its mask is causal but for padding
+    Order survives compaction. So where the stock model left the mask to the kernel (`is_causal`), so do we,
+    unless samples hold different numbers of tokens (`padded`); and where its mask is causal but for padding
     (`plain`), which compaction drops, none is left.
     """
-    if padded or isinstance(mask, BlockMask) or config._attn_implementation == "eager":
+    if padded or isinstance(mask, BlockMask):
         return False
-    return mask is None or plain
+    return mask is None or (plain and config._attn_implementation != "eager")
 
 
 def compact_mask(
@@ -52,6 +54,7 @@ def compact_mask(
     query_index: Tensor,
     key_index: Tensor,
     *,
+    causal: bool,
     config: PretrainedConfig,
 ) -> Tensor | BlockMask | None:
     """The mask of one segment.
@@ -62,6 +65,7 @@ def compact_mask(
         hidden_states: `[B, n, D]`, for batch, dtype and device.
         query_index: int64 `[B, n]`, the rows of `mask` to use.
         key_index: int64 `[B, K]`, its columns; negative: not to be seen.
+        causal: what the layer's attention takes None for; if not, None lets every token see every other.
         config: of the decoder.
     """
     seen = key_index >= 0  # [B, K]
@@ -71,14 +75,14 @@ def compact_mask(
     if mask is None:
         if is_flash_attention_requested(config):
             return seen
-        return create_causal_mask(
-            config,
-            hidden_states,
-            seen,
-            _Lengths(key_index.shape[1] - query_index.shape[1]),  # type: ignore[arg-type]
-            layer_idx=0,
-            allow_is_causal_skip=False,  # deciding to skip would ask the device
-        )
+        lengths: Any = _Lengths(key_index.shape[1] - query_index.shape[1])
+        known: dict[str, Any] = {"config": config, "inputs_embeds": hidden_states, "attention_mask": seen}
+        # skipping the mask would take a look at the device
+        if causal:
+            return create_causal_mask(
+                **known, past_key_values=lengths, layer_idx=0, allow_is_causal_skip=False
+            )
+        return create_bidirectional_mask(**known, past_key_values=lengths, allow_is_bidirectional_skip=False)
     if mask.dim() == 2:
         return mask.gather(1, columns) & seen
     batch, n = query_index.shape

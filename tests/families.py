@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def build(family: str, attention: str = "sdpa") -> Any:
     return build_from(CONFIGS[family](), attention)
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared(family: str, attention: str = "sdpa") -> Any:
     """As `build`, once a process: for tests that leave the model as it was."""
     return build(family, attention)
@@ -174,7 +174,8 @@ def prompt(family: str, rows: list[str], side: str = "left", seed: int = 1) -> d
     """
     generator = torch.Generator().manual_seed(seed)
     vision_token = {"I": IMAGE, "V": IMAGE if family == "glm4v" else VIDEO}
-    ids = []
+    ids, modality_of = [], {"t": 0, "I": 1, "V": 2}
+    types = []
     for row in rows:
         tokens: list[int] = []
         for mark in row.replace(" ", ""):
@@ -183,34 +184,41 @@ def prompt(family: str, rows: list[str], side: str = "left", seed: int = 1) -> d
             else:
                 tokens += [vision_token[mark]] * TOKENS_PER_IMAGE
         ids.append(tokens)
+        marks = [[mark] * (1 if mark == "t" else TOKENS_PER_IMAGE) for mark in row.replace(" ", "")]
+        types.append([modality_of[mark] for token in marks for mark in token])
     length = max(map(len, ids))
     input_ids = torch.zeros(len(ids), length, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row_ids, row_mask, tokens in zip(input_ids, attention_mask, ids, strict=True):
+    attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for b, (tokens, kinds) in enumerate(zip(ids, types, strict=True)):
         at = slice(length - len(tokens), length) if side == "left" else slice(0, len(tokens))
-        row_ids[at], row_mask[at] = torch.tensor(tokens), 1
+        input_ids[b, at], token_types[b, at] = torch.tensor(tokens), torch.tensor(kinds)
+        attention_mask[b, at] = 1
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     for mark, modality in (("I", "image"), ("V", "video")):
         number = sum(row.count(mark) for row in rows)
         if number:
-            inputs.setdefault("mm_encoder_outputs", {})[modality] = features(family, number, generator)
+            kind = f"{family} {modality}"
+            inputs.setdefault("mm_encoder_outputs", {})[modality] = features(kind, number, generator)
             if family in MROPE_FAMILIES:
                 inputs[f"{modality}_grid_thw"] = torch.tensor([[1, 4, 4]] * number)
-    vision = vision_tokens(inputs)
     if family in MROPE_FAMILIES:
-        inputs["mm_token_type_ids"] = torch.where(input_ids == VIDEO, 2, vision.long()).int()
+        inputs["mm_token_type_ids"] = token_types.int()
     if family == "gemma3":
-        inputs["token_type_ids"] = vision.long()
+        inputs["token_type_ids"] = token_types
     if family == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(input_ids)
     return inputs
 
 
-def features(family: str, number: int, generator: torch.Generator) -> Any:
+STACKED = ("gemma3 image", "paligemma image", "internvl image", "llava_onevision video")
+
+
+def features(kind: str, number: int, generator: torch.Generator) -> Any:
+    """Random projected features in the container that the family's model expects."""
     pooled = torch.randn(number, TOKENS_PER_IMAGE, HIDDEN, generator=generator)
-    if family in ("gemma3", "paligemma", "internvl"):
+    if kind in STACKED:
         return BaseModelOutputWithPooling(pooler_output=pooled)
-    if family == "qwen3_vl":
+    if kind.startswith("qwen3_vl"):
         deep = [list(torch.randn(number, TOKENS_PER_IMAGE, HIDDEN, generator=generator)) for _ in range(3)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=list(pooled), deepstack_features=deep)
     return BaseModelOutputWithPooling(pooler_output=list(pooled))

@@ -109,7 +109,7 @@ def ranked(
     for layer, k in sorted(keep.items()):
         values: dict[str, Tensor] = {}
         attention = eager.get_decoder().layers[layer - 1].self_attn
-        handle = attention.v_proj.register_forward_hook(lambda m, a, out: values.update(v=out.detach()))
+        handle = attention.v_proj.register_forward_hook(lambda m, a, out, values=values: values.update(v=out))
         with masked(eager, vision, seen, entry=entry), torch.no_grad():
             maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer - 1]
         handle.remove()
@@ -134,7 +134,7 @@ def ranked(
 
 
 class Fixed:
-    """A policy with the answer written down: `seen` per layer; `counted` says whether the host knows the counts."""
+    """A policy with the answer written down, per layer; `counted`: whether the host knows the counts."""
 
     def __init__(self, seen: Sequence[Tensor], counted: bool = True):
         self.seen, self.counted = seen, counted

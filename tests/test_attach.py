@@ -1,0 +1,488 @@
+"""The public surface: attach, detach, using, queries, trace; the entry adapter; PEFT; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from families import CONFIGS, LAYERS, build, build_from, prompt, shared, text, text_tokens, vision_tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Fixed, band, masked, ranked
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latefusion import VisionSchedule
+from latefusion.models.attach import attach, attached
+from latefusion.models.entry import install_entry
+from latefusion.models.policies.visipruner import VisiPruner
+
+BAND = VisionSchedule(enter=2, exit=4)
+KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
+MIXED = ["tt I ttt", "tttt", "t I t I tt"]
+TOLERANCE = 2e-6
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() <= TOLERANCE
+
+
+def logits(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+# ---------------------------------------------------------------- attach and detach
+
+
+def footprint(model: Any) -> list[Any]:
+    """Everything a hook or an attribute could leave on a model's modules."""
+    out = []
+    for name, module in model.named_modules():
+        state = {key: len(value) if isinstance(value, dict) else None for key, value in vars(module).items()}
+        out.append((name, type(module), state))
+    return out
+
+
+def test_detach_leaves_no_trace() -> None:
+    for family in ("llava", "qwen3_vl", "gemma3"):
+        model, inputs = build(family), prompt(family, MIXED)
+        before, forward = logits(model, inputs), footprint(model)
+        attachment = attach(model, KEEPS)
+        assert footprint(model) != forward and attached(model) is attachment
+        logits(model, inputs)
+        attachment.detach()
+        assert footprint(model) == forward and attached(model) is None
+        cache = model(**inputs).past_key_values
+        assert {type(layer).__name__ for layer in cache.layers} <= {
+            "DynamicLayer",
+            "DynamicSlidingWindowLayer",
+        }
+        assert torch.equal(logits(model, inputs), before)
+        attach(model, BAND).detach()  # and it can be attached again
+
+
+def test_an_exception_inside_leaves_nothing_behind() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(RuntimeError, match="broken"), attach(model, KEEPS) as attachment:
+        expected = logits(model, inputs)
+
+        def broken(*args: Any) -> None:
+            raise RuntimeError("broken")
+
+        handle = model.get_decoder().layers[2].mlp.register_forward_hook(broken)
+        try:
+            with pytest.raises(RuntimeError, match="broken"):
+                logits(model, inputs)
+        finally:
+            handle.remove()
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
+        assert torch.equal(logits(model, inputs), expected)
+        assert attachment.model is model
+        raise RuntimeError("broken")
+    assert attached(model) is None  # the context manager detached
+
+
+def test_no_state_stays_after_a_forward() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    with attach(model, KEEPS) as attachment:
+        model(**inputs)
+        held = pickle.dumps(attachment)
+        attachment.detach()
+        assert len(held) < len(pickle.dumps(model)) + 20_000  # masks, no activations
+
+
+def test_a_deep_copy_has_its_own_attachment() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    dense = logits(model, inputs)
+    attachment = attach(model, KEEPS)
+    pruned = logits(model, inputs)
+    twin = copy.deepcopy(model)
+    unpickled = pickle.loads(pickle.dumps(model))
+    attachment.detach()
+    for other in (twin, unpickled):
+        assert torch.equal(logits(other, inputs), pruned)
+        own = attached(other)
+        assert own is not None and own.model is other and own.policy == KEEPS
+        own.detach()
+        assert torch.equal(logits(other, inputs), dense)
+    assert torch.equal(logits(model, inputs), dense)
+
+
+def test_using_swaps_the_policy_for_a_scope() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    dense = logits(model, inputs)
+    with attach(model, BAND) as attachment:
+        pruned = logits(model, inputs)
+        with attachment.using(VisionSchedule()):
+            assert torch.equal(logits(model, inputs), dense)
+            with attachment.using(KEEPS):
+                assert not torch.equal(logits(model, inputs), pruned)
+            assert torch.equal(logits(model, inputs), dense)
+        assert torch.equal(logits(model, inputs), pruned)
+        with (
+            pytest.raises(ValueError, match="enter names layer 6"),
+            attachment.using(VisionSchedule(enter=6)),
+        ):
+            pass
+        assert attachment.policy is BAND
+
+
+def test_queries_choose_the_rows_that_rank() -> None:
+    model, inputs = shared("llava"), prompt("llava", ["tt I ttttt", "t I I tt"], "right")
+    rows = [[6, 8], [9, 9]]
+    seen = ranked(
+        shared("llava", "eager"),
+        inputs,
+        vision_tokens(inputs),
+        enter=1,
+        exit=5,
+        keep=dict(KEEPS.keep),
+        queries=rows,
+    )
+    with masked(model, vision_tokens(inputs), seen, padding=inputs["attention_mask"]):
+        expected = logits(model, inputs, use_cache=False)
+    with attach(model, KEEPS) as attachment, attachment.queries(torch.tensor(rows)):
+        found = logits(model, inputs)
+        assert [r.kept for r in attachment.trace] == [m.nonzero().flatten().tolist() for m in seen[4]]
+    assert close(found[text_tokens(inputs)], expected[text_tokens(inputs)])
+    with attach(model, KEEPS) as attachment:
+        with pytest.raises(ValueError, match=r"queries must be int64 \[batch, rows\]"):
+            attachment.queries(torch.tensor([1.0])).__enter__()
+        with attachment.queries(torch.tensor([[1]])), pytest.raises(ValueError, match="for 1 samples"):
+            logits(model, inputs)
+
+
+def test_trace_tells_what_the_last_prefill_did() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    with attach(model, KEEPS) as attachment:
+        assert attachment.trace == []
+        model.generate(**inputs, max_new_tokens=3)  # decode steps do not overwrite it
+        one, none, two = attachment.trace
+        assert [r.fusion_layer for r in (one, none, two)] == [None] * 3
+        assert [r.tokens for r in (one, none, two)] == [
+            [5, 9, 8, 8, 7, 5],
+            [4] * 6,
+            [4, 12, 7, 7, 6, 4],
+        ]
+        assert (one.exit_layer, none.exit_layer, two.exit_layer) == (5, None, 5)
+        assert one.kept is not None and len(one.kept) == 2 and one.kept == sorted(one.kept)
+        assert none.kept is None
+        with attachment.using(BAND):
+            logits(model, inputs)
+            assert attachment.trace[0].kept is None and attachment.trace[0].exit_layer == 4
+        with attachment.using(VisionSchedule()):
+            logits(model, inputs)
+            assert attachment.trace[0].exit_layer is None and attachment.trace[0].tokens == [9] * 6
+        logits(model, prompt("llava", ["tttt"]))
+        assert attachment.trace == []  # no vision tokens, nothing decided
+
+
+def test_hidden_states_are_full_length() -> None:
+    for family in ("llava", "qwen3_vl"):
+        model, inputs = build(family), prompt(family, MIXED)
+        vision, real = vision_tokens(inputs), inputs["attention_mask"].bool()
+        with torch.no_grad():
+            with masked(model, vision, band(vision, LAYERS, 2, 4), padding=inputs["attention_mask"]):
+                expected = model(**inputs, output_hidden_states=True).hidden_states
+            with attach(model, BAND):
+                states = model(**inputs, output_hidden_states=True).hidden_states
+                again = model(**inputs, output_hidden_states=True).hidden_states
+        assert len(states) == LAYERS + 1
+        for i, (state, twin, reference) in enumerate(zip(states, again, expected, strict=True)):
+            assert torch.equal(state, twin)
+            assert close(state[real & ~vision], reference[real & ~vision])
+            if i in (3, 4):  # outputs of layers 2 and 3, which see vision
+                assert close(state[vision], reference[vision])
+        if family == "llava":
+            assert torch.equal(states[1][vision], states[0][vision])  # not computed: as before
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_what_cannot_work_is_refused_in_a_sentence() -> None:
+    model = build("llava")
+    with attach(model, BAND), pytest.raises(ValueError, match="has a policy already: detach it"):
+        attach(model, BAND)
+    with pytest.raises(ValueError, match="exit names layer 7, but the decoder has layers 0 to 5"):
+        attach(model, VisionSchedule(exit=7))
+    bare = build_from(text(hf.LlamaConfig), auto=hf.AutoModelForCausalLM)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no image_token_id .* pass vision_mask"):
+        attach(bare, BAND)
+    with pytest.raises(ValueError, match="Linear is not a Hugging Face model"):
+        attach(torch.nn.Linear(2, 2), BAND)
+    tower = hf.AutoModel.from_config(
+        hf.CLIPVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="CLIPVisionModel has no decoder"):
+        attach(tower, BAND)
+    gpt2 = hf.AutoModelForCausalLM.from_config(hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel has no decoder of self-attention layers with rotary"
+    ):
+        attach(gpt2, BAND, vision_mask=torch.ones(1, 1, dtype=torch.bool))
+    assert attached(model) is None
+
+
+def test_a_vision_mask_must_fit() -> None:
+    bare = build_from(text(hf.LlamaConfig), auto=hf.AutoModelForCausalLM)
+    ids = torch.randint(3, 90, (2, 6))
+    for mask, complaint in (
+        (torch.ones(2, 6), "must be bool"),
+        (torch.ones(6, dtype=torch.bool), "must be bool"),
+        (torch.ones(3, 6, dtype=torch.bool), "does not fit a forward of 2 x 6"),
+    ):
+        with attach(bare, BAND, vision_mask=mask), pytest.raises(ValueError, match=complaint):
+            bare(input_ids=ids)
+    short = lambda **arguments: torch.ones(2, 5, dtype=torch.bool)  # noqa: E731
+    with (
+        attach(bare, BAND, vision_mask=short),
+        pytest.raises(ValueError, match="does not fit a forward of 2 x 6"),
+    ):
+        bare(input_ids=ids)
+
+
+def test_replacing_attention_under_checkpointing_is_refused() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with attach(model, VisiPruner(boundary=2)):
+        with pytest.raises(ValueError, match="layer 0, which gradient checkpointing cannot repeat"):
+            model(**inputs)
+        logits(model, inputs)  # a teacher needs no gradient
+
+
+# ---------------------------------------------------------------- entry adapter, LoRA
+
+
+def with_entry(family: str) -> Any:
+    model = build(family)
+    entry = install_entry(model, rank=4)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for weight in entry.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_the_entry_adapter_maps_late_tokens(family: str) -> None:
+    model, inputs = with_entry(family), prompt(family, MIXED)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    late = vision & (torch.arange(vision.shape[1]) % 2 == 0)
+    none = torch.zeros_like(vision)
+    for seen in (
+        band(vision, LAYERS, 2, 4),
+        [none, late, vision, vision, late, none],  # in two steps
+        [late, late, vision, late, late, none],  # some of them are there from the start
+        band(vision, LAYERS, 0, 3),  # nobody is late
+    ):
+        padding = inputs["attention_mask"]
+        with masked(model, vision, seen, padding=padding, entry=model.vision_entry), torch.no_grad():
+            expected = model(**inputs, use_cache=False).logits[text]
+        with attach(model, Fixed(seen)):
+            assert close(logits(model, inputs)[text], expected)
+
+
+@pytest.mark.parametrize("policy", [BAND, VisionSchedule()], ids=["late", "dense"])
+def test_the_entry_adapter_runs_without_images_too(policy: VisionSchedule) -> None:
+    """Every process of a distributed run does the same collectives and has all gradients, if zero ones."""
+    model = with_entry("llava")
+    calls: list[int] = []
+    model.vision_entry.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    for rows in (["tttt", "ttt"], ["tt I tt"]):
+        inputs = prompt("llava", rows)
+        stock = logits(model, inputs) if policy is not BAND or "I" not in rows[0] else None
+        with attach(model, policy):
+            calls.clear()
+            out = model(**inputs, labels=inputs["input_ids"])
+            assert len(calls) == 1
+            out.loss.backward()
+            assert stock is None or torch.equal(out.logits, stock)
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert all(weight.grad is not None for weight in model.vision_entry.parameters())
+        used = any(weight.grad.any() for weight in model.vision_entry.parameters())
+        assert used == (policy is BAND and "I" in rows[0])
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_lora_before_and_after(family: str) -> None:
+    """Attached before PEFT wraps the model or after, adapters on, off, merged: always the masked model."""
+    model, inputs = with_entry(family), prompt(family, MIXED)
+    vision, text, padding = vision_tokens(inputs), text_tokens(inputs), inputs["attention_mask"]
+    seen = band(vision, LAYERS, 2, 4)
+    before = attach(model, BAND)
+    config = LoraConfig(
+        r=4,
+        target_modules=r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)",
+        modules_to_save=["vision_entry"],
+        init_lora_weights=False,
+    )
+    wrapped = get_peft_model(model, config)
+    assert attached(wrapped) is before
+    found = logits(wrapped, inputs)[text]
+    with wrapped.disable_adapter():
+        base = logits(wrapped, inputs)[text]
+    before.detach()
+    entry = model.vision_entry
+    for adapters, value in ((True, found), (False, base)):
+        with masked(model, vision, seen, padding=padding, entry=entry), torch.no_grad():
+            if adapters:
+                expected = wrapped(**inputs, use_cache=False).logits[text]
+            else:
+                with wrapped.disable_adapter():
+                    expected = wrapped(**inputs, use_cache=False).logits[text]
+        assert close(value, expected)
+    assert not close(found, base)
+    with attach(wrapped, BAND):
+        assert torch.equal(logits(wrapped, inputs)[text], found)
+        merged = wrapped.merge_and_unload()
+        assert (logits(merged, inputs)[text] - found).abs().max() < 2e-5
+        assert attached(merged) is not None
+
+
+# ---------------------------------------------------------------- cost
+
+
+class Looks(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.rsplit(".", 1)[-1] in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3", "paligemma"])
+@pytest.mark.parametrize("rows", [MIXED, ["tt I ttt", "t I tttt"]], ids=["ragged", "even"])
+def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypatch: Any) -> None:
+    """One look per prefill (the counts), none per decode step beyond those of the stock model."""
+    model, inputs = build(family), prompt(family, rows)
+    lists: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (lists.append(1), tolist(t))[1])
+
+    def looks() -> tuple[list[int], list[int]]:
+        """Waits (and lists) of a prefill and of a decode step."""
+        waits, listed = [], []
+        cache, mask = None, inputs["attention_mask"]
+        for step in range(1 if family == "qwen3_vl" else 2):  # whose positions only `generate` continues
+            lists.clear()
+            with Looks() as mode, torch.no_grad():
+                if step == 0:
+                    cache = model(**inputs).past_key_values
+                else:
+                    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                    token = torch.full((len(rows), 1), 7)
+                    model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            waits.append(mode.count)
+            listed.append(len(lists))
+        return waits, listed
+
+    stock_waits, stock_lists = looks()
+    for policy in (VisionSchedule(), BAND, KEEPS):
+        with attach(model, policy):
+            waits, listed = looks()
+        assert waits == stock_waits
+        assert [a - b for a, b in zip(listed, stock_lists, strict=True)] == [1, 0][: len(waits)]
+
+
+def test_index_work_is_done_once_a_segment(monkeypatch: Any) -> None:
+    from latefusion.models import executor
+    from latefusion.models.layout import Layout
+
+    counts = {"layout": 0, "mask": 0, "rope": 0}
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Layout, "build", counting("layout", Layout.build))
+    monkeypatch.setattr(executor, "compact_mask", counting("mask", executor.compact_mask))
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    with torch.no_grad(), attach(model, KEEPS):
+        cache = model(**inputs).past_key_values
+        assert counts == {"layout": 4, "mask": 4, "rope": 0}  # none, (all), 3, 2, none
+        counts.update(layout=0, mask=0)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache)
+        assert counts["layout"] == 0 and counts["mask"] == 4
+
+
+# ---------------------------------------------------------------- anything goes
+
+
+@st.composite
+def situations(draw: Any) -> tuple[list[str], str, list[list[tuple[int, int]]], bool, bool]:
+    """Rows, padding side, for every vision token of every row the layers [first, last) that compute it."""
+    rows = draw(st.lists(st.text("tI", min_size=0, max_size=5), min_size=1, max_size=3))
+    rows = [row + "t" for row in rows]  # a prompt ends in text
+    if not any("I" in row for row in rows):
+        rows[0] = "I" + rows[0]
+    number = max(row.count("I") for row in rows) * 4
+    interval = st.tuples(st.integers(0, LAYERS), st.integers(0, LAYERS)).map(sorted).map(tuple)
+    intervals = draw(st.lists(st.lists(interval, min_size=number, max_size=number), min_size=3, max_size=3))
+    side = draw(st.sampled_from(["left", "right"]))
+    return rows, side, intervals, draw(st.booleans()), draw(st.booleans())
+
+
+def check_situation(family: str, situation: Any, attention: str) -> None:
+    rows, side, intervals, counted, cached = situation
+    model, inputs = shared(family, attention), prompt(family, rows, side)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    seen = [torch.zeros_like(vision) for _ in range(LAYERS)]
+    for b in range(len(rows)):
+        for (first, last), t in zip(intervals[b], vision[b].nonzero().flatten().tolist(), strict=False):
+            for i in range(first, last):
+                seen[i][b, t] = True
+    with masked(model, vision, seen, padding=inputs["attention_mask"]):
+        expected = logits(model, inputs, use_cache=False)[text]
+    with attach(model, Fixed(seen, counted)):
+        assert close(logits(model, inputs, use_cache=cached)[text], expected)
+
+
+def examples(number: int) -> settings:
+    return settings(
+        max_examples=number,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=True,
+    )
+
+
+@examples(60)
+@given(situations())
+def test_any_tokens_in_any_layers(situation: Any) -> None:
+    check_situation("llava", situation, "sdpa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_any_tokens_in_any_layers_of_any_family(family: str, attention: str) -> None:
+    @examples(40)
+    @given(situations())
+    def check(situation: Any) -> None:
+        check_situation(family, situation, attention)
+
+    check()
