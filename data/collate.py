@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from latefusion.data.packing import isolate_turns
 from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -35,6 +36,8 @@ class Collator:
         stop: the tokens at which the model's `generate` stops; the first is written after an answer that the
             chat template closes with none of them (LLaVA-1.5's does not).
         max_length: cut longer samples to so many tokens; None: never.
+        isolate: let every turn see the image and itself alone (`isolate_turns`), with a mask of this dtype;
+            None: turns see those before them. It needs sdpa or eager attention and a model with plain positions.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Collator:
         vision_ids: Sequence[int],
         stop: Sequence[str],
         max_length: int | None = None,
+        isolate: torch.dtype | None = None,
     ):
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
+        self.isolate = isolate
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -74,6 +79,8 @@ class Collator:
         blocked[:, 0] = True  # nothing predicts the first
         inputs["labels"] = ids.masked_fill(~answer | blocked, IGNORE)
         inputs["queries"] = before(first, inputs["attention_mask"])
+        if self.isolate is not None:
+            inputs.update(isolate_turns(vision, answer, inputs["attention_mask"].bool(), self.isolate))
         return inputs
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:

@@ -103,6 +103,9 @@ class DataConfig:
         split: to train on; `eval.split` names the one to evaluate on.
         eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
+        turns: how many questions about one image a training sample holds at most (`scenes` only).
+        isolate: let each turn see the image and itself alone, not the turns before it; for models with plain (one
+            number a token) positions, under sdpa or eager attention.
         seed: of the rendered scenes.
         max_length: tokens, vision included, after which a training sample is cut; None: never.
     """
@@ -113,6 +116,8 @@ class DataConfig:
     split: str = "train"
     eval_path: str | None = None
     scenes: int | None = None
+    turns: int = 1
+    isolate: bool = False
     seed: int = 0
     max_length: int | None = None
 
@@ -228,6 +233,7 @@ def read(cfg: DictConfig) -> Config:
         ("lora.r", lora.r),
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
+        ("data.turns", config.data.turns),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from latefusion.data import sources
 from latefusion.data.collate import Collator
+from latefusion.data.packing import Conversations
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
@@ -28,7 +29,7 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
 from latefusion.training.objective import Objective
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 
@@ -40,14 +41,16 @@ def run(cfg: DictConfig) -> None:
         engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
         check(config, engine)
         settle(config)
-        context = engine.prepare(config, dtype=dtype_of(config))
         dataset = samples(config.data)
+        context = engine.prepare(config, dtype=dtype_of(config))
         student = student_of(config)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    collator = collator_of(student, config.data.max_length)
+    collator = collator_of(student, config.data.max_length, dtype_of(config) if config.data.isolate else None)
     objective = objective_of(config, student)
     if int(os.environ.get("RANK", "0")) == 0:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
         print(
             describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True
         )
@@ -87,7 +90,10 @@ def settle(config: Config) -> None:
     set_seed(config.train.seed)
     if config.overwrite:
         for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            else:
+                checkpoint.unlink(missing_ok=True)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -98,7 +104,8 @@ def dtype_of(config: Config) -> torch.dtype:
 def samples(data: DataConfig) -> Any:
     """The training set: rows of `{"messages", "images"}`."""
     if data.source is Source.scenes:
-        return sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
+        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
+        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
     assert data.path is not None
     if data.source is Source.llava:
         return sources.llava(data.path, data.images)
@@ -129,7 +136,9 @@ def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMix
     )
 
 
-def collator_of(student: Student, max_length: int | None = None) -> Collator:
+def collator_of(
+    student: Student, max_length: int | None = None, isolate: torch.dtype | None = None
+) -> Collator:
     model, tokenizer = student.model, student.processor.tokenizer
     stop = model.generation_config.eos_token_id
     return Collator(
@@ -137,6 +146,7 @@ def collator_of(student: Student, max_length: int | None = None) -> Collator:
         vision_ids=[model.config.image_token_id],
         stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
         max_length=max_length,
+        isolate=isolate,
     )
 
 
@@ -166,17 +176,20 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     model, schedule = student.model, student.schedule
     n = len(batch["input_ids"])
     n_vision = round(int((batch["input_ids"] == model.config.image_token_id).sum()) / n)
-    n_text = round(int(batch["attention_mask"].sum()) / n) - n_vision
+    mask = batch["attention_mask"]
+    real = mask if mask.dim() == 2 else mask.diagonal(dim1=-2, dim2=-1) == 0
+    n_text = round(int(real.sum()) / n) - n_vision
     trainable, total = model.get_nb_trainable_parameters()
     layers = model.config.get_text_config().num_hidden_layers
     flops = schedule.flops(model.config, n_text, n_vision)
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
+    dtype = str(dtype_of(config)).removeprefix("torch.")
     return "\n".join(
         [
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
-            f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, "
-            f"teacher {config.teacher.value}, {str(dtype_of(config)).removeprefix('torch.')}",
+            f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
+            f"{os.environ.get('WORLD_SIZE', '1')} processes, teacher {config.teacher.value}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
             f"decoder FLOPs a sample: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
@@ -219,6 +232,7 @@ def evaluate(config: Config) -> dict[str, Any] | None:
         dataset=questions,
         output_dir=config.output_dir,
         title=config.name,
+        split=config.eval.split,
         batch_size=config.eval.batch_size,
         seed=train.seed,
         note=f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, "
