@@ -18,7 +18,7 @@ from latefusion.models.build import (
 from latefusion.models.entry import EntryAdapter, entry_of, install_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
-from tiny import SHORT, configured, save_tiny_base, shake, tiny_base, tiny_student
+from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 
@@ -94,7 +94,7 @@ def test_a_schedule_beyond_the_model_is_refused():
 @pytest.mark.parametrize("projector", [False, True])
 def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projector):
     options = (f"model.path={base}", "model.attention=sdpa", f"lora.train_projector={str(projector).lower()}")
-    config = configured(*SHORT, *options)
+    config = configured(*BAND, *SMALL, *options)
     student = run.student_of(config)
     shake(student, 0.1)
     inputs = inputs_of(student, samples)
@@ -126,7 +126,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
 
 
 def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
-    student = run.student_of(configured(*SHORT, f"model.path={base}"))
+    student = run.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
     save_student(student, tmp_path)
     loaded = load_student(tmp_path, dtype=torch.float32)
     loaded.model.generate(**inputs_of(loaded, samples[:1]), max_new_tokens=2)

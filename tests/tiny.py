@@ -47,19 +47,13 @@ def configured(*overrides: str) -> Config:
     return read(composed(*overrides))
 
 
-SHORT = (
-    "schedule.enter=2",
-    "schedule.exit=5",
-    "schedule.keep={4: 2}",
-    "train.dtype=float32",
-    "lora.r=4",
-    "entry.rank=4",
-)
+BAND = ("schedule.enter=2", "schedule.exit=5", "schedule.keep={4: 2}")
+SMALL = ("train.dtype=float32", "lora.r=4", "entry.rank=4")
 
 
 def tiny_student(*overrides: str) -> tuple[Config, Student]:
     """A student of 6 layers whose vision tokens live in layers 2 to 4, 2 of them in layer 4."""
-    config = configured(*SHORT, *overrides)
+    config = configured(*BAND, *SMALL, *overrides)
     return config, run.student_from(config, *tiny_base())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,24 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+ALONE = {  # DeepSpeed wants a process group even for the one process that a bare `accelerate launch` starts
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
 
 def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
     """Set the process up; before any model is loaded, for ZeRO-3 shards weights as they load."""
     train = config.train
     cpu = not torch.cuda.is_available()
+    if config.engine.deepspeed:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=train.steps,
@@ -48,7 +62,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
     if config.engine.deepspeed and cpu:
         import deepspeed  # slow to import, and only this engine needs it
 
-        deepspeed.init_distributed(dist_backend="gloo")  # accelerate leaves this out on a CPU
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)  # accelerate omits it
     return args
 
 

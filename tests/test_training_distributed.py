@@ -1,0 +1,133 @@
+"""Two processes on a CPU: the losses are those of one, under DDP, ZeRO-2 and ZeRO-3, and Lightning."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from latefusion.models.build import load_student
+from latefusion.training import run
+from safetensors.torch import load_file
+from tiny import BAND, SMALL, save_tiny_base
+
+pytestmark = pytest.mark.slow
+TRAIN = Path(run.__file__).with_name("train.py")
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+        "--main_process_port={port}",
+    ],
+    "alone": [sys.executable],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
+    """Run the entry point in new processes, as a user does; what it printed."""
+    port = str(free_port())
+    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
+    fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
+    command = [
+        *(part.format(port=port) for part in LAUNCHERS[launcher]),
+        *(
+            str(TRAIN),
+            *quick,
+            *fixed,
+            *SMALL,
+            *BAND,
+            f"model.path={base}",
+            f"output_dir={output}",
+            *overrides,
+        ),
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(output: Path) -> list[float]:
+    state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """One process with a batch of 8."""
+    output = tmp_path_factory.mktemp("alone")
+    launch("alone", base, output, "train.batch_size=8")
+    return output
+
+
+def assert_same_student(output: Path, expected: Path) -> None:
+    found = load_file(output / "adapter_model.safetensors")
+    for name, weight in load_file(expected / "adapter_model.safetensors").items():
+        assert (found[name] - weight).abs().max() < 0.05 * weight.abs().max() + 1e-3, name
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_train_as_one(base, alone, tmp_path, launcher):
+    printed = launch(launcher, base, tmp_path, "train.batch_size=4")
+    assert "4 x 1 samples in 2 processes" in printed and printed.count("Trained in") == 1
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
+    assert_same_student(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("stage", "launcher"), [("zero2", "torchrun"), ("zero3", "torchrun"), ("zero3", "alone")]
+)
+def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
+    size = 8 if launcher == "alone" else 4
+    printed = launch(launcher, base, tmp_path, f"engine=deepspeed_{stage}", f"train.batch_size={size}")
+    assert f"{size} x 1 samples in {8 // size} processes" in printed and printed.count("Trained in") == 1
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
+    assert_same_student(tmp_path, alone)
+    assert (tmp_path / "checkpoint-3" / "global_step3").is_dir()  # DeepSpeed's own state: it was not bypassed
+    student = load_student(tmp_path, dtype=torch.float32)
+    assert student.schedule.exit == 5
+
+
+def test_lightning_ddp_trains_as_lightning_alone(base, tmp_path):
+    for launcher, size in (("alone", 8), ("torchrun", 4)):
+        printed = launch(launcher, base, tmp_path / launcher, "engine=lightning", f"train.batch_size={size}")
+        assert f"samples in {8 // size} processes" in printed
+    assert_same_student(tmp_path / "torchrun", tmp_path / "alone")
+
+
+def test_the_whole_line_as_the_readme_types_it(tmp_path):
+    """`accelerate launch`, the shipped base, a few steps, the evaluation and its report."""
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            str(TRAIN),
+            "recipe=late_fusion",
+            "train.steps=4",
+        ),
+        *("train.batch_size=4", "data.scenes=20", "eval.split=validation", "eval.samples=24"),
+        f"output_dir={tmp_path}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"late_fusion: 0\.\d+M of \d\.\dM parameters train", done.stdout)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["systems"]) == {"dense", "pruned", "student"}
+    assert (tmp_path / "report.html").stat().st_size > 10_000
