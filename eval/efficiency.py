@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from latefusion.eval.predict import Answer, System, running
+from latefusion.eval.predict import Answer, System, encode_images, running
 from latefusion.models.flops import decoder_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PretrainedConfig
@@ -103,6 +103,19 @@ def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[fl
     _generate(model, inputs, new_tokens, streamer=clock)
     tokens = clock.times[1:]
     return tokens[0] - start, median(np.diff(tokens))
+
+
+def vision_seconds(model: Any, prompts: Sequence[dict[str, Any]]) -> float:
+    """Median seconds that vision tower and projector take for one prompt; no policy changes them."""
+    seconds = []
+    with torch.no_grad():
+        for prompt in prompts:
+            start = time.perf_counter()
+            encode_images(model, prompt)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def kv_cache_bytes(cache: Cache) -> int:

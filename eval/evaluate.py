@@ -40,7 +40,7 @@ def evaluate_run(
     dataset: Dataset,
     output_dir: str | Path,
     title: str,
-    split: str = "test",
+    split: str | None = None,
     checkpoint: str | Path | None = None,
     reference: str = "dense",
     baseline: str = "pruned",
@@ -69,7 +69,7 @@ def evaluate_run(
             `id`, `question`, `answer`, `type`, `scene`.
         output_dir: made if missing.
         title: heading of the report, such as the recipe's name.
-        split: what the report calls the dataset's part.
+        split: what the report calls the dataset's part; None: its own `split`.
         checkpoint: where the student was saved, named in the report's "use it next"; None: `output_dir`.
         reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of
             the one that the headline speaks of.
@@ -98,8 +98,18 @@ def evaluate_run(
     model.eval()
     try:
         answers = answer_questions(**common, processor=processor, dataset=dataset, batch_size=batch_size)
-        costs = _measure(**common, processor=processor, dataset=dataset, reference=reference,
-                         n_prompts=latency_prompts, repeats=latency_repeats)  # fmt: skip
+        prompts = [prompt_inputs(model, processor, [row]) for row in _spread(dataset, latency_prompts)]
+        with progress_bar() as progress:
+            task = progress.add_task("Latency, memory", total=len(prompts) * (latency_repeats + 1))
+            costs = efficiency.measure(
+                **common,
+                prompts=prompts,
+                reference=reference,
+                repeats=latency_repeats,
+                new_tokens=NEW_TOKENS,
+                advance=lambda: progress.advance(task),
+            )
+        vision_seconds = efficiency.vision_seconds(model, prompts * latency_repeats)
     finally:
         model.train(was_training)
     results = {
@@ -108,8 +118,8 @@ def evaluate_run(
         "note": note,
         "checkpoint": str(checkpoint or output_dir),
         "roles": {"reference": reference, "baseline": baseline, "candidate": candidate},
-        "data": found.describe_data(dataset, split),
-        "model": found.describe_model(model, answers[reference]),
+        "data": found.describe_data(dataset, str(split or dataset.split or "evaluation")),
+        "model": found.describe_model(model, answers[reference]) | {"vision_seconds": vision_seconds},
         "systems": found.describe_systems(model, systems, answers, costs, reference),
         "paired": {
             key: asdict(found.compare(answers[candidate], answers[key], seed))
@@ -119,7 +129,7 @@ def evaluate_run(
         "settings": {
             "decoding": "greedy",
             "batch_size": batch_size,
-            "latency_prompts": min(latency_prompts, len(dataset)),
+            "latency_prompts": len(prompts),
             "latency_repeats": latency_repeats,
             "latency_new_tokens": NEW_TOKENS,
             "bootstrap_resamples": metrics.RESAMPLES,
@@ -136,21 +146,10 @@ def evaluate_run(
     return results
 
 
-def _measure(
-    *, processor: Any, dataset: Dataset, n_prompts: int, repeats: int, **common: Any
-) -> dict[str, efficiency.Cost]:
-    """Costs at batch 1 on prompts spread evenly over the dataset."""
-    n = min(n_prompts, len(dataset))
-    prompts = [prompt_inputs(common["model"], processor, [dataset[i * len(dataset) // n]]) for i in range(n)]
-    with progress_bar() as progress:
-        task = progress.add_task("Latency, memory", total=n * (repeats + 1))
-        return efficiency.measure(
-            **common,
-            prompts=prompts,
-            repeats=repeats,
-            new_tokens=NEW_TOKENS,
-            advance=lambda: progress.advance(task),
-        )
+def _spread(dataset: Dataset, n: int) -> list[dict[str, Any]]:
+    """`n` rows, or all if there are fewer, spread evenly over the dataset."""
+    n = min(n, len(dataset))
+    return [dataset[i * len(dataset) // n] for i in range(n)]
 
 
 @dataclass

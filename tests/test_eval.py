@@ -328,6 +328,25 @@ def test_readme_keeps_all_but_what_stands_between_the_marks():
         insert(document, "other", "new")
 
 
+def test_one_question_is_enough_for_a_report(student, processor, questions, tmp_path):
+    results = evaluate_run(
+        model=student.model,
+        processor=processor,
+        attachment=student.attachment,
+        systems=SYSTEMS,
+        dataset=questions.select([1]),  # nobody is right
+        output_dir=tmp_path,
+        title="one",
+        latency_prompts=5,
+        latency_repeats=1,
+    )
+    assert np.isnan(results["paired"]["dense"]["ratio"]["value"])
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["paired"]["dense"]["ratio"]["value"] is None
+    assert stored["settings"]["latency_prompts"] == 1 and stored["data"]["split"] == "test"
+    assert "examples" in Page((tmp_path / "report.html").read_text()).ids
+
+
 def refused(student, processor, dataset, folder, **changes):
     values = {"systems": SYSTEMS, "dataset": dataset, "model": student.model} | changes
     with pytest.raises(ValueError) as error:

@@ -16,6 +16,7 @@ from latefusion.eval.report.tables import prefix
 
 WIDTH = 400
 ROW = 18  # of the legend
+ALL = "all questions"
 
 STYLE = """
 .figure { --ink: #1d2330; --muted: #5b6474; --grid: #e3e6ec; --s0: #5b6474; --s1: #c45500; --s2: #0072b2;
@@ -100,12 +101,12 @@ def accuracy_against_flops(results: dict[str, Any]) -> str:
 def accuracy_by_type(results: dict[str, Any]) -> str:
     """A row a question type, a dot with its interval a system."""
     systems = list(results["systems"].values())
-    types = ["overall", *results["data"]["types"]]
+    types = [ALL, *results["data"]["types"]]
     scores = [[_by_type(system, name) for system in systems] for name in types]
     flat = [score for row in scores for score in row]
     low, high, ticks = _percent_axis([100 * s["low"] for s in flat], [100 * s["high"] for s in flat])
     top, left, right = ROW * len(systems) + 10, 108, 14
-    step = 12 * len(systems) + 10
+    step = 14 * len(systems) + 12
     bottom = top + step * len(types)
     x = _scale(low, high, left, WIDTH - right)
     body = _legend(systems, lambda s: "")
@@ -115,11 +116,11 @@ def accuracy_by_type(results: dict[str, Any]) -> str:
     for row, name in enumerate(types):
         start = top + row * step
         body += f'<line class="grid" x1="0" x2="{WIDTH - right}" y1="{start}" y2="{start}"/>'
-        count = results["data"]["questions"] if name == "overall" else results["data"]["types"][name]
-        body += _text(0, start + step / 2, name, bold=name == "overall")
+        count = results["data"]["questions"] if name == ALL else results["data"]["types"][name]
+        body += _text(0, start + step / 2, name, bold=name == ALL)
         body += _text(0, start + step / 2 + 14, f"n = {count:,}", muted=True)
         for i, score in enumerate(scores[row]):
-            at = start + 11 + 12 * i
+            at = start + 13 + 14 * i
             body += f'<line class="bar c{i % 5}" y1="{at}" y2="{at}" x1="{x(100 * score["low"]):.1f}" '
             body += f'x2="{x(100 * score["high"]):.1f}"/>'
             body += _mark(x(100 * score["value"]), at, i)
@@ -129,7 +130,7 @@ def accuracy_by_type(results: dict[str, Any]) -> str:
 
 def standalone(figure: str) -> str:
     """A figure as a file of its own, with its colours inside."""
-    return figure.replace(">", f" xmlns='http://www.w3.org/2000/svg'><style>{STYLE}</style>", 1) + "\n"
+    return figure.replace(">", f" xmlns='http://www.w3.org/2000/svg' width='560'><style>{STYLE}</style>", 1) + "\n"
 
 
 def _svg(name: str, title: str, description: str, height: float, body: str) -> str:
@@ -198,7 +199,7 @@ def _nice_ticks(low: float, high: float, count: int, *, outside: bool = False) -
 
 
 def _by_type(system: dict, name: str) -> dict:
-    return system["accuracy"]["overall"] if name == "overall" else system["accuracy"]["types"][name]
+    return system["accuracy"]["overall"] if name == ALL else system["accuracy"]["types"][name]
 
 
 def _score(system: dict, unit: float, letter: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -48,7 +49,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=tables.percent, si=tables.si)
+    environment.filters.update(percent=tables.percent, points=tables.points, si=tables.si)
+    asked = {answer.question for answer in answers[results["roles"]["candidate"]]}
     page = environment.get_template("template.html").render(
         results=results,
         headline=tables.headline(results),
@@ -61,6 +63,7 @@ def write_report(
         ],
         peak_prompts=min(PEAK_PROMPTS, results["settings"]["latency_prompts"]),
         style=Markup(figures.STYLE),
+        question=json.dumps(min(sorted(asked), key=len)),
         examples=gallery(results, dataset, answers),
     )
     Path(path).write_text(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor, log10
 from typing import Any
 
 from rich.console import Console
@@ -49,15 +50,14 @@ def rows(results: dict[str, Any]) -> list[Row]:
 def headline(results: dict[str, Any]) -> str:
     """The result in one sentence: candidate against reference and baseline, with intervals."""
     roles, systems = results["roles"], results["systems"]
-    student, dense, pruned = (systems[roles[role]] for role in ("candidate", "reference", "baseline"))
+    student, pruned = systems[roles["candidate"]], systems[roles["baseline"]]
     score, split = student["accuracy"]["overall"], results["data"]["split"]
     return (
         f"{student['name']} answers {percent(score['value'])}% of {score['n']:,} {split} questions "
         f"[{percent(score['low'])} to {percent(score['high'])}] "
         f"at {percent(student['flops']['ratio'], 0)}% of the dense base's decoder FLOPs: "
-        f"{_gap(results, roles['reference'])} {dense['name']} "
-        f"and {_gap(results, roles['baseline'])} {pruned['name']} "
-        f"({percent(pruned['flops']['ratio'], 0)}% of the FLOPs)."
+        f"{_gap(results, 'reference')} and {_gap(results, 'baseline')}, "
+        f"which needs {percent(pruned['flops']['ratio'], 0)}%."
     )
 
 
@@ -99,6 +99,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}"
 
 
+def points(share: float) -> str:
+    """A difference of shares in percentage points, signed."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 def prefix(value: float) -> tuple[float, str]:
     """Size and letter of the decimal prefix that fits `value`."""
     sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -122,15 +127,20 @@ def _seconds(spread: dict[str, Any]) -> tuple[str, str]:
 def _amounts(counts: list[dict[str, Any]], unit: str = "") -> list[tuple[str, str]]:
     """Amounts of one row under one decimal prefix, the one of the largest."""
     size, letter = prefix(max(count["mean"] for count in counts))
-    return [(f"{count['mean'] / size:.2f} {letter}{unit}", times(count["ratio"])) for count in counts]
+    digits = 2 - min(2, floor(log10(max(count["mean"] for count in counts) / size)))
+    return [(f"{count['mean'] / size:.{digits}f} {letter}{unit}", times(count["ratio"])) for count in counts]
 
 
 def times(ratio: float) -> str:
     return f"{ratio:.2f}×"
 
 
-def _gap(results: dict[str, Any], key: str) -> str:
-    found = results["paired"][key]["difference"]
+def _gap(results: dict[str, Any], role: str) -> str:
+    """`1.2 points above NAME [+0.3 to +2.1]`."""
+    key = results["roles"][role]
+    found, name = results["paired"][key]["difference"], results["systems"][key]["name"]
     side = "above" if found["value"] > 0 else "below" if found["value"] < 0 else "from"
-    ends = f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
-    return f"{percent(abs(found['value']))} points {side} [{ends}]"
+    return (
+        f"{percent(abs(found['value']))} points {side} {name} "
+        f"[{points(found['low'])} to {points(found['high'])}]"
+    )
