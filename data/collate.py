@@ -37,7 +37,7 @@ class Collator:
             chat template closes with none of them (LLaVA-1.5's does not).
         max_length: cut longer samples to so many tokens; None: never.
         isolate: let every turn see the image and itself alone (`isolate_turns`), with a mask of this dtype;
-            None: turns see those before them. It needs sdpa or eager attention and a model with plain positions.
+            None: turns see those before them. It needs sdpa or eager attention and plain positions.
     """
 
     def __init__(

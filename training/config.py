@@ -104,8 +104,8 @@ class DataConfig:
         eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
         turns: how many questions about one image a training sample holds at most (`scenes` only).
-        isolate: let each turn see the image and itself alone, not the turns before it; for models with plain (one
-            number a token) positions, under sdpa or eager attention.
+        isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
+            (one number a token) positions, under sdpa or eager attention.
         seed: of the rendered scenes.
         max_length: tokens, vision included, after which a training sample is cut; None: never.
     """
