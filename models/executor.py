@@ -32,6 +32,7 @@ class Forward:
         plain: no mask but causal order and padding.
         prompt, decision: what is known and decided of the vision tokens; None if the forward brings none.
         entry: the entry adapter, if the model has one.
+        deepstack: so many first layers after which the model itself adds to the full hidden states.
         record: keep what is needed to expand the recorded hidden states of every layer.
     """
 
@@ -45,10 +46,12 @@ class Forward:
         prompt: Prompt | None,
         decision: Decision | None,
         entry: nn.Module | None,
+        deepstack: int,
         record: bool,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
-        self.prompt, self.decision, self.entry, self.record = prompt, decision, entry, record
+        self.prompt, self.decision, self.entry = prompt, decision, entry
+        self.deepstack, self.record = deepstack, record
         self.layout: Layout | None = None
         self.full: Tensor | None = None  # [B, T, D]
         self.expanded = False  # the running layer's output was handed to the model at full length
@@ -96,10 +99,10 @@ class Forward:
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
         return (hidden_states, *args[1:]), kwargs
 
-    def leave_layer(self, output: Tensor) -> Tensor:
-        """The layer's output at full length, for a model that adds to it between layers (deepstack)."""
-        if self.layout is None:
-            return output
+    def leave_layer(self, i: int, output: Tensor) -> Tensor | None:
+        """A layer's output at full length where the model is going to add to it; None if it stays as it is."""
+        if self.layout is None or i >= self.deepstack:
+            return None
         self.expanded = True
         output = self._expand(output)
         if self.record:
@@ -126,9 +129,8 @@ class Forward:
         """Start a segment with the selection's tokens."""
         prompt = self.prompt
         assert prompt is not None
-        counts = selection.counts
-        if counts is None:
-            counts = tuple(selection.vision.sum(1).tolist())
+        known = selection.counts
+        counts = tuple(selection.vision.sum(1).tolist() if known is None else known)
         self.selections.append((i, Selection(selection.vision, counts)))
         everything = counts == prompt.n_vision
         entering = self._entering(i, selection.vision, counts)

@@ -73,7 +73,7 @@ class Hooks:
         for i, layer in enumerate(self.layers):
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
-                yield layer.register_forward_hook(self._after_layer)
+                yield layer.register_forward_hook(partial(self._after_layer, i))
         yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
@@ -132,6 +132,7 @@ class Hooks:
             prompt=prompt,
             decision=decision,
             entry=entry,
+            deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
             record=bool(record) or record == 0,
         )
         if prompt is not None:
@@ -153,8 +154,8 @@ class Hooks:
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return None if self._forward is None else self._forward.enter_layer(i, layer, args, kwargs)
 
-    def _after_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return None if self._forward is None else self._forward.leave_layer(output)
+    def _after_layer(self, i: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self._forward is None else self._forward.leave_layer(i, output)
 
     def _before_norm(self, module: nn.Module, args: tuple) -> tuple | None:
         return None if self._forward is None else (self._forward.finish(args[0]), *args[1:])
