@@ -365,6 +365,39 @@ def test_a_second_prompt_is_not_touched_by_the_first() -> None:
 
 
 @torch.no_grad()
+def test_beam_search_in_a_mixed_batch() -> None:
+    model, policy = build(), policy_of(settings_of(STAGES[-1]))
+
+    def search(samples: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
+        batch = collate(samples, "left")
+        with attach(model, policy, vision_mask=batch.vision):
+            return generate(model, batch, num_beams=3).sequences.tolist()
+
+    assert search(prompts()) == [search([sample])[0] for sample in prompts()]
+
+
+@torch.no_grad()
+def test_a_second_turn_sees_what_the_first_left() -> None:
+    """Text after the answer, in one forward on the kept cache: as if decoded token by token."""
+    model = build()
+    batch = collate(prompts(), "left")
+    turn = torch.randint(3, 60, (len(PROMPTS), 3))
+    with attach(model, policy_of(settings_of(STAGES[-1])), vision_mask=batch.vision):
+        logits = []
+        for chunks in ([turn], list(turn.split(1, dim=1))):
+            mask = batch.attention_mask
+            cache = model(**batch.inputs).past_key_values
+            for chunk in chunks:
+                mask = torch.cat((mask, torch.ones_like(chunk)), dim=1)
+                out = model(input_ids=chunk, attention_mask=mask, past_key_values=cache).logits
+            logits.append(out[:, -1])
+        assert len({layer.keys.shape[-2] for layer in cache.layers}) > 1, (
+            "layers should hold different tokens"
+        )
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_teacher_forcing_equals_generation() -> None:
     """In training the answer stands in the same forward; it sees what decoding would have seen."""
     model, chosen = build(), settings_of(STAGES[-1])
