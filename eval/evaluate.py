@@ -46,7 +46,7 @@ def evaluate_run(
     baseline: str = "pruned",
     candidate: str = "student",
     batch_size: int = 96,
-    latency_prompts: int = 8,
+    latency_prompts: int = 6,
     latency_repeats: int = 3,
     seed: int = 0,
     note: str = "",
@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     try:
         if any("=" not in argument for argument in arguments) or not arguments:
-            sys.exit(__doc__)
+            sys.exit(f"{__doc__}\n{Arguments.__doc__}")
         chosen = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
         evaluate_checkpoint(**OmegaConf.to_container(chosen, throw_on_missing=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:

@@ -48,9 +48,17 @@ def processor():
 
 @pytest.fixture(scope="module")
 def student(processor):
-    """A student whose LoRA changes the answers."""
+    """A student whose LoRA, entry adapter and projector change the answers."""
     found = build_student(
-        tiny_model(), processor, base="tiny", schedule=LATE, rank=2, alpha=4, dropout=0.0, entry_rank=2
+        tiny_model(),
+        processor,
+        base="tiny",
+        schedule=LATE,
+        rank=2,
+        alpha=4,
+        dropout=0.0,
+        entry_rank=2,
+        train=["multi_modal_projector"],
     )
     with torch.no_grad():
         for name, parameter in found.model.named_parameters():
@@ -376,7 +384,7 @@ def test_bad_input_is_one_sentence_before_any_compute(student, processor, questi
         (["split=test"], "checkpoint"),
         (["checkpont=outputs/late_fusion"], "checkpont"),
         (["samples=many", "checkpoint=x"], "many"),
-        (["--help"], "python eval/evaluate.py checkpoint="),
+        (["--help"], "split: of the questions"),
     ],
 )
 def test_command_line_says_what_is_wrong(arguments, says, tmp_path, monkeypatch):

@@ -130,7 +130,10 @@ def accuracy_by_type(results: dict[str, Any]) -> str:
 
 def standalone(figure: str) -> str:
     """A figure as a file of its own, with its colours inside."""
-    return figure.replace(">", f" xmlns='http://www.w3.org/2000/svg' width='560'><style>{STYLE}</style>", 1) + "\n"
+    return (
+        figure.replace(">", f" xmlns='http://www.w3.org/2000/svg' width='560'><style>{STYLE}</style>", 1)
+        + "\n"
+    )
 
 
 def _svg(name: str, title: str, description: str, height: float, body: str) -> str:
