@@ -122,6 +122,7 @@ def student_of(config: Config) -> Student:
 def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMixin) -> Student:
     """The student that `config` describes, on an already loaded base."""
     projector = config.model.projector if config.lora.train_projector else None
+    set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
     return build_student(
         model,
         processor,
