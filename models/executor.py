@@ -130,7 +130,7 @@ class Forward:
         prompt = self.prompt
         assert prompt is not None
         known = selection.counts
-        counts = tuple(selection.vision.sum(1).tolist() if known is None else known)
+        counts = tuple((selection.vision & prompt.vision).sum(1).tolist() if known is None else known)
         self.selections.append((i, Selection(selection.vision, counts)))
         everything = counts == prompt.n_vision
         entering = self._entering(i, selection.vision, counts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from latefusion.models.policies.base import Decision, Prompt, Selection
 
 
@@ -27,8 +29,20 @@ class TraceRecord:
 
 
 @dataclass(frozen=True)
+class TextTrace:
+    """A prefill without vision tokens: `real` is false for padding, `[B, T]`."""
+
+    real: Tensor
+    num_layers: int
+
+    def records(self) -> list[TraceRecord]:
+        counts = self.real.sum(1).tolist()
+        return [TraceRecord(None, None, None, [int(n)] * self.num_layers) for n in counts]
+
+
+@dataclass(frozen=True)
 class PrefillTrace:
-    """The raw material of the records: masks still on the device."""
+    """A prefill with vision tokens, its masks still on the device."""
 
     prompt: Prompt
     decision: Decision | None
