@@ -60,6 +60,7 @@ class Attachment(Hooks):
 
     policy: Policy
     _queries: Tensor | None
+    _answers: Tensor | None
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[Attachment]:
@@ -73,23 +74,24 @@ class Attachment(Hooks):
             self.policy = before
 
     @contextmanager
-    def queries(self, index: Tensor) -> Iterator[Attachment]:
-        """Score vision tokens by these rows for the forwards inside, not by the last token of each sample.
+    def queries(self, index: Tensor, answers: Tensor | None = None) -> Iterator[Attachment]:
+        """Say where prompts end in the forwards inside, if not at the last token of each sample.
 
         Args:
-            index: int64 `[B, Q]`, positions in the (padded) rows; in training, of the tokens that an answer
-                follows.
+            index: int64 `[B, Q]`, positions in the (padded) rows: the tokens that an answer follows.
+            answers: bool `[B, T]`, the answers' tokens where several turns follow each other: no policy may
+                choose vision tokens by them. None: what comes before the last query is prompt.
         """
         if index.dim() != 2 or index.dtype != torch.long or index.shape[1] == 0:
             raise ValueError(
                 f"queries must be int64 [batch, rows], not {index.dtype} with shape {tuple(index.shape)}."
             )
-        before = self._queries
-        self._queries = index
+        before = self._queries, self._answers
+        self._queries, self._answers = index, answers
         try:
             yield self
         finally:
-            self._queries = before
+            self._queries, self._answers = before
 
     @property
     def trace(self) -> list[TraceRecord]:

@@ -21,7 +21,7 @@ from latefusion.models.executor import Forward
 from latefusion.models.masks import attention_window
 from latefusion.models.policies.base import Policy, Prompt
 from latefusion.models.probe import Probe
-from latefusion.models.trace import PrefillTrace
+from latefusion.models.trace import PrefillTrace, TextTrace
 from latefusion.models.vision import VisionMask, find_vision, given_vision
 
 
@@ -49,7 +49,8 @@ class Hooks:
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.policy, self.vision_mask = policy, vision_mask
         self._queries: Tensor | None = None  # int64 [B, Q]
-        self._last: PrefillTrace | None = None
+        self._answers: Tensor | None = None  # bool [B, T]
+        self._last: PrefillTrace | TextTrace | None = None
         # of the running forward; None between forwards
         self._vision: Tensor | None = None  # bool [B, T]
         self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T]
@@ -148,7 +149,7 @@ class Hooks:
                     replayed=torch.is_grad_enabled() and any(map(_checkpoints, self.layers)),
                 )
         elif past == 0:
-            self._last = None
+            self._last = TextTrace(self._real(batch, length, tokens.device), len(self.layers))
         self._forward = forward
 
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -179,10 +180,7 @@ class Hooks:
         """The prompt of this forward, None if it brings no vision tokens. The only host sync of a prefill."""
         if self._vision is None:
             return None
-        if self._padding is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=device)
-        else:
-            real = self._padding[:, -length:].to(device=device, dtype=torch.bool)
+        real = self._real(batch, length, device)
         vision = self._vision.to(device) & real
         n_vision, n_real = torch.stack([vision.sum(1), real.sum(1)]).tolist()
         if not any(n_vision):
@@ -192,14 +190,26 @@ class Hooks:
             queries = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
         elif queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
+        queries = queries.to(device)
+        text = real & ~vision & (vision.cumsum(1) > 0)
+        text &= torch.arange(length, device=device) <= queries.amax(1, keepdim=True)
+        if self._answers is not None:
+            text &= ~self._answers.to(device)
         return Prompt(
             vision=vision,
             real=real,
-            queries=queries.to(device),
+            queries=queries,
+            text=text,
             n_vision=tuple(n_vision),
             n_real=tuple(n_real),
             num_layers=len(self.layers),
         )
+
+    def _real(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Which tokens of this forward are no padding, bool `[B, T]`; all, under a 4-D mask of the user's."""
+        if self._padding is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        return self._padding[:, -length:].to(device=device, dtype=torch.bool)
 
 
 def _checkpoints(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from latefusion.models.flops import decoder_flops, vision_macs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection, contribution_norm
 
 SCHEDULE_FILE = "vision_schedule.json"
+ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class VisionSchedule:
 
     Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
     (None: they stay to the end). The default sees everything everywhere: the dense model. The best `k` are those
-    that contribute most to the last prompt token's attention output (`contribution_norm`) in the layer before.
+    that contribute most to the attention output of any text token of the prompt (`contribution_norm`) in the layer
+    before: where keeps begin, the last token alone does not know yet what the question is about.
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -53,7 +55,9 @@ class VisionSchedule:
                     "the attention of the layer before."
                 )
             if k < 1:
-                raise ValueError(f"keep={{{layer}: {k}}} must keep at least one token; to drop all use exit={layer}.")
+                raise ValueError(
+                    f"keep={{{layer}: {k}}} must keep at least one token; to drop all use exit={layer}."
+                )
             if previous is not None and k > previous:
                 raise ValueError(
                     f"keep={{{layer}: {k}}} grows from {previous}: a token that left does not return; "
@@ -134,7 +138,8 @@ class _ScheduleDecision:
         self.schedule, self.prompt = schedule, prompt
         self.watch = {layer - 1 for layer in schedule.keep}
         self.kept = prompt.vision  # bool [B, T]
-        self.scores: Tensor | None = None
+        self.scores: Tensor | None = None  # float32 [B, T]
+        self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
 
     def select(self, layer: int) -> Selection | None:
         schedule, prompt = self.schedule, self.prompt
@@ -149,9 +154,20 @@ class _ScheduleDecision:
         return None
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        norms = contribution_norm(call, self.prompt.queries)  # [B, Q, K]
-        self.scores = call.to_logical(norms.amax(1), self.prompt.vision.shape[1])  # [B, T]
+        norms = [
+            contribution_norm(call, rows).amax(1) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
+        ]  # [B, K]
+        self.scores = call.to_logical(torch.stack(norms).amax(0), self.prompt.vision.shape[1])  # [B, T]
         return None
+
+
+def asking(prompt: Prompt) -> Tensor:
+    """The rows that rank vision tokens: the prompt's text and its queries, int64 `[B, R]`, without a host sync."""
+    ranks = prompt.text.scatter(1, prompt.queries, True)  # bool [B, T]
+    n_text = max(real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True))
+    most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
+    rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
+    return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])
 
 
 def best(scores: Tensor | None, among: Tensor, k: int) -> Tensor:

@@ -137,9 +137,12 @@ def test_using_swaps_the_policy_for_a_scope() -> None:
         assert attachment.policy is BAND
 
 
-def test_queries_choose_the_rows_that_rank() -> None:
+def test_prompt_text_ranks_and_answers_do_not() -> None:
     model, inputs = shared("llava"), prompt("llava", ["tt I ttttt", "t I I tt"], "right")
-    rows = [[6, 8], [9, 9]]
+    queries, answers = torch.tensor([[6, 9], [9, 9]]), torch.zeros(2, 11, dtype=torch.bool)
+    answers[0, [7, 8, 10]] = True
+    answers[1, 10] = True
+    rows = [[6, 9], [9]]
     seen = ranked(
         shared("llava", "eager"),
         inputs,
@@ -151,7 +154,7 @@ def test_queries_choose_the_rows_that_rank() -> None:
     )
     with masked(model, vision_tokens(inputs), seen, padding=inputs["attention_mask"]):
         expected = logits(model, inputs, use_cache=False)
-    with attach(model, KEEPS) as attachment, attachment.queries(torch.tensor(rows)):
+    with attach(model, KEEPS) as attachment, attachment.queries(queries, answers=answers):
         found = logits(model, inputs)
         assert [r.kept for r in attachment.trace] == [m.nonzero().flatten().tolist() for m in seen[4]]
     assert close(found[text_tokens(inputs)], expected[text_tokens(inputs)])
@@ -183,8 +186,9 @@ def test_trace_tells_what_the_last_prefill_did() -> None:
         with attachment.using(VisionSchedule()):
             logits(model, inputs)
             assert attachment.trace[0].exit_layer is None and attachment.trace[0].tokens == [9] * 6
-        logits(model, prompt("llava", ["tttt"]))
-        assert attachment.trace == []  # no vision tokens, nothing decided
+        logits(model, prompt("llava", ["tttt", "tt"]))
+        assert [r.tokens for r in attachment.trace] == [[4] * 6, [2] * 6]
+        assert [(r.fusion_layer, r.kept, r.exit_layer) for r in attachment.trace] == [(None, None, None)] * 2
 
 
 def test_hidden_states_are_full_length() -> None:

@@ -123,7 +123,6 @@ def test_bands_equal_the_masked_model(family: str, side: str, attention: str) ->
 def seen_by_keeps(
     family: str, inputs: dict[str, Any], schedule: VisionSchedule = KEEPS
 ) -> list[torch.Tensor]:
-    last = [int(row.nonzero().max()) for row in padding(inputs)]
     return ranked(
         shared(family, "eager"),
         inputs,
@@ -131,8 +130,17 @@ def seen_by_keeps(
         enter=schedule.enter,
         exit=schedule.exit,
         keep=dict(schedule.keep),
-        queries=[[row] for row in last],
+        queries=asking(inputs),
     )
+
+
+def asking(inputs: dict[str, Any]) -> list[list[int]]:
+    """Per sample, the last token and the text after the first vision token."""
+    rows = []
+    for real, sees in zip(padding(inputs).tolist(), vision_tokens(inputs).tolist(), strict=True):
+        there = [i for i, r in enumerate(real) if r]
+        rows.append([i for i in there if i == there[-1] or (any(sees[:i]) and not sees[i])])
+    return rows
 
 
 @everywhere

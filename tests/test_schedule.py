@@ -144,6 +144,7 @@ def test_decisions_agree_with_vision_tokens(schedule: VisionSchedule, seed: int)
         vision=vision,
         real=torch.ones_like(vision),
         queries=torch.full((3, 1), 29),
+        text=~vision & (vision.cumsum(1) > 0),
         n_vision=n_vision,
         n_real=(30, 30, 30),
         num_layers=NUM_LAYERS,
@@ -171,7 +172,7 @@ def random_call(present: Tensor) -> AttentionCall:
     order = present.int().argsort(dim=1, stable=True)[:, -width:]
     index = torch.where(present.gather(1, order), order, -1)
     heads, kv_heads, dim = 4, 2, 8
-    weights = torch.rand(batch, heads, 1, width).masked_fill(index[:, None, None] < 0, 0)
+    weights = torch.rand(batch, heads, width, width).masked_fill(index[:, None, None] < 0, 0)
     return AttentionCall(
         query=torch.randn(batch, heads, width, dim),
         key=torch.randn(batch, kv_heads, width, dim),
@@ -181,5 +182,5 @@ def random_call(present: Tensor) -> AttentionCall:
         output=torch.randn(batch, width, heads, dim),
         scaling=dim**-0.5,
         rerun=lambda value, rows: pytest.fail("a schedule changes no attention"),
-        weights=lambda rows: weights,
+        weights=lambda rows: weights[:, :, : rows.shape[1]],
     )

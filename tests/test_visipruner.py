@@ -169,6 +169,7 @@ def test_shallow_rule_equals_edited_weights(layer: int, sink_rule: str, last: in
         vision=data.vision,
         real=real,
         queries=torch.full((3, 1), last),
+        text=real & ~data.vision & (data.vision.cumsum(1) > 0) & (torch.arange(11) <= last),
         n_vision=tuple(data.vision.sum(1).tolist()),
         n_real=tuple(real.sum(1).tolist()),
         num_layers=4,

@@ -68,7 +68,7 @@ class Objective:
         if self.share_images and "pixel_values" in inputs and "pixel_values_videos" not in inputs:
             inputs = self.encode_images(inputs)
 
-        with self.attachment.queries(queries):
+        with self.attachment.queries(queries, answers=labels != IGNORE):
             wanted = self.teach(inputs, learnt) if self.teacher is not None else None  # [N, V]
             logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")

@@ -20,8 +20,10 @@ class Prompt:
     Attributes:
         vision: bool `[B, T]`, the vision tokens.
         real: bool `[B, T]`, false for padding.
-        queries: int64 `[B, Q]`, the rows whose attention scores the vision tokens: the last prompt token, or
-            in training the tokens that an answer follows (repeated to fill the row).
+        queries: int64 `[B, Q]`, the last prompt token, or in training the tokens that an answer follows
+            (repeated to fill the row).
+        text: bool `[B, T]`, the prompt's text that can see vision tokens: after the first of them, up to the
+            last query, in training without the answers.
         n_vision, n_real: the same masks counted per sample, on the host.
         num_layers: decoder layers.
     """
@@ -29,6 +31,7 @@ class Prompt:
     vision: Tensor
     real: Tensor
     queries: Tensor
+    text: Tensor
     n_vision: tuple[int, ...]
     n_real: tuple[int, ...]
     num_layers: int

@@ -36,7 +36,7 @@ class VisiPruner:
             first vision token; "half": the first half of the vision tokens is hidden.
 
     The shallow rule drops attention without renormalising the rest. It rules the prompt's text after its
-    first vision token; generated tokens (in training: those after the first query) see all that is left. A
+    first vision token; generated tokens (in training: answers) see all that is left. A
     prompt that ends in a vision token is not pruned. With several queries, what any of them needs is kept.
 
     Raises:
@@ -115,10 +115,7 @@ class VisiPrunerDecision:
 
         ends_in_vision = prompt.vision.gather(1, prompt.queries).any(1, keepdim=True)  # [B, 1]
         self._prunable = prompt.vision & ~ends_in_vision  # [B, T]
-        position = torch.arange(prompt.vision.shape[1], device=prompt.vision.device)
-        in_prompt = position <= prompt.queries.amin(1, keepdim=True)
-        after_vision = prompt.vision.cumsum(1) > 0
-        self._ruled = prompt.real & ~prompt.vision & after_vision & in_prompt  # [B, T]
+        self._ruled = prompt.text  # bool [B, T]
         self._max_ruled = max(
             real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)
         )
