@@ -168,6 +168,7 @@ def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
     assert isinstance(student.schedule, VisionSchedule) and entry_of(student.model) is not None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_base_that_is_used_twice_is_refused():
     model, processor = tiny_base()
     options = {"base": "x", "schedule": VisionSchedule(enter=1), "rank": 2, "alpha": 2, "dropout": 0.0}

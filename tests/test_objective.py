@@ -6,7 +6,7 @@ from latefusion.data import sources
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
-from latefusion.training.objective import distillation, label_columns
+from latefusion.training.objective import IGNORE, distillation, label_columns
 from peft.tuners.lora import LoraLayer
 from tiny import shake, tiny_base, tiny_student
 
@@ -49,7 +49,8 @@ def test_loss_is_cross_entropy_plus_kl_over_all_logits(rows):
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     base, _ = tiny_base()
     teacher = attach(base, run.visipruner(config.model.visipruner))
-    with torch.no_grad(), student.attachment.queries(batch["queries"]), teacher.queries(batch["queries"]):
+    asked = (batch["queries"], batch["labels"] != IGNORE)
+    with torch.no_grad(), student.attachment.queries(*asked), teacher.queries(*asked):
         s, t = student.model(**inputs).logits, base(**inputs).logits
     ce = kl = 0.0
     for b, p in (batch["labels"] != -100).nonzero().tolist():

@@ -35,7 +35,7 @@ def test_loss_and_gradients(family):
     missing = [n for n, p in student.model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == [] and terms["tokens"] == 6
 
-    with torch.no_grad(), student.attachment.queries(queries):
+    with torch.no_grad(), student.attachment.queries(queries, labels != IGNORE):
         logits = student.model(**prompt(family, ["tt I tttt", "ttttt", "t I t I tttt"], side="right")).logits
     ce = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
     assert terms["ce"].item() == pytest.approx(ce.item(), rel=1e-4)
