@@ -141,6 +141,7 @@ class TrainConfig:
     warmup: float = 0.03
     scheduler: str = "cosine"
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     seed: int = 0
     dtype: Dtype = Dtype.auto
@@ -252,7 +253,11 @@ def read(cfg: DictConfig) -> Config:
     ):
         if number < 0:
             raise ValueError(f"{key}={number} must not be negative.")
-    for key, number in (("train.warmup", train.warmup), ("lora.dropout", lora.dropout)):
+    for key, number in (
+        ("train.warmup", train.warmup),
+        ("train.adam_beta2", train.adam_beta2),
+        ("lora.dropout", lora.dropout),
+    ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     if config.data.source is not Source.scenes and config.data.path is None:

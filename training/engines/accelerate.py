@@ -43,6 +43,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         lr_scheduler_type=train.scheduler,
         warmup_steps=round(train.warmup * train.steps),
         weight_decay=train.weight_decay,
+        adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         bf16=dtype is torch.bfloat16,

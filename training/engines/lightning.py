@@ -163,7 +163,12 @@ class StudentModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         train = self.config.train
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=train.learning_rate,
+            betas=(0.9, train.adam_beta2),
+            weight_decay=train.weight_decay,
+        )
         warmup = round(train.warmup * train.steps)
         schedule = get_scheduler(train.scheduler, optimizer, warmup, train.steps)
         return [optimizer], [schedule]
