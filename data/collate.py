@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from latefusion.data.packing import isolate_turns
 from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from latefusion.data.packing import isolate_turns
 
 IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from latefusion.data.scenes import load_scenes
 from PIL import Image
+
+from latefusion.data.scenes import load_scenes
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}

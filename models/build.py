@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from latefusion.models import embedded
-from latefusion.models.attach import Attachment, attach
-from latefusion.models.entry import ENTRY, entry_of, install_entry
-from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from latefusion.models import embedded
+from latefusion.models.attach import Attachment, attach
+from latefusion.models.entry import ENTRY, entry_of, install_entry
+from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 
 EMBEDDED = "embedded"
 ADAPTER_CONFIG = "adapter_config.json"

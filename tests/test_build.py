@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
+from transformers import AutoModelForImageTextToText, LlavaConfig
+
 from latefusion.data import sources
 from latefusion.models.attach import attach
 from latefusion.models.build import (
@@ -18,8 +21,6 @@ from latefusion.models.build import (
 from latefusion.models.entry import EntryAdapter, entry_of, install_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
-from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
-from transformers import AutoModelForImageTextToText, LlavaConfig
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ import json
 
 import datasets
 import pytest
+from PIL import Image
+
 from latefusion.data import sources
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.embedded.vocabulary import EOS, IMAGE, build_processor
-from PIL import Image
 
 # one image is 4 tokens here: <image> * 4
 LLAVA_TEMPLATE = (  # as llava-hf/llava-1.5-7b-hf has it: no token ends an answer

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import composed, configured
+
 from latefusion.training import run
 from latefusion.training.config import RECIPES, explain, read
 from latefusion.training.engines import accelerate
-from tiny import composed, configured
 
 TRAIN = Path(run.__file__).with_name("train.py")
 

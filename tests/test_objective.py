@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from tiny import shake, tiny_base, tiny_student
+
 from latefusion.data import sources
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
 from latefusion.training.objective import IGNORE, distillation, label_columns
-from peft.tuners.lora import LoraLayer
-from tiny import shake, tiny_base, tiny_student
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, build, prompt, text_tokens
+
 from latefusion.models.build import build_student
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule

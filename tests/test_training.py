@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from latefusion.models.build import load, load_student
-from latefusion.training import run
-from latefusion.training.config import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, composed, save_tiny_base
+
+from latefusion.models.build import load, load_student
+from latefusion.training import run
+from latefusion.training.config import RECIPES
 
 QUICK = (
     *("train.dtype=float32", "train.threads=1", "train.log_every=1", "train.learning_rate=1e-2"),

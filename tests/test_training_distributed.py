@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from latefusion.models.build import load_student
-from latefusion.training import run
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, save_tiny_base
+
+from latefusion.models.build import load_student
+from latefusion.training import run
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(run.__file__).with_name("train.py")
@@ -85,7 +86,7 @@ def assert_same_student(output: Path, expected: Path) -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_train_as_one(base, alone, tmp_path, launcher):
     printed = launch(launcher, base, tmp_path, "train.batch_size=4")
-    assert "4 x 1 samples in 2 processes" in printed and printed.count("Trained in") == 1
+    assert "4 x 1 samples in 2 process(es)" in printed and printed.count("Trained in") == 1
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
     assert_same_student(tmp_path, alone)
 
@@ -96,7 +97,7 @@ def test_two_processes_train_as_one(base, alone, tmp_path, launcher):
 def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
     size = 8 if launcher == "alone" else 4
     printed = launch(launcher, base, tmp_path, f"engine=deepspeed_{stage}", f"train.batch_size={size}")
-    assert f"{size} x 1 samples in {8 // size} processes" in printed and printed.count("Trained in") == 1
+    assert f"{size} x 1 samples in {8 // size} process(es)" in printed and printed.count("Trained in") == 1
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
     assert_same_student(tmp_path, alone)
     assert (tmp_path / "checkpoint-3" / "global_step3").is_dir()  # DeepSpeed's own state: it was not bypassed
@@ -107,7 +108,7 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
 def test_lightning_ddp_trains_as_lightning_alone(base, tmp_path):
     for launcher, size in (("alone", 8), ("torchrun", 4)):
         printed = launch(launcher, base, tmp_path / launcher, "engine=lightning", f"train.batch_size={size}")
-        assert f"samples in {8 // size} processes" in printed
+        assert f"samples in {8 // size} process(es)" in printed
     assert_same_student(tmp_path / "torchrun", tmp_path / "alone")
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
 from latefusion.models.build import Student
 from latefusion.models.embedded.build import build_config, build_model
 from latefusion.models.embedded.vocabulary import build_processor
 from latefusion.training import run
 from latefusion.training.config import RECIPES, Config, read
-from omegaconf import DictConfig
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 VISION = 4  # tokens an image
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from latefusion.models.attach import Attachment
-from latefusion.models.policies.base import Policy
 from peft import PeftModel
 from torch import Tensor
+
+from latefusion.models.attach import Attachment
+from latefusion.models.policies.base import Policy
 
 IGNORE = -100
 

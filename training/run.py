@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+
 from latefusion.data import sources
 from latefusion.data.collate import Collator
 from latefusion.data.packing import Conversations
@@ -29,8 +32,6 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
 from latefusion.training.objective import Objective
-from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 
 def run(cfg: DictConfig) -> None:
@@ -175,11 +176,10 @@ def visipruner(config: VisiPrunerConfig) -> VisiPruner:
 def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     """What is about to be trained: parameters, vision tokens by layer, FLOPs against dense."""
     model, schedule = student.model, student.schedule
-    n = len(batch["input_ids"])
-    n_vision = round(int((batch["input_ids"] == model.config.image_token_id).sum()) / n)
-    mask = batch["attention_mask"]
-    real = mask if mask.dim() == 2 else mask.diagonal(dim1=-2, dim2=-1) == 0
-    n_text = round(int(real.sum()) / n) - n_vision
+    ids, n = batch["input_ids"], len(batch["input_ids"])
+    prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
+    vision = ids == model.config.image_token_id
+    n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
     trainable, total = model.get_nb_trainable_parameters()
     layers = model.config.get_text_config().num_hidden_layers
     flops = schedule.flops(model.config, n_text, n_vision)
@@ -190,9 +190,9 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
         [
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{os.environ.get('WORLD_SIZE', '1')} processes, teacher {config.teacher.value}, {dtype}",
+            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
-            f"decoder FLOPs a sample: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
+            f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
         ]
     )

@@ -13,8 +13,9 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
 
 import hydra
-from latefusion.training.config import explain
 from omegaconf import DictConfig
+
+from latefusion.training.config import explain
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")

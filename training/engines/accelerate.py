@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latefusion.data.collate import Collator
-from latefusion.models.build import Student, save_student
-from latefusion.training.config import Config
-from latefusion.training.objective import Objective
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from latefusion.data.collate import Collator
+from latefusion.models.build import Student, save_student
+from latefusion.training.config import Config
+from latefusion.training.objective import Objective
 
 ALONE = {  # DeepSpeed wants a process group even for the one process that a bare `accelerate launch` starts
     "RANK": "0",
@@ -29,11 +30,13 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
     """Set the process up; before any model is loaded, for ZeRO-3 shards weights as they load."""
     train = config.train
     cpu = not torch.cuda.is_available()
+    if cpu:
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # Trainer imports DeepSpeed, which would guess, and warn
     if config.engine.deepspeed:
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
-        if cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=train.steps,

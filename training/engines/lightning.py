@@ -13,14 +13,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.build import Student, save_student
-from latefusion.training.config import Config
-from latefusion.training.objective import Objective
 from peft.helpers import disable_input_dtype_casting
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
+
+from latefusion.data.collate import IGNORE, Collator
+from latefusion.models.build import Student, save_student
+from latefusion.training.config import Config
+from latefusion.training.objective import Objective
 
 
 def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
