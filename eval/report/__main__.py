@@ -3,7 +3,7 @@
     python -m latefusion.eval.report outputs/late_fusion/results.json \\
         --readme README.md --figure docs/tokens_per_layer.svg
 
-The table goes between `<!-- NAME -->` and `<!-- /NAME -->`; without `--readme` it is printed.
+Several files, runs that differ in their seed, give one line each. The table goes between `<!-- NAME -->` and `<!-- /NAME -->`; without `--readme` it is printed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from latefusion.eval.report.figures import standalone, tokens_per_layer
-from latefusion.eval.report.tables import headline, markdown
+from latefusion.eval.report.tables import headline, markdown, seeds
 
 
 def insert(document: str, name: str, text: str) -> str:
@@ -34,13 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="results.json of an evaluation")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of an evaluation")
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     parser.add_argument("--name", default="results", help="of the marks around the table (default: results)")
     parser.add_argument("--figure", type=Path, help="file to write the vision tokens per layer to, as SVG")
     chosen = parser.parse_args()
-    results = json.loads(chosen.results.read_text())
-    text = f"{markdown(results)}\n{headline(results)}\n"
+    runs = [json.loads(path.read_text()) for path in chosen.results]
+    results = runs[0]
+    text = f"{markdown(results)}\n{headline(results)}\n" if len(runs) == 1 else seeds(runs)
     if chosen.figure:
         chosen.figure.write_text(standalone(tokens_per_layer(results)))
     if chosen.readme:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, log10
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -93,6 +95,36 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {label} | " + " | ".join(f"{value} ({detail})" for value, detail in row.cells) + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def seeds(runs: Sequence[dict[str, Any]]) -> str:
+    """Runs that differ in their seed as a table: a line each, and their mean with the spread between them."""
+    roles = runs[0]["roles"]
+    order = [roles["reference"], roles["baseline"], roles["candidate"]]
+    names = [runs[0]["systems"][key]["name"] for key in order]
+    lines = [
+        f"| seed | {' | '.join(names)} | against {names[0]} | FLOPs, {names[1]} | FLOPs, {names[2]} |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    gaps = [run["paired"][roles["reference"]]["difference"] for run in runs]
+    for run, gap in zip(runs, gaps, strict=True):
+        systems = [run["systems"][key] for key in order]
+        scores = [
+            f"{value} ({detail})" for value, detail in (_accuracy(s["accuracy"]["overall"]) for s in systems)
+        ]
+        costs = [f"{percent(s['flops']['ratio'])}%" for s in systems[1:]]
+        points = f"{_signed(gap['value'])} ({_signed(gap['low'])} to {_signed(gap['high'])})"
+        lines.append(f"| {run['settings']['seed']} | {' | '.join(scores)} | {points} | {' | '.join(costs)} |")
+    means = [mean(run["systems"][key]["accuracy"]["overall"]["value"] for run in runs) for key in order]
+    costs = [percent(mean(run["systems"][key]["flops"]["ratio"] for run in runs)) for key in order[1:]]
+    values = [gap["value"] for gap in gaps]
+    points = f"{_signed(mean(values))} ({_signed(min(values))} to {_signed(max(values))})"
+    lines.append(f"| mean | {' | '.join(map(percent, means))} | {points} | {costs[0]}% | {costs[1]}% |")
+    return "\n".join(lines) + "\n"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 def percent(share: float, digits: int = 1) -> str:

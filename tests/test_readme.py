@@ -1,0 +1,87 @@
+"""Every command and every snippet of README.md runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+QUICK = ["train.steps=2", "train.batch_size=2", "train.save_every=1", "data.scenes=4"]
+QUICK_EVALUATION = ["eval.split=validation", "eval.samples=8"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("bash")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def execute(snippet: str) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__readme__"})
+
+
+def test_the_snippet_on_a_model_that_one_has(capsys: pytest.CaptureFixture[str]) -> None:
+    execute(blocks("python")[0])
+    assert "TraceRecord(fusion_layer=" in capsys.readouterr().out
+
+
+def test_make_train_and_make_test_do_what_readme_says() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"make train", "make test"} <= set(commands())
+    assert re.search(
+        r"^train:.*\n\t.*accelerate launch training/train\.py recipe=late_fusion$", makefile, re.MULTILINE
+    )
+    assert re.search(r"^test:.*\n\t.*pytest", makefile, re.MULTILINE)
+
+
+def test_every_command_is_known() -> None:
+    """A command of another kind needs a test of its own."""
+    for command in commands():
+        assert command.startswith(
+            ("make ", "accelerate launch training/train.py ", "python eval/evaluate.py ")
+        ), command
+
+
+def run(command: str, folder: Path, extra: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of README in `folder`, with the repository's scripts and a few further arguments."""
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
+    head = {
+        "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
+        "python": [sys.executable],
+    }[words[0]]
+    rest = words[2:] if words[0] == "accelerate" else words[1:]
+    return subprocess.run([*head, *rest, *extra], cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_every_command_and_what_follows_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for command in commands():
+        if command.startswith("make "):
+            continue
+        if command.startswith("python eval/evaluate.py"):
+            done = run(command, tmp_path, ["samples=8", "output=evaluation"])
+        elif "llava_1_5_7b" in command:
+            done = run(command, tmp_path, [])
+            assert done.returncode != 0 and re.search(
+                r"^error: .*llava-hf/llava-1\.5-7b-hf.*\.$", done.stderr, re.M
+            )
+            continue
+        else:
+            more = ["train.steps=3"] if "resume=true" in command else []
+            done = run(command, tmp_path, [*QUICK, *QUICK_EVALUATION, *more])
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "outputs/late_fusion/report.html").is_file()
+    assert (tmp_path / "evaluation/results.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    execute(blocks("python")[1])
+    assert (tmp_path / "outputs/merged/config.json").is_file()
