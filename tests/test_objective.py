@@ -143,8 +143,9 @@ def test_entry_adapter_and_projector_learn_where_vision_enters_late(rows):
     assert not any("vision_tower" in n for n in grads)
 
 
-def test_a_batch_of_text_alone_still_gives_every_weight_a_gradient():
-    config, student = tiny_student("teacher=visipruner", "model.visipruner.boundary=1")
+@pytest.mark.parametrize("projector", ["true", "false"])
+def test_a_batch_of_text_alone_still_gives_every_weight_a_gradient(projector):
+    config, student = tiny_student("model.visipruner.boundary=1", f"lora.train_projector={projector}")
     content = [{"type": "text", "text": "how many?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
     batch = run.collator_of(student)(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, save_tiny_base
 
@@ -103,6 +104,28 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
     assert (tmp_path / "checkpoint-3" / "global_step3").is_dir()  # DeepSpeed's own state: it was not bypassed
     student = load_student(tmp_path, dtype=torch.float32)
     assert student.schedule.exit == 5
+
+
+@pytest.mark.parametrize(
+    ("engine", "projector"),
+    [("accelerate", "true"), ("deepspeed_zero3", "false"), ("deepspeed_zero3", "true")],
+)
+def test_processes_with_and_without_images_do_not_wait_for_each_other(base, tmp_path, engine, projector):
+    Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
+    seen = {"image": "a.jpg", "conversations": said("<image>\nwhat color is it?", "red")}
+    records = [seen if i % 3 == 0 else {"conversations": said("how many?", "nothing")} for i in range(6)]
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    options = (
+        *("data=llava_mix665k", f"data.path={tmp_path / 'mix.json'}", f"data.images={tmp_path}"),
+        *(f"engine={engine}", f"lora.train_projector={projector}"),
+    )
+    launch("torchrun", base, tmp_path / "two", "train.batch_size=1", *options)
+    launch("alone", base, tmp_path / "one", "train.batch_size=2", *options, "engine=accelerate")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+
+
+def said(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def test_lightning_ddp_trains_as_lightning_alone(base, tmp_path):

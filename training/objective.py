@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Objective:
         weight, temperature: of the KL term (Hinton et al., arXiv 1503.02531).
         share_images: encode images once for teacher and student; right where all that LoRA and
             `modules_to_save` train comes after the projector.
+        blank: what the processor makes of any one image. Given, batches without images run the vision tower
+            on it and drop the result: where weights are sharded, or the projector trains, every process
+            must run the same modules.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Objective:
         weight: float,
         temperature: float,
         share_images: bool,
+        blank: Mapping[str, Any] | None = None,
     ):
         self.model, self.attachment = model, attachment
         self.teacher = teacher if weight > 0 else None
         self.weight, self.temperature, self.share_images = weight, temperature, share_images
+        self.blank = blank
 
     def __call__(
         self, forward: Callable[..., Any], batch: dict[str, Any], *, count: Tensor | int
@@ -66,14 +71,19 @@ class Objective:
         targets = labels[:, columns + 1]  # [B, R]
         learnt = targets != IGNORE  # bool [B, R]
         inputs.update(logits_to_keep=columns, use_cache=False)
-        if self.share_images and "pixel_values" in inputs and "pixel_values_videos" not in inputs:
+        idle = self.idles(inputs)
+        if self.share_images and "pixel_values_videos" not in inputs:
             inputs = self.encode_images(inputs)
+            if idle:
+                with torch.no_grad():
+                    self.encode_blank(labels.device)
 
         with self.attachment.queries(queries, answers=labels != IGNORE):
             wanted = self.teach(inputs, learnt) if self.teacher is not None else None  # [N, V]
+            nothing = self.encode_blank(labels.device) if idle and not self.share_images else 0.0
             logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
-        loss, kl = ce, torch.zeros_like(ce)
+        loss, kl = ce + nothing, torch.zeros_like(ce)
         if wanted is not None:
             kl = distillation(logits, wanted, self.temperature)
             loss = loss + self.weight * kl
@@ -86,19 +96,36 @@ class Objective:
         self.model.eval()
         try:
             with self.model.disable_adapter(), self.attachment.using(self.teacher):
+                if self.idles(inputs) and not self.share_images:
+                    self.encode_blank(learnt.device)
                 return self.model(**fresh(inputs)).logits[learnt].float()
         finally:
             self.model.train(training)
 
     @torch.no_grad()
     def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs` with `pixel_values` replaced by the features that the decoder would receive."""
-        model: Any = self.model.get_base_model()
-        encode = model.base_model.get_image_features
-        names = [name for name in inspect.signature(encode).parameters if name in inputs]
-        features = encode(**{name: inputs[name] for name in names}, return_dict=True)
+        """`inputs` with `pixel_values`, if any, replaced by the features that the decoder would receive."""
+        if "pixel_values" not in inputs:
+            return inputs
         rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        return {**rest, "mm_encoder_outputs": {"image": features}}
+        return {**rest, "mm_encoder_outputs": {"image": self.encode(inputs)}}
+
+    def idles(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the vision tower, which other processes may run now, has nothing to do here."""
+        given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        return self.blank is not None and not any(name in inputs for name in given)
+
+    def encode(self, inputs: Mapping[str, Any]) -> Any:
+        model: Any = self.model.get_base_model()
+        encoder = model.base_model.get_image_features
+        names = [name for name in inspect.signature(encoder).parameters if name in inputs]
+        return encoder(**{name: inputs[name] for name in names}, return_dict=True)
+
+    def encode_blank(self, device: torch.device) -> Tensor:
+        """Zero, by way of the vision tower and the projector."""
+        assert self.blank is not None
+        moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
+        return 0.0 * sum(features.sum() for features in self.encode(moved).pooler_output)
 
 
 def label_columns(labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
@@ -153,6 +154,7 @@ def collator_of(
 
 
 def objective_of(config: Config, student: Student) -> Objective:
+    blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
     return Objective(
         model=student.model,
         attachment=student.attachment,
@@ -160,6 +162,7 @@ def objective_of(config: Config, student: Student) -> Objective:
         weight=config.kl.weight,
         temperature=config.kl.temperature,
         share_images=not config.lora.train_projector,
+        blank=blank if config.engine.deepspeed or config.lora.train_projector else None,
     )
 
 
