@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
 
@@ -17,10 +18,12 @@ from omegaconf import DictConfig
 
 from latefusion.training.config import explain
 
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
+
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from latefusion.training.run import run  # torch and transformers: seconds, which --help does not need
+    from latefusion.training.run import run  # seconds, which a typo or --help need not wait for
 
     run(cfg)
 
