@@ -26,7 +26,6 @@ from latefusion.models.build import (
     check_base,
     compute_dtype,
     load_base,
-    load_student,
 )
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
@@ -214,33 +213,18 @@ def evaluate(config: Config) -> dict[str, Any] | None:
     """Compare the saved student with its dense base and the pruned base; writes the report."""
     if not config.eval.enabled:
         return None
-    questions = questions_of(config)
-    if questions is None:
+    if questions_of(config) is None:
         print("No evaluation: data.eval_path names no data set of questions and answers.")
         return None
-    from latefusion.eval.evaluate import System, evaluate_run
+    from latefusion.eval.evaluate import evaluate_checkpoint
 
-    student = load_student(config.output_dir, dtype=dtype_of(config))
-    if torch.cuda.is_available():
-        student.model.cuda()
-    train = config.train
-    return evaluate_run(
-        model=student.model,
-        processor=student.processor,
-        attachment=student.attachment,
-        systems={
-            "dense": System(name="Dense base", policy=VisionSchedule()),
-            "pruned": System(name="VisiPruner", policy=visipruner(config.model.visipruner)),
-            "student": System(name=config.name, policy=student.schedule, adapters=True),
-        },
-        dataset=questions,
-        output_dir=config.output_dir,
-        title=config.name,
-        split=config.eval.split,
-        batch_size=config.eval.batch_size,
-        seed=train.seed,
-        note=f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, "
-        f"seed {train.seed}",
+    asked = config.eval
+    return evaluate_checkpoint(
+        config.output_dir,
+        split=asked.split,
+        samples=asked.samples,
+        output=config.output_dir,
+        batch_size=asked.batch_size,
     )
 
 
