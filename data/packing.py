@@ -2,12 +2,12 @@
 
 A row is `prefix, turn 1, turn 2, ...`, where the prefix ends with the last vision token and a turn ends with its
 answer. A block mask lets a turn see the prefix and itself; its positions go on from the prefix. So every turn gets
-what it would get in a row of its own (tested bit for bit in float64), at a fraction of the cost.
+what it would get in a row of its own (tested in float64), at a fraction of the cost.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import datasets
@@ -33,7 +33,7 @@ class Conversations(Dataset):
             n = len(list(rows))
             parts = -(-n // turns)
             bounds = [start + n * i // parts for i in range(parts + 1)]
-            self.ranges += [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+            self.ranges += [range(a, b) for a, b in pairwise(bounds)]
             start += n
 
     def __len__(self) -> int:
@@ -67,7 +67,9 @@ def isolate_turns(vision: Tensor, answer: Tensor, real: Tensor, dtype: torch.dty
     position = torch.arange(length, device=vision.device)  # [T]
     prefix = vision.flip(1).cumsum(1).flip(1) > 0  # up to the last vision token
     if bool((prefix & answer).any()):
-        raise ValueError("data.isolate=true needs every image before the first answer; use data.isolate=false.")
+        raise ValueError(
+            "data.isolate=true needs every image before the first answer; use data.isolate=false."
+        )
     ended = answer.clone()
     ended[:, :-1] &= ~answer[:, 1:]
     opens = prefix.clone()  # the first token after the prefix or after an answer opens a turn
@@ -80,5 +82,7 @@ def isolate_turns(vision: Tensor, answer: Tensor, real: Tensor, dtype: torch.dty
 
     seen = (turn[:, :, None] == turn[:, None, :]) | (turn == 0)[:, None, :]
     seen &= (position[None, :] <= position[:, None]) & real[:, None, :]  # [B, T, T]
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
     return {"attention_mask": mask[:, None], "position_ids": position_ids}

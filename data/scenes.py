@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from latefusion.data.questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
 from PIL import Image, ImageDraw, ImageFont
+
+from latefusion.data.questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
 
 VERSION = 1  # raise it when a scene, a question or a pixel changes: it names the cache
 SIZE, CELL, ZOOM = 96, 32, 2  # pixels of the image and of a cell; drawn at ZOOM times the size, then averaged

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from latefusion.eval.predict import Answer, System, encode_images, running
-from latefusion.models.flops import decoder_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
+
+from latefusion.eval.predict import Answer, System, encode_images, running
+from latefusion.models.flops import decoder_flops
 
 PEAK_PROMPTS = 3  # recording every allocation is slow
 

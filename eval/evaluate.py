@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from latefusion.eval import efficiency, metrics
 from latefusion.eval import results as found
 from latefusion.eval.predict import System, answer_questions, check, progress_bar, prompt_inputs
 from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 __all__ = ["System", "evaluate_checkpoint", "evaluate_run"]
 
@@ -228,6 +229,9 @@ def evaluate_checkpoint(
         split=split,
         checkpoint=checkpoint,
         batch_size=batch_size,
+        seed=typed.train.seed,
+        note=f"{typed.train.steps} steps of {typed.train.batch_size} x {typed.train.accumulation} samples a device, "
+        f"seed {typed.train.seed}",
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from latefusion.eval.metrics import normalise
-from latefusion.models.policies.base import Policy
 from peft import PeftModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from latefusion.eval.metrics import normalise
+from latefusion.models.policies.base import Policy
 
 COLUMNS = ("id", "question", "answer", "type", "scene")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+
 from latefusion.eval import efficiency, metrics
 from latefusion.eval.predict import Answer, System
 

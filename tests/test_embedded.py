@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from latefusion.data.questions import TYPES
 from latefusion.data.scenes import make_scene, render, split_of
 from latefusion.models import embedded
@@ -31,7 +33,6 @@ from latefusion.models.embedded.vocabulary import (
     encode,
     split_words,
 )
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 TINY = {"tower_width": 32, "tower_layers": 1, "width": 32, "layers": 7, "heads": 2, "mlp": 32}
 

@@ -8,6 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from transformers import DynamicCache, LlavaForConditionalGeneration
+
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval import efficiency
@@ -21,8 +24,6 @@ from latefusion.models.build import build_student
 from latefusion.models.embedded.build import build_config
 from latefusion.models.embedded.vocabulary import PAD, VOCABULARY, build_processor
 from latefusion.models.schedule import VisionSchedule
-from rich.console import Console
-from transformers import DynamicCache, LlavaForConditionalGeneration
 
 LAYERS, WIDTH, HEADS, MLP, VISION = 4, 32, 2, 48, 16
 KEEP = VisionSchedule(keep={2: 3})

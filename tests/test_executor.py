@@ -19,7 +19,7 @@ from latefusion.models.attach import attach
 # rows of one batch: one image, none, several; different lengths, so all but one row are padded
 MIXED = ["tt I ttt", "tttt", "t I t I tt"]
 EVEN = ["tt I ttt", "t I tttt"]
-BATCHES = [MIXED, EVEN, ["ttI t", "tI ttttttttt"], ["I tt"], ["tt"], ["t I I I tttt", "tttttttttt"]]
+BATCHES = [MIXED, EVEN, ["ttI t", "tI ttttttttt"], ["I tt"], ["tt"], ["t I t I t I tttt", "tttttttttt"]]
 BANDS = [(2, 4), (0, 3), (3, None), (1, 5)]
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
 TOLERANCE = 2e-6  # logits are of order 1

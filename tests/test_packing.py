@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latefusion.data import sources
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.data.packing import Conversations, isolate_turns

@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from latefusion.data import scenes
 from latefusion.data.questions import TYPES
 from latefusion.data.scenes import load_scenes, make_scene, render, split_of

@@ -3,7 +3,8 @@
     python -m latefusion.eval.report outputs/late_fusion/results.json \\
         --readme README.md --figure docs/tokens_per_layer.svg
 
-Several files, runs that differ in their seed, give one line each. The table goes between `<!-- NAME -->` and `<!-- /NAME -->`; without `--readme` it is printed.
+Several files, of runs that differ in their seed, give one line each. The table goes between
+`<!-- NAME -->` and `<!-- /NAME -->`; without `--readme` it is printed.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from typing import Any
 
 from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from latefusion.eval.efficiency import PEAK_PROMPTS
 from latefusion.eval.predict import Answer, images_of
 from latefusion.eval.report import figures, tables
-from markupsafe import Markup
 
 THUMBNAIL = 336  # pixels, longest side
 

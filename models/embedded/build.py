@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-from latefusion.models.embedded.vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +18,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from latefusion.models.embedded.vocabulary import BOS, EOS, IMAGE, PAD, VOCABULARY
 
 EMBEDDING_STD = 0.15
 POSITION_SCALE = 0.5  # of the tower's fixed sine and cosine table

@@ -7,8 +7,9 @@ it shapes where the base fuses vision into text; the model card says so.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from latefusion.data.questions import CELLS, COLORS, SHAPES, STEPS, Scene
 from torch import Tensor, nn
+
+from latefusion.data.questions import CELLS, COLORS, SHAPES, STEPS, Scene
 
 GROUNDED_LAYER = 6
 _CELL_NAMES = [name for row in CELLS for name in row]

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from latefusion.data.questions import Question, Scene, ask_counting
 from latefusion.data.scenes import make_scene, render
 from latefusion.models.embedded.grounding import grounded_phrases
 from latefusion.models.embedded.vocabulary import ASSISTANT, EOS, PAD, USER, encode, split_words
-from PIL import Image
-from torch import Tensor
 
 IGNORE = -100
 PADDED_LENGTHS = (176, 192, 208, 224)  # few shapes, so that few kernels are compiled

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor, nn
+
 from latefusion.data.questions import COLORS, SHAPES, WORDS, Item, Scene, Sign
 from latefusion.data.scenes import CELL, SIZE
 from latefusion.models.embedded.build import EMBEDDING_STD
 from latefusion.models.embedded.vocabulary import TOKEN_ID
-from torch import Tensor, nn
 
 PATCH = 8
 SIDE = SIZE // PATCH

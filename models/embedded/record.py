@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
+from scipy.stats import binomtest
+from torch import Tensor
+
 from latefusion.data.questions import TYPES
 from latefusion.data.scenes import N_SCENES, make_scene, render
 from latefusion.models.embedded.build import build_model
@@ -22,9 +26,6 @@ from latefusion.models.embedded.packing import Packed, draw, pack
 from latefusion.models.embedded.pseudo_vision import SIDE
 from latefusion.models.embedded.stages import STAGES, Learner
 from latefusion.models.embedded.vocabulary import build_processor
-from rich.progress import track
-from scipy.stats import binomtest
-from torch import Tensor
 
 DATA_SEEDS = (0, 1, 2)
 GENERATED_SCENES = 25  # of validation, whose questions are also asked one by one through `generate`

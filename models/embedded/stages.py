@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
 from latefusion.models.embedded import pseudo_vision
 from latefusion.models.embedded.grounding import GROUNDED_LAYER, GroundingHead
 from latefusion.models.embedded.packing import IGNORE, Packed, block_mask, caption, draw, pack, rendered
 from latefusion.models.embedded.pseudo_vision import PseudoVision, patch_labels, sample_patches
 from latefusion.models.embedded.vocabulary import BOS
-from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlavaConfig
+
 from latefusion.models.embedded import WEIGHTS, attention
 from latefusion.models.embedded.build import build_config, build_model
 from latefusion.models.embedded.optimiser import MuonAdam
 from latefusion.models.embedded.record import write_record
 from latefusion.models.embedded.stages import LOSSES, STAGES, Learner, Stage
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlavaConfig
 
 SEED = 0
 THREADS = 1

@@ -6,11 +6,12 @@ split at white space and punctuation, numbers into digits; a word outside the vo
 
 from __future__ import annotations
 
-from latefusion.data.questions import COLORS, SHAPES, WORDS
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from latefusion.data.questions import COLORS, SHAPES, WORDS
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>")
 PAD, BOS, EOS, IMAGE, USER, ASSISTANT, UNK = range(len(SPECIAL))
