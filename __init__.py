@@ -1,9 +1,31 @@
 """latefusion: multimodal LLMs whose vision tokens enter only the middle layers and leave early."""
 
-from latefusion.models.attach import attach, attached
-from latefusion.models.build import load, merge
-from latefusion.models.policies.visipruner import VisiPruner
-from latefusion.models.schedule import VisionSchedule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latefusion.models.attach import attach, attached
+    from latefusion.models.build import load, merge
+    from latefusion.models.policies.visipruner import VisiPruner
+    from latefusion.models.schedule import VisionSchedule
 
 __all__ = ["VisiPruner", "VisionSchedule", "attach", "attached", "load", "merge"]
 __version__ = "0.1.0"
+
+_HOME = {
+    "VisiPruner": "latefusion.models.policies.visipruner",
+    "VisionSchedule": "latefusion.models.schedule",
+    "attach": "latefusion.models.attach",
+    "attached": "latefusion.models.attach",
+    "load": "latefusion.models.build",
+    "merge": "latefusion.models.build",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a command line that only explains a typo does without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'latefusion' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
