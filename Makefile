@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2
 
 test-slow: $(INSTALLED)
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -m slow
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy
