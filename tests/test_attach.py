@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -439,7 +440,9 @@ def test_index_work_is_done_once_a_segment(monkeypatch: Any) -> None:
 def situations(draw: Any) -> tuple[list[str], str, list[list[tuple[int, int]]], bool, bool]:
     """Rows, padding side, for every vision token of every row the layers [first, last) that compute it."""
     rows = draw(st.lists(st.text("tI", min_size=0, max_size=5), min_size=1, max_size=3))
-    rows = [row + "t" for row in rows]  # a prompt ends in text
+    rows = [
+        re.sub("I(?=I)", "It", row) + "t" for row in rows
+    ]  # M-RoPE wants text between images and at the end
     if not any("I" in row for row in rows):
         rows[0] = "I" + rows[0]
     number = max(row.count("I") for row in rows) * 4

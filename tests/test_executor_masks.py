@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers as hf
 from families import (
-    CONFIGS,
     LAYERS,
     build,
     build_from,
@@ -20,6 +19,7 @@ from families import (
     vision_tokens,
 )
 from oracle import Fixed, band, masked
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
@@ -32,6 +32,7 @@ from transformers.modeling_flash_attention_utils import (
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
+from latefusion.models.masks import compact_mask
 
 BAND = VisionSchedule(enter=2, exit=4)
 MIXED = ["tt I ttt", "tttt", "t I t I tt"]
@@ -311,14 +312,25 @@ def test_flash_attention_refuses_a_window_that_binds(flash: str) -> None:
 # ---------------------------------------------------------------- flex attention
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "gemma3"])
-def test_flex_attention_translates_block_masks(family: str) -> None:
-    """On a CPU flex attention compiles its kernels, which takes minutes."""
-    inputs = prompt(family, MIXED)
-    seen, text = ragged(vision_tokens(inputs)), text_tokens(inputs)
-    model = build_from(CONFIGS[family]())
-    with torch.no_grad(), attach(model, Fixed(seen)):
-        expected = model(**inputs).logits[text]
-        model.set_attn_implementation({"text_config": "flex_attention"})
-        assert close(model(**inputs).logits[text], expected)
+def test_a_block_mask_is_translated_cell_by_cell() -> None:
+    """The kernels themselves need a GPU (`test_executor_gpu.py`): the CPU template of torch 2.13 does not compile."""
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+
+    def causal(b, h, q, k):
+        return (k <= q) & padding[b, k]
+
+    stock = create_block_mask(causal, B=2, H=None, Q_LEN=6, KV_LEN=6, device="cpu")
+    query = torch.tensor([[2, 3, 5], [0, 4, 5]])
+    key = torch.tensor([[-1, 2, 3, 5], [0, 1, 4, 5]])
+    found = compact_mask(
+        stock, torch.zeros(2, 3, 8), query, key, config=build("llava").config.get_text_config(), causal=True
+    )
+    for b in range(2):
+        for q in range(3):
+            for k in range(4):
+                at = key[b, k]
+                want = bool(at >= 0 and at <= query[b, q] and padding[b, at])
+                assert (
+                    bool(found.mask_mod(torch.tensor(b), torch.tensor(0), torch.tensor(q), torch.tensor(k)))
+                    == want
+                )

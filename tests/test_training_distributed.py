@@ -44,12 +44,14 @@ def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
     """Run the entry point in new processes, as a user does; what it printed."""
     port = str(free_port())
     quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
+    rows = ("data.turns=1", "data.isolate=false")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     command = [
         *(part.format(port=port) for part in LAUNCHERS[launcher]),
         *(
             str(TRAIN),
             *quick,
+            *rows,
             *fixed,
             *SMALL,
             *BAND,
