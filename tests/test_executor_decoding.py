@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, LAYERS, build, continued, positions, prompt, shared, vision_tokens
+import transformers as hf
+from families import (
+    IMAGE,
+    LAYERS,
+    build,
+    build_from,
+    continued,
+    llava,
+    positions,
+    prompt,
+    shared,
+    vision_tokens,
+)
 from oracle import Fixed, band, masked
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -200,6 +212,50 @@ def test_an_image_in_a_later_turn(family: str, attention: str, first_turn: str) 
             expected = model(**whole, use_cache=False).logits[:, split:]
     text = (two["attention_mask"].bool()) & (two["input_ids"] != IMAGE)
     assert close(logits[text], expected[text])
+
+
+def test_samples_stay_uneven_after_a_turn_that_is_even() -> None:
+    """No row is padded, so the stock model has no mask, but the cache of the first turn is uneven."""
+    model = build("llava")
+    one, two = prompt("llava", ["tt I tt", "t I ttt"]), prompt("llava", ["t I tt", "t I tt"], seed=2)
+    tokens = torch.cat([one["input_ids"], two["input_ids"], torch.tensor([[5], [6]])], 1)
+    vision, everything = tokens == IMAGE, torch.ones_like(tokens)
+    seen = [layer.clone() for layer in band(vision, LAYERS, 1, 4)]
+    for layer in seen:
+        layer[0, 2:4] = False  # two tokens of the first row's first image
+    part = lambda start, stop: [layer[:, start:stop] for layer in seen]  # noqa: E731
+    image = lambda inputs: inputs["mm_encoder_outputs"]["image"]  # noqa: E731
+    with torch.no_grad(), attach(model, Fixed(part(0, 8))) as attachment:
+        cache = DynamicCache(config=model.config)
+        model(**turn("llava", tokens[:, :8], everything[:, :8], image(one), cache))
+        with attachment.using(Fixed(part(8, 15))):
+            model(**turn("llava", tokens[:, 8:15], everything[:, :15], image(two), cache))
+        found = model(**turn("llava", tokens[:, 15:], everything, None, cache)).logits[:, -1]
+    both = image(prompt("llava", ["I", "I", "I", "I"]))
+    both.pooler_output = [image(turn_).pooler_output[row] for row in (0, 1) for turn_ in (one, two)]
+    with torch.no_grad(), masked(model, vision, seen):
+        whole = turn("llava", tokens, everything, both, None)
+        assert close(model(**whole, use_cache=False).logits[:, -1], found)
+
+
+def test_a_cache_that_records_its_past_gives_the_window_alone() -> None:
+    """As assisted decoding asks for it: sliding layers keep more than they show, until the next crop."""
+    model = build_from(llava(hf.MistralConfig, sliding_window=5))
+    inputs = prompt("llava", ["tt I tttt"])
+    inputs["position_ids"] = positions("llava", inputs["attention_mask"])
+    steps = []
+    for record in (False, True):
+        with torch.no_grad(), attach(model, BAND):
+            cache, mask = DynamicCache(config=model.config), inputs["attention_mask"]
+            if record:
+                cache.activate_past_recording()
+            model(**inputs, past_key_values=cache)
+            for token in range(5, 11):
+                mask = pad(mask, (0, 1), value=1)
+                steps.append(decode(model, torch.tensor([[token]]), mask, cache))
+        sizes = {layer.keys.shape[-2] for layer in cache.layers}
+        assert (sizes == {4}) == (not record)
+    assert all(close(a, b) for a, b in zip(steps[:6], steps[6:], strict=True))
 
 
 # ---------------------------------------------------------------- the cache
