@@ -254,7 +254,9 @@ def flash_stand_in(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any 
     """The stock flash path (`_flash_attention_forward`) with its kernel written in plain torch."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     (batch, n), keys = q.shape[:2], k.shape[1]
-    assert not _is_packed_sequence(kwargs.get("position_ids"), batch)
+    position_ids = kwargs.get("position_ids")
+    assert position_ids is None or position_ids.shape[-1] == n
+    assert not _is_packed_sequence(position_ids, batch)
     calls.append("dense" if mask is None else "ragged")
     if mask is None:
         flat = [t.reshape(-1, *t.shape[2:]) for t in (q, k, v)]
