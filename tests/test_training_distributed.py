@@ -19,6 +19,7 @@ from latefusion.training import run
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(run.__file__).with_name("train.py")
+LOSS = 3e-2  # float noise can flip which token is kept; a wrong scale would be off by a factor
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
     "accelerate": [
@@ -90,7 +91,7 @@ def assert_same_student(output: Path, expected: Path) -> None:
 def test_two_processes_train_as_one(base, alone, tmp_path, launcher):
     printed = launch(launcher, base, tmp_path, "train.batch_size=4")
     assert "4 x 1 samples in 2 process(es)" in printed and printed.count("Trained in") == 1
-    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=LOSS)
     assert_same_student(tmp_path, alone)
 
 
@@ -101,7 +102,7 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
     size = 8 if launcher == "alone" else 4
     printed = launch(launcher, base, tmp_path, f"engine=deepspeed_{stage}", f"train.batch_size={size}")
     assert f"{size} x 1 samples in {8 // size} process(es)" in printed and printed.count("Trained in") == 1
-    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-2)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=LOSS)
     assert_same_student(tmp_path, alone)
     assert (tmp_path / "checkpoint-3" / "global_step3").is_dir()  # DeepSpeed's own state: it was not bypassed
     student = load_student(tmp_path, dtype=torch.float32)
