@@ -102,7 +102,10 @@ def _steps(record: TraceRecord, x: int, y: int) -> str:
         if layer is not None:
             at = x + (layer + (0.5 if name == "fusion" else 0)) * across
             out.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{y}" y2="{bottom}"/>')
-            out.append(_text(at + 4, y + (12 if name == "fusion" else 28), f"{name} {layer}"))
+            down, anchor = (40, "end") if name == "fusion" else (64, "start")
+            out.append(
+                _text(at + (4 if anchor == "start" else -4), bottom - down, f"{name} {layer}", anchor=anchor)
+            )
     for kind, counts in (("t", record.tokens), ("v", record.vision)):
         points = [(x, bottom - counts[0] / most * high)]
         for layer, (before, now) in enumerate(pairwise([*counts, counts[-1]]), 1):
