@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from latefusion.models.build import Student
-from latefusion.training.config import read
+from latefusion.training.config import Config, read
 from latefusion.training.order import Order
 
 BATCHES = "batches.pt"
@@ -137,7 +137,8 @@ def replay(folder: str | Path) -> Sequence[float]:
     path = Path(folder)
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"no reproduction with weights in {folder}; name a nonfinite-step-... folder.")
-    config = read(OmegaConf.load(path.parent / "config.yaml"))
+    schema = OmegaConf.structured(Config)
+    config = read(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
     student = run.student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
     objective = run.objective_of(config, student)
