@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from latefusion.models.flops import decoder_flops, vision_macs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+from latefusion.models.policies.ranking import best
 
 SCHEDULE_FILE = "vision_schedule.json"
 ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
@@ -146,9 +147,10 @@ class _ScheduleDecision:
         if layer == schedule.exit or (layer == 0 and schedule.enter > 0):
             return Selection(torch.zeros_like(prompt.vision), (0,) * len(prompt.n_vision))
         if layer in schedule.keep:
-            k = schedule.keep[layer]
-            self.kept = best(self.scores, self.kept, k)
-            return Selection(self.kept, tuple(min(k, n) for n in prompt.n_vision))
+            assert self.scores is not None, "the layer before was not watched"
+            counts = tuple(min(schedule.keep[layer], n) for n in prompt.n_vision)
+            self.kept = best(self.scores, self.kept, counts)
+            return Selection(self.kept, counts)
         if layer == schedule.enter and layer > 0:
             return Selection(prompt.vision, prompt.n_vision)
         return None
@@ -190,11 +192,3 @@ def asking(prompt: Prompt) -> Tensor:
     most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
     rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
     return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])
-
-
-def best(scores: Tensor | None, among: Tensor, k: int) -> Tensor:
-    """The `k` highest-scored of the tokens `among` (bool `[B, T]`), ties to the earlier one, as bool `[B, T]`."""
-    assert scores is not None, "the layer before was not watched"
-    order = scores.masked_fill(~among, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(order.shape[1], device=order.device) < k  # [T]
-    return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among
