@@ -27,9 +27,11 @@ from latefusion.models.build import (
     compute_dtype,
     load_base,
 )
+from latefusion.models.entry import CalibratedEntry
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
+from latefusion.training.calibrate import calibrated_entry
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
 from latefusion.training.objective import Objective
 
@@ -44,7 +46,7 @@ def run(cfg: DictConfig) -> None:
         settle(config)
         dataset = samples(config.data)
         context = engine.prepare(config, dtype=dtype_of(config))
-        student = student_of(config)
+        student = student_of(config, dataset)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     collator = collator_of(student, config.data.max_length, dtype_of(config) if config.data.isolate else None)
@@ -113,14 +115,19 @@ def samples(data: DataConfig) -> Any:
     return sources.dataset(data.path, split=data.split)
 
 
-def student_of(config: Config) -> Student:
+def student_of(config: Config, dataset: Any) -> Student:
     model, processor = load_base(config.model.path, dtype=dtype_of(config))
     if config.model.attention is not None:
         model.set_attn_implementation(config.model.attention)
-    return student_from(config, model, processor)
+    return student_from(config, model, processor, calibrated_entry(config, model, processor, dataset))
 
 
-def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMixin) -> Student:
+def student_from(
+    config: Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibrated: CalibratedEntry | None = None,
+) -> Student:
     """The student that `config` describes, on an already loaded base."""
     projector = config.model.projector if config.lora.train_projector else None
     set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
@@ -134,6 +141,7 @@ def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMix
         dropout=config.lora.dropout,
         targets=config.lora.targets,
         entry_rank=config.entry.rank,
+        calibrated=calibrated,
         train=[projector] if projector else [],
     )
 

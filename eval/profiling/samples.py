@@ -131,3 +131,30 @@ def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if message["role"] == "assistant":
             return list(messages[: turn + 1])
     return list(messages)
+
+
+def distinct_images(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
+
+    Raises:
+        ValueError: no row has an image.
+    """
+    found: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    for i in range(len(rows)):
+        row = rows[i]
+        if not row["images"] or ("scene" in row and row["scene"] in seen):
+            continue
+        seen.add(row.get("scene"))
+        found.append({**row, "messages": first_exchange(row["messages"])})
+        if len(found) == n:
+            break
+    if not found:
+        raise ValueError("the data has no sample with an image; name data with images.")
+    return found
+
+
+def stop_tokens(model: Any, processor: Any) -> list[str]:
+    """The tokens at which the model's `generate` stops, as the collator wants them."""
+    stop = model.generation_config.eos_token_id
+    return processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop)
