@@ -80,6 +80,54 @@ def masked(
             handle.remove()
 
 
+@contextmanager
+def blinded(
+    model: Any,
+    vision: Tensor,
+    hidden: Sequence[int],
+    *,
+    padding: Tensor | None = None,
+    still: int = 0,
+) -> Iterator[None]:
+    """The model whose text rows do not see vision columns in the layers `hidden`, for uncached forwards inside.
+
+    Args:
+        vision: bool `[B, T]`.
+        padding: the 2-D attention mask, for models whose stock mask is None.
+        still: before each layer up to this one, vision rows are put back to what the decoder was given.
+    """
+    decoder, state = model.get_decoder(), {}
+    after = (vision.cumsum(1) > 0) & ~vision
+    cells = after[:, None, :, None] & vision[:, None, None, :]  # [B, 1, T, T]
+
+    def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
+        rows = args[0]
+        if i == 0:
+            state["inputs"] = rows
+        if i <= still:
+            rows = torch.where(vision[..., None], state["inputs"], rows)
+        if i in hidden:
+            mask, length = kwargs.get("attention_mask"), rows.shape[1]
+            if mask is None:
+                mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+                mask = mask if padding is None else mask & padding.bool()[:, None, None]
+            if mask.dtype == torch.bool:
+                kwargs["attention_mask"] = mask & ~cells
+            else:
+                kwargs["attention_mask"] = torch.where(cells, torch.finfo(mask.dtype).min, mask)
+        return (rows, *args[1:]), kwargs
+
+    handles = []
+    for i, layer in enumerate(decoder.layers):
+        hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def band(vision: Tensor, layers: int, enter: int = 0, exit: int | None = None) -> list[Tensor]:
     """`seen` of a plain band."""
     nothing = torch.zeros_like(vision)
