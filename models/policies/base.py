@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,6 +107,14 @@ class Decision(Protocol):
         Score under `torch.no_grad()`: gradient checkpointing computes the layer a second time, unwatched (and
         therefore refuses to have its output replaced).
         """
+
+
+@runtime_checkable
+class SeesEmbeddings(Protocol):
+    """A decision that also looks at what enters layer 0."""
+
+    def embedded(self, hidden_states: Tensor) -> None:
+        """Called once, before `select(0)`, with the hidden states `[B, T, D]` of all tokens; do not keep them."""
 
 
 class Policy(Protocol):
