@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from latefusion.eval.predict import Answer
 
 NAMES = {
+    "dense": "Dense base",
     "visipruner": "VisiPruner",
+    "visipruner_13b": "VisiPruner 13B",
     "fastv": "FastV",
     "pyramiddrop": "PyramidDrop",
     "vtw": "VTW",
     "divprune": "DivPrune",
+    "random": "Random half",
 }
 
 
@@ -117,14 +120,20 @@ def controls(
     A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
     """
     found = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
-    budgets: dict[int, list[str]] = {}
+    whole = _tokens(answers[reference])
     for key, system in systems.items():
-        if key != reference and not system.control:
-            tokens = fmean(fmean(answer.vision_tokens) for answer in answers[key])
-            budgets.setdefault(max(1, round(tokens)), []).append(system.name)
-    for k in budgets:
-        found[f"random-{k}"] = System(name=f"Random {k}", policy=named("random", k=k), control=True)
+        share = round(_tokens(answers[key]) / whole, 3) if whole else 1.0
+        if key != reference and not system.control and 0 < share < 1:
+            policy = named("random", keep_ratio=share)
+            found[f"random_{share:g}"] = System(
+                name=f"Random {100 * share:.3g}%", policy=policy, control=True
+            )
     return found
+
+
+def _tokens(answers: list[Answer]) -> float:
+    """Vision tokens a layer, mean over questions."""
+    return fmean(fmean(answer.vision_tokens) for answer in answers)
 
 
 def fingerprint(folder: str | Path) -> str:

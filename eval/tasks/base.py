@@ -76,15 +76,21 @@ class Files:
     def local(self) -> bool:
         """The files are in a folder (else: on the hub or a data set saved to disk)."""
         folder = Path(self.where)
-        return folder.is_dir() and not any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))
+        return folder.is_dir() and not any(
+            (folder / n).is_file() for n in ("dataset_dict.json", "state.json")
+        )
 
     def check(self) -> None:
         """Raise FileNotFoundError, in one sentence, if a folder lacks a file or is no folder at all."""
         folder = Path(self.where)
-        looks_local = folder.is_dir() or not self.hub or self.where.count("/") != 1 or self.where.startswith(".")
+        looks_local = (
+            folder.is_dir() or not self.hub or self.where.count("/") != 1 or self.where.startswith(".")
+        )
         missing = [name for name in self.needs if self._first(name) is None]
         if looks_local and (not folder.is_dir() or (self.local and missing)):
-            wanted = ", ".join(name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs))
+            wanted = ", ".join(
+                name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs)
+            )
             hub = f", or name a hub id with sources.{self.task}={self.hub}" if self.hub else ""
             raise FileNotFoundError(
                 f"no data for task {self.task} in {self.where}: put {wanted} there (from {self.come_from}){hub}."
@@ -119,7 +125,12 @@ def read_config(where: str, config: str, split: str) -> datasets.Dataset:
     """
     try:
         return datasets.load_dataset(where, config, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (
+        FileNotFoundError,
+        ConnectionError,
+        ValueError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
         raise FileNotFoundError(
             f"no data set {where} with configuration {config!r} and split {split!r} can be read from here ({error})."
         ) from error
@@ -130,7 +141,9 @@ def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
 
     Every question has `id`, `question`, `prompt`, `answer`, `answers`, `type`, `scene`, `images`.
     """
-    rows = datasets.Dataset.from_list([{**q, "images": [_stored(image) for image in q["images"]]} for q in questions])
+    rows = datasets.Dataset.from_list(
+        [{**q, "images": [_stored(image) for image in q["images"]]} for q in questions]
+    )
     return rows.cast_column("images", datasets.List(datasets.Image()))
 
 

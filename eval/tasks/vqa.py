@@ -14,20 +14,35 @@ from typing import Any
 
 from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, rows_of
 
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))  # fmt: skip
+NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+}
+NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 ARTICLES = ("a", "an", "the")
-MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")
 FULL_STOP = re.compile(r"\.(?!\d)")  # a full stop that is no decimal point
 
 # What people mean when they leave an apostrophe out
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
-they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
-where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-y'all'd've you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = re.findall(
+    r"\S+",
+    """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    """,
+)
 
 
 def _without_one(word: str) -> list[str]:
@@ -37,6 +52,7 @@ def _without_one(word: str) -> list[str]:
 
 
 MENDED = {short: word for word in CONTRACTIONS for short in _without_one(word)}
+MENDED["somebody'd"] = "somebodyd"  # as the official list has it
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -80,7 +96,9 @@ def vqav2(where: str, split: str) -> Task:
         rows = rows_of(
             [
                 {
-                    **_question(a["question_id"], asked[a["question_id"]], _said(a["answers"]), a["answer_type"]),
+                    **_question(
+                        a["question_id"], asked[a["question_id"]], _said(a["answers"]), a["answer_type"]
+                    ),
                     "answer": a["multiple_choice_answer"],
                     "scene": str(a["image_id"]),
                     "images": [folder / f"COCO_{part}2014_{a['image_id']:012d}.jpg"],

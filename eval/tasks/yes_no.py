@@ -1,8 +1,8 @@
 """Questions answered yes or no: POPE (does the model see what is not there?) and MME (fourteen abilities).
 
 POPE (Li et al. 2023) parses an answer's first sentence: "No", "not" or "no" among its words is a no, anything else a
-yes. MME (Fu et al. 2023) reads the first four letters; neither yes nor no in them counts as wrong. MME asks two questions
-an image; a subtask scores its accuracy plus `accuracy+`, the share of images with both right, each out of 100.
+yes. MME (Fu et al. 2023) reads the first four letters; neither yes nor no in them counts as wrong. MME asks two
+questions an image; a subtask scores its accuracy plus `accuracy+`, the share of images with both right, each of 100.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def pope(where: str, split: str) -> Task:
     else:
         rows = mapped(
             files.hub_rows("test"),
-            lambda r: question(str(r["question_id"]), r["question"], r["answer"], r["category"], r["image_source"]),
+            lambda r: question(
+                str(r["question_id"]), r["question"], r["answer"], r["category"], r["image_source"]
+            ),
         )
     return Task(
         name="pope",
@@ -157,7 +159,9 @@ def mme(where: str, split: str) -> Task:
     else:
         rows = mapped(
             files.hub_rows("test"),
-            lambda r: _mme_question(r["category"], f"{r['question_id']}", r["row"], r["question"], r["answer"]),
+            lambda r: _mme_question(
+                r["category"], f"{r['question_id']}", r["row"], r["question"], r["answer"]
+            ),
         )
     return Task(
         name="mme",
@@ -179,7 +183,9 @@ def _mme_folder(folder: Path, kind: str) -> list[dict[str, Any]]:
     ask = partial(_mme_question, kind)
     found = []
     for text in sorted(texts.glob("*.txt")):
-        image = next(path for end in (".jpg", ".png", ".jpeg") if (path := images / f"{text.stem}{end}").is_file())
+        image = next(
+            path for end in (".jpg", ".png", ".jpeg") if (path := images / f"{text.stem}{end}").is_file()
+        )
         for i, line in enumerate(text.read_text().strip().splitlines()):
             question, _, answer = line.partition("\t")
             found.append({**ask(f"{kind}/{image.name}", i, question, answer), "images": [image]})
