@@ -81,7 +81,12 @@ def check(model: Any, systems: dict[str, System], dataset: Dataset) -> None:
     if len(dataset) == 0:
         raise ValueError("the dataset holds no question; ask for at least one scene.")
     for key, system in systems.items():
-        if system.adapters and not isinstance(model, PeftModel):
+        own = model if system.student is None else system.student.model
+        try:
+            system.policy.validate(own.config.get_text_config().num_hidden_layers)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if system.adapters and not isinstance(own, PeftModel):
             raise ValueError(
                 f"system {key!r} asks for adapters, but the model is a plain {type(model).__name__}; "
                 "load the adapter folder of a training run."

@@ -104,10 +104,9 @@ def mmbench(where: str, split: str) -> Task:
         hub = files.hub_rows(part)
         rotated = _rotated([{**row, "at": i} for i, row in enumerate(hub.remove_columns(["image"]))])
         pictured = hub.select_columns(["image"]).select([row["at"] for row in rotated])
-        table = iter(rotated)
         rows = mapped(
             pictured.add_column("index", [r["index"] for r in rotated]),
-            lambda _: _mmbench_question(next(table)),
+            lambda r: _mmbench_question(rotated[r["row"]]),
         )
     return Task(
         name="mmbench",

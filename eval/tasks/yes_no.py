@@ -48,7 +48,7 @@ def mme_score(prediction: str, row: dict[str, Any]) -> float:
 
 def pope_measures(answers: list[Answer]) -> dict[str, Measure]:
     """Accuracy, precision, recall, F1 (of "yes") and the share of yes, for each split and over all."""
-    found = {}
+    found: dict[str, Measure] = {}
     for name in ("all", *POPE_SPLITS):
         inside = [name in ("all", a.type) for a in answers]
         yes = [pope_parse(a.prediction) == "yes" for a in answers]
