@@ -96,7 +96,9 @@ def _aside(output_dir: str | Path, name: str, *, main: bool, barrier: Callable[[
         last = checkpoints(output_dir)
         rest = f"go on from {last[-1].name} with resume=true" if last else "start again"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotSave(f"{name} could not be written to {output_dir} ({reason}); mend that, then {rest}.") from error
+        raise CannotSave(
+            f"{name} could not be written to {output_dir} ({reason}); mend that, then {rest}."
+        ) from error
 
 
 def seal(folder: Path, step: int, samples: int) -> None:
@@ -155,11 +157,15 @@ def find(output_dir: str | Path, resume: bool | int, *, samples: int) -> Path:
     """
     found = checkpoints(output_dir)
     if not found:
-        raise FileNotFoundError(f"resume={_yaml(resume)} finds no checkpoint in {output_dir}; start the run without it.")
+        raise FileNotFoundError(
+            f"resume={_yaml(resume)} finds no checkpoint in {output_dir}; start the run without it."
+        )
     checkpoint = found[-1] if resume is True else folder_of(output_dir, resume)
     if checkpoint not in found:
         steps = ", ".join(str(step_of(p)) for p in found)
-        raise FileNotFoundError(f"resume={resume} finds no {checkpoint.name} in {output_dir}; there are steps {steps}.")
+        raise FileNotFoundError(
+            f"resume={resume} finds no {checkpoint.name} in {output_dir}; there are steps {steps}."
+        )
     what = damage(checkpoint)
     if what is not None:
         before = [p for p in found if step_of(p) < step_of(checkpoint) and damage(p) is None]

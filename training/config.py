@@ -186,11 +186,20 @@ class LoraConfig:
     train_projector: bool = False
 
 
+class EntryInit(Enum):
+    """What the entry adapter starts from: `identity`, or `calibrated` (models/calibration.py)."""
+
+    identity = "identity"
+    calibrated = "calibrated"
+
+
 @dataclass
 class EntryConfig:
-    """The entry adapter; rank 0: none."""
+    """The entry adapter; rank 0: none. `images` of the training set calibrate it, if `init` says so."""
 
     rank: int = 16
+    init: EntryInit = EntryInit.identity
+    images: int = 256
 
 
 @dataclass
@@ -259,6 +268,7 @@ def read(cfg: DictConfig) -> Config:
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
         ("data.turns", config.data.turns),
+        ("entry.images", config.entry.images),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -294,6 +304,8 @@ def read(cfg: DictConfig) -> Config:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
     if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError("train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop.")
+    if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
+        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."

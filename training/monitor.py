@@ -46,7 +46,9 @@ def trackers(names: list[str], *, main: bool) -> list[str]:
         elif name != "tensorboard":
             raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
         elif main:
-            print(f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers.")
+            print(
+                f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers."
+            )
     return found
 
 
@@ -79,7 +81,11 @@ class Monitor:
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         if sys.stderr.isatty():
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
             self.bar.start()
             self.task = self.bar.add_task(name, total=steps, completed=first, text=f"{first}/{steps}")

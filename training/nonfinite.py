@@ -1,6 +1,6 @@
 """A loss or gradient that is not a number: stop before it is learnt, and save what is needed to see it again.
 
-    python -m latefusion.training.nonfinite outputs/late_fusion/nonfinite-step-41-rank-0
+python -m latefusion.training.nonfinite outputs/late_fusion/nonfinite-step-41-rank-0
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def replay(folder: str | Path) -> Sequence[float]:
 
     path = Path(folder)
     if not (path / WEIGHTS).is_file():
-        raise FileNotFoundError(f"no reproduction with weights in {folder}; name a nonfinite-step-... folder.")
+        raise FileNotFoundError(
+            f"no reproduction with weights in {folder}; name a nonfinite-step-... folder."
+        )
     schema = OmegaConf.structured(Config)
     config = read(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
     student = run.student_of(config)

@@ -28,9 +28,7 @@ class Order(Sampler[int]):
         lengths: of the samples, if a step is to take samples of like length (less padding); None: any.
     """
 
-    def __init__(
-        self, n: int, *, steps: int, size: int, seed: int, lengths: Sequence[int] | None = None
-    ):
+    def __init__(self, n: int, *, steps: int, size: int, seed: int, lengths: Sequence[int] | None = None):
         self.n, self.steps, self.size, self.seed, self.lengths = n, steps, size, seed, lengths
         self._epoch: int | None = None
         self._shuffled: list[int] = []

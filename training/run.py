@@ -27,9 +27,11 @@ from latefusion.models.build import (
     compute_dtype,
     load_base,
 )
+from latefusion.models.entry import CalibratedEntry
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
+from latefusion.training.calibrate import calibrated_entry
 from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
@@ -53,7 +55,7 @@ def run(cfg: DictConfig) -> None:
             held.enter_context(claimed(config.output_dir))
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
-            student = student_of(config)
+            student = student_of(config, dataset)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
@@ -134,14 +136,25 @@ def samples(data: DataConfig) -> Any:
     return sources.dataset(data.path, split=data.split)
 
 
-def student_of(config: Config) -> Student:
+def student_of(config: Config, dataset: Any = None) -> Student:
+    """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
     model, processor = load_base(config.model.path, dtype=dtype_of(config))
     if config.model.attention is not None:
         model.set_attn_implementation(config.model.attention)
-    return student_from(config, model, processor)
+    return student_from(
+        config,
+        model,
+        processor,
+        calibrated_entry(config, model, processor, samples(config.data) if dataset is None else dataset),
+    )
 
 
-def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMixin) -> Student:
+def student_from(
+    config: Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibrated: CalibratedEntry | None = None,
+) -> Student:
     """The student that `config` describes, on an already loaded base."""
     projector = config.model.projector if config.lora.train_projector else None
     set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
@@ -155,6 +168,7 @@ def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMix
         dropout=config.lora.dropout,
         targets=config.lora.targets,
         entry_rank=config.entry.rank,
+        calibrated=calibrated,
         train=[projector] if projector else [],
     )
 

@@ -46,7 +46,9 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
             "DS_ACCELERATOR", "cpu"
         )  # Trainer imports DeepSpeed, which would guess, and warn
     if config.engine.fsdp and cpu:
-        raise ValueError("engine=fsdp2 needs GPUs: accelerate would run it as DDP; use engine=accelerate on a CPU.")
+        raise ValueError(
+            "engine=fsdp2 needs GPUs: accelerate would run it as DDP; use engine=accelerate on a CPU."
+        )
     if config.engine.deepspeed:
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
@@ -210,7 +212,9 @@ class StudentTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             states = len(list(folder.glob("rng_state*")))
             if self.is_world_process_zero() and states < self.args.world_size:
-                raise OSError(f"{states} of {self.args.world_size} processes write into this folder: nodes must share it")
+                raise OSError(
+                    f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
+                )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

@@ -52,7 +52,10 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
         precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
-        logger=[logger(name, config) for name in trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0)],
+        logger=[
+            logger(name, config)
+            for name in trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0)
+        ],
         log_every_n_steps=train.log_every,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -71,7 +74,9 @@ def logger(name: str, config: Config) -> Logger:
         return TensorBoardLogger(config.output_dir, name="runs", version="")
     if name == "wandb":
         return WandbLogger(name=config.name, save_dir=config.output_dir)
-    raise ValueError(f"train.trackers={name} is not known to Lightning; use tensorboard or wandb, or engine=accelerate.")
+    raise ValueError(
+        f"train.trackers={name} is not known to Lightning; use tensorboard or wandb, or engine=accelerate."
+    )
 
 
 def fit(
