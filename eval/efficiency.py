@@ -78,11 +78,19 @@ class Cost:
     joules: float | None
 
 
-def compute(config: PretrainedConfig, answers: Sequence[Answer]) -> Compute:
-    """Mean decoder FLOPs and vision tokens a layer of one system's answers."""
+def compute(config: PretrainedConfig, answers: Sequence[Answer], entry: Any = None) -> Compute:
+    """Mean decoder FLOPs and vision tokens a layer of one system's answers.
+
+    Args:
+        config: of the model.
+        answers: with the tokens that each layer computed.
+        entry: its entry adapter, whose work counts where vision tokens enter after layer 0; None: it has none.
+    """
     layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
+    entering = fmean(0 if answer.vision_tokens[0] else max(answer.vision_tokens) for answer in answers)
+    shaping = 0.0 if entry is None else entry.flops(entering)
     return Compute(
-        flops=fmean(decoder_flops(config, answer.tokens) for answer in answers),
+        flops=fmean(decoder_flops(config, answer.tokens) for answer in answers) + shaping,
         vision_macs=fmean(vision_macs(config, answer.vision_tokens) for answer in answers),
         attention_pairs=fmean(sum(n**2 - a.text_tokens**2 for n in a.tokens) for a in answers),
         vision_tokens=[fmean(layer) for layer in layers],

@@ -31,7 +31,9 @@ def losses(output: Path) -> list[float]:
 
 def metrics(output: Path) -> list[float]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [entry[name] for entry in map(json.loads, lines) if "loss" in entry for name in ("loss", "ce", "kl")]
+    return [
+        entry[name] for entry in map(json.loads, lines) if "loss" in entry for name in ("loss", "ce", "kl")
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from latefusion.models.build import (
     compute_dtype,
     load_base,
 )
-from latefusion.models.entry import CalibratedEntry
+from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
@@ -219,7 +219,10 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
     trainable, total = model.get_nb_trainable_parameters()
     layers = model.config.get_text_config().num_hidden_layers
-    flops = schedule.flops(model.config, n_text, n_vision)
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")
