@@ -41,7 +41,7 @@ def describe_systems(
 ) -> dict[str, Any]:
     """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
     compute = {
-        key: efficiency.compute(model.config, answers[key], _entry(model, system))
+        key: efficiency.compute(model.config, answers[key], system.policy, _entry(model, system))
         for key, system in systems.items()
     }
     base = compute[reference]

@@ -94,7 +94,7 @@ def test_lora_is_on_the_decoder_and_nowhere_else():
 def test_a_schedule_that_sees_vision_from_the_start_has_no_entry_adapter():
     _, student = tiny_student("schedule.enter=0")
     assert entry_of(student.model) is None
-    _, student = tiny_student("entry.rank=0")
+    _, student = tiny_student("entry.rank=0", "entry.init=identity")
     assert entry_of(student.model) is None
 
 

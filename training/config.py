@@ -305,7 +305,7 @@ def read(cfg: DictConfig) -> Config:
     if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError("train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop.")
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
-        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
+        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity.")
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
