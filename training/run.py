@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
 from latefusion.data.collate import Collator
-from latefusion.data.packing import Conversations
+from latefusion.data.guard import SKIPPED_FILE, Guard, skipped
+from latefusion.data.load import training_data
+from latefusion.data.mixing import Stream
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
@@ -30,8 +33,10 @@ from latefusion.models.build import (
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.config import Config, Dtype, Source, Teacher, VisiPrunerConfig, read
 from latefusion.training.objective import Objective
+
+DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 
 def run(cfg: DictConfig) -> None:
@@ -42,25 +47,27 @@ def run(cfg: DictConfig) -> None:
         engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
         check(config, engine)
         settle(config)
-        dataset = samples(config.data)
+        dataset = training_data(config.data)
         context = engine.prepare(config, dtype=dtype_of(config))
         student = student_of(config)
+        collator = guarded(config, collator_of(student, config), dataset)
+        batch = collator(first_samples(dataset))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    collator = collator_of(student, config.data.max_length, dtype_of(config) if config.data.isolate else None)
     objective = objective_of(config, student)
     if int(os.environ.get("RANK", "0")) == 0:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-        print(
-            describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True
-        )
+        print(describe(config, student, batch), flush=True)
     main = engine.fit(config, context, student, dataset, collator, objective)
     if main:
         print(
             f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
             flush=True,
         )
+        if left_out := skipped(config.output_dir):
+            file = Path(config.output_dir) / SKIPPED_FILE
+            print(f"{left_out} row(s) could not be used and were left out: {file} says why.", flush=True)
         evaluate(config)
 
 
@@ -89,6 +96,8 @@ def settle(config: Config) -> None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
     set_seed(config.train.seed)
+    if not config.resume:
+        (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
     if config.overwrite:
         for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
             if checkpoint.is_dir():
@@ -100,17 +109,6 @@ def settle(config: Config) -> None:
 def dtype_of(config: Config) -> torch.dtype:
     named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
     return named.get(config.train.dtype) or compute_dtype()
-
-
-def samples(data: DataConfig) -> Any:
-    """The training set: rows of `{"messages", "images"}`."""
-    if data.source is Source.scenes:
-        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
-        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
-    assert data.path is not None
-    if data.source is Source.llava:
-        return sources.llava(data.path, data.images)
-    return sources.dataset(data.path, split=data.split)
 
 
 def student_of(config: Config) -> Student:
@@ -138,17 +136,33 @@ def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMix
     )
 
 
-def collator_of(
-    student: Student, max_length: int | None = None, isolate: torch.dtype | None = None
-) -> Collator:
+def collator_of(student: Student, config: Config | None = None) -> Collator:
+    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
     model, tokenizer = student.model, student.processor.tokenizer
     stop = model.generation_config.eos_token_id
     return Collator(
         processor=student.processor,
         vision_ids=[model.config.image_token_id],
         stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
-        max_length=max_length,
-        isolate=isolate,
+        max_length=config.data.max_length if config else None,
+        isolate=dtype_of(config) if config and config.data.isolate else None,
+    )
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    if isinstance(dataset, Stream):
+        return list(islice(dataset, DESCRIBED))
+    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+
+
+def guarded(config: Config, collator: Collator, dataset: Any) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used."""
+    return Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=None if isinstance(dataset, Stream) else dataset,
+        folder=config.output_dir,
     )
 
 
