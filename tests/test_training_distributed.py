@@ -19,7 +19,7 @@ from latefusion.training import run
 
 pytestmark = pytest.mark.slow
 TRAIN = Path(run.__file__).with_name("train.py")
-LOSS = 3e-2  # raised from 1e-2; a wrong scale would be off by a factor
+LOSS = 1e-4  # float32; measured: 2e-7
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
     "accelerate": [
@@ -45,14 +45,12 @@ def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
     """Run the entry point in new processes, as a user does; what it printed."""
     port = str(free_port())
     quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
-    rows = ("data.turns=1", "data.isolate=false")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     command = [
         *(part.format(port=port) for part in LAUNCHERS[launcher]),
         *(
             str(TRAIN),
             *quick,
-            *rows,
             *fixed,
             *SMALL,
             *BAND,
@@ -84,7 +82,7 @@ def alone(base, tmp_path_factory):
 def assert_same_student(output: Path, expected: Path) -> None:
     found = load_file(output / "adapter_model.safetensors")
     for name, weight in load_file(expected / "adapter_model.safetensors").items():
-        assert (found[name] - weight).abs().max() < 0.05 * weight.abs().max() + 1e-3, name
+        assert (found[name] - weight).abs().max() < 1e-3 * weight.abs().max() + 1e-4, name
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

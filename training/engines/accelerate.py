@@ -16,6 +16,7 @@ from latefusion.data.collate import Collator
 from latefusion.models.build import Student, save_student
 from latefusion.training.config import Config
 from latefusion.training.objective import Objective
+from latefusion.training.order import Order, order_of
 
 ALONE = {  # DeepSpeed wants a process group even for the one process that a bare `accelerate launch` starts
     "RANK": "0",
@@ -51,7 +52,6 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         seed=train.seed,
         bf16=dtype is torch.bfloat16,
         activation_checkpointing=train.gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
@@ -90,6 +90,7 @@ def fit(
         data_collator=collator,
         student=student,
         objective=objective,
+        order=order_of(config.train, dataset, args.world_size),
     )
     # under autocast LoRA's products run in bfloat16; PEFT would cast every input to the weights' float32
     with disable_input_dtype_casting(student.model, active=args.bf16):
@@ -114,10 +115,9 @@ def last_checkpoint(output_dir: str) -> str:
 class StudentTrainer(Trainer):
     """`Trainer` with our objective, its terms in the log, and checkpoints that `latefusion.load` reads."""
 
-    def __init__(self, *, student: Student, objective: Objective, **kwargs: Any):
+    def __init__(self, *, student: Student, objective: Objective, order: Order, **kwargs: Any):
         super().__init__(**kwargs)
-        self.student: Student = student
-        self.objective: Objective = objective
+        self.student, self.objective, self.order = student, objective, order
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
 
@@ -134,10 +134,14 @@ class StudentTrainer(Trainer):
             self.terms[name] = self.terms.get(name, 0) + value
         return loss * self.accelerator.num_processes  # DDP and DeepSpeed average over processes
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.terms:
-            tokens = self.terms.pop("tokens")
-            logs = {**logs, **{name: (value / tokens).item() for name, value in self.terms.items()}}
+            total = self.accelerator.reduce(torch.stack([value.float() for value in self.terms.values()]))
+            sums = dict(zip(self.terms, total.tolist(), strict=True))
+            logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
             self.terms = {}
         super().log(logs, *args, **kwargs)
 

@@ -22,6 +22,7 @@ from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.build import Student, save_student
 from latefusion.training.config import Config
 from latefusion.training.objective import Objective
+from latefusion.training.order import Order, order_of
 
 
 def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
@@ -74,13 +75,11 @@ def fit(
     loader = DataLoader(
         dataset,
         batch_sampler=Steps(
-            len(dataset),
-            train.batch_size * train.accumulation,
-            seed=train.seed,
+            order_of(train, dataset, trainer.world_size),
             first=done,
-            last=train.steps,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            micro=train.batch_size,
         ),
         collate_fn=micro_batches,
         num_workers=train.workers,
@@ -126,28 +125,18 @@ class Checkpoints(Callback):
 
 
 class Steps(Sampler[list[int]]):
-    """This process's sample indices for the steps `first` to `last` of epochs that the seed shuffles."""
+    """This process's sample indices for each step from `first` on."""
 
-    def __init__(self, n: int, size: int, *, seed: int, first: int, last: int, rank: int, world: int):
-        self.n, self.size, self.seed, self.first, self.last = n, size, seed, first, last
-        self.rank, self.world = rank, world
+    def __init__(self, order: Order, *, first: int, rank: int, world: int, micro: int):
+        self.order, self.first = order, first
+        self.rank, self.world, self.micro = rank, world, micro
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.order.steps - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = self.size * self.world
-        for step in range(self.first, self.last):
-            start = step * whole + self.rank * self.size
-            yield [self.sample(i) for i in range(start, start + self.size)]
-
-    def sample(self, position: int) -> int:
-        epoch, place = divmod(position, self.n)
-        if epoch != getattr(self, "epoch", None):
-            self.epoch = epoch
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self.order = torch.randperm(self.n, generator=generator).tolist()
-        return self.order[place]
+        for step in range(self.first, self.order.steps):
+            yield sum(self.order.share(step, self.rank, self.world, self.micro), [])
 
 
 class StudentModule(pl.LightningModule):
