@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from latefusion.data.messages import BadSample, TooLong
@@ -43,7 +42,7 @@ class Collator:
       `Attachment.queries`).
 
     Args:
-        processor: of the model, with a fast tokenizer.
+        processor: of the model (a `ProcessorMixin`), with a fast tokenizer.
         vision_ids: token ids that stand for vision features (`config.image_token_id`).
         stop: the tokens at which the model's `generate` stops; the first is written after an answer that the
             chat template closes with none of them (LLaVA-1.5's does not).
@@ -55,7 +54,7 @@ class Collator:
     def __init__(
         self,
         *,
-        processor: ProcessorMixin,
+        processor: Any,
         vision_ids: Sequence[int],
         stop: Sequence[str],
         max_length: int | None = None,

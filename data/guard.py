@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.messages import BadSample, TooLong
 from latefusion.data.mixing import Lazy
-from latefusion.training.config import OnError
+from latefusion.training.config import Group, OnError
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 TRIES = 1000  # rows drawn for one that is bad
@@ -35,10 +35,11 @@ class Checked(Dataset):
 
     Args:
         rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `sizes` measures all.
+        group: what the samples of a step are to have in common.
     """
 
-    def __init__(self, rows: Any):
-        self.rows = rows
+    def __init__(self, rows: Any, group: Group = Group.none):
+        self.rows, self.group = rows, group
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,7 +49,8 @@ class Checked(Dataset):
             sample = self.rows[row]
         except BadSample as error:
             return Bad(row, self.rows.identity(row), error)
-        return {"id": str(row), **sample, "row": row}
+        name = sample["id"] if "id" in sample else self.rows.identity(row)
+        return {**sample, "id": name, "row": row}
 
 
 class Guard:
@@ -119,14 +121,11 @@ class Guard:
             return sample
         draw = random.Random(f"{bad.row} {bad.id}")
         for _ in range(TRIES):
-            sample = self.dataset[draw.randrange(len(self.dataset))]
-            if not isinstance(sample, Bad):
-                return sample
-            self.note(sample)
-        raise ValueError(
-            f"{TRIES} rows drawn in place of row {bad.id} are all bad, the last because it {sample.error}; "
-            "run data/validate.py."
-        )
+            drawn = self.dataset[draw.randrange(len(self.dataset))]
+            if not isinstance(drawn, Bad):
+                return drawn
+            self.note(drawn)
+        raise ValueError(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
 
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""
@@ -139,6 +138,7 @@ class Guard:
             return
         self.seen.add(bad.id)
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"row": bad.row, "id": bad.id, "reason": str(bad.error)})
             with (self.folder / SKIPPED_FILE).open("a") as file:  # one write: workers and processes append
                 file.write(line + "\n")

@@ -32,7 +32,7 @@ def training_data(data: DataConfig) -> Any:
     for part, found in zip(parts, rows, strict=True):
         if len(found) == 0:
             raise ValueError(f"the data at {part.path} have no rows; name others with data.path=PATH.")
-    return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed))
+    return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed), data.group)
 
 
 def parts_of(data: DataConfig) -> list[PartConfig]:

@@ -50,7 +50,8 @@ class Mixture(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part, row = self.place(index)
-        return self.parts[part][row]
+        sample = self.parts[part][row]
+        return {**sample, "id": f"{part}:{sample['id']}"} if "id" in sample else sample
 
     def identity(self, index: int) -> str:
         part, row = self.place(index)
@@ -81,7 +82,7 @@ class Stream(IterableDataset):
     those it trains on.
 
     Args:
-        sources: `datasets.IterableDataset`s.
+        sources: `datasets.IterableDataset`s in Arrow format.
         make: for each source, what makes a sample of a row.
         weights: one a source.
         seed: of draws and of shuffling.
@@ -119,7 +120,7 @@ class Stream(IterableDataset):
         for epoch in range(10**9):
             empty = True
             source = self.sources[k].shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            for row, record in enumerate(source):
+            for row, record in enumerate(source.iter(batch_size=1)):  # iterated plainly, it would share out itself
                 empty = False
                 yield row, record
             if empty:

@@ -95,6 +95,8 @@ def json_rows(path: str, images: str | None) -> Rows:
             f"no image folder at {images}; download the images there, or name yours: data.images=FOLDER."
         )
     stat = file.stat()
+    if not stat.st_size:
+        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.")
     try:
         table = datasets.Dataset.from_generator(
             _json_records,

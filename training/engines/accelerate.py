@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import skipped
 from latefusion.models.build import Student, save_student
 from latefusion.training.config import Config
 from latefusion.training.objective import Objective
@@ -53,6 +54,8 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         bf16=dtype is torch.bfloat16,
         activation_checkpointing=train.gradient_checkpointing,
         dataloader_num_workers=train.workers,
+        dataloader_prefetch_factor=train.prefetch if train.workers else None,
+        accelerator_config={"dispatch_batches": False} if config.data.streaming else None,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
         save_steps=train.save_every,
@@ -143,6 +146,8 @@ class StudentTrainer(Trainer):
             sums = dict(zip(self.terms, total.tolist(), strict=True))
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
             self.terms = {}
+            if left_out := skipped(self.args.output_dir):
+                logs["skipped_rows"] = left_out
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

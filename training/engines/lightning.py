@@ -83,6 +83,7 @@ def fit(
         ),
         collate_fn=micro_batches,
         num_workers=train.workers,
+        prefetch_factor=train.prefetch if train.workers else None,
     )
     with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
         trainer.fit(StudentModule(config, student, objective), loader, ckpt_path=resumed, weights_only=False)
