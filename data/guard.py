@@ -86,17 +86,18 @@ class Guard:
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         batch: list[Any] = []
         for sample in map(self.opened, samples):
-            batch.append(self.another(sample, batch) if isinstance(sample, Bad) else sample)
-        while True:
+            batch.append(self.another(sample, batch, 0) if isinstance(sample, Bad) else sample)
+        for attempt in range(1, TRIES):
             try:
                 made = self.collator(batch)
             except BadRow as error:
                 at, sample = error.at, batch[error.at]
-                bad = Bad(sample.get("row"), str(sample.get("id", error.at)), error.reason)
-                batch[at] = self.another(bad, batch[:at] + batch[at + 1 :])
+                bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
+                batch[at] = self.another(bad, batch[:at] + batch[at + 1 :], attempt)
                 continue
             self.good = batch[-1]
             return made
+        raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
 
     def opened(self, sample: Any) -> dict[str, Any] | Bad:
         """A sample; one of a stream is opened only now."""
@@ -107,19 +108,19 @@ class Guard:
         except BadSample as error:
             return Bad(None, sample.name, error)
 
-    def another(self, bad: Bad, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A sample for a bad row's place.
+    def another(self, bad: Bad, batch: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any]:
+        """A sample for a bad row's place, another one in each attempt.
 
         Raises:
             ValueError: it must not be left out, or there is no other.
         """
         self.note(bad)
         if self.dataset is None:
-            sample = batch[-1] if batch else self.good
+            sample = batch[attempt % len(batch)] if batch else self.good
             if sample is None:
                 raise ValueError(f"row {bad.id} {bad.error}, and no row before it could be used.")
             return sample
-        draw = random.Random(f"{bad.row} {bad.id}")
+        draw = random.Random(f"{bad.row} {bad.id} {attempt}")
         for _ in range(TRIES):
             drawn = self.dataset[draw.randrange(len(self.dataset))]
             if not isinstance(drawn, Bad):

@@ -120,7 +120,9 @@ class Stream(IterableDataset):
         for epoch in range(10**9):
             empty = True
             source = self.sources[k].shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
-            for row, record in enumerate(source.iter(batch_size=1)):  # iterated plainly, it would share out itself
+            for row, record in enumerate(
+                source.iter(batch_size=1)
+            ):  # iterated plainly, it would share out itself
                 empty = False
                 yield row, record
             if empty:

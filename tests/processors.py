@@ -26,16 +26,23 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from latefusion.models.embedded.vocabulary import build_processor
 
-WORDS = "user assistant model system User Assistant USER ASSISTANT You are a helpful INST how many what color is it red 2 yes and no : ? . [ ] /"
+WORDS = (
+    "user assistant model system User Assistant USER ASSISTANT You are a helpful INST how many what color is it red 2 "
+    "yes and no : ? . [ ] /"
+)
 SQUARE = {"height": 28, "width": 28}
 GRID = [[28, 56], [56, 28], [56, 56]]
 
-PARTS = "{%- for p in m['content'] -%}{%- if p['type'] == 'image' -%}{{ IMAGE }}{%- else -%}{{ p['text'] }}{%- endif -%}{%- endfor -%}"
+PARTS = (
+    "{%- for p in m['content'] -%}{%- if p['type'] == 'image' -%}{{ IMAGE }}"
+    "{%- else -%}{{ p['text'] }}{%- endif -%}{%- endfor -%}"
+)
 LLAVA = (  # a generation mark, and no token that ends an answer
     "{%- for m in messages -%}{{ m['role'].upper() + ': ' }}"
     "{%- for p in m['content'] if p['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}"
-    "{%- if m['role'] == 'assistant' -%}{%- for p in m['content'] -%}{%- generation -%}{{ p['text'] + ' ' }}{%- endgeneration -%}{%- endfor -%}"
-    "{%- else -%}{%- for p in m['content'] if p['type'] == 'text' -%}{{ p['text'] + ' ' }}{%- endfor -%}{%- endif -%}"
+    "{%- for p in m['content'] if p['type'] == 'text' -%}{%- if m['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ p['text'] + ' ' }}{%- endgeneration -%}"
+    "{%- else -%}{{ p['text'] + ' ' }}{%- endif -%}{%- endfor -%}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 MISTRAL = (
@@ -51,15 +58,31 @@ CHATML = (
 SYSTEM = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
 QWEN_IMAGE = "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
 SMOLVLM = (
-    "{{ '<|im_start|>' }}{%- for m in messages -%}{{ m['role'].capitalize() + (':' if m['content'][0]['type'] == 'image' else ': ') }}"
+    "{{ '<|im_start|>' }}{%- for m in messages -%}"
+    "{{ m['role'].capitalize() + (':' if m['content'][0]['type'] == 'image' else ': ') }}"
     + PARTS.replace("{{ IMAGE }}", "{{ '<image>' }}")
     + "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
 )
 GEMMA = (
-    "{{ bos_token }}{%- for m in messages -%}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ bos_token }}{%- for m in messages -%}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
     + PARTS.replace("{{ IMAGE }}", "{{ '<start_of_image>' }}").replace("p['text']", "p['text'] | trim")
-    + "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+    + "{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    + "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
+
+
+class NoVideo:
+    """What `SmolVLMProcessor` asks of its video processor whether there are videos or not."""
+
+    num_frames, fps, video_sampling, size = 1, 1, {"num_frames": 1, "fps": 1, "max_frames": 1}, None
+    model_input_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        pass
 
 
 def tokenizer(*special: str, named: dict[str, str] | None = None) -> hf.PreTrainedTokenizerFast:
@@ -142,7 +165,9 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
         chat_template=CHATML.replace("{{ IMAGE }}", "{{ '<IMG_CONTEXT>\n' }}"),
     ),
     "smolvlm": lambda: hf.SmolVLMProcessor(
-        SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        SmolVLMImageProcessorPil(
+            size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, do_image_splitting=False
+        ),
         tokenizer(
             "<|im_start|>",
             named={
@@ -152,7 +177,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
                 "end_of_utterance_token": "<end_of_utterance>",
             },
         ),
-        None,
+        NoVideo(),
         image_seq_len=4,
         chat_template=SMOLVLM,
     ),
@@ -192,7 +217,7 @@ def processor(family: str) -> Any:
     words = processing_smolvlm.num2words
 
     def without_video(self: Any, name: str, argument: Any) -> Any:
-        return None if name == "video_processor" else checked(self, name, argument)
+        return None if argument is None or isinstance(argument, NoVideo) else checked(self, name, argument)
 
     hf.ProcessorMixin.check_argument_for_proper_class = without_video
     processing_smolvlm.num2words = words or str  # counts video frames

@@ -171,7 +171,9 @@ def test_what_the_processor_refuses_is_one_sample_not_a_batch(monkeypatch):
 
     monkeypatch.setattr(collate, "process", narrow)
     thin = {**ONE, "images": [Image.new("RGB", (1, 9))], "id": "thin"}
-    with pytest.raises(BadRow, match="sample thin does not go through the processor: mean must have 1 el") as error:
+    with pytest.raises(
+        BadRow, match="sample thin does not go through the processor: mean must have 1 el"
+    ) as error:
         collate([ONE, NO_IMAGE, thin])
     assert error.value.at == 2 and "\n" not in str(error.value)
 

@@ -71,17 +71,21 @@ def test_bad_rows_leave_their_places_to_others_and_are_written_down_once(tmp_pat
     by_id = {line["id"]: line for line in lines}
     assert len(lines) == len(by_id) == skipped(tmp_path) and {"r1", "r5"} <= set(by_id)
     assert by_id["r1"] == {"row": 1, "id": "r1", "reason": "is bad for reason 1"}
-    assert by_id["r5"]["reason"] == "has 14 tokens, more than data.max_length=8"
+    assert by_id["r5"]["reason"] == "has 16 tokens, more than data.max_length=8"
 
 
 @pytest.mark.parametrize(
     ("options", "rows_of_batch", "sentence"),
     [
-        ({"on_error": RAISE}, (0, 1), r"row r1 is bad for reason 1; leave such rows out with data\.on_error=skip\."),
+        (
+            {"on_error": RAISE},
+            (0, 1),
+            r"row r1 is bad for reason 1; leave such rows out with data\.on_error=skip\.",
+        ),
         (
             {"too_long": RAISE},
             (0, 5),
-            r"row r5 has 14 tokens, more than data\.max_length=8; leave such .*data\.too_long=skip",
+            r"row r5 has 16 tokens, more than data\.max_length=8; leave such .*data\.too_long=skip",
         ),
     ],
 )
@@ -115,7 +119,9 @@ def test_a_stream_repeats_a_good_row(tmp_path):
 def test_a_set_without_a_good_row_ends(tmp_path, monkeypatch):
     rows, collate = guard(tmp_path)
     monkeypatch.setattr(Rows, "__getitem__", lambda self, i: (_ for _ in ()).throw(BadSample("is bad")))
-    with pytest.raises(ValueError, match=r"1000 rows drawn in place of row r0 are all bad; run data/validate\.py"):
+    with pytest.raises(
+        ValueError, match=r"1000 rows drawn in place of row r0 are all bad; run data/validate\.py"
+    ):
         collate([rows[0]])
     assert isinstance(rows[3], Bad)
 
@@ -145,7 +151,14 @@ def mixed(tmp_path):
 
 def train(base, output, data, *overrides):
     options = ("data=dataset", f"data.path={data}", f"model.path={base}", f"output_dir={output}")
-    quick = ("train.dtype=float32", "train.threads=1", "train.steps=2", "train.batch_size=4", "train.log_every=1")
+    quick = (
+        "train.dtype=float32",
+        "train.threads=1",
+        "train.steps=2",
+        "train.batch_size=4",
+        "train.log_every=1",
+        "model.visipruner.boundary=1",
+    )
     run.run(composed(*options, *quick, *SMALL, *BAND, "train.save_every=2", *overrides))
 
 
@@ -159,11 +172,15 @@ def test_a_run_leaves_bad_rows_out_counts_them_and_says_so(base, tmp_path, mixed
 
 
 def test_a_bad_row_stops_a_run_unless_told_otherwise(base, tmp_path, mixed):
-    with pytest.raises(SystemExit, match=r"^error: row cut has a bad image: cut\.png .*data\.on_error=skip\.$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: row cut has a bad image: cut\.png .*data\.on_error=skip\.$"
+    ):
         train(base, tmp_path / "out", mixed)
 
 
-@pytest.mark.parametrize("options", [("data.group=modality",), ("data.streaming=true", "data.shuffle_buffer=2")])
+@pytest.mark.parametrize(
+    "options", [("data.group=modality",), ("data.streaming=true", "data.shuffle_buffer=2")]
+)
 def test_grouped_and_streamed_runs_train(base, tmp_path, mixed, options, monkeypatch):
     monkeypatch.setattr("datasets.iterable_dataset.time.sleep", lambda seconds: None)
     train(base, tmp_path / "out", mixed, "data.on_error=skip", "train.workers=1", *options)
@@ -178,7 +195,7 @@ def test_validate_lists_every_bad_row_with_its_reason(base, mixed, capsys, strea
     printed = capsys.readouterr()
     lines = dict(line.split("\t") for line in printed.out.splitlines())
     assert end.value.code == 1 and set(lines) == {"cut", "user", "long"}
-    assert "cut.png cannot be decoded" in lines["cut"] and "14 tokens" in lines["long"]
+    assert "cut.png cannot be decoded" in lines["cut"] and "16 tokens" in lines["long"]
     assert "3 of 5 rows cannot be used" in printed.err
 
 

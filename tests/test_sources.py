@@ -89,9 +89,18 @@ BAD_MESSAGES = [
     ({"messages": [{"role": "system", "content": "be kind"}]}, "nothing but a system prompt"),
     ({"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "an empty answer in turn 1"),
     ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "an empty turn 0"),
-    ({"messages": [QUESTION, turn("assistant", IMG, "2")], "images": ["a.png"]}, "image in the answer of turn 1"),
-    ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "a message of role 'tool'; it can be system, "),
-    ({"messages": [turn("user", {"type": "video"}), ANSWER]}, "a message part .*video.*; parts are texts and"),
+    (
+        {"messages": [QUESTION, turn("assistant", IMG, "2")], "images": ["a.png"]},
+        "image in the answer of turn 1",
+    ),
+    (
+        {"messages": [{"role": "tool", "content": "x"}, ANSWER]},
+        "a message of role 'tool'; it can be system, ",
+    ),
+    (
+        {"messages": [turn("user", {"type": "video"}), ANSWER]},
+        "a message part .*video.*; parts are texts and",
+    ),
     ({"messages": [turn("user", IMG, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
     ({"messages": [turn("user", "?"), ANSWER], "images": ["a.png"]}, r"has 1 image\(s\) but 0 placeholder"),
     ({"messages": "hello"}, "has messages that are str, not a list"),
@@ -133,7 +142,11 @@ def test_broken_utf8_and_broken_json_cost_their_own_row(folder):
     (folder / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, bad, b"{oh", b"[1]", b"", good]))
     rows = sources.dataset(str(folder / "x.jsonl"), split="train")
     assert len(rows) == 5 and rows[0]["messages"] == rows[4]["messages"]
-    for index, reason in ((1, "broken UTF-8 in turn 0"), (2, r"is no JSON \("), (3, "is list, not an object")):
+    for index, reason in (
+        (1, "broken UTF-8 in turn 0"),
+        (2, r"is no JSON \("),
+        (3, "is list, not an object"),
+    ):
         with pytest.raises(BadSample, match=reason):
             rows[index]
     (folder / "x.json").write_bytes(b"[" + good + b"," + bad + b"]")
@@ -229,7 +242,9 @@ def test_text_that_is_no_utf8_costs_its_own_row_in_parquet_too(folder):
         contents = pa.array([first, b"how many?"], pa.binary()).view(pa.string())
         return pa.StructArray.from_arrays([pa.array(["user", "user"]), contents], ["role", "content"])
 
-    answers = pa.StructArray.from_arrays([pa.array(["assistant"] * 2), pa.array(["2", "2"])], ["role", "content"])
+    answers = pa.StructArray.from_arrays(
+        [pa.array(["assistant"] * 2), pa.array(["2", "2"])], ["role", "content"]
+    )
     turns = pa.concat_arrays([binary(b"m\xff\xfe").cast(answers.type), answers]).take(pa.array([0, 2, 1, 3]))
     pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 2, 4], turns)}), folder / "x.parquet")
     rows = sources.dataset(str(folder / "x.parquet"), split="train")
