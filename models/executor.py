@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from latefusion.models.cache import ScheduledLayer, ScheduledSlidingLayer, Track, scheduled_layer, stored
 from latefusion.models.layout import Layout
 from latefusion.models.masks import compact_mask, needs_no_mask
-from latefusion.models.policies.base import Decision, Prompt, Selection
+from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
 
 
 class Forward:
@@ -73,6 +73,8 @@ class Forward:
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
         hidden_states = args[0]
+        if i == 0 and isinstance(self.decision, SeesEmbeddings):
+            self.decision.embedded(hidden_states)
         selection = None if self.decision is None else self.decision.select(i)
         if selection is not None:
             hidden_states = self._switch(i, selection, hidden_states)
@@ -114,7 +116,8 @@ class Forward:
         if self.layout is not None and not self.expanded:
             hidden_states = self._expand(hidden_states)
         if self.entry is not None and not self.entered:  # every process runs the adapter once a forward
-            nothing = self.entry(hidden_states.new_zeros(0, hidden_states.shape[-1])).sum()
+            none = torch.zeros(0, dtype=torch.long, device=hidden_states.device)
+            nothing = self.entry(hidden_states.new_zeros(0, hidden_states.shape[-1]), none).sum()
             if nothing.requires_grad:
                 hidden_states = hidden_states + nothing.to(hidden_states.dtype)
         return hidden_states
@@ -138,7 +141,8 @@ class Forward:
             return hidden_states
         full = hidden_states if self.layout is None or self.expanded else self._expand(hidden_states)
         if entering is not None and self.entry is not None:
-            full = entering.put(full, self.entry(entering.take(full)))
+            order = (prompt.vision.cumsum(1) - 1).gather(1, entering.index).clamp(min=0)  # [B, n]
+            full = entering.put(full, self.entry(entering.take(full), order))
             self.entered = True
         self._memo.clear()
         if everything:

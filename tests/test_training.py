@@ -194,10 +194,9 @@ def test_lightning_runs_the_same_objective_and_resumes_bit_for_bit(base, tmp_pat
         "lora.dropout=0.2",
     )
     whole = train(base, tmp_path / "whole", *options)
-    (tmp_path / "cut").mkdir()
-    shutil.copy(whole / "checkpoint-2.ckpt", tmp_path / "cut")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     cut = train(base, tmp_path / "cut", *options, "resume=true")
-    state = torch.load(whole / "checkpoint-4.ckpt", weights_only=False)
+    state = torch.load(whole / "checkpoint-4" / "lightning.ckpt", weights_only=True)
     assert state["global_step"] == 4 and all("lora" in n or "vision_entry" in n for n in state["state_dict"])
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name

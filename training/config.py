@@ -61,6 +61,13 @@ class Dtype(Enum):
     float32 = "float32"
 
 
+class NonFiniteStep(Enum):
+    """What to do with a step whose loss or gradient is not a number."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
@@ -162,10 +169,19 @@ class DataConfig:
 
 @dataclass
 class EngineConfig:
-    """Who runs the loop; `deepspeed` is a DeepSpeed configuration, or None."""
+    """Who runs the loop.
+
+    Attributes:
+        trainer: the file in `training/engines/`.
+        deepspeed: a DeepSpeed configuration, or None.
+        fsdp: an FSDP configuration of transformers, or None.
+        processes: that the run must consist of, asserted at its start; None: as many as the launcher started.
+    """
 
     trainer: Trainer = Trainer.accelerate
     deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    processes: int | None = None
 
 
 @dataclass
@@ -173,6 +189,7 @@ class TrainConfig:
     """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
 
     `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
+    `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
     """
 
     steps: int = 500
@@ -190,6 +207,8 @@ class TrainConfig:
     threads: int | None = None
     workers: int = 0
     prefetch: int = 2
+    on_nonfinite: NonFiniteStep = NonFiniteStep.stop
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -206,11 +225,20 @@ class LoraConfig:
     train_projector: bool = False
 
 
+class EntryInit(Enum):
+    """What the entry adapter starts from: `identity`, or `calibrated` (models/calibration.py)."""
+
+    identity = "identity"
+    calibrated = "calibrated"
+
+
 @dataclass
 class EntryConfig:
-    """The entry adapter; rank 0: none."""
+    """The entry adapter; rank 0: none. `images` of the training set calibrate it, if `init` says so."""
 
     rank: int = 16
+    init: EntryInit = EntryInit.identity
+    images: int = 256
 
 
 @dataclass
@@ -233,7 +261,10 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """Everything; `name` is the recipe's, and names the output folder."""
+    """Everything; `name` is the recipe's, and names the output folder.
+
+    `resume` is true (the newest checkpoint) or a step (the checkpoint of that step).
+    """
 
     name: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -247,7 +278,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     output_dir: str = MISSING
-    resume: bool = False
+    resume: bool | int = False
     overwrite: bool = False
 
 
@@ -279,6 +310,7 @@ def read(cfg: DictConfig) -> Config:
         ("data.shuffle_buffer", config.data.shuffle_buffer),
         ("data.max_length", config.data.max_length or 1),
         ("train.prefetch", train.prefetch),
+        ("entry.images", config.entry.images),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -305,10 +337,16 @@ def read(cfg: DictConfig) -> Config:
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
-    if config.resume and config.overwrite:
+    if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+        raise ValueError(
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+        )
+    if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
+        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
