@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from latefusion.models.cache import ScheduledLayer, ScheduledSlidingLayer, Track, scheduled_layer, stored
 from latefusion.models.layout import Layout
 from latefusion.models.masks import compact_mask, needs_no_mask
-from latefusion.models.policies.base import Decision, Prompt, Selection
+from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
 
 
 class Forward:
@@ -73,6 +73,8 @@ class Forward:
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
         hidden_states = args[0]
+        if i == 0 and isinstance(self.decision, SeesEmbeddings):
+            self.decision.embedded(hidden_states)
         selection = None if self.decision is None else self.decision.select(i)
         if selection is not None:
             hidden_states = self._switch(i, selection, hidden_states)

@@ -155,26 +155,34 @@ def ranked(
     seen = band(vision, layers, enter, exit)
     last = layers if exit is None else exit
     for layer, k in sorted(keep.items()):
-        values: dict[str, Tensor] = {}
-        attention = eager.get_decoder().layers[layer - 1].self_attn
-        handle = attention.v_proj.register_forward_hook(lambda m, a, out, values=values: values.update(v=out))
-        with masked(eager, vision, seen, entry=entry), torch.no_grad():
-            maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer - 1]
-        handle.remove()
-        heads, head_dim = maps.shape[1], attention.head_dim
-        value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
-        group = heads // value.shape[2]
+        score: list[dict[int, float]] = [{} for _ in queries]
+        for watched in range(enter, layer):
+            values: dict[str, Tensor] = {}
+            attention = eager.get_decoder().layers[watched].self_attn
+            handle = attention.v_proj.register_forward_hook(
+                lambda m, a, out, values=values: values.update(v=out)
+            )
+            with masked(eager, vision, seen, entry=entry), torch.no_grad():
+                maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[watched]
+            handle.remove()
+            heads, head_dim = maps.shape[1], attention.head_dim
+            value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
+            group = heads // value.shape[2]
+            for b, rows in enumerate(queries):
+                tokens = seen[watched][b].nonzero().flatten().tolist()
+                for h in range(heads):
+                    for q in rows:
+                        read = {
+                            t: (maps[b, h, q, t] * value[b, t, h // group]).norm().item() ** 2 for t in tokens
+                        }
+                        whole = sum(read.values())
+                        for t in tokens:
+                            share = read[t] / whole if whole > 0 else 0.0
+                            score[b][t] = max(score[b].get(t, 0.0), share)
         chosen = torch.zeros_like(vision)
-        for b, rows in enumerate(queries):
-            score = {}
-            for t in seen[layer - 1][b].nonzero().flatten().tolist():
-                score[t] = max(
-                    torch.cat([maps[b, h, q, t] * value[b, t, h // group] for h in range(heads)])
-                    .norm()
-                    .item()
-                    for q in rows
-                )
-            for t in sorted(score, key=lambda t: (-score[t], t))[:k]:
+        for b in range(len(queries)):
+            left = {t: score[b][t] for t in seen[layer - 1][b].nonzero().flatten().tolist()}
+            for t in sorted(left, key=lambda t: (-left[t], t))[:k]:
                 chosen[b, t] = True
         for i in range(layer, last):
             seen[i] = chosen

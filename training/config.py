@@ -47,6 +47,13 @@ class Dtype(Enum):
     float32 = "float32"
 
 
+class NonFiniteStep(Enum):
+    """What to do with a step whose loss or gradient is not a number."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
@@ -124,15 +131,27 @@ class DataConfig:
 
 @dataclass
 class EngineConfig:
-    """Who runs the loop; `deepspeed` is a DeepSpeed configuration, or None."""
+    """Who runs the loop.
+
+    Attributes:
+        trainer: the file in `training/engines/`.
+        deepspeed: a DeepSpeed configuration, or None.
+        fsdp: an FSDP configuration of transformers, or None.
+        processes: that the run must consist of, asserted at its start; None: as many as the launcher started.
+    """
 
     trainer: Trainer = Trainer.accelerate
     deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    processes: int | None = None
 
 
 @dataclass
 class TrainConfig:
-    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`."""
+    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
+
+    `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
+    """
 
     steps: int = 500
     learning_rate: float = 2e-4
@@ -149,6 +168,8 @@ class TrainConfig:
     group_by_length: bool = False
     threads: int | None = None
     workers: int = 0
+    on_nonfinite: NonFiniteStep = NonFiniteStep.stop
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -201,7 +222,10 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """Everything; `name` is the recipe's, and names the output folder."""
+    """Everything; `name` is the recipe's, and names the output folder.
+
+    `resume` is true (the newest checkpoint) or a step (the checkpoint of that step).
+    """
 
     name: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -215,7 +239,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     output_dir: str = MISSING
-    resume: bool = False
+    resume: bool | int = False
     overwrite: bool = False
 
 
@@ -274,10 +298,12 @@ def read(cfg: DictConfig) -> Config:
         raise ValueError(
             f"data.path is not set; name the {config.data.source.value} data with data.path=PATH."
         )
-    if config.resume and config.overwrite:
+    if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+        raise ValueError("train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop.")
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
         raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
     if lora.train_projector and config.model.projector is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -32,71 +32,92 @@ from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.calibrate import calibrated_entry
+from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
+from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
 
 
 def run(cfg: DictConfig) -> None:
-    """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute."""
+    """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute.
+
+    Raises:
+        SystemExit: with such a sentence; with `guard.PREEMPTED` if a signal stopped the run after a checkpoint.
+    """
     started = time.perf_counter()
-    try:
-        config = read(cfg)
-        engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
-        check(config, engine)
-        settle(config)
-        dataset = samples(config.data)
-        context = engine.prepare(config, dtype=dtype_of(config))
-        student = student_of(config, dataset)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    collator = collator_of(student, config.data.max_length, dtype_of(config) if config.data.isolate else None)
-    objective = objective_of(config, student)
-    if int(os.environ.get("RANK", "0")) == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-        print(
-            describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True
+    with ExitStack() as held:
+        try:
+            config = read(cfg)
+            engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
+            resumed = check(config)
+            dataset = samples(config.data)
+            held.enter_context(claimed(config.output_dir))
+            settle(config, resumed)
+            context = engine.prepare(config, dtype=dtype_of(config))
+            student = student_of(config, dataset)
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"error: {error}") from None
+        first = int(os.environ.get("RANK", "0")) == 0
+        collator = collator_of(
+            student, config.data.max_length, dtype_of(config) if config.data.isolate else None
         )
-    main = engine.fit(config, context, student, dataset, collator, objective)
-    if main:
-        print(
-            f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
-            flush=True,
-        )
-        evaluate(config)
+        if first:
+            OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
+            some = collator([dataset[i] for i in range(min(8, len(dataset)))])
+            print(describe(config, student, some), flush=True)
+        try:
+            main = engine.fit(
+                config, context, student, dataset, collator, objective_of(config, student), resumed
+            )
+        except (CannotSave, NonFinite) as error:
+            raise SystemExit(f"error: {error}") from error.__cause__
+        except Preempted as stop:
+            if first:
+                leave_mark(config.output_dir, stop.step)
+                print(f"{stop}; go on with resume=true.", flush=True)
+            raise SystemExit(PREEMPTED) from None
+        if main:
+            print(
+                f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
+                flush=True,
+            )
+            evaluate(config)
 
 
-def check(config: Config, engine: ModuleType) -> None:
+def check(config: Config) -> Path | None:
     """Raise before anything is loaded if this run cannot work.
+
+    Returns:
+        The checkpoint to go on from, if any.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence.
     """
+    check_launch(config.engine.processes)
     VisionSchedule.from_dict(vars(config.schedule))
     visipruner(config.model.visipruner)
     check_base(config.model.path)
-    output = Path(config.output_dir)
-    if config.resume:
-        engine.last_checkpoint(config.output_dir)
-    elif not config.overwrite and ((output / ADAPTER_CONFIG).exists() or any(output.glob("checkpoint-*"))):
+    output, train = Path(config.output_dir), config.train
+    if config.resume is not False:
+        samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        return find(output, config.resume, samples=samples)
+    if not config.overwrite and ((output / ADAPTER_CONFIG).exists() or checkpoints(output)):
         raise ValueError(
             f"{output} holds a run already; continue it with resume=true, replace it with overwrite=true, "
             "or choose another output_dir=FOLDER."
         )
+    return None
 
 
-def settle(config: Config) -> None:
-    """Threads, seeds, and an output folder without checkpoints of a run that this one replaces."""
+def settle(config: Config, resumed: Path | None) -> None:
+    """Threads, seeds, and an output folder without what a run left there that this one does over."""
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
     set_seed(config.train.seed)
-    if config.overwrite:
-        for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
-            if checkpoint.is_dir():
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            else:
-                checkpoint.unlink(missing_ok=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -115,11 +136,17 @@ def samples(data: DataConfig) -> Any:
     return sources.dataset(data.path, split=data.split)
 
 
-def student_of(config: Config, dataset: Any) -> Student:
+def student_of(config: Config, dataset: Any = None) -> Student:
+    """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
     model, processor = load_base(config.model.path, dtype=dtype_of(config))
     if config.model.attention is not None:
         model.set_attn_implementation(config.model.attention)
-    return student_from(config, model, processor, calibrated_entry(config, model, processor, dataset))
+    return student_from(
+        config,
+        model,
+        processor,
+        calibrated_entry(config, model, processor, samples(config.data) if dataset is None else dataset),
+    )
 
 
 def student_from(

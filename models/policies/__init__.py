@@ -1,0 +1,42 @@
+"""Policies, one file a method; `named` builds one from `recipes/policy/NAME.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from latefusion.models.policies.base import Policy
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "policy"
+
+
+def names() -> list[str]:
+    """The policies that have a recipe."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def named(name: str, **overrides: Any) -> Policy:
+    """The policy of `recipes/policy/NAME.yaml`, with some of its arguments replaced.
+
+    Raises:
+        ValueError: there is no such policy, it has no such argument, or a value is out of its range.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"policy={name} does not exist{hint}; policy can be {', '.join(names())}.")
+    arguments: Any = OmegaConf.to_container(OmegaConf.load(RECIPES / f"{name}.yaml"))
+    policy = get_class(arguments.pop("_target_"))
+    exists = sorted(inspect.signature(policy).parameters)
+    for key in overrides:
+        if key not in exists:
+            near = difflib.get_close_matches(key, exists, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"policy {name} has no {key!r}{hint}; it has {', '.join(exists)}.")
+    return policy(**arguments | overrides)

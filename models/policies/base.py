@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
@@ -109,6 +108,14 @@ class Decision(Protocol):
         """
 
 
+@runtime_checkable
+class SeesEmbeddings(Protocol):
+    """A decision that also looks at what enters layer 0."""
+
+    def embedded(self, hidden_states: Tensor) -> None:
+        """Called once, before `select(0)`, with the hidden states `[B, T, D]` of all tokens; do not keep them."""
+
+
 class Policy(Protocol):
     """Decides which vision tokens each layer sees. One object serves many forwards and keeps no state."""
 
@@ -117,20 +124,3 @@ class Policy(Protocol):
 
     def begin(self, prompt: Prompt) -> Decision:
         """Called once a forward that brings vision tokens, before layer 0."""
-
-
-@torch.no_grad()
-def contribution_norm(call: AttentionCall, queries: Tensor) -> Tensor:
-    """How much each key adds to a query row's attention output: `||c_i||_2`, float32 `[B, R, K]`.
-
-    `c_i` is the concatenation over heads of `a[h, i] * v[h, i]`, before o_proj (VisiPruner, arXiv 2510.17205).
-    Closed form: `||c_i||^2 = sum_h a[h, i]^2 |v[h, i]|^2`, so no contribution is materialised.
-
-    Args:
-        queries: logical query rows, int64 `[B, R]`.
-    """
-    weights = call.weights(call.compact_rows(queries))  # [B, H, R, K]
-    groups = weights.shape[1] // call.value.shape[1]
-    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
-    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
-    return torch.sqrt((weights.square() * value_sq).sum(1))

@@ -1,0 +1,38 @@
+"""FastV: after a few layers, half of the vision tokens goes (Chen et al., ECCV 2024, arXiv 2403.06764)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latefusion.models.policies.base import Prompt
+from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV:
+    """From `layer` on, the vision tokens stay to which the last prompt token paid most attention in the layer before.
+
+    The defaults are the paper's K = 2 and R = 50%. Positions stay those of the full prompt, as in the
+    official code.
+
+    Args:
+        layer: first layer that computes fewer vision tokens.
+        keep_ratio: share of the vision tokens that stays (the paper's 1 - R).
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    layer: int = 2
+    keep_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise ValueError(f"layer={self.layer} must be 1 or above: tokens are ranked by the layer before.")
+        check_ratio("keep_ratio", self.keep_ratio)
+
+    def validate(self, num_layers: int) -> None:
+        check_layer("layer", self.layer, num_layers)
+
+    def begin(self, prompt: Prompt) -> AttentionRanking:
+        return AttentionRanking({self.layer: self.keep_ratio}, prompt)

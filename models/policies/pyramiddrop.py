@@ -1,0 +1,55 @@
+"""PyramidDrop, inference: stages with fewer vision tokens each (Xing et al., CVPR 2025, arXiv 2410.17247)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from latefusion.models.policies.base import Prompt
+from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
+
+PAPER = {8: 0.5, 16: 0.25, 24: 0.125}  # LLaVA-1.5-7B, 32 layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop:
+    """At the start of each stage, the vision tokens stay to which the last prompt token pays most attention.
+
+    The defaults are the paper's four stages for LLaVA-1.5-7B, each with half the tokens of the one before.
+    We rank by the attention of the stage's last layer, which is there anyway; the official code projects
+    queries and keys once more with the next layer's weights.
+
+    Args:
+        keep_ratios: {first layer of a stage: share of all vision tokens that stays from there on}.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    keep_ratios: Mapping[int, float] = field(default_factory=lambda: dict(PAPER))
+
+    def __post_init__(self) -> None:
+        ratios = {int(layer): float(ratio) for layer, ratio in sorted(self.keep_ratios.items())}
+        object.__setattr__(self, "keep_ratios", ratios)
+        if not ratios:
+            raise ValueError("keep_ratios={} drops nothing; name at least one {layer: share}.")
+        before = 1.0
+        for layer, ratio in ratios.items():
+            if layer < 1:
+                raise ValueError(
+                    f"keep_ratios names layer {layer}, but tokens are ranked by the layer before; "
+                    "choose 1 or above."
+                )
+            check_ratio(f"keep_ratios[{layer}]", ratio)
+            if ratio > before:
+                raise ValueError(
+                    f"keep_ratios[{layer}]={ratio} grows from {before}: a token that left does not return."
+                )
+            before = ratio
+
+    def validate(self, num_layers: int) -> None:
+        for layer in self.keep_ratios:
+            check_layer("a layer of keep_ratios", layer, num_layers)
+
+    def begin(self, prompt: Prompt) -> AttentionRanking:
+        return AttentionRanking(self.keep_ratios, prompt)

@@ -1,0 +1,102 @@
+"""Which samples a step takes: a function of the seed and the step alone, whatever runs the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from latefusion.training.config import TrainConfig
+
+POOL = 50  # steps whose samples are sorted by length together
+
+
+class Order(Sampler[int]):
+    """Sample indices of a whole run: epochs, each shuffled anew, one after another without a seam.
+
+    A step takes the next `size` positions. It may reach over the end of an epoch, so every step has all its samples,
+    and no process is handed some a second time to fill a batch: the loss does not depend on how a step is divided
+    among processes and accumulation. Nor is there state to save: a resumed run counts on from its step.
+
+    Args:
+        n: samples in the data set.
+        steps: of the run.
+        size: samples a step takes, over accumulation and processes.
+        seed: of the shuffling; epoch `e` is shuffled by `seed + e`.
+        lengths: of the samples, if a step is to take samples of like length (less padding); None: any.
+    """
+
+    def __init__(self, n: int, *, steps: int, size: int, seed: int, lengths: Sequence[int] | None = None):
+        self.n, self.steps, self.size, self.seed, self.lengths = n, steps, size, seed, lengths
+        self._epoch: int | None = None
+        self._shuffled: list[int] = []
+
+    def __len__(self) -> int:
+        return self.steps * self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.at, range(len(self)))
+
+    def at(self, position: int) -> int:
+        """The sample that stands at this position of the run."""
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            shuffled = torch.randperm(self.n, generator=generator).tolist()
+            if self.lengths is not None:
+                shuffled = self._grouped(shuffled, -epoch * self.n % self.size, generator)
+            self._epoch, self._shuffled = epoch, shuffled
+        return self._shuffled[place]
+
+    def _grouped(self, shuffled: list[int], head: int, generator: torch.Generator) -> list[int]:
+        """Stretches of `POOL` steps sorted by length, their steps shuffled again.
+
+        Args:
+            head: samples that the epoch's first step still takes, having begun in the epoch before.
+        """
+        assert self.lengths is not None
+        body, stretch = shuffled[head:], POOL * self.size
+        steps = []
+        for start in range(0, len(body), stretch):
+            alike = sorted(body[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
+            steps += [alike[i : i + self.size] for i in range(0, len(alike), self.size)]
+        whole = len(body) // self.size
+        last = [i for step in steps if len(step) < self.size for i in step]
+        full = [step for step in steps if len(step) == self.size]
+        mixed = [full[i] for i in torch.randperm(whole, generator=generator).tolist()]
+        return shuffled[:head] + [i for step in mixed for i in step] + last
+
+    def share(self, step: int, rank: int, world: int, micro: int) -> list[list[int]]:
+        """What one process takes in one step: its micro-batches of `micro` samples.
+
+        Micro-batches are dealt to the processes in turn, as accelerate does.
+        """
+        start = step * self.size
+        return [
+            [self.at(start + i + j) for j in range(micro)]
+            for i in range(rank * micro, self.size, micro * world)
+        ]
+
+    def epoch(self, step: int) -> float:
+        """Epochs behind the run after so many steps."""
+        return step * self.size / self.n
+
+
+def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:
+    """The order of a run on `dataset`, by `world` processes.
+
+    Raises:
+        ValueError: samples are to be grouped by length, but the data set does not say how long they are.
+    """
+    lengths = None
+    if train.group_by_length:
+        columns = getattr(dataset, "column_names", ())  # only `datasets.Dataset` has columns
+        if "length" not in columns:
+            raise ValueError(
+                "train.group_by_length=true needs a column length in the data set; add it, or leave the option out."
+            )
+        lengths = dataset.with_format(None)["length"]
+    size = train.batch_size * train.accumulation * world
+    return Order(len(dataset), steps=train.steps, size=size, seed=train.seed, lengths=lengths)
