@@ -21,6 +21,7 @@ class TraceRecord:
         exit_layer: first layer that no longer sees vision tokens; None if the last does or there are none.
         tokens: tokens that enter each layer, padding not counted.
         vision: how many of them are vision tokens.
+        n_vision: vision tokens of the prompt.
     """
 
     fusion_layer: int | None
@@ -28,6 +29,7 @@ class TraceRecord:
     exit_layer: int | None
     tokens: list[int]
     vision: list[int]
+    n_vision: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TextTrace:
     def records(self) -> list[TraceRecord]:
         counts = self.real.sum(1).tolist()
         layers = self.num_layers
-        return [TraceRecord(None, None, None, [int(n)] * layers, [0] * layers) for n in counts]
+        return [TraceRecord(None, None, None, [int(n)] * layers, [0] * layers, 0) for n in counts]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class PrefillTrace:
             exit_layer=exit_layer,
             tokens=[text + count for count in vision],
             vision=vision,
+            n_vision=total,
         )
 
     def _kept(self, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
