@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import TRAIN, launch
 from PIL import Image
 from safetensors.torch import load_file
-from launching import TRAIN, launch
 from tiny import save_tiny_base
 
 from latefusion.models.build import load_student
@@ -31,7 +31,9 @@ def losses(output: Path) -> list[float]:
 
 def metrics(output: Path) -> list[float]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [entry[name] for entry in map(json.loads, lines) if "loss" in entry for name in ("loss", "ce", "kl")]
+    return [
+        entry[name] for entry in map(json.loads, lines) if "loss" in entry for name in ("loss", "ce", "kl")
+    ]
 
 
 @pytest.fixture(scope="module")

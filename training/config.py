@@ -204,10 +204,18 @@ class EntryConfig:
 
 @dataclass
 class KLConfig:
-    """Distillation: `weight` times KL(teacher || student) at this temperature."""
+    """Distillation: `weight` times KL(teacher || student) at this temperature.
+
+    Attributes:
+        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
+        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
+            is matched too.
+    """
 
     weight: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
+    top_k: int = 32
 
 
 @dataclass
@@ -267,6 +275,7 @@ def read(cfg: DictConfig) -> Config:
         ("lora.r", lora.r),
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
         ("data.turns", config.data.turns),
         ("entry.images", config.entry.images),
     ):
@@ -298,12 +307,18 @@ def read(cfg: DictConfig) -> Config:
         raise ValueError(
             f"data.path is not set; name the {config.data.source.value} data with data.path=PATH."
         )
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
     if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
     if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
-        raise ValueError("train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop.")
+        raise ValueError(
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+        )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
         raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
     if lora.train_projector and config.model.projector is None:

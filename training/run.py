@@ -37,6 +37,7 @@ from latefusion.training.config import Config, DataConfig, Dtype, Source, Teache
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
+from latefusion.training.offline import Stale, Taught, expected
 
 
 def run(cfg: DictConfig) -> None:
@@ -56,21 +57,19 @@ def run(cfg: DictConfig) -> None:
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
+            collator = training_collator(config, student)
+            some = collator([dataset[i] for i in range(min(8, len(dataset)))])
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
-        collator = collator_of(
-            student, config.data.max_length, dtype_of(config) if config.data.isolate else None
-        )
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-            some = collator([dataset[i] for i in range(min(8, len(dataset)))])
             print(describe(config, student, some), flush=True)
         try:
             main = engine.fit(
                 config, context, student, dataset, collator, objective_of(config, student), resumed
             )
-        except (CannotSave, NonFinite) as error:
+        except (CannotSave, NonFinite, Stale) as error:
             raise SystemExit(f"error: {error}") from error.__cause__
         except Preempted as stop:
             if first:
@@ -112,12 +111,16 @@ def check(config: Config) -> Path | None:
 
 def settle(config: Config, resumed: Path | None) -> None:
     """Threads, seeds, and an output folder without what a run left there that this one does over."""
-    if not torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    settle_threads(config)
     set_seed(config.train.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
+
+
+def settle_threads(config: Config) -> None:
+    if not torch.cuda.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -187,16 +190,28 @@ def collator_of(
     )
 
 
-def objective_of(config: Config, student: Student) -> Objective:
+def training_collator(config: Config, student: Student) -> Collator | Taught:
+    """The collator of a run: that of its data, with the teacher's answers if they were written before."""
+    isolate = dtype_of(config) if config.data.isolate else None
+    collator = collator_of(student, config.data.max_length, isolate)
+    if config.kl.cache is None:
+        return collator
+    return Taught(collator, config.kl.cache, expected(config, student, teacher(config)))
+
+
+def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:
+    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch."""
+    offline = config.kl.cache is not None if offline is None else offline
+    sharded = config.engine.deepspeed or config.engine.fsdp
     blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
     return Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=teacher(config),
+        teacher=None if offline else teacher(config),
         weight=config.kl.weight,
         temperature=config.kl.temperature,
         share_images=not config.lora.train_projector,
-        blank=blank if config.engine.deepspeed or config.lora.train_projector else None,
+        blank=blank if sharded or config.lora.train_projector else None,
     )
 
 
@@ -227,7 +242,8 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
         [
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}, {dtype}",
+            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
+            f"{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
