@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import TRAIN, launch
 from PIL import Image
 from safetensors.torch import load_file
-from launching import TRAIN, launch
 from tiny import save_tiny_base
 
 from latefusion.models.build import load_student

@@ -243,10 +243,18 @@ class EntryConfig:
 
 @dataclass
 class KLConfig:
-    """Distillation: `weight` times KL(teacher || student) at this temperature."""
+    """Distillation: `weight` times KL(teacher || student) at this temperature.
+
+    Attributes:
+        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
+        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
+            is matched too.
+    """
 
     weight: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
+    top_k: int = 32
 
 
 @dataclass
@@ -306,6 +314,7 @@ def read(cfg: DictConfig) -> Config:
         ("lora.r", lora.r),
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
         ("data.turns", config.data.turns),
         ("data.shuffle_buffer", config.data.shuffle_buffer),
         ("data.max_length", config.data.max_length or 1),
@@ -337,6 +346,10 @@ def read(cfg: DictConfig) -> Config:
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
     if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
@@ -346,7 +359,9 @@ def read(cfg: DictConfig) -> Config:
             "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
-        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity.")
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
