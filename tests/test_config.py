@@ -23,7 +23,7 @@ TRAIN = Path(run.__file__).with_name("train.py")
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be dense, late_fusion, late_fusion_no_",
+            "recipe=late_fuson does not exist; recipe can be align, dense, late_fusion, late_fusion_no_",
         ),
         ("model=gpt", "model=gpt does not exist; model can be embedded, llava_1_5_7b"),
         (

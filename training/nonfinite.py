@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from latefusion.data.guard import Bad
+from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
 from latefusion.training.config import Config, read
 from latefusion.training.order import Order
@@ -123,7 +125,10 @@ class Watch:
         return f"loss {bad[0]['loss']}, gradient norm {norm}, samples {shown}, saved in {folder}"
 
     def _id(self, index: int) -> Any:
-        return self.dataset[index].get("id", index)
+        if isinstance(self.dataset, Stream):
+            return "of the stream"
+        sample = self.dataset[index]
+        return f"in place of {sample.id}" if isinstance(sample, Bad) else sample.get("id", index)
 
 
 def replay(folder: str | Path) -> Sequence[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import islice
@@ -17,18 +18,20 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
-from latefusion.data.collate import Collator
-from latefusion.data.guard import SKIPPED_FILE, Guard, skipped
+from latefusion.data.collate import IGNORE, Collator
+from latefusion.data.guard import SKIPPED_FILE, Guard, skipped, usable
 from latefusion.data.load import training_data
 from latefusion.data.mixing import Stream
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
     Student,
+    build_full,
     build_student,
     check_base,
     compute_dtype,
     load_base,
+    start_from,
 )
 from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
@@ -36,7 +39,21 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.calibrate import calibrated_entry
 from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
-from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    EntryConfig,
+    EntryKind,
+    Layers,
+    Source,
+    Teacher,
+    Tune,
+    Variant,
+    VisiPrunerConfig,
+    read,
+)
+from latefusion.training.estimate import estimated, numel
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
@@ -145,15 +162,31 @@ def samples(data: DataConfig) -> Any:
 
 def student_of(config: Config, dataset: Any = None) -> Student:
     """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
-    model, processor = load_base(config.model.path, dtype=dtype_of(config))
-    if config.model.attention is not None:
-        model.set_attn_implementation(config.model.attention)
+    wanted = config.model
+    model, processor = load_base(
+        wanted.path,
+        dtype=dtype_of(config),
+        revision=wanted.revision,
+        processor=wanted.processor,
+        four_bits=wanted.load_in_4bit,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    if wanted.attention is not None:
+        model.set_attn_implementation(wanted.attention)
     return student_from(
         config,
         model,
         processor,
-        calibrated_entry(config, model, processor, samples(config.data) if dataset is None else dataset),
+        calibrated_entry(config, model, processor, examples(config, dataset)),
     )
+
+
+def examples(config: Config, dataset: Any) -> Any:
+    """Samples that can be looked at before training, by index: the training set, or the beginning of a stream."""
+    rows = samples(config.data) if dataset is None else dataset
+    if not isinstance(rows, Stream):
+        return rows
+    return [usable(row) for row in islice(rows, config.entry.images)]
 
 
 def student_from(
@@ -163,21 +196,55 @@ def student_from(
     calibrated: CalibratedEntry | None = None,
 ) -> Student:
     """The student that `config` describes, on an already loaded base."""
-    projector = config.model.projector if config.lora.train_projector else None
+    lora, schedule = config.lora, VisionSchedule.from_dict(vars(config.schedule))
+    parts = {
+        "schedule": schedule,
+        "entry_rank": entry_rank(config.entry),
+        "calibrated": calibrated,
+        "train": [config.model.projector] if trains_projector(config) else [],
+    }
     set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
-    return build_student(
+    if config.tune is Tune.full:
+        return build_full(model, processor, **parts)
+    student = build_student(
         model,
         processor,
         base=config.model.path,
-        schedule=VisionSchedule.from_dict(vars(config.schedule)),
-        rank=config.lora.r,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        targets=config.lora.targets,
-        entry_rank=config.entry.rank,
-        calibrated=calibrated,
-        train=[projector] if projector else [],
+        rank=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        layers=adapted_layers(config, schedule, model.config.get_text_config().num_hidden_layers),
+        rslora=lora.variant is Variant.rslora,
+        dora=lora.variant is Variant.dora,
+        **parts,
     )
+    if config.init is not None:
+        start_from(student, config.init)
+    return student
+
+
+def trains_projector(config: Config) -> bool:
+    """Whether the module between vision tower and decoder learns."""
+    return config.model.projector is not None and (
+        config.lora.train_projector or config.tune is not Tune.lora
+    )
+
+
+def entry_rank(entry: EntryConfig) -> int | None:
+    """The rank of the entry adapter, 0 for a scale alone, None for none."""
+    if entry.kind is EntryKind.scale:
+        return 0
+    return entry.rank or None if entry.kind is EntryKind.low_rank else None
+
+
+def adapted_layers(config: Config, schedule: VisionSchedule, num_layers: int) -> list[int] | None:
+    """The decoder layers that get LoRA; None: all."""
+    if config.tune is Tune.align:
+        return []
+    if config.lora.layers is Layers.all:
+        return None
+    return [i for i, busy in enumerate(schedule.vision_tokens(num_layers, 1)) if busy]
 
 
 def collator_of(student: Student, config: Config | None = None) -> Collator:
@@ -229,9 +296,18 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         teacher=None if offline else teacher(config),
         weight=config.kl.weight,
         temperature=config.kl.temperature,
-        share_images=not config.lora.train_projector,
-        blank=blank if sharded or config.lora.train_projector else None,
+        share_images=not trains_projector(config),
+        blank=blank if sharded or trains_projector(config) else None,
+        narrowing=narrowing(config, student),
     )
+
+
+def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:
+    """The schedule of a moment of the run (0 to 1), if it changes."""
+    if config.train.narrow == 0:
+        return None
+    layers = student.model.config.get_text_config().num_hidden_layers
+    return lambda moment: student.schedule.widened(moment / config.train.narrow, layers)
 
 
 def teacher(config: Config) -> Policy | None:
@@ -251,7 +327,11 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
     vision = ids == model.config.image_token_id
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
-    trainable, total = model.get_nb_trainable_parameters()
+    total = sum(numel(p) for p in model.parameters())
+    trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    real = ids != student.processor.tokenizer.pad_token_id
+    masks = (real & ~vision, vision, batch["labels"] != IGNORE)
+    all_text, all_vision, learnt = (round(int(mask.sum()) / n) for mask in masks)
     layers = model.config.get_text_config().num_hidden_layers
     entry: Any = entry_of(model)
     flops = schedule.flops(model.config, n_text, n_vision) + (
@@ -269,6 +349,7 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
+            estimated(config, model, schedule, (all_text, all_vision, learnt), dtype_of(config)),
         ]
     )
 
@@ -285,6 +366,9 @@ def runs(tokens: list[int]) -> str:
 def evaluate(config: Config) -> dict[str, Any] | None:
     """Compare the saved student with its dense base and the pruned base; writes the report."""
     if not config.eval.enabled:
+        return None
+    if config.tune is Tune.full:
+        print("No evaluation: all weights have changed, so the dense base is not at hand to compare with.")
         return None
     if questions_of(config) is None:
         print("No evaluation: data.eval_path names no data set of questions and answers.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from latefusion.data.collate import Collator
 from latefusion.data.guard import skipped
-from latefusion.models.build import Student, save_student
+from latefusion.models.build import Student, load_entry, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.cost import sample_flops
@@ -156,7 +157,10 @@ class StudentTrainer(Trainer):
             world=args.world_size,
             micro=train.batch_size,
             skip=train.on_nonfinite is NonFiniteStep.skip,
-            student=student if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) else None,
+            student=student
+            if isinstance(student.model, PeftModel)
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            else None,
         )
         self.remove_callback(PrinterCallback)  # `Monitor` prints
         self.life = Life(self)
@@ -170,6 +174,7 @@ class StudentTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert num_items_in_batch is not None
+        self.objective.at(self.state.global_step / self.args.max_steps)
         loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)
         terms["read"] = (inputs["input_ids"] != self.pad).sum()
@@ -221,6 +226,11 @@ class StudentTrainer(Trainer):
                 raise OSError(
                     f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
                 )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not isinstance(self.student.model, PeftModel):
+            load_entry(self.student.model, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
