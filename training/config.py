@@ -67,6 +67,23 @@ class ScheduleConfig:
 
 
 @dataclass
+class RunScheduleConfig(ScheduleConfig):
+    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+
+    Attributes:
+        auto: `schedule=auto`: profile the model before training (or read `profile`).
+        profile: folder that `eval/profile.py` wrote.
+        samples, bound, budget: of the profile that `auto` makes.
+    """
+
+    auto: bool = False
+    profile: str | None = None
+    samples: int = 64
+    bound: float = 0.02
+    budget: float | None = None
+
+
+@dataclass
 class VisiPrunerConfig:
     """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
 
@@ -231,7 +248,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
     teacher: Teacher = Teacher.visipruner
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -269,6 +286,7 @@ def read(cfg: DictConfig) -> Config:
         ("eval.batch_size", config.eval.batch_size),
         ("data.turns", config.data.turns),
         ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")

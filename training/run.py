@@ -37,6 +37,7 @@ from latefusion.training.config import Config, DataConfig, Dtype, Source, Teache
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
+from latefusion.training.schedule import schedule_of, settle_schedule
 
 
 def run(cfg: DictConfig) -> None:
@@ -49,6 +50,7 @@ def run(cfg: DictConfig) -> None:
     with ExitStack() as held:
         try:
             config = read(cfg)
+        settle_schedule(config, cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
             dataset = samples(config.data)
@@ -95,7 +97,7 @@ def check(config: Config) -> Path | None:
         ValueError, FileNotFoundError: in one sentence.
     """
     check_launch(config.engine.processes)
-    VisionSchedule.from_dict(vars(config.schedule))
+    schedule_of(config.schedule)
     visipruner(config.model.visipruner)
     check_base(config.model.path)
     output, train = Path(config.output_dir), config.train
@@ -162,7 +164,7 @@ def student_from(
         model,
         processor,
         base=config.model.path,
-        schedule=VisionSchedule.from_dict(vars(config.schedule)),
+        schedule=schedule_of(config.schedule),
         rank=config.lora.r,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
