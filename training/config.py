@@ -79,7 +79,7 @@ class RunScheduleConfig(ScheduleConfig):
     auto: bool = False
     profile: str | None = None
     samples: int = 64
-    bound: float = 0.02
+    bound: float = 0.05
     budget: float | None = None
 
 

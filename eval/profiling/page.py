@@ -49,17 +49,20 @@ def headline(found: dict[str, Any]) -> str:
     leave = layers if schedule["exit"] is None else schedule["exit"]
     right = ""
     if found["labelled"]:
-        right = f" {100 * chosen['accuracy']:.1f}% of the answers stay right, of {100 * found['dense_accuracy']:.1f}% in the dense model."
+        right = (
+            f" {100 * chosen['accuracy']:.1f}% of the answers are right, {100 * found['dense_accuracy']:.1f}% in the dense model."
+        )
     return (
-        f"Of {layers} decoder layers, {schedule['enter']} to {leave - 1} need vision tokens: with {_keeps(schedule)} the model needs "
-        f"{100 * chosen['flops']:.0f}% of its FLOPs, untrained.{right}"
+        f"Of {layers} decoder layers, {schedule['enter']} to {leave - 1} see vision tokens, {_keeps(schedule)}: "
+        f"{100 * chosen['flops']:.0f}% of the FLOPs, untrained.{right}"
     )
 
 
 def _keeps(schedule: dict[str, Any]) -> str:
     if not schedule["keep"]:
-        return "all of them there"
-    return " and ".join(f"{k} of them from layer {layer}" for layer, k in schedule["keep"].items())
+        return "all of them"
+    first, *rest = schedule["keep"].items()
+    return ", ".join([f"{first[1]} of them from layer {first[0]} on", *(f"{k} from {layer}" for layer, k in rest)])
 
 
 def stages_in_words(found: dict[str, Any]) -> str:
@@ -78,8 +81,8 @@ def stages_in_words(found: dict[str, Any]) -> str:
     peak = max(single, key=lambda layer: single[layer])
     inside = [layer for layer, kl in single.items() if kl > bound]
     parts.append(
-        f"Middle: in between, no single layer is needed alone beyond the bound{'' if not inside else f' but {_listed(inside)}'}; "
-        f"layer {peak} costs most by itself ({single[peak]:.3f} nats)."
+        f"Middle: {f'layers {_listed(inside)} are each needed by themselves' if inside else 'no layer is needed by itself'} (beyond "
+        f"the bound); layer {peak} most ({single[peak]:.3f} nats)."
     )
     verdict = "All three stages appear." if a and b < layers else "Not all three stages appear."
     return f"{verdict} {' '.join(parts)}"
