@@ -183,9 +183,8 @@ def tasks_of(chosen: Arguments, config: Config | None) -> list[Task]:
     if chosen.data is not None:
         found = [own(chosen.data)]
     elif chosen.tasks or config is None:
-        places = {
-            name: chosen.sources.get(name, f"{chosen.data_dir}/{name}") for name in chosen.tasks or ["scenes"]
-        }
+        home = os.path.join(".", chosen.data_dir)  # what begins with a full stop is no hub id
+        places = {name: chosen.sources.get(name, f"{home}/{name}") for name in chosen.tasks or ["scenes"]}
         found = [load_task(name, where, chosen.split) for name, where in places.items()]
     else:
         config.eval.split, config.eval.samples = chosen.split or "test", chosen.samples

@@ -65,6 +65,7 @@ class Ledger:
 
     def add(self, answers: Iterable[Answer]) -> None:
         with (self.folder / f"{self.processes.rank}.jsonl").open("a") as lines:
+            lines.write("\n")  # what stands before may have been cut off
             for answer in answers:
                 self.answers[answer.system, answer.task, answer.id] = answer
                 lines.write(json.dumps(answer.to_dict()) + "\n")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 9999
-AT_ONCE = 500  # draws held in memory
+FEW = 1000  # scenes; from here on as many resamples are enough
+AT_ONCE = 100  # draws of many scenes held in memory
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,22 @@ def _task_means(
 
 def _resampled(sums: NDArray, seed: int) -> NDArray:
     """Totals `[m, R]` of `sums` `[m, scenes]` over as many scenes, drawn with replacement."""
-    rng, clusters = np.random.default_rng(seed), sums.shape[1]
-    even = np.full(clusters, 1 / clusters)
-    parts = [min(AT_ONCE, RESAMPLES - start) for start in range(0, RESAMPLES, AT_ONCE)]
-    return np.concatenate([sums @ rng.multinomial(clusters, even, size=part).T for part in parts], axis=1)
+    clusters = sums.shape[1]
+    if clusters <= FEW:
+        return sums @ _counts(clusters, RESAMPLES, seed).T
+    rng, resamples = np.random.default_rng(seed), min(RESAMPLES, FEW)  # nearly normal by then
+    parts = [min(AT_ONCE, resamples - start) for start in range(0, resamples, AT_ONCE)]
+    return np.concatenate([sums @ _draw(rng, clusters, part).T for part in parts], axis=1)
+
+
+@lru_cache(maxsize=32)
+def _counts(clusters: int, resamples: int, seed: int) -> NDArray:
+    """How often each draw holds each scene, `[R, scenes]`: the same for all systems of a run."""
+    return _draw(np.random.default_rng(seed), clusters, resamples).astype(np.float32)
+
+
+def _draw(rng: np.random.Generator, clusters: int, resamples: int) -> NDArray:
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
 
 
 def _around(value: float, draws: NDArray, n: int, clusters: int) -> Estimate:

@@ -67,6 +67,11 @@ class EntryAdapter(nn.Module):
             x = self.start(x, order)
         return (x + x * self.scale + self.up(self.down(x))).to(hidden_states.dtype)
 
+    def flops(self, tokens: float) -> float:
+        """Of its matrix products for so many vision tokens."""
+        width, rank = self.up.out_features, self.up.in_features
+        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
+
 
 def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
     """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""

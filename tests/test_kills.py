@@ -93,7 +93,9 @@ def test_killed_at_a_random_step_and_resumed_it_is_the_same_run(base, whole, tmp
 def test_when_one_process_is_lost_all_end_and_the_run_can_go_on(base, whole, tmp_path):
     kind = "two processes"
     process = started_and_at(4, kind, base, tmp_path)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())
+    ]
     lost = next(p for p in workers if p.environ()["RANK"] == "1")
     lost.kill()
     process.communicate(timeout=120)
@@ -106,7 +108,9 @@ def test_when_one_process_is_lost_all_end_and_the_run_can_go_on(base, whole, tmp
 def test_a_signal_to_one_process_stops_both_after_the_same_step(base, whole, tmp_path):
     kind = "two processes"
     process = started_and_at(4, kind, base, tmp_path, "train.save_every=100")
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())
+    ]
     next(p for p in workers if p.environ()["RANK"] == "1").send_signal(signal.SIGUSR1)
     printed, complained = process.communicate(timeout=120)
     step = int((tmp_path / "interrupted").read_text())

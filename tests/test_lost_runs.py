@@ -66,8 +66,14 @@ def assert_same_weights(found, expected):
 # ---------------------------------------------------------------- checkpoints
 
 DAMAGE = {
-    "truncated": (lambda c: os.truncate(c / "optimizer.pt", 100), r"holds 100 of the \d+ bytes of optimizer.pt"),
-    "changed": (lambda c: flip(c / "adapter_model.safetensors"), r"holds a changed adapter_model.safetensors"),
+    "truncated": (
+        lambda c: os.truncate(c / "optimizer.pt", 100),
+        r"holds 100 of the \d+ bytes of optimizer.pt",
+    ),
+    "changed": (
+        lambda c: flip(c / "adapter_model.safetensors"),
+        r"holds a changed adapter_model.safetensors",
+    ),
     "incomplete": (lambda c: (c / "rng_state.pth").unlink(), r"lacks rng_state.pth"),
     "unsealed": (lambda c: (c / "files.json").write_text("{"), r"has no readable files.json"),
 }
@@ -93,14 +99,18 @@ def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole):
     assert_same_weights(cut, whole)
     assert checkpoints.damage(cut / "checkpoint-2") is None  # written anew
     assert [e["step"] for e in entries(cut) if "loss" in e] == [1, 2, 3]
-    assert [e["loss"] for e in entries(cut) if "loss" in e] == [e["loss"] for e in entries(whole) if "loss" in e]
+    assert [e["loss"] for e in entries(cut) if "loss" in e] == [
+        e["loss"] for e in entries(whole) if "loss" in e
+    ]
 
 
 def test_what_cannot_be_resumed_is_said(base, cut, tmp_path):
     shutil.rmtree(cut / "checkpoint-1")
     with pytest.raises(SystemExit, match=r"resume=1 finds no checkpoint-1 in .*; there are steps 2\."):
         train(base, cut, "resume=1")
-    with pytest.raises(SystemExit, match=r"checkpoint-2 was trained on 4 samples a step, but this run would take 8"):
+    with pytest.raises(
+        SystemExit, match=r"checkpoint-2 was trained on 4 samples a step, but this run would take 8"
+    ):
         train(base, cut, "resume=true", "train.accumulation=2")
     with pytest.raises(SystemExit, match=r"resume=true finds no checkpoint in .*; start the run without it"):
         train(base, tmp_path / "nothing", "resume=true")
@@ -167,7 +177,9 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_last_checkpoint(base, cut
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # an optimizer's state is larger
     try:
-        with pytest.raises(SystemExit, match=r"^error: checkpoint-3 could not be written to .*; mend that, then go on"):
+        with pytest.raises(
+            SystemExit, match=r"^error: checkpoint-3 could not be written to .*; mend that, then go on"
+        ):
             train(base, cut, "resume=true")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -215,8 +227,12 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
     assert stopped.value.code == guard.PREEMPTED == 75
     assert signal.getsignal(number) == before
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"] and len(calls) == 2
-    assert (output / "interrupted").read_text() == "2\n" and not (output / "adapter_model.safetensors").exists()
-    assert "stopped by a signal after step 2, which is saved; go on with resume=true." in capsys.readouterr().out
+    assert (output / "interrupted").read_text() == "2\n" and not (
+        output / "adapter_model.safetensors"
+    ).exists()
+    assert (
+        "stopped by a signal after step 2, which is saved; go on with resume=true." in capsys.readouterr().out
+    )
     train(base, output, *options, "resume=true")
     assert_same_weights(output, reference)
     assert not (output / "interrupted").exists()
@@ -246,15 +262,21 @@ def test_a_folder_in_use_is_refused_until_its_run_ends(base, tmp_path):
 
 
 def test_processes_that_would_train_apart_are_refused(base, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"engine.processes=2, but 1 process\(es\) were started; launch with"):
+    with pytest.raises(
+        SystemExit, match=r"engine.processes=2, but 1 process\(es\) were started; launch with"
+    ):
         train(base, tmp_path, "engine.processes=2")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(SystemExit, match=r"SLURM started 4 tasks but WORLD_SIZE is not set"):
         train(base, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")  # but nothing has joined a process group
-    with pytest.raises(ValueError, match=r"started 2 process\(es\), but the engine counts 1 and torch.distributed 1"):
+    with pytest.raises(
+        ValueError, match=r"started 2 process\(es\), but the engine counts 1 and torch.distributed 1"
+    ):
         guard.check_world(1)
-    with pytest.raises(ValueError, match=r"started 2 process\(es\), but the engine counts 2 and torch.distributed 1"):
+    with pytest.raises(
+        ValueError, match=r"started 2 process\(es\), but the engine counts 2 and torch.distributed 1"
+    ):
         guard.check_world(2)
 
 
@@ -333,9 +355,13 @@ def test_skipping_ends_when_nothing_else_happens(tmp_path):
         watch.saw({"input_ids": torch.zeros(2, 3)}, torch.tensor(loss), 7)
         return watch.passes(step, norm)
 
-    assert not take(0, float("inf"), float("inf")) and take(1, 1.0, torch.tensor(2.0))  # a good step starts anew
+    assert not take(0, float("inf"), float("inf")) and take(
+        1, 1.0, torch.tensor(2.0)
+    )  # a good step starts anew
     assert not any(take(step, 1.0, float("nan")) for step in range(2, 2 + MOST_SKIPS))
-    with pytest.raises(NonFinite, match=rf"step 13 is not finite \({MOST_SKIPS} steps in a row were skipped\)"):
+    with pytest.raises(
+        NonFinite, match=rf"step 13 is not finite \({MOST_SKIPS} steps in a row were skipped\)"
+    ):
         take(12, 1.0, float("nan"))
     assert watch.skipped == MOST_SKIPS + 2
 
@@ -347,9 +373,19 @@ def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path,
     train(base, tmp_path, "train.steps=2")
     first, second = (e for e in entries(tmp_path) if "loss" in e)
     assert (first["step"], second["step"]) == (1, 2)
-    for name in ("ce", "kl", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "memory_gb"):
+    for name in (
+        "ce",
+        "kl",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "samples_per_second",
+        "memory_gb",
+    ):
         assert first[name] > 0
-    assert second["eta_seconds"] == 0 < first["eta_seconds"] and second["epoch"] == pytest.approx(8 / 7, rel=0.2)
+    assert second["eta_seconds"] == 0 < first["eta_seconds"] and second["epoch"] == pytest.approx(
+        8 / 7, rel=0.2
+    )
     printed = capsys.readouterr().out
     assert f"1/2  loss {first['loss']:.4f}  ce {first['ce']:.4f}  kl {first['kl']:.4f}" in printed
     assert "samples/s" in printed and "0:00 left" in printed
@@ -365,7 +401,9 @@ def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
     rates = monitor.rates(4, 1000)
     assert rates["tokens_per_second"] == 250 and rates["samples_per_second"] == 4
     assert rates["eta_seconds"] == 12 and rates["mfu"] == pytest.approx(4 * 1e10 / 2e12)
-    text = line(4, 10, {"loss": 1.5, "ce": 1.25, "kl": 0.0, **rates, "tokens_per_second": 2500.0, "memory_gb": 3.0})
+    text = line(
+        4, 10, {"loss": 1.5, "ce": 1.25, "kl": 0.0, **rates, "tokens_per_second": 2500.0, "memory_gb": 3.0}
+    )
     assert text == " 4/10  loss 1.5000  ce 1.2500  2.5k tokens/s  4 samples/s  3.0 GB  MFU 2%  0:12 left"
 
 
@@ -375,5 +413,7 @@ def test_trackers_are_named_or_refused(monkeypatch, capsys):
     assert "TensorBoard is not installed" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"train.trackers=trackio is not installed; pip install trackio"):
         trackers(["trackio"], main=True)
-    with pytest.raises(ValueError, match=r"train.trackers names 'mlflow'; there are tensorboard, wandb, trackio"):
+    with pytest.raises(
+        ValueError, match=r"train.trackers names 'mlflow'; there are tensorboard, wandb, trackio"
+    ):
         trackers(["mlflow"], main=True)

@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
 from latefusion.data.collate import Collator
-from latefusion.data.packing import Conversations
+from latefusion.data.guard import SKIPPED_FILE, Guard, skipped
+from latefusion.data.load import training_data
+from latefusion.data.mixing import Stream
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
@@ -27,7 +30,7 @@ from latefusion.models.build import (
     compute_dtype,
     load_base,
 )
-from latefusion.models.entry import CalibratedEntry
+from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
@@ -38,6 +41,8 @@ from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claime
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
 from latefusion.training.schedule import schedule_of, settle_schedule
+
+DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 
 def run(cfg: DictConfig) -> None:
@@ -50,23 +55,21 @@ def run(cfg: DictConfig) -> None:
     with ExitStack() as held:
         try:
             config = read(cfg)
-        settle_schedule(config, cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
+            settle_schedule(config, cfg)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
+            collator = guarded(config, collator_of(student, config), dataset)
+            some = collator(first_samples(dataset))
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
-        collator = collator_of(
-            student, config.data.max_length, dtype_of(config) if config.data.isolate else None
-        )
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-            some = collator([dataset[i] for i in range(min(8, len(dataset)))])
             print(describe(config, student, some), flush=True)
         try:
             main = engine.fit(
@@ -84,6 +87,9 @@ def run(cfg: DictConfig) -> None:
                 f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
                 flush=True,
             )
+            if left_out := skipped(config.output_dir):
+                file = Path(config.output_dir) / SKIPPED_FILE
+                print(f"{left_out} row(s) could not be used and were left out: {file} says why.", flush=True)
             evaluate(config)
 
 
@@ -120,6 +126,8 @@ def settle(config: Config, resumed: Path | None) -> None:
     set_seed(config.train.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
+        if resumed is None:
+            (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -128,14 +136,8 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def samples(data: DataConfig) -> Any:
-    """The training set: rows of `{"messages", "images"}`."""
-    if data.source is Source.scenes:
-        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
-        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
-    assert data.path is not None
-    if data.source is Source.llava:
-        return sources.llava(data.path, data.images)
-    return sources.dataset(data.path, split=data.split)
+    """The training set: samples `{"messages", "images"}` by index, or a stream of them."""
+    return training_data(data)
 
 
 def student_of(config: Config, dataset: Any = None) -> Student:
@@ -175,17 +177,33 @@ def student_from(
     )
 
 
-def collator_of(
-    student: Student, max_length: int | None = None, isolate: torch.dtype | None = None
-) -> Collator:
+def collator_of(student: Student, config: Config | None = None) -> Collator:
+    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
     model, tokenizer = student.model, student.processor.tokenizer
     stop = model.generation_config.eos_token_id
     return Collator(
         processor=student.processor,
         vision_ids=[model.config.image_token_id],
         stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
-        max_length=max_length,
-        isolate=isolate,
+        max_length=config.data.max_length if config else None,
+        isolate=dtype_of(config) if config and config.data.isolate else None,
+    )
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    if isinstance(dataset, Stream):
+        return list(islice(dataset, DESCRIBED))
+    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+
+
+def guarded(config: Config, collator: Collator, dataset: Any) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used."""
+    return Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=None if isinstance(dataset, Stream) else dataset,
+        folder=config.output_dir,
     )
 
 
@@ -221,7 +239,10 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
     trainable, total = model.get_nb_trainable_parameters()
     layers = model.config.get_text_config().num_hidden_layers
-    flops = schedule.flops(model.config, n_text, n_vision)
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")

@@ -156,7 +156,12 @@ class Runner:
 
 def hidden_layers(kind: str, layer: int, layers: int) -> range:
     """Where text does not see vision under a knock-out."""
-    spans = {"prefix": (0, layer), "late": (0, layer), "suffix": (layer, layers), "single": (layer, layer + 1)}
+    spans = {
+        "prefix": (0, layer),
+        "late": (0, layer),
+        "suffix": (layer, layers),
+        "single": (layer, layer + 1),
+    }
     return range(*spans.get(kind, (0, 0)))
 
 
@@ -175,7 +180,9 @@ class Continued:
         self.runner, self.cut, self.batch = runner, cut, runner.batch
         text = (~self.batch.vision[0, :cut]).nonzero().flatten()  # [P], the same in every sample
         self.track = Track(head=text.expand(self.batch.size, -1), tail=0, length=cut)
-        self.positions: Tensor | None = None  # [..., B, T] where the model makes them from the whole prompt (M-RoPE)
+        self.positions: Tensor | None = (
+            None  # [..., B, T] where the model makes them from the whole prompt (M-RoPE)
+        )
 
     @classmethod
     def of(cls, runner: Runner, positions: Sequence[Tensor] = ()) -> Continued | None:

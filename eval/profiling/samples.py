@@ -84,7 +84,9 @@ def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "mm_encoder_outputs": {"image": features}}
 
 
-def collated(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], names: Sequence[str]) -> Batch:
+def collated(
+    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Batch:
     """A batch of samples, on the model's device, images encoded."""
     inputs: dict[str, Any] = dict(collator(samples))
     for name, value in inputs.items():

@@ -30,7 +30,8 @@ def tokens_per_layer(results: dict[str, Any]) -> str:
     bottom = top + height
     x = svg.scale(0, layers, left, WIDTH - right)
     y = svg.scale(0, most, bottom, top)
-    body = svg.legend(series, lambda s: f"{s['vision_tokens']['mean']:.1f} a layer on average", lines=True)
+    solid = [(i, {**s, "solid": s is candidate}) for i, s in series]
+    body = svg.legend(solid, lambda s: f"{s['vision_tokens']['mean']:.1f} a layer on average", lines=True)
     for share in (0, 0.25, 0.5, 0.75, 1):
         body += svg.horizontal(left, WIDTH - right, y(most * share), f"{most * share:.0f}")
     for layer in range(0, layers, ceil(layers / 8)):
@@ -43,7 +44,8 @@ def tokens_per_layer(results: dict[str, Any]) -> str:
         if system is candidate:
             closed = f"{path} L{x(layers):.1f} {y(0):.1f} L{x(0):.1f} {y(0):.1f} Z"
             body += f'<path class="area c{number}" d="{closed}"/>'
-        body += f'<path class="line c{number}" stroke-dasharray="{svg.DASHES[number]}" d="{path}"/>'
+        dash = "" if system is candidate else svg.DASHES[number]
+        body += f'<path class="line c{number}" stroke-dasharray="{dash}" d="{path}"/>'
     means = ", ".join(f"{s['name']} {s['vision_tokens']['mean']:.1f}" for _, s in series)
     return svg.svg("tokens", "Vision tokens per decoder layer", f"On average: {means}.", bottom + 42, body)
 

@@ -74,12 +74,13 @@ def standalone(figure: str) -> str:
 def legend(
     series: Sequence[tuple[int, dict[str, Any]]], detail: Callable[[dict], str], *, lines: bool = False
 ) -> str:
-    """A row a system; `series` pairs each with the number of its colour."""
+    """A row a system; `series` pairs each with the number of its colour; a `solid` one has no dashes."""
     body = ""
     for row, (i, system) in enumerate(series):
         at = ROW * row + 10
         if lines:
-            body += f'<line class="line c{i % SERIES}" stroke-dasharray="{DASHES[i % SERIES]}" '
+            dash = "" if system.get("solid") else DASHES[i % SERIES]
+            body += f'<line class="line c{i % SERIES}" stroke-dasharray="{dash}" '
             body += f'x1="2" x2="26" y1="{at}" y2="{at}"/>'
         else:
             body += mark(14, at, i, open_=system.get("control", False))

@@ -21,6 +21,7 @@ from latefusion.eval.predict import Answer
 from latefusion.eval.tasks.base import LETTER, Files, Task, mapped, rows_of
 
 LETTERS = "ABCDEFGH"
+CIRCULAR = "circular accuracy"
 ROTATION = 1_000_000  # MMBench numbers rotation r of question i as i + r * ROTATION
 LETTER_ALONE = re.compile(r"^\(?([A-Z])(?:[.,:)]|\)\.)?$")
 
@@ -111,7 +112,7 @@ def mmbench(where: str, split: str) -> Task:
     return Task(
         name="mmbench",
         rows=rows,
-        metric="circular accuracy",
+        metric=CIRCULAR,
         score=mmbench_score,
         units=circular,
         measures=vanilla,

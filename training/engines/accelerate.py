@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import skipped
 from latefusion.models.build import Student, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
@@ -67,6 +68,8 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         bf16=dtype is torch.bfloat16,
         activation_checkpointing=train.gradient_checkpointing,
         dataloader_num_workers=train.workers,
+        dataloader_prefetch_factor=train.prefetch if train.workers else None,
+        accelerator_config={"dispatch_batches": False} if config.data.streaming else None,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
         save_steps=train.save_every,
@@ -190,6 +193,8 @@ class StudentTrainer(Trainer):
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
             logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
             self.terms = {}
+            if left_out := skipped(self.args.output_dir):
+                logs["skipped_rows"] = left_out
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any = None) -> str:

@@ -142,6 +142,7 @@ def fit(
         ),
         collate_fn=micro_batches,
         num_workers=train.workers,
+        prefetch_factor=train.prefetch if train.workers else None,
     )
     try:
         with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
