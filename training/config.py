@@ -114,6 +114,23 @@ class ScheduleConfig:
 
 
 @dataclass
+class RunScheduleConfig(ScheduleConfig):
+    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+
+    Attributes:
+        auto: `schedule=auto`: profile the model before training (or read `profile`).
+        profile: folder that `eval/profile.py` wrote.
+        samples, bound, budget: of the profile that `auto` makes.
+    """
+
+    auto: bool = False
+    profile: str | None = None
+    samples: int = 64
+    bound: float = 0.05
+    budget: float | None = None
+
+
+@dataclass
 class VisiPrunerConfig:
     """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
 
@@ -329,7 +346,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
     teacher: Teacher = Teacher.visipruner
     tune: Tune = Tune.lora
     init: str | None = None
@@ -373,6 +390,7 @@ def read(cfg: DictConfig) -> Config:
         ("data.max_length", config.data.max_length or 1),
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")

@@ -58,6 +58,7 @@ from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claime
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
 from latefusion.training.offline import Stale, Taught, expected
+from latefusion.training.schedule import schedule_of, settle_schedule
 
 DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
@@ -74,6 +75,7 @@ def run(cfg: DictConfig) -> None:
             config = read(cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
+            settle_schedule(config, cfg)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
             settle(config, resumed)
@@ -119,7 +121,7 @@ def check(config: Config) -> Path | None:
         ValueError, FileNotFoundError: in one sentence.
     """
     check_launch(config.engine.processes)
-    VisionSchedule.from_dict(vars(config.schedule))
+    schedule_of(config.schedule)
     visipruner(config.model.visipruner)
     check_base(config.model.path)
     output, train = Path(config.output_dir), config.train
@@ -196,7 +198,7 @@ def student_from(
     calibrated: CalibratedEntry | None = None,
 ) -> Student:
     """The student that `config` describes, on an already loaded base."""
-    lora, schedule = config.lora, VisionSchedule.from_dict(vars(config.schedule))
+    lora, schedule = config.lora, schedule_of(config.schedule)
     parts = {
         "schedule": schedule,
         "entry_rank": entry_rank(config.entry),

@@ -39,7 +39,7 @@ class Arguments:
 
     samples: int = 128
     split: str | None = None
-    bound: float = 0.02
+    bound: float = 0.05
     budget: float | None = None
     images: int = 256
     output: str | None = None

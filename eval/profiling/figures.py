@@ -112,7 +112,8 @@ def stages(found: dict[str, Any]) -> Figure:
     for kind, label, colour, dash, marker in lines:
         rows = found["curves"][kind]
         x = [row["layer"] for row in rows]
-        _band(top, x, [row["low"] for row in rows], [row["high"] for row in rows], colour)
+        if kind != "single":
+            _band(top, x, [row["low"] for row in rows], [row["high"] for row in rows], colour)
         top.plot(x, _floored(row["kl"] for row in rows), dash, marker=marker, ms=3.5, color=colour, label=label)
         if labelled:
             accuracy = [100 * row["accuracy"] for row in rows]
@@ -274,8 +275,8 @@ def agreement(found: dict[str, Any]) -> Figure:
 def pareto(found: dict[str, Any]) -> Figure:
     figure, axis = plt.subplots(figsize=(WIDTH, 3.9), layout="constrained")
     kinds = (
-        ("late entry or early exit alone, raw", lambda p: not p["calibrated"], GREY, "o"),
-        ("the band with keeps, calibrated entry", lambda p: p["calibrated"], BLUE, "s"),
+        ("late entry or early exit alone", lambda p: not (p["calibrated"] or p["schedule"]["keep"]), GREY, "o"),
+        ("the band, its keeps, calibrated entry", lambda p: p["calibrated"] or p["schedule"]["keep"], BLUE, "s"),
     )
     for label, test, colour, marker in kinds:
         points = [p for p in found["points"] if test(p)]

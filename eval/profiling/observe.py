@@ -103,12 +103,13 @@ def look(attention: Tensor, values: Tensor, cosine: Tensor, norm: Tensor) -> Loo
     p = (attention / share).double()
     ranked = p.sort(descending=True).values.cumsum(0)
     levels = torch.tensor(QUANTILES, dtype=cosine.dtype, device=cosine.device)
-    sink: Any = spearmanr(attention.cpu(), values.cpu()).statistic if len(attention) > 2 else 0.0
+    flat = len(attention) < 3 or bool((attention == attention[0]).all()) or bool((values == values[0]).all())
+    sink: Any = 0.0 if flat else spearmanr(attention.cpu(), values.cpu()).statistic
     return Look(
         share=float(share),
         entropy=float(torch.special.entr(p).sum()),
         tokens=int((ranked < MASS).sum()) + 1,
-        sink=float(sink) if sink == sink else 0.0,
+        sink=float(sink),
         cosine=[float(cosine.min()), *cosine.quantile(levels).tolist()],
         norm=[float(norm.max()), *norm.quantile(1 - levels).tolist()],
     )

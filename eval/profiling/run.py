@@ -37,7 +37,7 @@ class Wishes:
         budget: parts of dense decoder FLOPs; None: as few as the bound allows.
     """
 
-    bound: float = 0.02
+    bound: float = 0.05
     budget: float | None = None
 
 
@@ -297,5 +297,5 @@ def report(console: Console, folder: Path, found: dict[str, Any]) -> None:
             f"Entry at layer {entry['layer']}: KL {entry['kl_raw']:.4f} raw, {entry['kl_calibrated']:.4f} calibrated, "
             f"{entry['kl_ceiling']:.4f} with the dense model's own vision states."
         )
-    console.print(f"[dim]{chosen['why']}. {found['note']}[/dim]".replace(". [", ".["))
+    console.print(f"Chosen for {chosen['why']}. {found['note']}".strip())
     console.print(f"{folder / 'report.html'}, {folder / 'schedule.yaml'}")
