@@ -377,7 +377,9 @@ def main() -> None:
 
     flash = args.device == "cuda" and find_spec("flash_attn") is not None
     chosen = variants(SHAPES[args.shape][0], ["sdpa"] + ["flash_attention_2"] * flash)
-    model, rows, said = build(args), [], []
+    model = build(args)
+    rows: list[dict[str, Any]] = []
+    said: list[str] = []
     gc.disable()
     with torch.no_grad():
         for batch in args.batch:

@@ -245,7 +245,9 @@ class Search:
                 task = progress.add_task("Labels", total=len(wrong))
             for start in range(0, len(wrong), self.asked.batch_size):
                 at = wrong[start : start + self.asked.batch_size]
-                correct[np.ix_(ran, at)] = self.try_labels([order[i] for i in at], np.flatnonzero(ran))
+                correct[np.ix_(ran, at)] = self.try_labels(
+                    [order[i] for i in at], np.flatnonzero(ran).tolist()
+                )
                 progress.advance(task, len(at))
         return self.results(order, columns, correct)
 
