@@ -24,7 +24,8 @@ STYLE = (
     ".f text{fill:var(--ink)}.f .m{fill:var(--muted)}.f .g{stroke:var(--grid)}.f .a{stroke:var(--muted)}"
     ".f .t{fill:none;stroke:var(--all);stroke-width:2;stroke-dasharray:6 4}"
     ".f .v{fill:none;stroke:var(--vision);stroke-width:3}.f .k{fill:none;stroke:var(--kept);stroke-width:2}"
-    ".f .mark{stroke:var(--kept);stroke-width:1.5;stroke-dasharray:2 3}.f .veil{fill:#fff;opacity:.72;shape-rendering:crispEdges}"
+    ".f .mark{stroke:var(--kept);stroke-width:1.5;stroke-dasharray:2 3}"
+    ".f .veil{fill:#fff;opacity:.72;shape-rendering:crispEdges}"
     ".f .paper{fill:var(--paper)}"
 )
 

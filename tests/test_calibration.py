@@ -13,6 +13,7 @@ from tiny import save_tiny_base
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, calibration, chosen
+from latefusion.eval.search import Search, ended, policy_of
 from latefusion.models.attach import attach
 from latefusion.models.build import load_base
 from latefusion.models.flops import decoder_flops
@@ -130,7 +131,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
 ) -> None:
     grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
     whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
-    batches, run = [], calibrate.Search.try_on
+    batches, run = [], Search.try_on
 
     def stopping(self: Any, rows: Any, which: Any) -> Any:
         batches.append(rows)
@@ -138,7 +139,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
             raise KeyboardInterrupt
         return run(self, rows, which)
 
-    monkeypatch.setattr(calibrate.Search, "try_on", stopping)
+    monkeypatch.setattr(Search, "try_on", stopping)
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
     again = calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
@@ -162,19 +163,19 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
     rows = load_scenes("validation", n_scenes=2)
     model, processor = load_base(base, dtype=torch.float32)
     with attach(model, VisionSchedule()) as attachment:
-        search = calibrate.Search(
+        search = Search(
             asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0]), attachment, processor, rows
         )
         inputs = search.encoded([rows[i] for i in range(len(rows))])
         written = {}
         for number, setting in enumerate([None, *search.settings]):
-            policy = VisionSchedule() if setting is None else calibrate.policy_of(setting, search.asked)
+            policy = VisionSchedule() if setting is None else policy_of(setting, search.asked)
             with attachment.using(policy), torch.no_grad():
                 kwargs = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
                 ids = model.generate(**kwargs, max_new_tokens=3, do_sample=False)[
                     :, inputs["input_ids"].shape[1] :
                 ]
-            written[number] = [calibrate.ended(row, search.stops) for row in ids.tolist()]
+            written[number] = [ended(row, search.stops) for row in ids.tolist()]
         batch = calibration.Batch.build(model, inputs, written[2])
         outcomes = search.outcomes(batch, batch.logits(attachment), range(len(search.settings)))
     for number, outcome in enumerate(outcomes, 1):
