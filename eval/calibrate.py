@@ -30,6 +30,7 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.progress import Progress
 
 from latefusion.data import sources
 from latefusion.data.scenes import load_scenes
@@ -223,19 +224,24 @@ class Search:
         )
 
     def run(self) -> dict[str, Any]:
-        """Every setting's numbers on every prompt; NaN where it did not run."""
+        """Every setting's numbers on every prompt; NaN where it did not run.
+
+        What looked well in the trial may fail on all prompts: then those next in FLOPs run, until one holds.
+        """
         folder = Path(self.asked.output) / "batches" / self.fingerprint()
         folder.mkdir(parents=True, exist_ok=True)
-        found: list[dict[str, Any]] = []
         with progress_bar() as progress:
-            task = progress.add_task("Prompts", total=len(self.rows))
-            for number, rows in enumerate(self.batches):
-                file = folder / f"{number:05d}.npz"
-                if not file.exists():
-                    self.save(file, self.try_on(rows, self.near(found) if number >= TRIAL else None))
-                with np.load(file) as arrays:
-                    found.append(dict(arrays))
-                progress.advance(task, len(rows))
+            found = self.attempt(folder, 0, None, progress)
+            tried = np.zeros(len(self.settings), bool)
+            for number in range(1, len(self.settings) + 1):
+                which = self.near(found, tried)
+                if not which:
+                    break
+                tried[which] = True
+                rest = self.attempt(folder, number, which, progress)
+                found = found[:TRIAL] + merged(found[TRIAL:], rest)
+                if np.nanmin(joined(found)["kl"][tried].mean(1)) <= self.asked.kl:
+                    break
             columns = joined(found)
             order = [i for rows in self.batches for i in rows]
             if not self.labelled:
@@ -251,14 +257,34 @@ class Search:
                 progress.advance(task, len(at))
         return self.results(order, columns, correct)
 
-    def near(self, trial: list[dict[str, Any]]) -> list[int]:
-        """The settings that the trial leaves in the race."""
+    def attempt(
+        self, folder: Path, number: int, which: list[int] | None, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """Batches with these settings' numbers, from the disk if there; the trial (0) is all settings on the first."""
+        batches = self.batches[:TRIAL] if which is None else self.batches[TRIAL:]
+        task = progress.add_task(
+            ("Trial", "Prompts")[number] if number < 2 else "Prompts again", total=sum(map(len, batches))
+        )
+        found = []
+        for i, rows in enumerate(batches):
+            file = folder / f"{number:03d}-{i:05d}.npz"
+            if not file.exists():
+                self.save(file, self.try_on(rows, which))
+            with np.load(file) as arrays:
+                found.append(dict(arrays))
+            progress.advance(task, len(rows))
+        return found
+
+    def near(self, trial: list[dict[str, Any]], tried: Any) -> list[int]:
+        """The settings, not tried yet, that the trial leaves in the race."""
         columns = joined(trial[:TRIAL])
         kl, flops = columns["kl"].mean(1), columns["flops"].mean(1)
-        surely = flops[kl <= self.asked.kl / NEAR]
-        most = surely.min() if len(surely) else np.inf
-        found = np.flatnonzero((kl <= self.asked.kl * NEAR) & (flops <= DEARER * most))
-        return [int(i) for i in (found if len(found) else [kl.argmin()])]
+        surely = flops[(kl <= self.asked.kl / NEAR) & ~tried]
+        most = DEARER * surely.min() if len(surely) else np.inf
+        found = np.flatnonzero((kl <= self.asked.kl * NEAR) & (flops <= most) & ~tried)
+        if not len(found) and not tried.any():
+            return [int(kl.argmin())]
+        return [int(i) for i in found]
 
     # ---------------------------------------------------------------- one batch
 
@@ -391,6 +417,14 @@ class Search:
 def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
     """Arrays of several batches, side by side."""
     return {name: np.concatenate([batch[name] for batch in batches], axis=-1) for name in batches[0]}
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The batches of `new`, with what `old` knows of settings that did not run in it."""
+    return [
+        {name: np.where(np.isnan(batch[name]), before[name], batch[name]) for name in batch}
+        for before, batch in zip(old, new, strict=False)
+    ] + new[len(old) :]
 
 
 def scale(recorded: calibration.Recorded) -> list[float]:
