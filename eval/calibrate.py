@@ -5,7 +5,7 @@
 
 Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
-settings run on a trial, those that came near the bound on all prompts. Writes policy.yaml, which `policy=FILE`
+settings run on a trial, and go on until they are far above the bound. Writes policy.yaml, which `policy=FILE`
 takes wherever a policy is named, calibration.json with every setting, and table.md. Run again with the same
 arguments, it goes on where it was interrupted.
 """
@@ -30,7 +30,6 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import Progress
 
 from latefusion.data import sources
 from latefusion.data.scenes import load_scenes
@@ -45,10 +44,8 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 TRIAL = 2  # batches that all settings run on
-NEAR = 4  # times the bound, or a part of it: what counts as near after the trial
-DEARER = (
-    1.25  # times the FLOPs of the cheapest setting that is surely under the bound: not worth going on with
-)
+NEAR = 4  # a setting whose KL so far is beyond so many times the bound is given up
+FALLBACK = 20  # settings that go on if none is near
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
 
 
@@ -218,30 +215,25 @@ class Search:
         return (
             f"{len(self.rows)} prompts in {len(self.batches)} batches, {len(self.settings)} settings. Each batch: "
             f"the dense answer, {len(prefixes)} recorded prefill{'s' * (len(prefixes) > 1)}, and at most {passes} "
-            f"short passes over what is left after fusion, in all batches but the first {TRIAL} for settings near "
-            f"the bound alone. Together like {least:.0f} to {most:.0f} dense prefills of every prompt "
+            f"short passes over what is left after fusion, in all batches but the first {TRIAL} for settings not "
+            f"far above the bound alone. Together like {least:.0f} to {most:.0f} dense prefills of every prompt "
             f"({dense / 1e9:.2g} GFLOPs each)."
         )
 
     def run(self) -> dict[str, Any]:
-        """Every setting's numbers on every prompt; NaN where it did not run.
-
-        What looked well in the trial may fail on all prompts: then those next in FLOPs run, until one holds.
-        """
+        """Every setting's numbers on every prompt; NaN where it did not run."""
         folder = Path(self.asked.output) / "batches" / self.fingerprint()
         folder.mkdir(parents=True, exist_ok=True)
+        found: list[dict[str, Any]] = []
         with progress_bar() as progress:
-            found = self.attempt(folder, 0, None, progress)
-            tried = np.zeros(len(self.settings), bool)
-            for number in range(1, len(self.settings) + 1):
-                which = self.near(found, tried)
-                if not which:
-                    break
-                tried[which] = True
-                rest = self.attempt(folder, number, which, progress)
-                found = found[:TRIAL] + merged(found[TRIAL:], rest)
-                if np.nanmin(joined(found)["kl"][tried].mean(1)) <= self.asked.kl:
-                    break
+            task = progress.add_task("Prompts", total=len(self.rows))
+            for number, rows in enumerate(self.batches):
+                file = folder / f"{number:05d}.npz"
+                if not file.exists():
+                    self.save(file, self.try_on(rows, self.near(found) if number >= TRIAL else None))
+                with np.load(file) as arrays:
+                    found.append(dict(arrays))
+                progress.advance(task, len(rows))
             columns = joined(found)
             order = [i for rows in self.batches for i in rows]
             if not self.labelled:
@@ -253,38 +245,17 @@ class Search:
                 task = progress.add_task("Labels", total=len(wrong))
             for start in range(0, len(wrong), self.asked.batch_size):
                 at = wrong[start : start + self.asked.batch_size]
-                correct[np.ix_(ran, at)] = self.try_labels([order[i] for i in at], np.flatnonzero(ran))
+                correct[np.ix_(ran, at)] = self.try_labels(
+                    [order[i] for i in at], np.flatnonzero(ran).tolist()
+                )
                 progress.advance(task, len(at))
         return self.results(order, columns, correct)
 
-    def attempt(
-        self, folder: Path, number: int, which: list[int] | None, progress: Progress
-    ) -> list[dict[str, Any]]:
-        """Batches with these settings' numbers, from the disk if there; the trial (0) is all settings on the first."""
-        batches = self.batches[:TRIAL] if which is None else self.batches[TRIAL:]
-        task = progress.add_task(
-            ("Trial", "Prompts")[number] if number < 2 else "Prompts again", total=sum(map(len, batches))
-        )
-        found = []
-        for i, rows in enumerate(batches):
-            file = folder / f"{number:03d}-{i:05d}.npz"
-            if not file.exists():
-                self.save(file, self.try_on(rows, which))
-            with np.load(file) as arrays:
-                found.append(dict(arrays))
-            progress.advance(task, len(rows))
-        return found
-
-    def near(self, trial: list[dict[str, Any]], tried: Any) -> list[int]:
-        """The settings, not tried yet, that the trial leaves in the race."""
-        columns = joined(trial[:TRIAL])
-        kl, flops = columns["kl"].mean(1), columns["flops"].mean(1)
-        surely = flops[(kl <= self.asked.kl / NEAR) & ~tried]
-        most = DEARER * surely.min() if len(surely) else np.inf
-        found = np.flatnonzero((kl <= self.asked.kl * NEAR) & (flops <= most) & ~tried)
-        if not len(found) and not tried.any():
-            return [int(kl.argmin())]
-        return [int(i) for i in found]
+    def near(self, done: list[dict[str, Any]]) -> list[int]:
+        """The settings still in the race; few prompts make the KL: a high one so far settles it, a low one does not."""
+        kl = joined(done)["kl"].mean(1)  # NaN: given up before
+        found = np.flatnonzero(kl <= NEAR * self.asked.kl)
+        return [int(i) for i in (found if len(found) else np.sort(np.argsort(kl, kind="stable")[:FALLBACK]))]
 
     # ---------------------------------------------------------------- one batch
 
@@ -417,14 +388,6 @@ class Search:
 def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
     """Arrays of several batches, side by side."""
     return {name: np.concatenate([batch[name] for batch in batches], axis=-1) for name in batches[0]}
-
-
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The batches of `new`, with what `old` knows of settings that did not run in it."""
-    return [
-        {name: np.where(np.isnan(batch[name]), before[name], batch[name]) for name in batch}
-        for before, batch in zip(old, new, strict=False)
-    ] + new[len(old) :]
 
 
 def scale(recorded: calibration.Recorded) -> list[float]:
