@@ -24,6 +24,8 @@ from latefusion.eval.energy import joules_of
 from latefusion.eval.predict import Answer, encode_images
 from latefusion.eval.systems import System, running
 from latefusion.models.flops import decoder_flops, vision_macs
+from latefusion.models.policies.base import Policy
+from latefusion.models.schedule import VisionSchedule
 
 PEAK_PROMPTS = 3  # recording every allocation is slow
 
@@ -78,11 +80,29 @@ class Cost:
     joules: float | None
 
 
-def compute(config: PretrainedConfig, answers: Sequence[Answer]) -> Compute:
-    """Mean decoder FLOPs and vision tokens a layer of one system's answers."""
+def compute(
+    config: PretrainedConfig, answers: Sequence[Answer], policy: Policy, entry: Any = None
+) -> Compute:
+    """Mean decoder FLOPs and vision tokens a layer of one system's answers.
+
+    Args:
+        config: of the model.
+        answers: with the tokens that each layer computed.
+        policy: whose ranking counts, where it takes more than a row a layer.
+        entry: its entry adapter, whose work counts where vision tokens enter after layer 0; None: it has none.
+    """
+
+    def flops(answer: Answer) -> float:
+        found = float(decoder_flops(config, answer.tokens))
+        if isinstance(policy, VisionSchedule):
+            found += policy.ranking_flops(config, answer.text_tokens, answer.vision_tokens)
+        if entry is not None and not answer.vision_tokens[0]:
+            found += entry.flops(max(answer.vision_tokens))
+        return found
+
     layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
     return Compute(
-        flops=fmean(decoder_flops(config, answer.tokens) for answer in answers),
+        flops=fmean(flops(answer) for answer in answers),
         vision_macs=fmean(vision_macs(config, answer.vision_tokens) for answer in answers),
         attention_pairs=fmean(sum(n**2 - a.text_tokens**2 for n in a.tokens) for a in answers),
         vision_tokens=[fmean(layer) for layer in layers],

@@ -24,6 +24,7 @@ from latefusion.eval.metrics import normalise
 from latefusion.eval.predict import Answer
 from latefusion.eval.systems import System
 from latefusion.eval.tasks.base import Task
+from latefusion.models.entry import entry_of
 
 VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
 
@@ -39,7 +40,10 @@ def describe_systems(
     seed: int,
 ) -> dict[str, Any]:
     """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
-    compute = {key: efficiency.compute(model.config, answers[key]) for key in systems}
+    compute = {
+        key: efficiency.compute(model.config, answers[key], system.policy, _entry(model, system))
+        for key, system in systems.items()
+    }
     base = compute[reference]
     return {
         key: {
@@ -57,6 +61,12 @@ def describe_systems(
         }
         for key, system in systems.items()
     }
+
+
+def _entry(model: Any, system: System) -> Any:
+    """The entry adapter that a system runs, or None."""
+    owner = model if system.student is None else system.student.model
+    return entry_of(owner) if system.adapters else None
 
 
 def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.entry import ENTRY, entry_of, install_entry
+from latefusion.models.entry import ENTRY, CalibratedEntry, entry_of, install_entry
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 
 EMBEDDED = "embedded"
@@ -106,6 +106,7 @@ def build_student(
     dropout: float,
     targets: Sequence[str] | None = None,
     entry_rank: int = 0,
+    calibrated: CalibratedEntry | None = None,
     train: Sequence[str] = (),
 ) -> Student:
     """Freeze `model` and put LoRA, entry adapter and schedule on it.
@@ -114,12 +115,15 @@ def build_student(
         base: what `load_base` found the model by; written into the adapter's configuration.
         rank, alpha, dropout, targets: LoRA's; `targets` None: every linear layer of every decoder layer.
         entry_rank: 0: no entry adapter; there is none either if the schedule enters at layer 0.
+        calibrated: what the entry adapter starts from, if there is one.
         train: names of further modules to train in full (the projector).
     """
     schedule.validate(model.config.get_text_config().num_hidden_layers)
     saved = list(train)
     if entry_rank > 0 and schedule.enter > 0:
-        install_entry(model, entry_rank)
+        entry = install_entry(model, entry_rank, 0 if calibrated is None else len(calibrated.bias))
+        if calibrated is not None and entry.start is not None:
+            entry.start.load_state_dict(calibrated.state_dict())
         saved.append(ENTRY)
     config = LoraConfig(
         r=rank,
@@ -165,9 +169,10 @@ def load_student(path: str | Path, *, dtype: torch.dtype | None = None) -> Stude
     config = PeftConfig.from_pretrained(str(folder))
     model, _ = load_base(config.base_model_name_or_path, dtype=dtype or compute_dtype())
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-        down = next((name for name in weights.keys() if name.endswith(f"{ENTRY}.down.weight")), None)  # noqa: SIM118
-        if down is not None:
-            install_entry(model, weights.get_slice(down).get_shape()[0])
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    entries = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
+    if entries:
+        install_entry(model, entries["down.weight"][0], entries.get("start.bias", [0])[0])
     student = PeftModel.from_pretrained(model, str(folder)).eval()
     schedule = VisionSchedule.load(folder)
     return Student(
@@ -223,6 +228,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Pr
         )
     if (folder / ENTRY_WEIGHTS).is_file():
         weights = load_file(folder / ENTRY_WEIGHTS)
-        install_entry(model, weights["down.weight"].shape[0]).load_state_dict(weights)
+        places = len(weights["start.bias"]) if "start.bias" in weights else 0
+        install_entry(model, weights["down.weight"].shape[0], places).load_state_dict(weights)
     attach(model, VisionSchedule.from_dict(model.config.vision_schedule))
     return model, processor

@@ -10,31 +10,70 @@ from transformers import PreTrainedModel
 ENTRY = "vision_entry"
 
 
+class CalibratedEntry(nn.Module):
+    """A fixed affine map with a bias per place in the image, `x @ weight + bias[order % places]`; new: the identity.
+
+    `models/calibration.py` fits it, in closed form, to the states that the dense model's vision tokens reach layer
+    `enter` with.
+
+    Args:
+        hidden_size: of the decoder.
+        places: tokens of an image, or 1: one bias for all (images of different sizes).
+    """
+
+    weight: Tensor  # [D, D]
+    bias: Tensor  # [places, D]
+
+    def __init__(self, *, hidden_size: int, places: int):
+        super().__init__()
+        self.register_buffer("weight", torch.eye(hidden_size))
+        self.register_buffer("bias", torch.zeros(places, hidden_size))
+
+    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+        """`[..., D]` to the same shape and dtype; `order` int64 `[...]`: which of its sample's vision tokens."""
+        x = hidden_states.to(self.weight.dtype)
+        return (x @ self.weight + self.bias[order % len(self.bias)]).to(hidden_states.dtype)
+
+
 class EntryAdapter(nn.Module):
     """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`; the identity when new.
 
     The vision rows that reach layer `enter` are the projector's output, while the layer was trained on
-    states that all layers before it had refined.
+    states that all layers before it had refined. With `places`, x is first calibrated (`start`, not trained).
 
     Args:
         hidden_size: of the decoder.
         rank: of the low-rank part.
+        places: of a `CalibratedEntry` to start from; 0: none.
     """
 
-    def __init__(self, *, hidden_size: int, rank: int):
+    def __init__(self, *, hidden_size: int, rank: int, places: int = 0):
         super().__init__()
+        self.start = CalibratedEntry(hidden_size=hidden_size, places=places) if places else None
         self.scale = nn.Parameter(torch.zeros(hidden_size))
         self.down = nn.Linear(hidden_size, rank, bias=False)
         self.up = nn.Linear(rank, hidden_size, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights."""
+    def forward(self, hidden_states: Tensor, order: Tensor | None = None) -> Tensor:
+        """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights.
+
+        Args:
+            order: int64 `[...]`, which of its sample's vision tokens each row is; a calibrated start needs it.
+        """
         x = hidden_states.to(self.scale.dtype)
+        if self.start is not None:
+            assert order is not None
+            x = self.start(x, order)
         return (x + x * self.scale + self.up(self.down(x))).to(hidden_states.dtype)
 
+    def flops(self, tokens: float) -> float:
+        """Of its matrix products for so many vision tokens."""
+        width, rank = self.up.out_features, self.up.in_features
+        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
 
-def install_entry(model: PreTrainedModel, rank: int) -> EntryAdapter:
+
+def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
     """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""
     if rank < 1:
         raise ValueError(f"entry rank {rank} must be at least 1; for no entry adapter install none.")
@@ -42,7 +81,7 @@ def install_entry(model: PreTrainedModel, rank: int) -> EntryAdapter:
         raise ValueError("the model already has an entry adapter; load a fresh base model.")
     hidden_size = model.config.get_text_config().hidden_size
     with model.device:
-        entry = EntryAdapter(hidden_size=hidden_size, rank=rank)
+        entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places)
     model.add_module(ENTRY, entry)
     return entry
 

@@ -116,7 +116,8 @@ class Forward:
         if self.layout is not None and not self.expanded:
             hidden_states = self._expand(hidden_states)
         if self.entry is not None and not self.entered:  # every process runs the adapter once a forward
-            nothing = self.entry(hidden_states.new_zeros(0, hidden_states.shape[-1])).sum()
+            none = torch.zeros(0, dtype=torch.long, device=hidden_states.device)
+            nothing = self.entry(hidden_states.new_zeros(0, hidden_states.shape[-1]), none).sum()
             if nothing.requires_grad:
                 hidden_states = hidden_states + nothing.to(hidden_states.dtype)
         return hidden_states
@@ -140,7 +141,8 @@ class Forward:
             return hidden_states
         full = hidden_states if self.layout is None or self.expanded else self._expand(hidden_states)
         if entering is not None and self.entry is not None:
-            full = entering.put(full, self.entry(entering.take(full)))
+            order = (prompt.vision.cumsum(1) - 1).gather(1, entering.index).clamp(min=0)  # [B, n]
+            full = entering.put(full, self.entry(entering.take(full), order))
             self.entered = True
         self._memo.clear()
         if everything:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from latefusion.models.flops import decoder_flops, vision_macs
-from latefusion.models.policies.base import AttentionCall, Prompt, Selection, contribution_norm
+from latefusion.models.flops import decoder_flops, ranking_flops, vision_macs
+from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+from latefusion.models.policies.ranking import best
 
 SCHEDULE_FILE = "vision_schedule.json"
 ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
@@ -25,8 +26,8 @@ class VisionSchedule:
 
     Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
     (None: they stay to the end). The default sees everything everywhere: the dense model. The best `k` are those
-    that contribute most to the attention output of any text token of the prompt (`contribution_norm`) in the layer
-    before: where keeps begin, the last token alone does not know yet what the question is about.
+    that some attention head of some text token of the prompt has read most of so far, in any layer since they
+    entered (`reading_share`): no single layer, and not the last token, knows all that the question will need.
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -95,15 +96,26 @@ class VisionSchedule:
         Args:
             config: the model's configuration (its text part is read).
             n_text, n_vision: tokens of the prompt.
-            convention: `"computed"`: FLOPs of everything the decoder layers compute (`decoder_flops`);
-                `"vision_only"`: the literature's MACs of vision tokens alone (`vision_macs`).
+            convention: `"computed"`: FLOPs of everything the decoder layers compute (`decoder_flops`), and of
+                ranking; `"vision_only"`: the literature's MACs of vision tokens alone (`vision_macs`).
         """
         vision = self.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)
         if convention == "computed":
-            return decoder_flops(config, [n_text + n for n in vision])
+            return decoder_flops(config, [n_text + n for n in vision]) + self.ranking_flops(
+                config, n_text, vision
+            )
         if convention == "vision_only":
             return vision_macs(config, vision)
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
+
+    def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
+        """What ranking adds: the scores of the prompt's text (at most all of it) in every layer that is watched."""
+        return sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
+
+    @property
+    def watched(self) -> range:
+        """The layers whose attention ranks vision tokens."""
+        return range(self.enter, max(self.keep, default=0))
 
     def to_dict(self) -> dict[str, Any]:
         return {"enter": self.enter, "exit": self.exit, "keep": {str(i): k for i, k in self.keep.items()}}
@@ -136,7 +148,7 @@ class _ScheduleDecision:
 
     def __init__(self, schedule: VisionSchedule, prompt: Prompt):
         self.schedule, self.prompt = schedule, prompt
-        self.watch = {layer - 1 for layer in schedule.keep}
+        self.watch = schedule.watched
         self.kept = prompt.vision  # bool [B, T]
         self.scores: Tensor | None = None  # float32 [B, T]
         self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
@@ -146,19 +158,42 @@ class _ScheduleDecision:
         if layer == schedule.exit or (layer == 0 and schedule.enter > 0):
             return Selection(torch.zeros_like(prompt.vision), (0,) * len(prompt.n_vision))
         if layer in schedule.keep:
-            k = schedule.keep[layer]
-            self.kept = best(self.scores, self.kept, k)
-            return Selection(self.kept, tuple(min(k, n) for n in prompt.n_vision))
+            assert self.scores is not None, "the layer before was not watched"
+            counts = tuple(min(schedule.keep[layer], n) for n in prompt.n_vision)
+            self.kept = best(self.scores, self.kept, counts)
+            return Selection(self.kept, counts)
         if layer == schedule.enter and layer > 0:
             return Selection(prompt.vision, prompt.n_vision)
         return None
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        norms = [
-            contribution_norm(call, rows).amax(1) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
-        ]  # [B, K]
-        self.scores = call.to_logical(torch.stack(norms).amax(0), self.prompt.vision.shape[1])  # [B, T]
+        shares = [
+            reading_share(call, rows, self.prompt.vision) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
+        ]
+        score = call.to_logical(torch.stack(shares).amax(0), self.prompt.vision.shape[1])  # [B, T]
+        self.scores = score if self.scores is None else torch.maximum(self.scores, score)
         return None
+
+
+@torch.no_grad()
+def reading_share(call: AttentionCall, rows: Tensor, vision: Tensor) -> Tensor:
+    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, K]`.
+
+    What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
+    sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
+
+    Args:
+        rows: logical query rows, int64 `[B, R]`.
+        vision: bool `[B, T]`, the vision tokens.
+    """
+    weights = call.weights(call.compact_rows(rows))  # [B, H, R, K]
+    groups = weights.shape[1] // call.value.shape[1]
+    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
+    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
+    seen = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
+    read = weights.square() * value_sq * seen[:, None, None]  # [B, H, R, K]
+    total = read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
+    return (read / total).amax((1, 2))
 
 
 def asking(prompt: Prompt) -> Tensor:
@@ -168,11 +203,3 @@ def asking(prompt: Prompt) -> Tensor:
     most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
     rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
     return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])
-
-
-def best(scores: Tensor | None, among: Tensor, k: int) -> Tensor:
-    """The `k` highest-scored of the tokens `among` (bool `[B, T]`), ties to the earlier one, as bool `[B, T]`."""
-    assert scores is not None, "the layer before was not watched"
-    order = scores.masked_fill(~among, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(order.shape[1], device=order.device) < k  # [T]
-    return torch.zeros_like(among).scatter(1, order, first.expand_as(order)) & among

@@ -80,6 +80,54 @@ def masked(
             handle.remove()
 
 
+@contextmanager
+def blinded(
+    model: Any,
+    vision: Tensor,
+    hidden: Sequence[int],
+    *,
+    padding: Tensor | None = None,
+    still: int = 0,
+) -> Iterator[None]:
+    """The model whose text rows do not see vision columns in the layers `hidden`, for uncached forwards inside.
+
+    Args:
+        vision: bool `[B, T]`.
+        padding: the 2-D attention mask, for models whose stock mask is None.
+        still: before each layer up to this one, vision rows are put back to what the decoder was given.
+    """
+    decoder, state = model.get_decoder(), {}
+    after = (vision.cumsum(1) > 0) & ~vision
+    cells = after[:, None, :, None] & vision[:, None, None, :]  # [B, 1, T, T]
+
+    def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
+        rows = args[0]
+        if i == 0:
+            state["inputs"] = rows
+        if i <= still:
+            rows = torch.where(vision[..., None], state["inputs"], rows)
+        if i in hidden:
+            mask, length = kwargs.get("attention_mask"), rows.shape[1]
+            if mask is None:
+                mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+                mask = mask if padding is None else mask & padding.bool()[:, None, None]
+            if mask.dtype == torch.bool:
+                kwargs["attention_mask"] = mask & ~cells
+            else:
+                kwargs["attention_mask"] = torch.where(cells, torch.finfo(mask.dtype).min, mask)
+        return (rows, *args[1:]), kwargs
+
+    handles = []
+    for i, layer in enumerate(decoder.layers):
+        hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def band(vision: Tensor, layers: int, enter: int = 0, exit: int | None = None) -> list[Tensor]:
     """`seen` of a plain band."""
     nothing = torch.zeros_like(vision)
@@ -107,26 +155,34 @@ def ranked(
     seen = band(vision, layers, enter, exit)
     last = layers if exit is None else exit
     for layer, k in sorted(keep.items()):
-        values: dict[str, Tensor] = {}
-        attention = eager.get_decoder().layers[layer - 1].self_attn
-        handle = attention.v_proj.register_forward_hook(lambda m, a, out, values=values: values.update(v=out))
-        with masked(eager, vision, seen, entry=entry), torch.no_grad():
-            maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer - 1]
-        handle.remove()
-        heads, head_dim = maps.shape[1], attention.head_dim
-        value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
-        group = heads // value.shape[2]
+        score: list[dict[int, float]] = [{} for _ in queries]
+        for watched in range(enter, layer):
+            values: dict[str, Tensor] = {}
+            attention = eager.get_decoder().layers[watched].self_attn
+            handle = attention.v_proj.register_forward_hook(
+                lambda m, a, out, values=values: values.update(v=out)
+            )
+            with masked(eager, vision, seen, entry=entry), torch.no_grad():
+                maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[watched]
+            handle.remove()
+            heads, head_dim = maps.shape[1], attention.head_dim
+            value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]
+            group = heads // value.shape[2]
+            for b, rows in enumerate(queries):
+                tokens = seen[watched][b].nonzero().flatten().tolist()
+                for h in range(heads):
+                    for q in rows:
+                        read = {
+                            t: (maps[b, h, q, t] * value[b, t, h // group]).norm().item() ** 2 for t in tokens
+                        }
+                        whole = sum(read.values())
+                        for t in tokens:
+                            share = read[t] / whole if whole > 0 else 0.0
+                            score[b][t] = max(score[b].get(t, 0.0), share)
         chosen = torch.zeros_like(vision)
-        for b, rows in enumerate(queries):
-            score = {}
-            for t in seen[layer - 1][b].nonzero().flatten().tolist():
-                score[t] = max(
-                    torch.cat([maps[b, h, q, t] * value[b, t, h // group] for h in range(heads)])
-                    .norm()
-                    .item()
-                    for q in rows
-                )
-            for t in sorted(score, key=lambda t: (-score[t], t))[:k]:
+        for b in range(len(queries)):
+            left = {t: score[b][t] for t in seen[layer - 1][b].nonzero().flatten().tolist()}
+            for t in sorted(left, key=lambda t: (-left[t], t))[:k]:
                 chosen[b, t] = True
         for i in range(layer, last):
             seen[i] = chosen

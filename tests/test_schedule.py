@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt
-from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule, best
+from latefusion.models.policies.ranking import best
+from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 
 NUM_LAYERS = 12
 
@@ -120,13 +121,14 @@ def test_from_dict_fills_defaults_and_refuses_strangers() -> None:
 
 
 @given(st.data())
-def test_best_is_the_top_k_with_ties_to_the_earlier(data: st.DataObject) -> None:
-    n, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 14))
+def test_best_is_the_top_with_ties_to_the_earlier(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 12))
     row = st.lists(st.integers(0, 4), min_size=n, max_size=n)
     scores = data.draw(st.lists(row, min_size=1, max_size=3))
     among = [[data.draw(st.booleans()) for _ in range(n)] for _ in scores]
-    result = best(torch.tensor(scores, dtype=torch.float32), torch.tensor(among), k)
-    for got, row_scores, row_among in zip(result.tolist(), scores, among, strict=True):
+    counts = [data.draw(st.integers(0, sum(row))) for row in among]
+    result = best(torch.tensor(scores, dtype=torch.float32), torch.tensor(among), counts)
+    for got, row_scores, row_among, k in zip(result.tolist(), scores, among, counts, strict=True):
         candidates = [i for i in range(n) if row_among[i]]
         chosen = sorted(candidates, key=lambda i: (-row_scores[i], i))[:k]
         assert [i for i in range(n) if got[i]] == sorted(chosen)

@@ -80,9 +80,10 @@ def test_accumulation_does_not_change_the_run(base, tmp_path):
             "train.save_every=2",
         )
         found.append([(e["loss"], e["grad_norm"], e["ce"]) for e in history(output, 2) if "loss" in e])
+    assert len(found[0]) == 2
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            assert b == pytest.approx(a, rel=1e-2)
+            assert b == pytest.approx(a, rel=1e-3)
 
 
 def test_a_resumed_run_is_the_same_run(base, tmp_path):
@@ -194,10 +195,9 @@ def test_lightning_runs_the_same_objective_and_resumes_bit_for_bit(base, tmp_pat
         "lora.dropout=0.2",
     )
     whole = train(base, tmp_path / "whole", *options)
-    (tmp_path / "cut").mkdir()
-    shutil.copy(whole / "checkpoint-2.ckpt", tmp_path / "cut")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     cut = train(base, tmp_path / "cut", *options, "resume=true")
-    state = torch.load(whole / "checkpoint-4.ckpt", weights_only=False)
+    state = torch.load(whole / "checkpoint-4" / "lightning.ckpt", weights_only=True)
     assert state["global_step"] == 4 and all("lora" in n or "vision_entry" in n for n in state["state_dict"])
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name

@@ -27,11 +27,25 @@ class Teacher(Enum):
 
 
 class Source(Enum):
-    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images."""
+    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
+    `mixture`: several of the last two, by weight."""
 
     scenes = "scenes"
     llava = "llava"
     dataset = "dataset"
+    mixture = "mixture"
+
+
+OnError = Enum("OnError", {"skip": "skip", "raise": "raise"})
+"""What a row that cannot be used means: another takes its place and it is counted, or the run stops."""
+
+
+class Group(Enum):
+    """What the samples of a step have in common; `modality`: all with images or all without, and then length."""
+
+    none = "none"
+    length = "length"
+    modality = "modality"
 
 
 class Trainer(Enum):
@@ -45,6 +59,13 @@ class Dtype(Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class NonFiniteStep(Enum):
+    """What to do with a step whose loss or gradient is not a number."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 @dataclass
@@ -93,46 +114,83 @@ class ModelConfig:
 
 
 @dataclass
+class PartConfig:
+    """A source of a mixture; `weight` is its share of the rows, relative to the others'."""
+
+    source: Source = Source.dataset
+    path: str = MISSING
+    images: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+
+
+@dataclass
 class DataConfig:
     """Where samples come from.
 
     Attributes:
         source: kind of source.
-        path: JSON file, dataset folder or hub id (unused by `scenes`).
-        images: folder of the images that a LLaVA JSON names.
+        path: file, dataset folder or hub id (unused by `scenes` and `mixture`).
+        images: folder that the image paths in the data are relative to.
         split: to train on; `eval.split` names the one to evaluate on.
+        streaming: read rows as they are used, for data that do not fit on the disk; shuffled in a buffer.
+        shuffle_buffer: rows in that buffer.
+        parts: what a `mixture` is made of.
         eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
         turns: how many questions about one image a training sample holds at most (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention.
-        seed: of the rendered scenes.
-        max_length: tokens, vision included, after which a training sample is cut; None: never.
+        seed: of rendered scenes, mixtures and streams.
+        max_length: the most tokens, vision included, that a sample may have; None: any number.
+        too_long: what a longer sample means: `skip` (another takes its place, and it is counted) or `raise`.
+            Nothing is ever cut.
+        on_error: the same for every other row that cannot be used; `python data/validate.py data=...` lists them.
+        group: what the samples of a step have in common: `none`, `length`, or `modality` (and length).
     """
 
     source: Source = MISSING
     path: str | None = None
     images: str | None = None
     split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    parts: list[PartConfig] = field(default_factory=list)
     eval_path: str | None = None
     scenes: int | None = None
     turns: int = 1
     isolate: bool = False
     seed: int = 0
     max_length: int | None = None
+    too_long: OnError = OnError.skip
+    on_error: OnError = OnError["raise"]
+    group: Group = Group.none
 
 
 @dataclass
 class EngineConfig:
-    """Who runs the loop; `deepspeed` is a DeepSpeed configuration, or None."""
+    """Who runs the loop.
+
+    Attributes:
+        trainer: the file in `training/engines/`.
+        deepspeed: a DeepSpeed configuration, or None.
+        fsdp: an FSDP configuration of transformers, or None.
+        processes: that the run must consist of, asserted at its start; None: as many as the launcher started.
+    """
 
     trainer: Trainer = Trainer.accelerate
     deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    processes: int | None = None
 
 
 @dataclass
 class TrainConfig:
-    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`."""
+    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
+
+    `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
+    `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
+    """
 
     steps: int = 500
     learning_rate: float = 2e-4
@@ -146,9 +204,11 @@ class TrainConfig:
     seed: int = 0
     dtype: Dtype = Dtype.auto
     gradient_checkpointing: bool = False
-    group_by_length: bool = False
     threads: int | None = None
     workers: int = 0
+    prefetch: int = 2
+    on_nonfinite: NonFiniteStep = NonFiniteStep.stop
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -165,11 +225,20 @@ class LoraConfig:
     train_projector: bool = False
 
 
+class EntryInit(Enum):
+    """What the entry adapter starts from: `identity`, or `calibrated` (models/calibration.py)."""
+
+    identity = "identity"
+    calibrated = "calibrated"
+
+
 @dataclass
 class EntryConfig:
-    """The entry adapter; rank 0: none."""
+    """The entry adapter; rank 0: none. `images` of the training set calibrate it, if `init` says so."""
 
     rank: int = 16
+    init: EntryInit = EntryInit.identity
+    images: int = 256
 
 
 @dataclass
@@ -192,7 +261,10 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """Everything; `name` is the recipe's, and names the output folder."""
+    """Everything; `name` is the recipe's, and names the output folder.
+
+    `resume` is true (the newest checkpoint) or a step (the checkpoint of that step).
+    """
 
     name: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -206,7 +278,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     output_dir: str = MISSING
-    resume: bool = False
+    resume: bool | int = False
     overwrite: bool = False
 
 
@@ -235,6 +307,10 @@ def read(cfg: DictConfig) -> Config:
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
         ("data.turns", config.data.turns),
+        ("data.shuffle_buffer", config.data.shuffle_buffer),
+        ("data.max_length", config.data.max_length or 1),
+        ("train.prefetch", train.prefetch),
+        ("entry.images", config.entry.images),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -260,19 +336,44 @@ def read(cfg: DictConfig) -> Config:
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
-    if config.data.source is not Source.scenes and config.data.path is None:
-        raise ValueError(
-            f"data.path is not set; name the {config.data.source.value} data with data.path=PATH."
-        )
-    if config.resume and config.overwrite:
+    _check_data(config)
+    if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+        raise ValueError(
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+        )
+    if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
+        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity.")
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
         )
     return config
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source in (Source.llava, Source.dataset) and data.path is None:
+        raise ValueError(f"data.path is not set; name the {data.source.value} data with data.path=PATH.")
+    if data.source is Source.mixture and not data.parts:
+        raise ValueError("data.parts is empty; name the mixture's sources: data.parts=[{path: PATH}, ...].")
+    for number, part in enumerate(data.parts):
+        if part.source not in (Source.llava, Source.dataset):
+            raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
+        if not part.weight > 0:
+            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.streaming and data.source is Source.scenes:
+        raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
+    if data.streaming and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("data.streaming=true needs engine.trainer=accelerate.")
+    if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
+        raise ValueError(
+            f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "
+            "and data.streaming=false."
+        )
 
 
 def _refuse_additions(node: Any, prefix: str = "") -> None:

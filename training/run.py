@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
+from contextlib import ExitStack
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
 from latefusion.data.collate import Collator
-from latefusion.data.packing import Conversations
+from latefusion.data.guard import SKIPPED_FILE, Guard, skipped
+from latefusion.data.load import training_data
+from latefusion.data.mixing import Stream
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
@@ -27,74 +30,102 @@ from latefusion.models.build import (
     compute_dtype,
     load_base,
 )
+from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
+from latefusion.training.calibrate import calibrated_entry
+from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
 from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
+from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
+
+DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 
 def run(cfg: DictConfig) -> None:
-    """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute."""
+    """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute.
+
+    Raises:
+        SystemExit: with such a sentence; with `guard.PREEMPTED` if a signal stopped the run after a checkpoint.
+    """
     started = time.perf_counter()
-    try:
-        config = read(cfg)
-        engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
-        check(config, engine)
-        settle(config)
-        dataset = samples(config.data)
-        context = engine.prepare(config, dtype=dtype_of(config))
-        student = student_of(config)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    collator = collator_of(student, config.data.max_length, dtype_of(config) if config.data.isolate else None)
-    objective = objective_of(config, student)
-    if int(os.environ.get("RANK", "0")) == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-        print(
-            describe(config, student, collator([dataset[i] for i in range(min(8, len(dataset)))])), flush=True
-        )
-    main = engine.fit(config, context, student, dataset, collator, objective)
-    if main:
-        print(
-            f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
-            flush=True,
-        )
-        evaluate(config)
+    with ExitStack() as held:
+        try:
+            config = read(cfg)
+            engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
+            resumed = check(config)
+            dataset = samples(config.data)
+            held.enter_context(claimed(config.output_dir))
+            settle(config, resumed)
+            context = engine.prepare(config, dtype=dtype_of(config))
+            student = student_of(config, dataset)
+            collator = guarded(config, collator_of(student, config), dataset)
+            some = collator(first_samples(dataset))
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"error: {error}") from None
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first:
+            OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
+            print(describe(config, student, some), flush=True)
+        try:
+            main = engine.fit(
+                config, context, student, dataset, collator, objective_of(config, student), resumed
+            )
+        except (CannotSave, NonFinite) as error:
+            raise SystemExit(f"error: {error}") from error.__cause__
+        except Preempted as stop:
+            if first:
+                leave_mark(config.output_dir, stop.step)
+                print(f"{stop}; go on with resume=true.", flush=True)
+            raise SystemExit(PREEMPTED) from None
+        if main:
+            print(
+                f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
+                flush=True,
+            )
+            if left_out := skipped(config.output_dir):
+                file = Path(config.output_dir) / SKIPPED_FILE
+                print(f"{left_out} row(s) could not be used and were left out: {file} says why.", flush=True)
+            evaluate(config)
 
 
-def check(config: Config, engine: ModuleType) -> None:
+def check(config: Config) -> Path | None:
     """Raise before anything is loaded if this run cannot work.
+
+    Returns:
+        The checkpoint to go on from, if any.
 
     Raises:
         ValueError, FileNotFoundError: in one sentence.
     """
+    check_launch(config.engine.processes)
     VisionSchedule.from_dict(vars(config.schedule))
     visipruner(config.model.visipruner)
     check_base(config.model.path)
-    output = Path(config.output_dir)
-    if config.resume:
-        engine.last_checkpoint(config.output_dir)
-    elif not config.overwrite and ((output / ADAPTER_CONFIG).exists() or any(output.glob("checkpoint-*"))):
+    output, train = Path(config.output_dir), config.train
+    if config.resume is not False:
+        samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        return find(output, config.resume, samples=samples)
+    if not config.overwrite and ((output / ADAPTER_CONFIG).exists() or checkpoints(output)):
         raise ValueError(
             f"{output} holds a run already; continue it with resume=true, replace it with overwrite=true, "
             "or choose another output_dir=FOLDER."
         )
+    return None
 
 
-def settle(config: Config) -> None:
-    """Threads, seeds, and an output folder without checkpoints of a run that this one replaces."""
+def settle(config: Config, resumed: Path | None) -> None:
+    """Threads, seeds, and an output folder without what a run left there that this one does over."""
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
     set_seed(config.train.seed)
-    if config.overwrite:
-        for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
-            if checkpoint.is_dir():
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            else:
-                checkpoint.unlink(missing_ok=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
+        if resumed is None:
+            (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -103,24 +134,29 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def samples(data: DataConfig) -> Any:
-    """The training set: rows of `{"messages", "images"}`."""
-    if data.source is Source.scenes:
-        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
-        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
-    assert data.path is not None
-    if data.source is Source.llava:
-        return sources.llava(data.path, data.images)
-    return sources.dataset(data.path, split=data.split)
+    """The training set: samples `{"messages", "images"}` by index, or a stream of them."""
+    return training_data(data)
 
 
-def student_of(config: Config) -> Student:
+def student_of(config: Config, dataset: Any = None) -> Student:
+    """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
     model, processor = load_base(config.model.path, dtype=dtype_of(config))
     if config.model.attention is not None:
         model.set_attn_implementation(config.model.attention)
-    return student_from(config, model, processor)
+    return student_from(
+        config,
+        model,
+        processor,
+        calibrated_entry(config, model, processor, samples(config.data) if dataset is None else dataset),
+    )
 
 
-def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMixin) -> Student:
+def student_from(
+    config: Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibrated: CalibratedEntry | None = None,
+) -> Student:
     """The student that `config` describes, on an already loaded base."""
     projector = config.model.projector if config.lora.train_projector else None
     set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
@@ -134,21 +170,38 @@ def student_from(config: Config, model: PreTrainedModel, processor: ProcessorMix
         dropout=config.lora.dropout,
         targets=config.lora.targets,
         entry_rank=config.entry.rank,
+        calibrated=calibrated,
         train=[projector] if projector else [],
     )
 
 
-def collator_of(
-    student: Student, max_length: int | None = None, isolate: torch.dtype | None = None
-) -> Collator:
+def collator_of(student: Student, config: Config | None = None) -> Collator:
+    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
     model, tokenizer = student.model, student.processor.tokenizer
     stop = model.generation_config.eos_token_id
     return Collator(
         processor=student.processor,
         vision_ids=[model.config.image_token_id],
         stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
-        max_length=max_length,
-        isolate=isolate,
+        max_length=config.data.max_length if config else None,
+        isolate=dtype_of(config) if config and config.data.isolate else None,
+    )
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    if isinstance(dataset, Stream):
+        return list(islice(dataset, DESCRIBED))
+    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+
+
+def guarded(config: Config, collator: Collator, dataset: Any) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used."""
+    return Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=None if isinstance(dataset, Stream) else dataset,
+        folder=config.output_dir,
     )
 
 
@@ -184,7 +237,10 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
     trainable, total = model.get_nb_trainable_parameters()
     layers = model.config.get_text_config().num_hidden_layers
-    flops = schedule.flops(model.config, n_text, n_vision)
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
@@ -125,20 +124,3 @@ class Policy(Protocol):
 
     def begin(self, prompt: Prompt) -> Decision:
         """Called once a forward that brings vision tokens, before layer 0."""
-
-
-@torch.no_grad()
-def contribution_norm(call: AttentionCall, queries: Tensor) -> Tensor:
-    """How much each key adds to a query row's attention output: `||c_i||_2`, float32 `[B, R, K]`.
-
-    `c_i` is the concatenation over heads of `a[h, i] * v[h, i]`, before o_proj (VisiPruner, arXiv 2510.17205).
-    Closed form: `||c_i||^2 = sum_h a[h, i]^2 |v[h, i]|^2`, so no contribution is materialised.
-
-    Args:
-        queries: logical query rows, int64 `[B, R]`.
-    """
-    weights = call.weights(call.compact_rows(queries))  # [B, H, R, K]
-    groups = weights.shape[1] // call.value.shape[1]
-    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
-    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
-    return torch.sqrt((weights.square() * value_sq).sum(1))

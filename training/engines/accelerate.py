@@ -1,4 +1,4 @@
-"""The main engine: Hugging Face `Trainer`, on what `accelerate launch` started (DDP, DeepSpeed)."""
+"""The main engine: Hugging Face `Trainer`, on what `accelerate launch` started (DDP, DeepSpeed, FSDP2)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import skipped
 from latefusion.models.build import Student, save_student
-from latefusion.training.config import Config
+from latefusion.training.checkpoints import writing, writing_result
+from latefusion.training.config import Config, NonFiniteStep
+from latefusion.training.cost import sample_flops
+from latefusion.training.guard import Preempted, Signals, check_world
+from latefusion.training.monitor import Monitor, trackers
+from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
+from latefusion.training.order import Order, order_of
 
 ALONE = {  # DeepSpeed wants a process group even for the one process that a bare `accelerate launch` starts
     "RANK": "0",
@@ -27,13 +35,21 @@ ALONE = {  # DeepSpeed wants a process group even for the one process that a bar
 
 
 def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
-    """Set the process up; before any model is loaded, for ZeRO-3 shards weights as they load."""
+    """Set the process up; before any model is loaded, for ZeRO-3 shards weights as they load.
+
+    Raises:
+        ValueError: this machine cannot run the engine, or the processes would train apart.
+    """
     train = config.train
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # Trainer imports DeepSpeed, which would guess, and warn
+    if config.engine.fsdp and cpu:
+        raise ValueError(
+            "engine=fsdp2 needs GPUs: accelerate would run it as DDP; use engine=accelerate on a CPU."
+        )
     if config.engine.deepspeed:
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
@@ -51,8 +67,9 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         seed=train.seed,
         bf16=dtype is torch.bfloat16,
         activation_checkpointing=train.gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         dataloader_num_workers=train.workers,
+        dataloader_prefetch_factor=train.prefetch if train.workers else None,
+        accelerator_config={"dispatch_batches": False} if config.data.streaming else None,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
         save_steps=train.save_every,
@@ -60,13 +77,19 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         use_cpu=cpu,
-        report_to="none",
+        logging_nan_inf_filter=train.on_nonfinite is NonFiniteStep.skip,  # else `Watch` stops the run
+        report_to=trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0) or "none",
+        run_name=config.name,
+        disable_tqdm=True,  # `Monitor` shows the progress
         deepspeed=config.engine.deepspeed,
+        fsdp=bool(config.engine.fsdp),
+        fsdp_config=config.engine.fsdp,
     )
     if config.engine.deepspeed and cpu:
         import deepspeed  # slow to import, and only this engine needs it
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)  # accelerate omits it
+    check_world(args.world_size)
     return args
 
 
@@ -77,13 +100,22 @@ def fit(
     dataset: Any,
     collator: Collator,
     objective: Objective,
+    resumed: Path | None,
 ) -> bool:
     """Train, and save the student to `output_dir`.
 
+    Args:
+        resumed: the checkpoint to go on from.
+
     Returns:
         Whether this is the main process.
+
+    Raises:
+        Preempted: a signal stopped the run, after a checkpoint.
+        NonFinite, CannotSave: in one sentence.
     """
     trainer = StudentTrainer(
+        config=config,
         model=student.model,
         args=args,
         train_dataset=dataset,
@@ -92,34 +124,42 @@ def fit(
         objective=objective,
     )
     # under autocast LoRA's products run in bfloat16; PEFT would cast every input to the weights' float32
-    with disable_input_dtype_casting(student.model, active=args.bf16):
-        trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if config.resume else None)
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    return trainer.is_world_process_zero()
-
-
-def last_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if found is None:
-        raise FileNotFoundError(f"resume=true finds no checkpoint in {output_dir}; start the run without it.")
-    return found
+    with trainer.life, disable_input_dtype_casting(student.model, active=args.bf16):
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    main, barrier = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    if trainer.life.preempted:
+        raise Preempted(trainer.state.global_step)
+    with writing_result(config.output_dir, main=main, barrier=barrier) as folder:
+        trainer.save_model(str(folder))
+    return main
 
 
 class StudentTrainer(Trainer):
-    """`Trainer` with our objective, its terms in the log, and checkpoints that `latefusion.load` reads."""
+    """`Trainer` with our objective and order, its terms in the log, and whole checkpoints that `load` reads."""
 
-    def __init__(self, *, student: Student, objective: Objective, **kwargs: Any):
+    def __init__(self, *, config: Config, student: Student, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
-        self.student: Student = student
-        self.objective: Objective = objective
+        args, train = self.args, config.train
+        self.config, self.student, self.objective = config, student, objective
+        self.order = order_of(train, self.train_dataset, args.world_size)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
+        self.staging: Path | None = None
+        self.pad = student.processor.tokenizer.pad_token_id
+        self.flops = sample_flops(student, objective.teacher, self.train_dataset, self.data_collator)
+        self.watch = Watch(
+            config.output_dir,
+            dataset=self.train_dataset,
+            order=self.order,
+            rank=args.process_index,
+            world=args.world_size,
+            micro=train.batch_size,
+            skip=train.on_nonfinite is NonFiniteStep.skip,
+            student=student if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) else None,
+        )
+        self.remove_callback(PrinterCallback)  # `Monitor` prints
+        self.life = Life(self)
+        self.add_callback(self.life)
 
     def compute_loss(
         self,
@@ -130,17 +170,122 @@ class StudentTrainer(Trainer):
     ) -> Tensor:
         assert num_items_in_batch is not None
         loss, terms = self.objective(model, inputs, count=num_items_in_batch)
+        self.watch.saw(inputs, loss, num_items_in_batch)
+        terms["read"] = (inputs["input_ids"] != self.pad).sum()
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
         return loss * self.accelerator.num_processes  # DDP and DeepSpeed average over processes
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if self.watch.passes(self.state.global_step, norm):
+            return norm
+        model.zero_grad()  # to None: the optimizer passes over such weights
+        return 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.terms:
-            tokens = self.terms.pop("tokens")
-            logs = {**logs, **{name: (value / tokens).item() for name, value in self.terms.items()}}
+            total = self.accelerator.reduce(torch.stack([value.float() for value in self.terms.values()]))
+            sums = dict(zip(self.terms, total.tolist(), strict=True))
+            logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+            logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
             self.terms = {}
+            if left_out := skipped(self.args.output_dir):
+                logs["skipped_rows"] = left_out
         super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self.args.output_dir if self.staging is None else str(self.staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        with writing(
+            self.args.output_dir,
+            self.state.global_step,
+            samples=self.order.size,
+            keep=self.config.train.keep_checkpoints,
+            main=self.is_world_process_zero(),
+            barrier=self.accelerator.wait_for_everyone,
+        ) as folder:
+            self.staging = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.staging = None
+            self.accelerator.wait_for_everyone()
+            states = len(list(folder.glob("rng_state*")))
+            if self.is_world_process_zero() and states < self.args.world_size:
+                raise OSError(
+                    f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
+                )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             save_student(self.student, output_dir or self.args.output_dir, state_dict)
+
+
+class Life(TrainerCallback):
+    """What happens around steps: the check of the strategy, signals, the console."""
+
+    def __init__(self, trainer: StudentTrainer):
+        self.trainer = trainer
+        self.signals = Signals()
+        self.preempted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        check_strategy(trainer)
+        self.monitor = Monitor(
+            args.output_dir,
+            name=trainer.config.name,
+            steps=state.max_steps,
+            first=state.global_step,
+            samples=trainer.order.size,
+            flops=trainer.flops,
+            main=state.is_world_process_zero,
+        )
+        self.signals.listen()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.watch.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = self.trainer.order.epoch(state.global_step)
+        self.monitor.step(state.global_step)
+        if self.signals.stop(args.device) and state.global_step < state.max_steps:
+            self.preempted = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.monitor.log(state.global_step, logs)
+
+    def __enter__(self) -> Life:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.signals.close()
+        self.monitor.close()
+
+
+def check_strategy(trainer: StudentTrainer) -> None:
+    """Raise if the model is not wrapped as this engine wraps it: its processes would train apart.
+
+    Raises:
+        RuntimeError: in one sentence.
+    """
+    engine, model = trainer.config.engine, trainer.model_wrapped
+    if engine.deepspeed:
+        wanted, found = "DeepSpeed", trainer.is_deepspeed_enabled
+        if found:
+            stage = engine.deepspeed["zero_optimization"]["stage"]
+            wanted, found = f"ZeRO-{stage}", model.zero_optimization_stage() == stage  # type: ignore[operator]
+    elif engine.fsdp:
+        wanted, found = "FSDP2", isinstance(model, FSDPModule)
+    else:
+        wanted, found = "DDP", trainer.args.world_size == 1 or isinstance(model, DistributedDataParallel)
+    if not found:
+        raise RuntimeError(
+            f"{wanted} was asked for, but the model is a plain {type(model).__name__} in each of "
+            f"{trainer.args.world_size} process(es); check the launcher's settings (accelerate env)."
+        )

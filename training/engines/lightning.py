@@ -14,18 +14,33 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from peft.helpers import disable_input_dtype_casting
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.build import Student, save_student
-from latefusion.training.config import Config
+from latefusion.training.checkpoints import step_of, writing, writing_result
+from latefusion.training.config import Config, NonFiniteStep
+from latefusion.training.cost import sample_flops
+from latefusion.training.guard import Preempted, Signals, check_world
+from latefusion.training.monitor import Monitor, trackers
+from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
+from latefusion.training.order import Order, order_of
+
+STATE = "lightning.ckpt"
 
 
 def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
-    """Set the process up, as one of those that `accelerate launch` or `torchrun` started."""
+    """Set the process up, as one of those that `accelerate launch` or `torchrun` started.
+
+    Raises:
+        ValueError: the configuration asks for what only the other engine does.
+    """
+    if config.engine.fsdp:
+        raise ValueError("engine.fsdp needs engine.trainer=accelerate.")
     train = config.train
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -37,14 +52,30 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
         precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
-        logger=False,
+        logger=[
+            logger(name, config)
+            for name in trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0)
+        ],
+        log_every_n_steps=train.log_every,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[
-            Checkpoints(config.output_dir, every=train.save_every, keep=train.keep_checkpoints),
-            TQDMProgressBar(refresh_rate=train.log_every),
-        ],
+        enable_progress_bar=False,  # `Monitor` shows the progress
+    )
+
+
+def logger(name: str, config: Config) -> Logger:
+    """Lightning's own for TensorBoard and W&B.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    if name == "tensorboard":
+        return TensorBoardLogger(config.output_dir, name="runs", version="")
+    if name == "wandb":
+        return WandbLogger(name=config.name, save_dir=config.output_dir)
+    raise ValueError(
+        f"train.trackers={name} is not known to Lightning; use tensorboard or wandb, or engine=accelerate."
     )
 
 
@@ -55,18 +86,47 @@ def fit(
     dataset: Any,
     collator: Collator,
     objective: Objective,
+    resumed: Path | None,
 ) -> bool:
     """Train, and save the student to `output_dir`.
 
+    Args:
+        resumed: the checkpoint to go on from.
+
     Returns:
         Whether this is the main process.
+
+    Raises:
+        Preempted: a signal stopped the run, after a checkpoint.
+        NonFinite, CannotSave: in one sentence.
     """
     if config.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
-    resumed = last_checkpoint(config.output_dir) if config.resume else None
-    done = torch.load(resumed, weights_only=False)["global_step"] if resumed else 0
     student.model.train()
     train = config.train
+    order = order_of(train, dataset, trainer.world_size)
+    watch = Watch(
+        config.output_dir,
+        dataset=dataset,
+        order=order,
+        rank=trainer.global_rank,
+        world=trainer.world_size,
+        micro=train.batch_size,
+        skip=train.on_nonfinite is NonFiniteStep.skip,
+        student=student,
+    )
+    monitor = Monitor(
+        config.output_dir,
+        name=config.name,
+        steps=train.steps,
+        first=0 if resumed is None else step_of(resumed),
+        samples=order.size,
+        flops=sample_flops(student, objective.teacher, dataset, collator),
+        main=trainer.is_global_zero,
+    )
+    module = StudentModule(config, student, objective, watch, monitor)
+    life = Life(config, student, order, monitor)
+    trainer.callbacks.append(life)  # type: ignore[attr-defined]
 
     def micro_batches(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [collator(samples[i : i + train.batch_size]) for i in range(0, len(samples), train.batch_size)]
@@ -74,80 +134,80 @@ def fit(
     loader = DataLoader(
         dataset,
         batch_sampler=Steps(
-            len(dataset),
-            train.batch_size * train.accumulation,
-            seed=train.seed,
-            first=done,
-            last=train.steps,
+            order,
+            first=0 if resumed is None else step_of(resumed),
             rank=trainer.global_rank,
             world=trainer.world_size,
+            micro=train.batch_size,
         ),
         collate_fn=micro_batches,
         num_workers=train.workers,
+        prefetch_factor=train.prefetch if train.workers else None,
     )
-    with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
-        trainer.fit(StudentModule(config, student, objective), loader, ckpt_path=resumed, weights_only=False)
-    if trainer.is_global_zero:
-        save_student(student, config.output_dir)
+    try:
+        with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
+            path = None if resumed is None else resumed / STATE
+            trainer.fit(module, loader, ckpt_path=path, weights_only=True)
+    finally:
+        life.signals.close()
+        monitor.close()
+    if life.preempted:
+        raise Preempted(trainer.global_step)
+    barrier = trainer.strategy.barrier
+    with writing_result(config.output_dir, main=trainer.is_global_zero, barrier=barrier) as folder:
+        if trainer.is_global_zero:
+            save_student(student, folder)
     return trainer.is_global_zero
 
 
-def last_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint of a run.
+class Life(Callback):
+    """What happens around steps: the check of the world, checkpoints, signals."""
 
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = checkpoints(output_dir)
-    if not found:
-        raise FileNotFoundError(f"resume=true finds no checkpoint in {output_dir}; start the run without it.")
-    return str(found[-1])
+    def __init__(self, config: Config, student: Student, order: Order, monitor: Monitor):
+        self.config, self.student, self.order, self.monitor = config, student, order, monitor
+        self.signals = Signals()
+        self.preempted = False
 
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """Those of a run, the oldest first."""
-    return sorted(Path(output_dir).glob("checkpoint-*.ckpt"), key=lambda p: int(p.stem.split("-")[1]))
-
-
-class Checkpoints(Callback):
-    """Saves every so many steps and at the end, and keeps the last few."""
-
-    def __init__(self, folder: str, *, every: int, keep: int):
-        self.folder, self.every, self.keep = folder, every, keep
+    def on_train_start(self, trainer: pl.Trainer, *unused: Any) -> None:
+        check_world(trainer.world_size)
+        self.signals.listen()  # instead of Lightning's own handlers
 
     def on_train_batch_end(self, trainer: pl.Trainer, *unused: Any) -> None:
         step = trainer.global_step
-        if step % self.every and step != trainer.max_steps:
-            return
-        trainer.save_checkpoint(Path(self.folder) / f"checkpoint-{step}.ckpt")
-        if trainer.is_global_zero:
-            for old in checkpoints(self.folder)[: -self.keep]:
-                old.unlink()
+        self.monitor.step(step)
+        asked = self.signals.stop(trainer.strategy.root_device) and step < trainer.max_steps
+        if asked:
+            self.preempted = trainer.should_stop = True
+        if step % self.config.train.save_every == 0 or step == trainer.max_steps or asked:
+            self.save(trainer, step)
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
+        with writing(
+            self.config.output_dir,
+            step,
+            samples=self.order.size,
+            keep=self.config.train.keep_checkpoints,
+            main=trainer.is_global_zero,
+            barrier=trainer.strategy.barrier,
+        ) as folder:
+            trainer.save_checkpoint(folder / STATE, weights_only=False)
+            if trainer.is_global_zero:
+                save_student(self.student, folder)
 
 
 class Steps(Sampler[list[int]]):
-    """This process's sample indices for the steps `first` to `last` of epochs that the seed shuffles."""
+    """This process's sample indices for each step from `first` on."""
 
-    def __init__(self, n: int, size: int, *, seed: int, first: int, last: int, rank: int, world: int):
-        self.n, self.size, self.seed, self.first, self.last = n, size, seed, first, last
-        self.rank, self.world = rank, world
+    def __init__(self, order: Order, *, first: int, rank: int, world: int, micro: int):
+        self.order, self.first = order, first
+        self.rank, self.world, self.micro = rank, world, micro
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.order.steps - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = self.size * self.world
-        for step in range(self.first, self.last):
-            start = step * whole + self.rank * self.size
-            yield [self.sample(i) for i in range(start, start + self.size)]
-
-    def sample(self, position: int) -> int:
-        epoch, place = divmod(position, self.n)
-        if epoch != getattr(self, "epoch", None):
-            self.epoch = epoch
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self.order = torch.randperm(self.n, generator=generator).tolist()
-        return self.order[place]
+        for step in range(self.first, self.order.steps):
+            yield sum(self.order.share(step, self.rank, self.world, self.micro), [])
 
 
 class StudentModule(pl.LightningModule):
@@ -155,10 +215,15 @@ class StudentModule(pl.LightningModule):
 
     strict_loading = False
 
-    def __init__(self, config: Config, student: Student, objective: Objective):
+    def __init__(
+        self, config: Config, student: Student, objective: Objective, watch: Watch, monitor: Monitor
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.config, self.model, self.objective = config, student.model, objective
+        self.watch, self.monitor = watch, monitor
+        self.pad = student.processor.tokenizer.pad_token_id
+        self.sums: dict[str, torch.Tensor] = {}
         self.weights = {n for n, p in self.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Any:
@@ -177,20 +242,40 @@ class StudentModule(pl.LightningModule):
     def training_step(self, batches: list[dict[str, Any]], index: int) -> None:
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        torch.manual_seed(hash((self.config.train.seed, self.global_step, self.global_rank)) % 2**63)
+        train, step, strategy = self.config.train, self.global_step, self.trainer.strategy
+        torch.manual_seed(hash((train.seed, step, self.global_rank)) % 2**63)
+        self.watch.begin()
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum()
-        count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        count = strategy.reduce(count, reduce_op="sum")
         optimizer.zero_grad()
-        losses = []
         for batch in batches:
-            loss, _ = self.objective(self.model, batch, count=count)
+            loss, terms = self.objective(self.model, batch, count=count)
+            self.watch.saw(batch, loss, count)
             self.manual_backward(loss * self.trainer.world_size)  # DDP averages over processes
-            losses.append(loss.detach())
-        self.clip_gradients(optimizer, self.config.train.max_grad_norm, "norm")
+            terms |= {"loss": loss.detach(), "read": (batch["input_ids"] != self.pad).sum()}
+            self.sums = {name: self.sums.get(name, 0) + value for name, value in terms.items()}
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), train.max_grad_norm)
+        if not self.watch.passes(step, norm):
+            optimizer.zero_grad()  # to None: the optimizer passes over such weights
         optimizer.step()
+        rate = schedule.get_last_lr()[0]
         schedule.step()
-        loss = self.trainer.strategy.reduce(torch.stack(losses).sum(), reduce_op="sum")
-        self.log("loss", loss, prog_bar=True, rank_zero_only=True)
+        if (step + 1) % train.log_every == 0 or step + 1 == train.steps:
+            self.report(step + 1, norm.item(), rate)
+
+    def report(self, done: int, norm: float, rate: float) -> None:
+        """Log what has happened since the last time, over all processes."""
+        total = self.trainer.strategy.reduce(
+            torch.stack([v.float() for v in self.sums.values()]), reduce_op="sum"
+        )
+        sums = dict(zip(self.sums, total.tolist(), strict=True))
+        self.sums = {}
+        steps = done - self.monitor.last
+        logs = {"loss": sums["loss"] / steps, "grad_norm": norm, "learning_rate": rate}
+        logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+        logs |= self.monitor.rates(done, sums["read"])
+        self.log_dict(logs, rank_zero_only=True)
+        self.monitor.log(done, logs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in self.weights}

@@ -1,0 +1,162 @@
+"""Which prompts a profile runs over, as batches whose samples share the place of their images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latefusion.data.collate import Collator
+from latefusion.models.vision import vision_token_ids
+from latefusion.training.objective import label_columns
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their answers, padded on the right.
+
+    Attributes:
+        names: of the samples.
+        inputs: of the model; images as `mm_encoder_outputs`, so that no forward encodes them again.
+        labels: int64 `[B, T]`, the answer's tokens, -100 elsewhere; queries: int64 `[B, Q]`, the token before it.
+        vision: bool `[B, T]`.
+    """
+
+    names: tuple[str, ...]
+    inputs: dict[str, Any]
+    labels: Tensor
+    queries: Tensor
+    vision: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    @property
+    def columns(self) -> Tensor:
+        """Positions that predict an answer token in any sample, int64 `[R]`."""
+        return label_columns(self.labels)
+
+    @property
+    def real(self) -> Tensor:
+        """Bool `[B, T]`, false for padding."""
+        return self.inputs["attention_mask"].bool()
+
+    @property
+    def counts(self) -> tuple[float, float]:
+        """Text and vision tokens of a sample, on average, answers included."""
+        n_vision = self.vision.sum().item()
+        return (self.real.sum().item() - n_vision) / self.size, n_vision / self.size
+
+    def fresh(self) -> dict[str, Any]:
+        """The inputs, for a forward that may write into `mm_encoder_outputs`."""
+        return {**self.inputs, "mm_encoder_outputs": dict(self.inputs["mm_encoder_outputs"])}
+
+    def head(self, cut: int) -> dict[str, Any]:
+        """The inputs of the first `cut` tokens."""
+        shape = self.labels.shape
+        return {
+            name: value[:, :cut] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+            for name, value in self.fresh().items()
+        }
+
+    def rest(self, cut: int) -> dict[str, Any]:
+        """The inputs of what follows on the head's cache: text alone."""
+        found = {
+            name: value[:, cut:]
+            for name, value in self.inputs.items()
+            if isinstance(value, Tensor) and value.shape[:2] == self.labels.shape
+        }
+        return {**found, "attention_mask": self.inputs["attention_mask"]}
+
+
+def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` with `pixel_values` replaced by what the vision tower and projector make of them."""
+    encoder = model.base_model.get_image_features
+    names = [name for name in inspect.signature(encoder).parameters if name in inputs]
+    with torch.no_grad():
+        features = encoder(**{name: inputs[name] for name in names}, return_dict=True)
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": features}}
+
+
+def collated(
+    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Batch:
+    """A batch of samples, on the model's device, images encoded."""
+    inputs: dict[str, Any] = dict(collator(samples))
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
+    labels, queries = inputs.pop("labels"), inputs.pop("queries")
+    tokens = torch.tensor(sorted(set(vision_token_ids(model.base_model.config).values())))
+    vision = torch.isin(inputs["input_ids"], tokens.to(model.device)) & inputs["attention_mask"].bool()
+    return Batch(tuple(names), encoded(model, inputs), labels, queries, vision)
+
+
+def batches(
+    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], size: int
+) -> list[tuple[tuple[int, ...], Callable[[], Batch]]]:
+    """The samples' numbers, at most `size` a batch, and what makes the batch.
+
+    Samples whose images stand at the same places share a batch (`causal.Continued` runs on such), like lengths
+    together.
+    """
+    vision_ids = set(vision_token_ids(model.base_model.config).values())
+    keys: list[tuple[tuple[int, ...], int]] = []
+    for sample in samples:
+        ids = collator([sample])["input_ids"][0].tolist()
+        keys.append((tuple(i for i, token in enumerate(ids) if token in vision_ids), len(ids)))
+    order = sorted(range(len(samples)), key=lambda i: (keys[i], i))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and keys[groups[-1][0]][0] == keys[i][0] and len(groups[-1]) < size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+
+    def maker(group: list[int]) -> Callable[[], Batch]:
+        return lambda: collated(
+            model, collator, [samples[i] for i in group], [str(samples[i].get("id", i)) for i in group]
+        )
+
+    return [(tuple(group), maker(group)) for group in groups]
+
+
+def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation up to its first answer, or all of it if there is none."""
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            return list(messages[: turn + 1])
+    return list(messages)
+
+
+def distinct_images(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
+
+    Raises:
+        ValueError: no row has an image.
+    """
+    found: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    for i in range(len(rows)):
+        row = rows[i]
+        if not row["images"] or ("scene" in row and row["scene"] in seen):
+            continue
+        seen.add(row.get("scene"))
+        found.append({**row, "messages": first_exchange(row["messages"])})
+        if len(found) == n:
+            break
+    if not found:
+        raise ValueError("the data has no sample with an image; name data with images.")
+    return found
+
+
+def stop_tokens(model: Any, processor: Any) -> list[str]:
+    """The tokens at which the model's `generate` stops, as the collator wants them."""
+    stop = model.generation_config.eos_token_id
+    return processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop)

@@ -1,0 +1,205 @@
+"""Calibrated entry: the affine map from what the projector makes to the dense model's states at layer `enter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latefusion.models.attach import Attachment
+from latefusion.models.entry import ENTRY, CalibratedEntry, entry_of
+from latefusion.models.schedule import VisionSchedule
+
+RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted entry.
+
+    Attributes:
+        entry: the map.
+        explained: share of the variance of the dense states (around their mean at each place) that it explains in the
+            images it was fitted on.
+        tokens: vision tokens it was fitted on.
+    """
+
+    entry: CalibratedEntry
+    explained: float
+    tokens: int
+
+
+@torch.no_grad()
+def fit_entry(
+    attachment: Attachment,
+    batches: Iterable[tuple[dict[str, Any], Tensor]],
+    enter: int,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Ridge regression from the rows that enter at layer `enter` to what the dense model has there, in closed form.
+
+    Runs the layers before `enter` alone. Each place in the image has its own bias if all images have equally many
+    tokens; else there is one bias.
+
+    Args:
+        attachment: of a model without an entry adapter.
+        batches: inputs of the model and their vision tokens, bool `[B, T]`.
+        enter: at least 1.
+
+    Raises:
+        ValueError: there are fewer vision tokens than the map has inputs.
+    """
+    model = attachment.model
+    if entry_of(model) is not None:
+        raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
+    pairs: list[_Sums] = []
+    for inputs, vision in batches:
+        given, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
+        wanted = _dense_states(attachment, inputs, vision, enter)  # [N, D]
+        sizes = set(vision.sum(1).tolist())
+        pairs.append(_Sums.of(given, wanted, order, sizes))
+        if len(pairs) == 2:
+            pairs = [pairs[0].plus(pairs[1])]
+        advance()
+    if not pairs:
+        raise ValueError("calibration needs at least one image; give it some.")
+    return pairs[0].solve()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over tokens, float64: all that the regression needs, whatever the number of images."""
+
+    sizes: frozenset[int]  # vision tokens of a sample
+    xx: Tensor  # [D, D]
+    xy: Tensor  # [D, D]
+    yy: Tensor  # []
+    x: Tensor  # [places, D]
+    y: Tensor  # [places, D]
+    n: Tensor  # [places]
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, order: Tensor, sizes: Iterable[int]) -> _Sums:
+        x, y = x.double(), y.double()
+        places = int(order.max()) + 1
+        zero = x.new_zeros(places, x.shape[1])
+        return cls(
+            frozenset(sizes),
+            x.T @ x,
+            x.T @ y,
+            y.square().sum(),
+            zero.index_add(0, order, x),
+            zero.index_add(0, order, y),
+            order.bincount(minlength=places).double(),
+        )
+
+    def plus(self, other: _Sums) -> _Sums:
+        places = max(len(self.n), len(other.n))
+
+        def add(a: Tensor, b: Tensor) -> Tensor:
+            wide = a.new_zeros(places, *a.shape[1:])
+            wide[: len(a)] += a
+            wide[: len(b)] += b
+            return wide
+
+        return _Sums(
+            self.sizes | other.sizes,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+            add(self.x, other.x),
+            add(self.y, other.y),
+            add(self.n, other.n),
+        )
+
+    def solve(self) -> Calibration:
+        x, y, n = self.x, self.y, self.n
+        if len(self.sizes) > 1:  # a place means nothing where images differ in size
+            x, y, n = x.sum(0, keepdim=True), y.sum(0, keepdim=True), n.sum(0, keepdim=True)
+        tokens, width = int(n.sum()), x.shape[1]
+        if tokens <= width + len(n):
+            raise ValueError(
+                f"{tokens} vision tokens cannot fit a map of {width} inputs and {len(n)} biases; calibrate on more images."
+            )
+        mean_x, mean_y = x / n[:, None], y / n[:, None]
+        xx = self.xx - x.T @ mean_x
+        xy = self.xy - x.T @ mean_y
+        ridge = RIDGE * xx.diagonal().mean()
+        weight = torch.linalg.solve(xx + ridge * torch.eye(width, dtype=xx.dtype, device=xx.device), xy)
+        total = self.yy - (y * mean_y).sum()
+        left = total - 2 * (weight * xy).sum() + (weight * (xx @ weight)).sum()
+        with weight.device:
+            entry = CalibratedEntry(hidden_size=width, places=len(n))
+        entry.weight.copy_(weight)
+        entry.bias.copy_(mean_y - mean_x @ weight)
+        return Calibration(entry, float(1 - left / total), tokens)
+
+
+class _Enough(Exception):
+    """Ends a forward whose further layers nobody needs."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for an entry adapter, and keeps what it is given."""
+
+    seen: tuple[Tensor, Tensor]
+
+    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+        self.seen = hidden_states, order
+        raise _Enough
+
+
+def _entering(
+    attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int
+) -> tuple[Tensor, Tensor]:
+    """Rows `[N, D]` that an entry adapter would get, and which of their sample's vision tokens they are `[N]`."""
+    recorder = _Recorder()
+    with installed(attachment.model, recorder):
+        _run(attachment, inputs, VisionSchedule(enter=enter))
+    rows, order = recorder.seen  # [B, n, D], [B, n], padded on the left
+    n = rows.shape[1]
+    valid = torch.arange(n, device=rows.device) >= n - vision.sum(1, keepdim=True)  # [B, n]
+    return rows[valid], order[valid]
+
+
+def _dense_states(attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int) -> Tensor:
+    """The dense model's input of layer `enter` at its vision tokens, `[N, D]`."""
+    found: list[Tensor] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0][vision])
+        raise _Enough
+
+    handle = attachment.layers[enter].register_forward_pre_hook(look)
+    try:
+        _run(attachment, inputs, VisionSchedule())
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _run(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedule) -> None:
+    if "mm_encoder_outputs" in inputs:
+        inputs = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+    try:
+        with attachment.using(schedule):
+            attachment.model(**inputs, use_cache=False, logits_to_keep=1)
+    except _Enough:
+        return
+    raise ValueError(f"no vision token reached layer {schedule.enter}; calibrate on samples with images.")
+
+
+@contextmanager
+def installed(model: PreTrainedModel, entry: nn.Module) -> Iterator[None]:
+    """The model with `entry` as its entry adapter."""
+    model.add_module(ENTRY, entry)
+    try:
+        yield
+    finally:
+        del model._modules[ENTRY]

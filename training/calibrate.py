@@ -1,0 +1,58 @@
+"""`entry.init=calibrated`: the entry adapter's starting point, fitted before training or read from a profile."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from latefusion.data.collate import Collator
+from latefusion.eval.profiling.samples import batches, distinct_images, stop_tokens
+from latefusion.models.attach import attach
+from latefusion.models.calibration import fit_entry
+from latefusion.models.entry import CalibratedEntry
+from latefusion.models.schedule import VisionSchedule
+from latefusion.training.config import Config, EntryInit
+
+IMAGES_AT_ONCE = 32
+
+
+def calibrated_entry(
+    config: Config, model: PreTrainedModel, processor: ProcessorMixin, dataset: Any
+) -> CalibratedEntry | None:
+    """The map that `entry.init` asks for, or None; fitted on images of the training set, the same in every process.
+
+    Raises:
+        ValueError: the data has too few images, or weights are sharded, so that nothing can be fitted here.
+    """
+    enter = config.schedule.enter
+    if config.entry.init is not EntryInit.calibrated or enter == 0:
+        return None
+    stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
+    if stage == 3:
+        raise ValueError(
+            "entry.init=calibrated cannot run the model before ZeRO-3 has it: use ZeRO-2, or entry.init=identity."
+        )
+    collator = Collator(
+        processor=processor,
+        vision_ids=[model.config.image_token_id],
+        stop=stop_tokens(model, processor),
+    )
+    chosen = distinct_images(dataset, config.entry.images)
+    with attach(model, VisionSchedule()) as attachment:
+        found = fit_entry(
+            attachment,
+            (
+                (batch.inputs, batch.vision)
+                for batch in (make() for _, make in batches(model, collator, chosen, IMAGES_AT_ONCE))
+            ),
+            enter,
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"Entry calibrated on {len(chosen)} images: explains {found.explained:.1%} of what the dense model's vision "
+            f"tokens are at layer {enter}.",
+            flush=True,
+        )
+    return found.entry

@@ -1,0 +1,196 @@
+"""Checkpoints that are whole or not there: written aside, sealed with a list of their files, renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STAGING = ".saving"
+SEAL = "files.json"
+
+
+class CannotSave(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+def folder_of(output_dir: str | Path, step: int) -> Path:
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Those of a run, the oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
+
+
+@contextmanager
+def writing(
+    output_dir: str | Path, step: int, *, samples: int, keep: int, main: bool, barrier: Callable[[], None]
+) -> Iterator[Path]:
+    """Write the checkpoint of a step inside; it takes its place when all processes have left.
+
+    A run that dies at any moment leaves the checkpoints before it as they were.
+
+    Args:
+        samples: that a step takes; a run that resumes must take as many.
+        keep: this many newest checkpoints stay.
+        main: this process renames and removes; the others only write into the folder.
+        barrier: waits for all processes.
+
+    Yields:
+        The folder to write into, on a file system that all processes share.
+
+    Raises:
+        CannotSave: the disk is full, the folder is not writable, ...
+    """
+    with _aside(output_dir, f"checkpoint-{step}", main=main, barrier=barrier) as folder:
+        yield folder
+        barrier()
+        if main:
+            seal(folder, step, samples)
+            replace(folder, folder_of(output_dir, step))
+            for old in checkpoints(output_dir)[:-keep]:
+                shutil.rmtree(old)
+
+
+@contextmanager
+def writing_result(output_dir: str | Path, *, main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """Write the trained student inside; its files take their places in `output_dir` one by one.
+
+    Raises:
+        CannotSave: the disk is full, the folder is not writable, ...
+    """
+    with _aside(output_dir, "result", main=main, barrier=barrier) as folder:
+        yield folder
+        barrier()
+        if main:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                target = Path(output_dir) / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+
+
+@contextmanager
+def _aside(output_dir: str | Path, name: str, *, main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    staging = Path(output_dir) / STAGING
+    try:
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
+        barrier()
+        yield staging / name
+        if main:
+            shutil.rmtree(staging)
+        barrier()
+    except Exception as error:  # OSError, RuntimeError of torch.save, SafetensorError, ...
+        shutil.rmtree(staging, ignore_errors=True)  # it may be what fills the disk
+        last = checkpoints(output_dir)
+        rest = f"go on from {last[-1].name} with resume=true" if last else "start again"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CannotSave(
+            f"{name} could not be written to {output_dir} ({reason}); mend that, then {rest}."
+        ) from error
+
+
+def seal(folder: Path, step: int, samples: int) -> None:
+    """List the folder's files with sizes and SHA-256 in it, and have all of it on the disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+    with (folder / SEAL).open("w") as file:
+        json.dump({"step": step, "samples_a_step": samples, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, in the place of one that may be there."""
+    if target.exists():
+        target.rename(folder.with_name("replaced"))
+    folder.rename(target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None: it is as it was written."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"has no readable {SEAL}"
+    for name, wanted in sealed.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"lacks {name}"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"holds {path.stat().st_size} of the {wanted['bytes']} bytes of {name}"
+        if digest(path) != wanted["sha256"]:
+            return f"holds a changed {name}"
+    return None
+
+
+def find(output_dir: str | Path, resume: bool | int, *, samples: int) -> Path:
+    """The checkpoint to go on from: the newest (`resume=True`) or that of a step; it is whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of a run with another number of samples a step.
+    """
+    found = checkpoints(output_dir)
+    if not found:
+        raise FileNotFoundError(
+            f"resume={_yaml(resume)} finds no checkpoint in {output_dir}; start the run without it."
+        )
+    checkpoint = found[-1] if resume is True else folder_of(output_dir, resume)
+    if checkpoint not in found:
+        steps = ", ".join(str(step_of(p)) for p in found)
+        raise FileNotFoundError(
+            f"resume={resume} finds no {checkpoint.name} in {output_dir}; there are steps {steps}."
+        )
+    what = damage(checkpoint)
+    if what is not None:
+        before = [p for p in found if step_of(p) < step_of(checkpoint) and damage(p) is None]
+        offer = (
+            f"the one before is whole: resume={step_of(before[-1])}"
+            if before
+            else "none before it is whole: start again with overwrite=true"
+        )
+        raise ValueError(f"{checkpoint} is damaged: it {what}; {offer}.")
+    trained = json.loads((checkpoint / SEAL).read_text())["samples_a_step"]
+    if trained != samples:
+        raise ValueError(
+            f"{checkpoint} was trained on {trained} samples a step, but this run would take {samples}; choose "
+            f"train.batch_size and train.accumulation so that times processes they give {trained}."
+        )
+    return checkpoint
+
+
+def discard_after(output_dir: str | Path, step: int) -> None:
+    """Remove the checkpoints of later steps, and what a killed run left half written."""
+    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+    for checkpoint in checkpoints(output_dir):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def _yaml(value: bool | int) -> str:
+    return str(value).lower()

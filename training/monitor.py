@@ -1,0 +1,191 @@
+"""What a run says while it runs: the console, and `metrics.jsonl`, whoever runs the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+METRICS = "metrics.jsonl"
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+REFRESH = 0.5  # seconds
+# dense bfloat16 peak in FLOP/s, from the vendors' data sheets (SXM where there are several)
+PEAK = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def trackers(names: list[str], *, main: bool) -> list[str]:
+    """Those of the asked-for trackers that are installed; TensorBoard, the default, may be missing.
+
+    Raises:
+        ValueError: another one is unknown, or not installed.
+    """
+    found = []
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
+        if any(map(find_spec, TRACKERS[name])):
+            found.append(name)
+        elif name != "tensorboard":
+            raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
+        elif main:
+            print(
+                f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers."
+            )
+    return found
+
+
+class Monitor:
+    """Rates, the progress line and `metrics.jsonl` of one run, on its first process.
+
+    Args:
+        folder: of the run.
+        name: shown before the bar.
+        steps: of the whole run.
+        first: steps that an earlier run has done; what it logged of later ones is removed.
+        samples: that a step takes, over all processes.
+        flops: of one sample's training step, for the share of a GPU's peak (MFU).
+        main: this process shows and writes; the others only count.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, name: str, steps: int, first: int, samples: int, flops: float, main: bool
+    ):
+        self.steps, self.first, self.samples, self.flops, self.main = steps, first, samples, flops, main
+        self.last, self.since = first, time.perf_counter()
+        self.begun = self.since
+        self.shown = 0.0
+        self.bar: Progress | None = None
+        self.path = Path(folder) / METRICS
+        if not main:
+            return
+        kept = []
+        if first and self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+            self.bar.start()
+            self.task = self.bar.add_task(name, total=steps, completed=first, text=f"{first}/{steps}")
+
+    def step(self, done: int) -> None:
+        """The bar, now and then, between two logs."""
+        if self.bar is not None and time.perf_counter() - self.shown > REFRESH:
+            self.shown = time.perf_counter()
+            self.bar.update(self.task, completed=done)
+            self.bar.refresh()
+
+    def rates(self, done: int, tokens: float) -> dict[str, float]:
+        """Speed since the last call, memory, and the seconds left.
+
+        Args:
+            done: steps.
+            tokens: real (not padding) tokens since the last call, over all processes.
+        """
+        now = time.perf_counter()
+        seconds, steps = max(now - self.since, 1e-9), done - self.last
+        self.since, self.last = now, done
+        rates = {
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": steps * self.samples / seconds,
+            "memory_gb": memory() / 1e9,
+            "eta_seconds": (now - self.begun) / max(1, done - self.first) * (self.steps - done),
+        }
+        peak = peak_flops()
+        if peak is not None:
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            rates["mfu"] = rates["samples_per_second"] * self.flops / (peak * world)
+        return {key: _significant(value) for key, value in rates.items()}
+
+    def log(self, done: int, values: dict[str, Any]) -> None:
+        """A line of `metrics.jsonl` and of the console."""
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": done, "time": round(time.time(), 3), **values}) + "\n")
+        if "loss" not in values:
+            return
+        text = line(done, self.steps, values)
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.update(self.task, completed=done, text=text)
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def line(done: int, steps: int, values: dict[str, float]) -> str:
+    """One log entry as a person reads it."""
+    parts = [f"{done:>{len(str(steps))}}/{steps}", f"loss {values['loss']:.4f}"]
+    parts += [f"{name} {values[name]:.4f}" for name in ("ce", "kl") if values.get(name)]
+    if "tokens_per_second" in values:
+        parts += [
+            f"{_short(values['tokens_per_second'])} tokens/s",
+            f"{_short(values['samples_per_second'])} samples/s",
+            f"{values['memory_gb']:.1f} GB",
+        ]
+        parts += [f"MFU {values['mfu']:.0%}"] if "mfu" in values else []
+        parts.append(f"{_clock(values['eta_seconds'])} left")
+    return "  ".join(parts)
+
+
+def memory() -> int:
+    """Most bytes held so far: by tensors on the GPU, or by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops() -> float | None:
+    """Of this GPU in bfloat16; None: not a GPU that is known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK.items() if key in name), None)
+
+
+def _step(entry: str) -> int:
+    try:
+        return json.loads(entry)["step"]
+    except (ValueError, KeyError):  # cut off by a kill
+        return sys.maxsize
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

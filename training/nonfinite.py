@@ -1,0 +1,157 @@
+"""A loss or gradient that is not a number: stop before it is learnt, and save what is needed to see it again.
+
+python -m latefusion.training.nonfinite outputs/late_fusion/nonfinite-step-41-rank-0
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from latefusion.models.build import Student
+from latefusion.training.config import Config, read
+from latefusion.training.order import Order
+
+BATCHES = "batches.pt"
+WEIGHTS = "weights.pt"
+ROWS = "rows.json"
+MOST_SKIPS = 10  # in a row; then the weights are at fault, not the samples
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient of a step is not finite; the message names step, samples and reproduction."""
+
+
+class Watch:
+    """Looks at every step before the optimizer does.
+
+    The norm of the gradients is that of all processes, so all of them see the same and stop, or skip, together;
+    those whose own samples did it write the reproduction.
+
+    Args:
+        folder: of the run, with its `config.yaml`.
+        dataset, order: to name the samples.
+        rank, world, micro: this process, how many there are, samples in a micro-batch.
+        skip: leave such a step out instead of stopping, up to `MOST_SKIPS` in a row.
+        student: whose trainable weights belong to the reproduction; None: they are in shards.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dataset: Any,
+        order: Order,
+        rank: int,
+        world: int,
+        micro: int,
+        skip: bool,
+        student: Student | None,
+    ):
+        self.folder, self.dataset, self.order = Path(folder), dataset, order
+        self.rank, self.world, self.micro = rank, world, micro
+        self.skip, self.student = skip, student
+        self.skipped = self._in_a_row = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a step."""
+        self._random = torch.get_rng_state()
+        self._losses: list[Tensor] = []
+        self._batches: list[dict[str, Any]] = []
+        self._count: Tensor | int = 1
+
+    def saw(self, batch: dict[str, Any], loss: Tensor, count: Tensor | int) -> None:
+        """A micro-batch, its share of the loss, and the label tokens of the whole step."""
+        self._batches.append(batch)
+        self._losses.append(loss.detach())
+        self._count = count
+
+    def passes(self, step: int, norm: Tensor | float | None) -> bool:
+        """Whether step `step` (from 0) may be taken, given the norm of its gradients over all processes.
+
+        Raises:
+            NonFinite: it may not, and is not to be skipped.
+        """
+        if norm is None or math.isfinite(float(norm)):
+            self._in_a_row = 0
+            return True
+        losses = [float(loss) for loss in self._losses]
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        found = ""
+        if bad or self.rank == 0:
+            found = self._reproduction(step, losses, float(norm))
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.skip and self._in_a_row <= MOST_SKIPS:
+            if found:
+                print(f"step {step + 1} skipped: {found}", flush=True)
+            return False
+        why = f" ({MOST_SKIPS} steps in a row were skipped)" if self.skip else ""
+        raise NonFinite(
+            f"step {step + 1} is not finite{why}: {found or 'see the message of another process'}; lower "
+            "train.learning_rate or mend the samples, then go on with resume=true."
+        )
+
+    def _reproduction(self, step: int, losses: list[float], norm: float) -> str:
+        shares = self.order.share(step, self.rank, self.world, self.micro)
+        batches = [
+            {"loss": loss, "rows": [{"index": i, "id": self._id(i)} for i in share]}
+            for loss, share in zip(losses, shares, strict=True)
+        ]
+        bad = [b for b in batches if not math.isfinite(b["loss"])] or batches
+        folder = self.folder / f"nonfinite-step-{step + 1}-rank-{self.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"step": step + 1, "rank": self.rank, "grad_norm": str(norm), "count": int(self._count)}
+        text = json.dumps({**told, "batches": [{**b, "loss": str(b["loss"])} for b in batches]}, indent=1)
+        (folder / ROWS).write_text(text + "\n")
+        inputs = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in b.items()} for b in self._batches]
+        torch.save({"batches": inputs, "random": self._random}, folder / BATCHES)
+        if self.student is not None:
+            torch.save(get_peft_model_state_dict(self.student.model), folder / WEIGHTS)
+        names = [str(row["id"]) for b in bad for row in b["rows"]]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"loss {bad[0]['loss']}, gradient norm {norm}, samples {shown}, saved in {folder}"
+
+    def _id(self, index: int) -> Any:
+        return self.dataset[index].get("id", index)
+
+
+def replay(folder: str | Path) -> Sequence[float]:
+    """Compute a saved step's micro-batches again, on one process: their shares of the loss.
+
+    Raises:
+        FileNotFoundError: the folder holds no reproduction.
+    """
+    from latefusion.training import run  # which starts the engines, which import this
+
+    path = Path(folder)
+    if not (path / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"no reproduction with weights in {folder}; name a nonfinite-step-... folder."
+        )
+    schema = OmegaConf.structured(Config)
+    config = read(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
+    student = run.student_of(config)
+    set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
+    objective = run.objective_of(config, student)
+    saved = torch.load(path / BATCHES, weights_only=True)
+    count = json.loads((path / ROWS).read_text())["count"]
+    student.model.train()
+    torch.set_rng_state(saved["random"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.dtype_of(config) is torch.bfloat16):
+        return [objective(student.model, batch, count=count)[0].item() for batch in saved["batches"]]
+
+
+if __name__ == "__main__":
+    for loss in replay(sys.argv[1]):
+        print(loss)

@@ -1,0 +1,114 @@
+"""Which samples a step takes: a function of the seed and the step alone, whatever runs the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from latefusion.data.guard import Checked
+from latefusion.data.mixing import Stream
+from latefusion.training.config import Group, TrainConfig
+
+POOL = 50  # steps whose samples are sorted by length together
+
+
+class Order(Sampler[int]):
+    """Sample indices of a whole run: epochs, each shuffled anew, one after another without a seam.
+
+    A step takes the next `size` positions. It may reach over the end of an epoch, so every step has all its samples,
+    and no process is handed some a second time to fill a batch: the loss does not depend on how a step is divided
+    among processes and accumulation. Nor is there state to save: a resumed run counts on from its step.
+
+    Args:
+        n: samples in the data set.
+        steps: of the run.
+        size: samples a step takes, over accumulation and processes.
+        seed: of the shuffling; epoch `e` is shuffled by `seed + e`.
+        lengths: of the samples, if a step is to take samples of like length (less padding); None: any.
+        kinds: of the samples, if a step is to take samples of one kind; None: any.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        steps: int,
+        size: int,
+        seed: int,
+        lengths: Sequence[Any] | None = None,
+        kinds: Sequence[bool] | None = None,
+    ):
+        self.n, self.steps, self.size, self.seed = n, steps, size, seed
+        self.lengths, self.kinds = lengths, kinds
+        self._epoch: int | None = None
+        self._shuffled: list[int] = []
+
+    def __len__(self) -> int:
+        return self.steps * self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.at, range(len(self)))
+
+    def at(self, position: int) -> int:
+        """The sample that stands at this position of the run."""
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            shuffled = torch.randperm(self.n, generator=generator).tolist()
+            if self.lengths is not None:
+                shuffled = self._grouped(shuffled, -epoch * self.n % self.size, generator)
+            self._epoch, self._shuffled = epoch, shuffled
+        return self._shuffled[place]
+
+    def _grouped(self, shuffled: list[int], head: int, generator: torch.Generator) -> list[int]:
+        """Stretches of `POOL` steps sorted by length, their steps shuffled again.
+
+        Args:
+            head: samples that the epoch's first step still takes, having begun in the epoch before.
+        """
+        assert self.lengths is not None
+        body, stretch = shuffled[head:], POOL * self.size
+        kinds = (
+            [body] if self.kinds is None else [[i for i in body if self.kinds[i] == k] for k in (True, False)]
+        )
+        steps = []
+        for members in kinds:
+            for start in range(0, len(members), stretch):
+                alike = sorted(members[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
+                steps += [alike[i : i + self.size] for i in range(0, len(alike), self.size)]
+        last = [i for step in steps if len(step) < self.size for i in step]
+        full = [step for step in steps if len(step) == self.size]
+        mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return shuffled[:head] + [i for step in mixed for i in step] + last
+
+    def share(self, step: int, rank: int, world: int, micro: int) -> list[list[int]]:
+        """What one process takes in one step: its micro-batches of `micro` samples.
+
+        Micro-batches are dealt to the processes in turn, as accelerate does.
+        """
+        start = step * self.size
+        return [
+            [self.at(start + i + j) for j in range(micro)]
+            for i in range(rank * micro, self.size, micro * world)
+        ]
+
+    def epoch(self, step: int) -> float:
+        """Epochs behind the run after so many steps."""
+        return step * self.size / self.n
+
+
+def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:
+    """The order of a run on `dataset`, by `world` processes; of a stream, which has its own, only the sizes hold."""
+    size = train.batch_size * train.accumulation * world
+    if isinstance(dataset, Stream):
+        return Order(1, steps=train.steps, size=size, seed=train.seed)
+    lengths = kinds = None
+    if isinstance(dataset, Checked) and dataset.group is not Group.none:
+        sizes = dataset.rows.sizes()
+        lengths = [(images, characters) for characters, images in sizes]  # images outweigh text
+        if dataset.group is Group.modality:
+            kinds = [images > 0 for _, images in sizes]
+    return Order(len(dataset), steps=train.steps, size=size, seed=train.seed, lengths=lengths, kinds=kinds)
