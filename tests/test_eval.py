@@ -87,9 +87,9 @@ def test_flops_and_vision_tokens_equal_the_count_by_hand(run, naive, key):
     found = run[1]["systems"][key]
     lengths = [n_text for _, n_text in naive[key]]
     assert found["vision_tokens"]["per_layer"] == TOKENS[key]
-    ranked = {"pruned": TOKENS[key][1], "student": TOKENS[key][1]}.get(key)  # by layer 1, for the keep of layer 2
-    entry = 2 * 16 * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2, 16 tokens
-    chosen = [0 if ranked is None else 2 * n * (n + ranked) * WIDTH for n in lengths]  # text rows, all keys
+    looked = {"dense": 0, "pruned": 2, "student": 1}[key]  # layers from enter up to the keep of layer 2
+    chosen = [looked * 2 * n * (n + VISION) * WIDTH for n in lengths]  # scores of the text's rows, all keys
+    entry = 2 * VISION * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2
     rows = zip(lengths, chosen, strict=True)
     wanted = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
     assert found["flops"]["mean"] == pytest.approx(wanted)
