@@ -7,7 +7,7 @@ import evaluated
 import numpy as np
 import pytest
 import torch
-from evaluated import HEADS, MLP, SYSTEMS, WIDTH, tiny_model
+from evaluated import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
 from transformers import DynamicCache
 
 from latefusion.data.scenes import load_scenes
