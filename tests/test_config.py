@@ -9,7 +9,6 @@ from tiny import composed, configured
 
 from latefusion.training import run
 from latefusion.training.config import RECIPES, explain, read
-from latefusion.training.engines import accelerate
 
 TRAIN = Path(run.__file__).with_name("train.py")
 
@@ -74,7 +73,7 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
 )
 def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        run.check(configured(*overrides), accelerate)
+        run.check(configured(*overrides))
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
@@ -83,9 +82,10 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds a run already; continue it with resume=true, replace it with"
     ):
-        run.check(configured(here), accelerate)
-    run.check(configured(here, "overwrite=true"), accelerate)
-    run.check(configured(here, "resume=true"), accelerate)
+        run.check(configured(here))
+    run.check(configured(here, "overwrite=true"))
+    with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
+        run.check(configured(here, "resume=true"))
 
 
 def test_the_late_fusion_recipe_takes_the_model_s_schedule_and_a_command_line_wins():

@@ -1,33 +1,22 @@
 """Two processes on a CPU: the losses are those of one, under DDP, ZeRO-2 and ZeRO-3, and Lightning."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import TRAIN, launch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import BAND, SMALL, save_tiny_base
+from tiny import save_tiny_base
 
 from latefusion.models.build import load_student
-from latefusion.training import run
 
 pytestmark = pytest.mark.slow
-TRAIN = Path(run.__file__).with_name("train.py")
 LOSS = 1e-4  # float32; measured: 2e-7
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
-    "accelerate": [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
-        "--main_process_port={port}",
-    ],
-    "alone": [sys.executable],
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +24,16 @@ def base(tmp_path_factory):
     return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
-    """Run the entry point in new processes, as a user does; what it printed."""
-    port = str(free_port())
-    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
-    fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
-    command = [
-        *(part.format(port=port) for part in LAUNCHERS[launcher]),
-        *(
-            str(TRAIN),
-            *quick,
-            *fixed,
-            *SMALL,
-            *BAND,
-            f"model.path={base}",
-            f"output_dir={output}",
-            *overrides,
-        ),
-    ]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def losses(output: Path) -> list[float]:
     state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def metrics(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [
+        entry[name] for entry in map(json.loads, lines) if "loss" in entry for name in ("loss", "ce", "kl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +56,15 @@ def test_two_processes_train_as_one(base, alone, tmp_path, launcher):
     assert "4 x 1 samples in 2 process(es)" in printed and printed.count("Trained in") == 1
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=LOSS)
     assert_same_student(tmp_path, alone)
+
+
+def test_a_batch_may_be_divided_among_processes_and_accumulation(base, alone, tmp_path):
+    """8 = 2 x accumulation 4 = 2 processes x 2 x accumulation 2, with an epoch that ends inside the second step."""
+    for launcher, accumulation in (("alone", 4), ("torchrun", 2)):
+        output = tmp_path / launcher
+        launch(launcher, base, output, "train.batch_size=2", f"train.accumulation={accumulation}")
+        assert losses(output) == pytest.approx(losses(alone), rel=LOSS)
+        assert_same_student(output, alone)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +104,13 @@ def said(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def test_lightning_ddp_trains_as_lightning_alone(base, tmp_path):
+def test_lightning_ddp_trains_as_lightning_alone(base, alone, tmp_path):
     for launcher, size in (("alone", 8), ("torchrun", 4)):
         printed = launch(launcher, base, tmp_path / launcher, "engine=lightning", f"train.batch_size={size}")
         assert f"samples in {8 // size} process(es)" in printed
     assert_same_student(tmp_path / "torchrun", tmp_path / "alone")
+    assert metrics(tmp_path / "torchrun") == pytest.approx(metrics(tmp_path / "alone"), rel=LOSS)
+    assert_same_student(tmp_path / "alone", alone)  # the other engine's
 
 
 def test_the_whole_line_as_the_readme_types_it(tmp_path):
@@ -154,6 +130,6 @@ def test_the_whole_line_as_the_readme_types_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"late_fusion: 0\.\d+M of \d\.\dM parameters train", done.stdout)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "report.json").read_text())
     assert set(results["systems"]) == {"dense", "pruned", "student"}
     assert (tmp_path / "report.html").stat().st_size > 10_000

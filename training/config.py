@@ -114,6 +114,23 @@ class ScheduleConfig:
 
 
 @dataclass
+class RunScheduleConfig(ScheduleConfig):
+    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+
+    Attributes:
+        auto: `schedule=auto`: profile the model before training (or read `profile`).
+        profile: folder that `eval/profile.py` wrote.
+        samples, bound, budget: of the profile that `auto` makes.
+    """
+
+    auto: bool = False
+    profile: str | None = None
+    samples: int = 64
+    bound: float = 0.05
+    budget: float | None = None
+
+
+@dataclass
 class VisiPrunerConfig:
     """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
 
@@ -294,10 +311,18 @@ class EntryConfig:
 
 @dataclass
 class KLConfig:
-    """Distillation: `weight` times KL(teacher || student) at this temperature."""
+    """Distillation: `weight` times KL(teacher || student) at this temperature.
+
+    Attributes:
+        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
+        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
+            is matched too.
+    """
 
     weight: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
+    top_k: int = 32
 
 
 @dataclass
@@ -321,7 +346,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
     teacher: Teacher = Teacher.visipruner
     tune: Tune = Tune.lora
     init: str | None = None
@@ -359,11 +384,13 @@ def read(cfg: DictConfig) -> Config:
         ("lora.r", lora.r),
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
         ("data.turns", config.data.turns),
         ("data.shuffle_buffer", config.data.shuffle_buffer),
         ("data.max_length", config.data.max_length or 1),
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -391,6 +418,10 @@ def read(cfg: DictConfig) -> Config:
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
     if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
@@ -400,7 +431,9 @@ def read(cfg: DictConfig) -> Config:
             "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
-        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
     if config.tune is Tune.full and config.teacher is not Teacher.none and config.kl.weight > 0:
         raise ValueError(
             f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, or tune=lora."

@@ -106,7 +106,7 @@ class Watch:
 
     def _reproduction(self, step: int, losses: list[float], norm: float) -> str:
         shares = self.order.share(step, self.rank, self.world, self.micro)
-        batches = [
+        batches: list[dict[str, Any]] = [
             {"loss": loss, "rows": [{"index": i, "id": self._id(i)} for i in share]}
             for loss, share in zip(losses, shares, strict=True)
         ]

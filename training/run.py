@@ -33,7 +33,7 @@ from latefusion.models.build import (
     load_base,
     start_from,
 )
-from latefusion.models.entry import CalibratedEntry
+from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
@@ -57,6 +57,8 @@ from latefusion.training.estimate import estimated, numel
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
+from latefusion.training.offline import Stale, Taught, expected
+from latefusion.training.schedule import schedule_of, settle_schedule
 
 DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
@@ -73,12 +75,13 @@ def run(cfg: DictConfig) -> None:
             config = read(cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
+            settle_schedule(config, cfg)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
-            collator = guarded(config, collator_of(student, config), dataset)
+            collator = guarded(config, training_collator(config, student), dataset)
             some = collator(first_samples(dataset))
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
@@ -90,7 +93,7 @@ def run(cfg: DictConfig) -> None:
             main = engine.fit(
                 config, context, student, dataset, collator, objective_of(config, student), resumed
             )
-        except (CannotSave, NonFinite) as error:
+        except (CannotSave, NonFinite, Stale) as error:
             raise SystemExit(f"error: {error}") from error.__cause__
         except Preempted as stop:
             if first:
@@ -118,7 +121,7 @@ def check(config: Config) -> Path | None:
         ValueError, FileNotFoundError: in one sentence.
     """
     check_launch(config.engine.processes)
-    VisionSchedule.from_dict(vars(config.schedule))
+    schedule_of(config.schedule)
     visipruner(config.model.visipruner)
     check_base(config.model.path)
     output, train = Path(config.output_dir), config.train
@@ -135,14 +138,18 @@ def check(config: Config) -> Path | None:
 
 def settle(config: Config, resumed: Path | None) -> None:
     """Threads, seeds, and an output folder without what a run left there that this one does over."""
-    if not torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    settle_threads(config)
     set_seed(config.train.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
         if resumed is None:
             (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
+
+
+def settle_threads(config: Config) -> None:
+    if not torch.cuda.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -191,7 +198,7 @@ def student_from(
     calibrated: CalibratedEntry | None = None,
 ) -> Student:
     """The student that `config` describes, on an already loaded base."""
-    lora, schedule = config.lora, VisionSchedule.from_dict(vars(config.schedule))
+    lora, schedule = config.lora, schedule_of(config.schedule)
     parts = {
         "schedule": schedule,
         "entry_rank": entry_rank(config.entry),
@@ -261,7 +268,7 @@ def first_samples(dataset: Any) -> list[Any]:
     return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
 
 
-def guarded(config: Config, collator: Collator, dataset: Any) -> Guard:
+def guarded(config: Config, collator: Collator | Taught, dataset: Any) -> Guard:
     """The collator, with what the configuration wants of rows that cannot be used."""
     return Guard(
         collator,
@@ -272,16 +279,27 @@ def guarded(config: Config, collator: Collator, dataset: Any) -> Guard:
     )
 
 
-def objective_of(config: Config, student: Student) -> Objective:
+def training_collator(config: Config, student: Student) -> Collator | Taught:
+    """The collator of a run: that of its data, with the teacher's answers if they were written before."""
+    collator = collator_of(student, config)
+    if config.kl.cache is None:
+        return collator
+    return Taught(collator, config.kl.cache, expected(config, student, teacher(config)))
+
+
+def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:
+    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch."""
+    offline = config.kl.cache is not None if offline is None else offline
+    sharded = config.engine.deepspeed or config.engine.fsdp
     blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
     return Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=teacher(config),
+        teacher=None if offline else teacher(config),
         weight=config.kl.weight,
         temperature=config.kl.temperature,
         share_images=not trains_projector(config),
-        blank=blank if config.engine.deepspeed or trains_projector(config) else None,
+        blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
     )
 
@@ -317,7 +335,10 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     masks = (real & ~vision, vision, batch["labels"] != IGNORE)
     all_text, all_vision, learnt = (round(int(mask.sum()) / n) for mask in masks)
     layers = model.config.get_text_config().num_hidden_layers
-    flops = schedule.flops(model.config, n_text, n_vision)
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")
@@ -325,7 +346,8 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
         [
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}, {dtype}",
+            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
+            f"{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",

@@ -128,8 +128,7 @@ class Runner:
         found = {}
         split = Continued.of(self, positions)
         base = None if split is None else split.dense()
-        tolerance = SPLIT_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
-        if split is not None and base is not None and max(dense.effect(base).kl) <= tolerance:
+        if split is not None and base is not None and self.agree(dense, base):
             for key, answers in split.run(wanted):
                 found[key] = base.effect(answers)
                 done()
@@ -138,6 +137,10 @@ class Runner:
                 found[kind, layer] = dense.effect(self.whole(kind, layer))
                 done()
         return dense.effect(dense), found
+
+    def agree(self, whole: Answers, parts: Answers) -> bool:
+        """Whether the prompt, computed in two parts, is answered as it is in one."""
+        return max(whole.effect(parts).kl) <= SPLIT_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
 
     def whole(self, kind: str, layer: int) -> Answers:
         """One knock-out by a forward over the whole prompt: any model, any prompt."""

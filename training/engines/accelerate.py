@@ -83,7 +83,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         run_name=config.name,
         disable_tqdm=True,  # `Monitor` shows the progress
         deepspeed=config.engine.deepspeed,
-        fsdp=bool(config.engine.fsdp),
+        fsdp=bool(config.engine.fsdp),  # type: ignore[arg-type]
         fsdp_config=config.engine.fsdp,
     )
     if config.engine.deepspeed and cpu:
@@ -141,7 +141,8 @@ class StudentTrainer(Trainer):
     def __init__(self, *, config: Config, student: Student, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
         args, train = self.args, config.train
-        self.config, self.student, self.objective = config, student, objective
+        self.config, self.student = config, student
+        self.objective: Objective = objective
         self.order = order_of(train, self.train_dataset, args.world_size)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
@@ -203,11 +204,11 @@ class StudentTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return self.args.output_dir if self.staging is None else str(self.staging)
+        return self.config.output_dir if self.staging is None else str(self.staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         with writing(
-            self.args.output_dir,
+            self.config.output_dir,
             self.state.global_step,
             samples=self.order.size,
             keep=self.config.train.keep_checkpoints,

@@ -207,7 +207,8 @@ class Steps(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.order.steps):
-            yield sum(self.order.share(step, self.rank, self.world, self.micro), [])
+            share = self.order.share(step, self.rank, self.world, self.micro)
+            yield [index for batch in share for index in batch]
 
 
 class StudentModule(pl.LightningModule):

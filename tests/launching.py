@@ -1,0 +1,57 @@
+"""Runs of the entry point in new processes, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import BAND, SMALL
+
+from latefusion.training import run
+
+TRAIN = Path(run.__file__).with_name("train.py")
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+        "--main_process_port={port}",
+    ],
+    "alone": [sys.executable],
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(launcher: str, base: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """A run of 3 steps on the tiny model, in a process group of its own."""
+    port = str(free_port())
+    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
+    fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
+    where = (f"model.path={base}", f"output_dir={output}")
+    command = [part.format(port=port) for part in LAUNCHERS[launcher]]
+    command += [str(TRAIN), *quick, *fixed, *SMALL, *BAND, *where, *overrides]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
+    """Run to the end; what it printed."""
+    process = start(launcher, base, output, *overrides)
+    printed, complained = process.communicate(timeout=900)
+    assert process.returncode == 0, complained[-3000:]
+    return printed
