@@ -80,7 +80,7 @@ def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
 
     def flops(self, tokens: float) -> float:
         """Of its matrix products for so many vision tokens."""
-        width, rank = self.up.out_features, self.up.in_features
+        width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
         return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
 
 

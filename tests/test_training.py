@@ -65,9 +65,13 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
     """What it does with it is a test for a GPU: `test_lora.py`."""
     monkeypatch.setattr("latefusion.models.build.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"):
+    with pytest.raises(
+        SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"
+    ):
         train(base, tmp_path, "recipe=late_fusion_qlora")
-    with pytest.raises(SystemExit, match=r"^error: model\.load_in_4bit=true is for large models; model=embedded"):
+    with pytest.raises(
+        SystemExit, match=r"^error: model\.load_in_4bit=true is for large models; model=embedded"
+    ):
         train("embedded", tmp_path, "recipe=late_fusion_qlora", band=())
 
 

@@ -82,7 +82,8 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
 
 
 @pytest.mark.parametrize(
-    ("engine", "projector"), [("deepspeed_zero3", "false"), ("deepspeed_zero3", "true"), ("accelerate", "true")]
+    ("engine", "projector"),
+    [("deepspeed_zero3", "false"), ("deepspeed_zero3", "true"), ("accelerate", "true")],
 )
 def test_processes_with_and_without_images_do_not_wait_for_each_other(base, tmp_path, engine, projector):
     Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
