@@ -64,7 +64,7 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
     """A schedule for `PUBLISHED` at the same places of a decoder with so many layers, on so many vision tokens."""
 
     def layer(i: int) -> int:
-        return round(i * layers / PUBLISHED_LAYERS)
+        return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
 
     keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
     leaves = None if schedule.exit is None else layer(schedule.exit)
