@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latefusion.models.attach import attach, attached
     from latefusion.models.build import load, merge
+    from latefusion.models.explain import explain
     from latefusion.models.policies.visipruner import VisiPruner
     from latefusion.models.schedule import VisionSchedule
 
-__all__ = ["VisiPruner", "VisionSchedule", "attach", "attached", "load", "merge"]
+__all__ = ["VisiPruner", "VisionSchedule", "attach", "attached", "explain", "load", "merge"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -19,6 +20,7 @@ _HOME = {
     "VisionSchedule": "latefusion.models.schedule",
     "attach": "latefusion.models.attach",
     "attached": "latefusion.models.attach",
+    "explain": "latefusion.models.explain",
     "load": "latefusion.models.build",
     "merge": "latefusion.models.build",
 }

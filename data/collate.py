@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
-from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from latefusion.data.messages import BadSample, TooLong
 from latefusion.data.packing import isolate_turns
 
 IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
+
+
+class BadRow(ValueError):
+    """A sample of a batch cannot be used: its place `at` in the batch, and the `reason`."""
+
+    def __init__(self, at: int, name: Any, reason: BadSample):
+        super().__init__(f"sample {name} {reason}.")
+        self.at, self.reason = at, reason
 
 
 class Collator:
@@ -32,11 +42,11 @@ class Collator:
       `Attachment.queries`).
 
     Args:
-        processor: of the model, with a fast tokenizer.
+        processor: of the model (a `ProcessorMixin`), with a fast tokenizer.
         vision_ids: token ids that stand for vision features (`config.image_token_id`).
         stop: the tokens at which the model's `generate` stops; the first is written after an answer that the
             chat template closes with none of them (LLaVA-1.5's does not).
-        max_length: cut longer samples to so many tokens; None: never.
+        max_length: the most tokens, vision included, that a sample may have; None: any number. Nothing is ever cut.
         isolate: let every turn see the image and itself alone (`isolate_turns`), with a mask of this dtype;
             None: turns see those before them. It needs sdpa or eager attention and plain positions.
     """
@@ -44,7 +54,7 @@ class Collator:
     def __init__(
         self,
         *,
-        processor: ProcessorMixin,
+        processor: Any,
         vision_ids: Sequence[int],
         stop: Sequence[str],
         max_length: int | None = None,
@@ -55,24 +65,33 @@ class Collator:
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        texts, spans = zip(*(self.render(sample["messages"]) for sample in samples), strict=True)
-        bos = self.processor.tokenizer.bos_token
-        batch = self.processor(
-            text=list(texts),
-            images=[list(s["images"]) for s in samples] if any(len(s["images"]) for s in samples) else None,
-            add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
-            padding=True,
-            padding_side="right",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-        )
-        moved = batch.pop("text_replacement_offsets", None) or [[]] * len(samples)
+        """The batch.
+
+        Raises:
+            BadRow: a sample is too long, or nothing that the chat template and the processor can work with.
+        """
+        rendered = [self.rendered(at, sample) for at, sample in enumerate(samples)]
+        texts, spans = zip(*rendered, strict=True)
+        try:
+            batch, moved = self.process(texts, [list(s["images"]) for s in samples])
+        except Exception as error:  # whatever a processor leads to, with an image of one pixel, say
+            for at, sample in enumerate(samples):
+                try:
+                    self.process(texts[at : at + 1], [list(sample["images"])])
+                except Exception as alone:
+                    raise self.bad(
+                        at, sample, f"does not go through the processor: {_first_line(alone)}"
+                    ) from alone
+            raise error
         offsets = batch.pop("offset_mapping")  # [B, T, 2]
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for at, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            if self.max_length is not None and length > self.max_length:
+                reason = TooLong(f"has {length} tokens, more than data.max_length={self.max_length}")
+                raise BadRow(at, sample.get("id", at), reason)
         answer, first = mark(offsets, [_after(s, m) for s, m in zip(spans, moved, strict=True)])
-        inputs = self.cut(dict(batch), samples)
-        ids = inputs["input_ids"]
-        answer, first = answer[:, : ids.shape[1]], first[:, : ids.shape[1]]
+        inputs = dict(batch)
+        ids = inputs["input_ids"]  # [B, T]
 
         vision = torch.isin(ids, self.vision_ids)  # bool [B, T]
         blocked = vision.clone()
@@ -83,6 +102,42 @@ class Collator:
         if self.isolate is not None:
             inputs.update(isolate_turns(vision, answer, inputs["attention_mask"].bool(), self.isolate))
         return inputs
+
+    def rendered(self, at: int, sample: dict[str, Any]) -> tuple[str, list[Span]]:
+        """As `render`, sure that the text shows the sample's images and no more.
+
+        Raises:
+            BadRow: it does not, or the chat template refuses the conversation.
+        """
+        try:
+            text, spans = self.render(sample["messages"])
+        except TemplateError as error:
+            raise self.bad(at, sample, f"is refused by the chat template: {_first_line(error)}") from error
+        placeholder = self.processor.image_token
+        if (shown := text.count(placeholder)) != len(sample["images"]):
+            n = len(sample["images"])
+            raise self.bad(at, sample, f"has {n} image(s) but {shown} times {placeholder} in its text")
+        return text, spans
+
+    def bad(self, at: int, sample: dict[str, Any], reason: str) -> BadRow:
+        return BadRow(at, sample.get("id", at), BadSample(reason))
+
+    def process(
+        self, texts: Sequence[str], images: list[list[Any]]
+    ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        """The processor's batch, and for each text where its placeholders stood and what replaced them."""
+        bos = self.processor.tokenizer.bos_token
+        with _replacements(self.processor) as moved:
+            batch = self.processor(
+                text=list(texts),
+                images=images if any(images) else None,
+                add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
+                padding=True,
+                padding_side="right",
+                return_offsets_mapping=True,
+                return_tensors="pt",
+            )
+        return batch, moved or [[] for _ in texts]
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The conversation as text, and where in it the answers stand, each with the token that ends it."""
@@ -128,29 +183,6 @@ class Collator:
             closed.append((start, min(ends)))
         return text, closed
 
-    def cut(self, inputs: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """At most `max_length` tokens; what is cut off must be text.
-
-        Raises:
-            ValueError: a placeholder of an image would be cut.
-        """
-        ids = inputs["input_ids"]  # [B, T]
-        if self.max_length is None or ids.shape[1] <= self.max_length:
-            return inputs
-        lost = torch.isin(ids[:, self.max_length :], self.vision_ids).any(1)
-        if lost.any():
-            row = int(lost.int().argmax())
-            vision = torch.isin(ids[row], self.vision_ids).nonzero()
-            raise ValueError(
-                f"sample {samples[row].get('id', row)} has vision tokens up to position {int(vision.max())}, "
-                f"beyond data.max_length={self.max_length}; raise data.max_length above {int(vision.max())}."
-            )
-        shape = ids.shape
-        return {
-            name: value[:, : self.max_length] if value.shape[:2] == shape else value
-            for name, value in inputs.items()
-        }
-
 
 def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:
     """The tokens that overlap a span, and the first of each span, both bool `[B, T]`.
@@ -195,3 +227,29 @@ def _after(spans: Sequence[Span], moved: Sequence[dict[str, Any]]) -> list[Span]
         return at + next((m["new_span"][1] - m["span"][1] for m in reversed(moved) if m["span"][1] <= at), 0)
 
     return [(place(start), place(end)) for start, end in spans]
+
+
+@contextmanager
+def _replacements(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
+    """Filled with what the processor tells of the placeholders it replaces.
+
+    Asked for as an output (`return_text_replacement_offsets`), InternVL's processor tries to make a tensor of it.
+    """
+    found: list[list[dict[str, Any]]] = []
+    replace = processor.get_text_with_replacements
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        text, moved = replace(*args, **kwargs)
+        found.extend(moved)
+        return text, moved
+
+    processor.get_text_with_replacements = record
+    try:
+        yield found
+    finally:
+        del processor.get_text_with_replacements
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

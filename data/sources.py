@@ -1,24 +1,28 @@
-"""Where samples come from: every source yields `{"messages", "images"}`, lazily, as a `datasets.Dataset`.
+"""Where samples come from: every source gives `{"id", "messages", "images"}`, made when a row is asked for.
 
-`messages` is a conversation in the Hugging Face convention, whose contents are lists of
-`{"type": "text", "text": ...}` and `{"type": "image"}`; `images` holds one PIL image for each image part,
-in order. A source's other columns (`id`, `question`, `answer`, `type`) stay beside them.
+`messages` is a conversation (`data/messages.py`), `images` holds one RGB picture for each image part, in order.
+A row that cannot be used raises `BadSample` when it is asked for, not before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
 
+from latefusion.data.images import BadImage, load_image
+from latefusion.data.messages import BadSample, messages_of
 from latefusion.data.scenes import load_scenes
 
-PLACEHOLDER = "<image>"
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+JSON = (".json", ".jsonl")
+CONVERSATIONS = ("messages", "conversations")
+PROBED = 20  # images whose absence, all of them, means that the folder is wrong
 
 
 def scenes(split: str, *, n_scenes: int | None = None, seed: int = 0) -> datasets.Dataset:
@@ -26,7 +30,46 @@ def scenes(split: str, *, n_scenes: int | None = None, seed: int = 0) -> dataset
     return load_scenes(split, n_scenes, seed).with_transform(_scene_samples)
 
 
-def llava(path: str, images: str | None) -> datasets.Dataset:
+class Rows(Dataset):
+    """Rows of an Arrow table, made into samples one at a time.
+
+    Args:
+        table: in Arrow format, with the columns `record` (JSON text of a row) and `id`, or `messages` and
+            `images` (or `image`).
+        images: the folder that image paths are relative to.
+    """
+
+    def __init__(self, table: datasets.Dataset, images: Path | None):
+        self.table, self.images = table, images
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample.
+
+        Raises:
+            BadSample: the row cannot be used.
+        """
+        return sample_of(python_row(self.table[index : index + 1]), self.images)
+
+    def identity(self, index: int) -> str:
+        """What the data call the row; its number if they do not."""
+        if "id" not in self.table.column_names:
+            return str(index)
+        return str(self.table.select_columns(["id"])[index : index + 1]["id"][0].as_py())
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Characters of text and number of images of every row, without opening an image."""
+        if "record" in self.table.column_names:
+            records = self.table.select_columns(["record"]).with_format(None)
+            return [size_of(json.loads(row["record"])) for row in records]
+        counts = _image_counts(self.table)
+        texts = self.table.select_columns([n for n in CONVERSATIONS if n in self.table.column_names])
+        return [(size_of(_readable(text))[0], n) for text, n in zip(texts, counts, strict=True)]
+
+
+def llava(path: str, images: str | None) -> Rows:
     """A LLaVA conversation file: a JSON list of `{"id", "image", "conversations": [{"from", "value"}]}`.
 
     Args:
@@ -34,69 +77,75 @@ def llava(path: str, images: str | None) -> datasets.Dataset:
         images: the folder that the `image` entries (a name, or a list of names, or none) are relative to.
 
     Raises:
-        FileNotFoundError: the file, the folder or its first image is not there.
-        ValueError: a conversation does not name as many images as it has.
+        FileNotFoundError: the file, the folder or its first images are not there.
+        ValueError: the file is no JSON list.
     """
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(
             f"no conversation file at {path}; download it there, or name yours: data.path=FILE."
         )
+    return json_rows(path, images)
+
+
+def json_rows(path: str, images: str | None) -> Rows:
+    """A JSON list or a file of JSON lines, each `{"messages", "images"}` or `{"conversations", "image"}`."""
+    file = Path(path)
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(
             f"no image folder at {images}; download the images there, or name yours: data.images=FOLDER."
         )
     stat = file.stat()
+    if not stat.st_size:
+        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.")
     try:
-        rows = datasets.Dataset.from_generator(
-            _llava_rows,
+        table = datasets.Dataset.from_generator(
+            _json_records,
             gen_kwargs={"path": str(file.resolve()), "version": (stat.st_size, stat.st_mtime_ns)},
-            features=datasets.Features(
-                {
-                    "id": datasets.Value("string"),
-                    "image": datasets.List(datasets.Value("string")),
-                    "conversations": datasets.Value("string"),
-                }
-            ),
+            features=datasets.Features({"id": datasets.Value("string"), "record": datasets.Value("string")}),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(str(error.__cause__)) from error
     folder = Path(images) if images is not None else file.parent
-    first = next((name for names in rows["image"] for name in names), None)
-    if first is not None and not (folder / first).is_file():
+    first = table.select(range(min(PROBED, len(table))))
+    names = [name for row in first for name in images_of(json.loads(row["record"])) if isinstance(name, str)]
+    if names and not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(
-            f"no image {first} in {folder}; download the images there, or name yours: data.images=FOLDER."
+            f"no image {names[0]} in {folder}; download the images there, or name yours: data.images=FOLDER."
         )
-
-    def samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            "id": batch["id"],
-            "messages": [llava_messages(json.loads(turns)) for turns in batch["conversations"]],
-            "images": [[_open(folder / name) for name in names] for names in batch["image"]],
-        }
-
-    return rows.with_transform(samples)
+    return Rows(table.with_format("arrow"), folder)
 
 
-def dataset(path: str, *, split: str) -> datasets.Dataset:
-    """Any data set with the columns `messages` and `images`.
+def dataset(path: str, *, split: str, images: str | None = None) -> Rows:
+    """Any data set with the columns `messages` and `images` (TRL's convention).
+
+    Args:
+        path: a hub id, a folder, or a file (parquet, arrow, JSON, JSON lines).
+        split: of the data set; a single file is `train`.
+        images: the folder that image paths are relative to; None: the data's own.
 
     Raises:
         FileNotFoundError: there is none, or it cannot be reached.
         ValueError: a column is missing.
     """
-    rows = read(path, split=split)
-    for column in ("messages", "images"):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"the data set {path} has no column {column!r} (it has {', '.join(rows.column_names)}); "
-                "rename its columns to messages and images."
-            )
-    return rows.with_transform(_dataset_samples)
+    if Path(path).is_file() and Path(path).suffix in JSON:
+        return json_rows(path, images)
+    table = read(path, split=split)
+    return Rows(_checked(table, path), _folder(path, images))
 
 
-def read(path: str, *, split: str) -> datasets.Dataset:
-    """A data set saved to disk, in a folder, or on the hub.
+def stream(
+    path: str, *, split: str, images: str | None = None
+) -> tuple[datasets.IterableDataset, Path | None]:
+    """As `dataset`, read as it is used: the undecoded rows, and the folder for `sample_of`."""
+    file = Path(path)
+    if file.is_file() and file.suffix in JSON:
+        rows = json_rows(path, images)
+        return rows.table.to_iterable_dataset(), rows.images
+    return _checked(read(path, split=split, streaming=True), path), _folder(path, images)
+
+
+def read(path: str, *, split: str, streaming: bool = False) -> Any:
+    """A data set saved to disk, in a folder or file, or on the hub.
 
     Raises:
         FileNotFoundError: there is none, or it cannot be reached.
@@ -104,27 +153,119 @@ def read(path: str, *, split: str) -> datasets.Dataset:
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
             found = datasets.load_from_disk(path)
-            return found[split] if isinstance(found, datasets.DatasetDict) else found
-        return datasets.load_dataset(path, split=split)
-    except (FileNotFoundError, ConnectionError, KeyError, datasets.exceptions.DatasetNotFoundError) as error:
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            return found.to_iterable_dataset() if streaming else found
+        kind = FORMATS.get(Path(path).suffix) if Path(path).is_file() else None
+        if kind is not None:
+            return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
+        return datasets.load_dataset(path, split=split, streaming=streaming)
+    except (
+        FileNotFoundError,
+        ConnectionError,
+        KeyError,
+        ValueError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"no data set with a split {split!r} at {path} that can be read from here; name a folder or "
-            f"a hub id ({error})."
+            f"no data set with a split {split!r} at {path} that can be read from here; name a file, a folder or "
+            f"a hub id ({reason})."
         ) from error
 
 
-def llava_messages(turns: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """LLaVA turns as messages: `<image>` becomes an image part where it stands; line breaks beside it go."""
-    messages = []
-    for turn in turns:
-        parts: list[dict[str, str]] = []
-        for k, text in enumerate(turn["value"].split(PLACEHOLDER)):
-            if k > 0:
-                parts.append({"type": "image"})
-            if text := text.strip("\n"):
-                parts.append({"type": "text", "text": text})
-        messages.append({"role": ROLES[turn["from"]], "content": parts})
-    return messages
+def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The sample of a record, its images opened.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    kept = {}
+    if "record" in record:
+        kept["id"] = record["id"]
+        record = json.loads(record["record"])
+        if "broken" in record:
+            raise BadSample(record["broken"])
+    elif record.get("id") is not None:
+        kept["id"] = str(record["id"])
+    given = images_of(record)
+    messages = messages_of(record, len(given))
+    try:
+        images = [load_image(image, folder) for image in given]
+    except BadImage as error:
+        raise BadSample(f"has a bad image: {error}") from None
+    return {**kept, "messages": messages, "images": images}
+
+
+def python_row(table: Any) -> dict[str, Any]:
+    """The one row of an Arrow table.
+
+    Raises:
+        BadSample: its text is no UTF-8 (which Arrow does not check).
+    """
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadSample(f"has broken UTF-8 ({error.reason} in byte {error.start})") from None
+
+
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """What stands for the record's images, in its column `images` or `image`: a list, one, or none."""
+    given = record.get("images")
+    if given is None:
+        given = record.get("image")
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def size_of(record: dict[str, Any]) -> tuple[int, int]:
+    """Characters of text and number of images, of any record, whole or broken."""
+    turns = record.get("messages") or record.get("conversations") or []
+    characters = 0
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        characters += sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return characters, len(images_of(record))
+
+
+def _checked(table: Any, path: str) -> Any:
+    """The table, as undecoded Arrow rows: one bad image costs one row.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    names = table.column_names or list(next(iter(table)))
+    if not any(name in names for name in CONVERSATIONS):
+        raise ValueError(
+            f"the data set {path} has no column 'messages' (it has {', '.join(names)}); "
+            "rename its columns to messages and images."
+        )
+    return table.with_format("arrow")
+
+
+def _folder(path: str, images: str | None) -> Path | None:
+    if images is not None:
+        return Path(images)
+    here = Path(path)
+    return here if here.is_dir() else here.parent if here.is_file() else None
+
+
+def _readable(table: Any) -> dict[str, Any]:
+    try:
+        return python_row(table)
+    except BadSample:
+        return {}
+
+
+def _image_counts(table: datasets.Dataset) -> Sequence[int]:
+    name = next((n for n in ("images", "image") if n in table.column_names), None)
+    if name is None:
+        return [0] * len(table)
+    column = table.select_columns([name])[:][name]
+    if isinstance(table.features[name], datasets.List):
+        return [n or 0 for n in pc.list_value_length(column).to_pylist()]
+    return pc.cast(pc.is_valid(column), "int64").to_pylist()
 
 
 def _scene_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -140,44 +281,28 @@ def _scene_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {"messages": messages, "images": images, **kept}
 
 
-def _dataset_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {**batch, "messages": [[_plain(message) for message in m] for m in batch["messages"]]}
+def _json_records(path: str, version: tuple[int, int]) -> Iterator[dict[str, str]]:
+    """Rows of a JSON list or of JSON lines; bytes that are no UTF-8 stay, as surrogates, in their own row."""
+    text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON list: {error}.") from None
+    else:
+        records = [_line(line) for line in text.split("\n") if line.strip()]
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            record = {"broken": f"is {type(record).__name__}, not an object"}
+        name = record.get("id", number)
+        yield {
+            "id": json.dumps(name)[1:-1] if isinstance(name, str) else str(name),
+            "record": json.dumps(record),
+        }
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    # Arrow gives every part every key; a template that asks whether a part has text must not find None
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {"role": message["role"], "content": parts}
-
-
-def _llava_rows(path: str, version: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(json.loads(Path(path).read_text())):
-        image = record.get("image") or []
-        names = [image] if isinstance(image, str) else image
-        turns = record["conversations"]
-        placeholders = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
-        name = str(record.get("id", number))
-        if placeholders != len(names):
-            raise ValueError(
-                f"conversation {name} (entry {number} of {path}) has {len(names)} images but {placeholders} "
-                f"{PLACEHOLDER} placeholders; write one for each image."
-            )
-        unknown = next((turn["from"] for turn in turns if turn["from"] not in ROLES), None)
-        if unknown is not None:
-            raise ValueError(
-                f"conversation {name} (entry {number} of {path}) has a turn from {unknown!r}; it can be from "
-                f"{', '.join(ROLES)}."
-            )
-        yield {"id": name, "image": names, "conversations": json.dumps(turns)}
-
-
-def _open(path: Path) -> Image.Image:
+def _line(line: str) -> Any:
     try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no image at {path}; download it there, or leave its conversation out."
-        ) from None
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return {"broken": f"is no JSON ({error})"}

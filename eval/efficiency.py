@@ -1,4 +1,4 @@
-"""What each system costs: FLOPs, vision tokens, latency, KV-cache bytes, working memory."""
+"""What each system costs: FLOPs, vision tokens, latency, KV-cache bytes, working memory, energy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from latefusion.eval.predict import Answer, System, encode_images, running
-from latefusion.models.flops import decoder_flops
+from latefusion.eval.energy import joules_of
+from latefusion.eval.predict import Answer, encode_images
+from latefusion.eval.systems import System, running
+from latefusion.models.flops import decoder_flops, vision_macs
+from latefusion.models.policies.base import Policy
+from latefusion.models.schedule import VisionSchedule
 
 PEAK_PROMPTS = 3  # recording every allocation is slow
 
@@ -32,11 +36,15 @@ class Compute:
 
     Attributes:
         flops: decoder FLOPs of a prefill (`decoder_flops` of the tokens of each layer).
+        vision_macs: of the vision tokens alone, in the literature's convention (`vision_macs`).
+        attention_pairs: pairs of query and key, over all layers, of which at least one is a vision token.
         vision_tokens: vision tokens in each layer.
         text_tokens: prompt tokens that are not vision.
     """
 
     flops: float
+    vision_macs: float
+    attention_pairs: float
     vision_tokens: list[float]
     text_tokens: float
 
@@ -62,19 +70,41 @@ class Cost:
         kv_bytes: key-value cache after the prefill, mean over the prompts.
         working_bytes: peak of tensor memory beyond weights and inputs in prefill and one decode step, most
             over the first `PEAK_PROMPTS`.
+        joules: energy of an answer, mean; None where the device does not report it.
     """
 
     ttft: Spread
     tpot: Spread
     kv_bytes: float
     working_bytes: float
+    joules: float | None
 
 
-def compute(config: PretrainedConfig, answers: Sequence[Answer]) -> Compute:
-    """Mean decoder FLOPs and vision tokens a layer of one system's answers."""
+def compute(
+    config: PretrainedConfig, answers: Sequence[Answer], policy: Policy, entry: Any = None
+) -> Compute:
+    """Mean decoder FLOPs and vision tokens a layer of one system's answers.
+
+    Args:
+        config: of the model.
+        answers: with the tokens that each layer computed.
+        policy: whose ranking counts, where it takes more than a row a layer.
+        entry: its entry adapter, whose work counts where vision tokens enter after layer 0; None: it has none.
+    """
+
+    def flops(answer: Answer) -> float:
+        found = float(decoder_flops(config, answer.tokens))
+        if isinstance(policy, VisionSchedule):
+            found += policy.ranking_flops(config, answer.text_tokens, answer.vision_tokens)
+        if entry is not None and not answer.vision_tokens[0]:
+            found += entry.flops(max(answer.vision_tokens))
+        return found
+
     layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
     return Compute(
-        flops=fmean(decoder_flops(config, answer.tokens) for answer in answers),
+        flops=fmean(flops(answer) for answer in answers),
+        vision_macs=fmean(vision_macs(config, answer.vision_tokens) for answer in answers),
+        attention_pairs=fmean(sum(n**2 - a.text_tokens**2 for n in a.tokens) for a in answers),
         vision_tokens=[fmean(layer) for layer in layers],
         text_tokens=fmean(answer.text_tokens for answer in answers),
     )
@@ -101,7 +131,7 @@ def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[fl
     """
     clock = TokenClock()
     start = time.perf_counter()
-    _generate(model, inputs, new_tokens, streamer=clock)
+    generate(model, inputs, new_tokens, streamer=clock)
     tokens = clock.times[1:]
     return tokens[0] - start, median(np.diff(tokens))
 
@@ -190,29 +220,33 @@ def measure(
     kv: dict[str, list[int]] = {key: [] for key in keys}
     peak: dict[str, list[int]] = {key: [] for key in keys}
     times: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
+    joules = joules_of(model.device)
+    used = dict.fromkeys(keys, 0.0)
     for number, prompt in enumerate(prompts):  # untimed: the warm-up
         for key in keys:
-            with running(model, attachment, deployed[key]):
-                kv[key].append(kv_cache_bytes(model(**prompt, use_cache=True).past_key_values))
+            with running(model, attachment, deployed[key]) as active:
+                kv[key].append(kv_cache_bytes(active(**prompt, use_cache=True).past_key_values))
                 if number < PEAK_PROMPTS:
-                    model(
-                        input_ids=prompt["input_ids"][:, :1]
-                    )  # so that what the attachment remembers is gone
-                    peak[key].append(peak_bytes(partial(_generate, model, prompt, 2), model.device))
+                    # so that what the attachment remembers is gone
+                    active(input_ids=prompt["input_ids"][:, :1])
+                    peak[key].append(peak_bytes(partial(generate, active, prompt, 2), active.device))
         advance()
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
             first = (repeat + number) % len(keys)
             for key in keys[first:] + keys[:first]:
-                with running(model, attachment, deployed[key]):
-                    times[key].append(time_answer(model, prompt, new_tokens))
+                with running(model, attachment, deployed[key]) as active:
+                    before = joules() if joules else 0.0
+                    times[key].append(time_answer(active, prompt, new_tokens))
+                    used[key] += joules() - before if joules else 0.0
             advance()
     return {
         key: Cost(
-            ttft=_spread([t for t, _ in times[key]], [t for t, _ in times[reference]]),
-            tpot=_spread([t for _, t in times[key]], [t for _, t in times[reference]]),
+            ttft=spread([t for t, _ in times[key]], [t for t, _ in times[reference]]),
+            tpot=spread([t for _, t in times[key]], [t for _, t in times[reference]]),
             kv_bytes=fmean(kv[key]),
             working_bytes=max(peak[key]),
+            joules=used[key] / len(times[key]) if joules else None,
         )
         for key in keys
     }
@@ -223,12 +257,14 @@ def weight_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def _spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
+def spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Quartiles, and those of the ratio to the reference's run of the same round."""
     low, mid, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     ratio_low, ratio, ratio_high = np.quantile(np.divide(seconds, reference), [0.25, 0.5, 0.75])
     return Spread(float(mid), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
 
 
-def _generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:
+def generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:
+    """Exactly `new_tokens` greedy tokens."""
     lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     return model.generate(**inputs, **lengths, do_sample=False, num_beams=1, **kwargs)

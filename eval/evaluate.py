@@ -1,156 +1,37 @@
 """Compare a checkpoint with its dense base and the pruned baseline on the same questions.
 
     python eval/evaluate.py checkpoint=outputs/late_fusion split=test samples=300 output=outputs/evaluation
+    python eval/evaluate.py checkpoint=outputs/late_fusion policies=[fastv,pyramiddrop] tasks=[gqa,pope]
+    python eval/evaluate.py model=embedded policies=[visipruner,fastv] data=my.jsonl
+    accelerate launch eval/evaluate.py checkpoint=outputs/late_fusion tasks=[vqav2]
 
-`training/train.py` calls `evaluate_run` at its end.
+Started again after an interruption, it goes on where it stopped. `training/train.py` calls `evaluate_checkpoint` at its
+end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from datasets import Dataset
-from omegaconf import MISSING, OmegaConf
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
+
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.eval import efficiency, metrics
-from latefusion.eval import results as found
-from latefusion.eval.predict import System, answer_questions, check, progress_bar, prompt_inputs
-from latefusion.eval.report.page import write_report
-from latefusion.eval.report.tables import print_table
+if TYPE_CHECKING:
+    from latefusion.eval.ledger import Processes
+    from latefusion.eval.systems import System
+    from latefusion.eval.tasks.base import Task
+    from latefusion.training.config import Config
 
-__all__ = ["System", "evaluate_checkpoint", "evaluate_run"]
-
-SCHEMA = 1  # of results.json; raise it when a key changes its meaning
-NEW_TOKENS = 6  # generated while timing: the first and five further ones
 CONFIG = "config.yaml"
-
-
-def evaluate_run(
-    *,
-    model: Any,
-    processor: Any,
-    attachment: Any,
-    systems: dict[str, System],
-    dataset: Dataset,
-    output_dir: str | Path,
-    title: str,
-    split: str | None = None,
-    checkpoint: str | Path | None = None,
-    reference: str = "dense",
-    baseline: str = "pruned",
-    candidate: str = "student",
-    batch_size: int = 96,
-    latency_prompts: int = 6,
-    latency_repeats: int = 3,
-    seed: int = 0,
-    note: str = "",
-) -> dict[str, Any]:
-    """Evaluate `systems` on `dataset`, print the table and write the report.
-
-    Writes into `output_dir`: `results.json` (every number), `predictions.jsonl` (one line a question and
-    system), `report.html`. The model is put into eval mode and given back in the mode it came in.
-
-    Args:
-        model: Hugging Face image-text-to-text model, PEFT-wrapped if a system has `adapters=True`.
-        processor: its processor; prompts are made with its chat template, padded on the left.
-        attachment: what `attach(model, ...)` returned; each system runs under
-            `attachment.using(system.policy)`.
-        systems: by key, in the order of the table, such as
-            `{"dense": System(name="Dense base", policy=VisionSchedule()),
-            "pruned": System(name="VisiPruner", policy=VisiPruner(...)),
-            "student": System(name="Late fusion", policy=schedule, adapters=True)}`.
-        dataset: rows of `load_scenes` (`image`) or of `data/sources.py` (`messages`, `images`), both with
-            `id`, `question`, `answer`, `type`, `scene`.
-        output_dir: made if missing.
-        title: heading of the report, such as the recipe's name.
-        split: what the report calls the dataset's part; None: its own `split`.
-        checkpoint: where the student was saved, named in the report's "use it next"; None: `output_dir`.
-        reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of
-            the one that the headline speaks of.
-        batch_size: questions a batch (accuracy only; latency is measured at batch 1).
-        latency_prompts, latency_repeats: prompts that latency and memory are measured on, and rounds over
-            them.
-        seed: of the bootstrap.
-        note: free text on how the checkpoint was made (steps, time), shown in the report.
-
-    Returns:
-        What `results.json` holds.
-
-    Raises:
-        ValueError: a key names no system, the dataset is empty, or adapters are asked of a model without
-            them.
-    """
-    for role, key in (("reference", reference), ("baseline", baseline), ("candidate", candidate)):
-        if key not in systems:
-            raise ValueError(f"{role}={key!r} names no system; choose one of {', '.join(systems)}.")
-    check(model, systems, dataset)
-    started = time.perf_counter()
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {"model": model, "attachment": attachment, "systems": systems}
-    was_training = model.training
-    model.eval()
-    try:
-        answers = answer_questions(**common, processor=processor, dataset=dataset, batch_size=batch_size)
-        prompts = [prompt_inputs(model, processor, [row]) for row in _spread(dataset, latency_prompts)]
-        with progress_bar() as progress:
-            task = progress.add_task("Latency, memory", total=len(prompts) * (latency_repeats + 1))
-            costs = efficiency.measure(
-                **common,
-                prompts=prompts,
-                reference=reference,
-                repeats=latency_repeats,
-                new_tokens=NEW_TOKENS,
-                advance=lambda: progress.advance(task),
-            )
-        vision_seconds = efficiency.vision_seconds(model, prompts * latency_repeats)
-    finally:
-        model.train(was_training)
-    results = {
-        "schema": SCHEMA,
-        "title": title,
-        "note": note,
-        "checkpoint": str(checkpoint or output_dir),
-        "roles": {"reference": reference, "baseline": baseline, "candidate": candidate},
-        "data": found.describe_data(dataset, str(split or dataset.split or "evaluation")),
-        "model": found.describe_model(model, answers[reference]) | {"vision_seconds": vision_seconds},
-        "systems": found.describe_systems(model, systems, answers, costs, reference),
-        "paired": {
-            key: asdict(found.compare(answers[candidate], answers[key], seed))
-            for key in systems
-            if key != candidate
-        },
-        "settings": {
-            "decoding": "greedy",
-            "batch_size": batch_size,
-            "latency_prompts": len(prompts),
-            "latency_repeats": latency_repeats,
-            "latency_new_tokens": NEW_TOKENS,
-            "bootstrap_resamples": metrics.RESAMPLES,
-            "seed": seed,
-        },
-        "environment": found.describe_environment(model, time.perf_counter() - started),
-    }
-    (folder / "results.json").write_text(json.dumps(found.plain(results), indent=2, allow_nan=False) + "\n")
-    with (folder / "predictions.jsonl").open("w") as lines:
-        for key in systems:
-            lines.writelines(json.dumps(answer.to_dict()) + "\n" for answer in answers[key])
-    write_report(folder / "report.html", results, dataset, answers)
-    print_table(results)
-    return results
-
-
-def _spread(dataset: Dataset, n: int) -> list[dict[str, Any]]:
-    """`n` rows, or all if there are fewer, spread evenly over the dataset."""
-    n = min(n, len(dataset))
-    return [dataset[i * len(dataset) // n] for i in range(n)]
 
 
 @dataclass
@@ -158,18 +39,40 @@ class Arguments:
     """The command line of this script, as `key=value`.
 
     Attributes:
-        checkpoint: folder that `training/train.py` wrote.
-        split: of the questions.
-        samples: how many of them; null: the whole split.
-        output: folder for the report; null: `evaluation_<split>` in the checkpoint's folder.
+        checkpoint: folder that `training/train.py` wrote; or model: a base alone (`embedded`, a hub id, a folder).
+        checkpoints: further folders to compare, each with a model of its own in memory.
+        policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
+        tasks: benchmarks (see docs/evaluation.md); none: the questions the checkpoint was trained for, else `scenes`.
+        data: a JSONL file of {"image", "question", "answers"} to ask instead.
+        data_dir: folder with a folder of files for each benchmark.
+        sources: folder or hub id of single benchmarks: `sources.pope=lmms-lab/POPE`.
+        split: of the questions; none: each benchmark's usual one.
+        samples: how many questions of each task; none: all.
+        output: folder for the report; none: `evaluation_<what>` in the checkpoint's folder.
         batch_size: questions a batch.
+        controls: add rows without the image and with random tokens at each method's budget.
+        batches, lengths: batch sizes and text lengths (tokens) that time is measured against.
+        reference: an earlier report.json, whose dense row has to be reproduced before anything else is asked.
+        seed: of the bootstrap.
     """
 
-    checkpoint: str = MISSING
-    split: str = "test"
+    checkpoint: str | None = None
+    model: str | None = None
+    checkpoints: list[str] = field(default_factory=list)
+    policies: list[Any] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    data: str | None = None
+    data_dir: str = "benchmarks"
+    sources: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
     samples: int | None = None
     output: str | None = None
     batch_size: int = 96
+    controls: bool = True
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    lengths: list[int] = field(default_factory=lambda: [16, 64, 256])
+    reference: str | None = None
+    seed: int = 0
 
 
 def evaluate_checkpoint(
@@ -179,19 +82,155 @@ def evaluate_checkpoint(
     samples: int | None = None,
     output: str | Path | None = None,
     batch_size: int = 96,
-) -> dict[str, Any]:
-    """Compare a trained student with its dense base and the pruned base, as its own run configured them.
+) -> dict[str, Any] | None:
+    """A trained student against its dense base and the pruned base, as its own run configured them; no more rows.
 
     Args: see `Arguments`.
+    """
+    return evaluate(
+        Arguments(
+            checkpoint=str(checkpoint),
+            split=split,
+            samples=samples,
+            output=None if output is None else str(output),
+            batch_size=batch_size,
+            controls=False,
+            batches=[],
+            lengths=[],
+        )
+    )
+
+
+def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str, Any] | None:
+    """What the command line asks for.
 
     Raises:
-        FileNotFoundError: the folder holds no student, or not the configuration of its run.
-        ValueError: the split does not exist, or the run's data has no questions to evaluate on.
+        FileNotFoundError: a model, checkpoint, data set or file is not there.
+        ValueError: arguments contradict each other, or data cannot be used.
     """
-    from latefusion.models.build import load_student
+    check_arguments(chosen)
+    config = None if chosen.checkpoint is None else config_of(chosen.checkpoint)
+    stored = None if chosen.reference is None else read_report(chosen.reference)
+
+    import torch
+
+    from latefusion.eval.comparison import evaluate_run
+    from latefusion.eval.systems import System, checkpoint_system, fingerprint, policies_of
+    from latefusion.models.attach import attach
+    from latefusion.models.build import check_base, compute_dtype, load_base, load_student
     from latefusion.models.schedule import VisionSchedule
+    from latefusion.training.run import visipruner
+
+    more = policies_of(chosen.policies)
+    tasks = tasks_of(chosen, config)
+    systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
+    if config is not None:
+        assert chosen.checkpoint is not None
+        student = load_student(chosen.checkpoint)
+        model, processor, attachment = student.model, student.processor, student.attachment
+        systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
+        systems |= more
+        last = System(name=config.name, policy=student.schedule, adapters=True)
+        title, source = config.name, fingerprint(chosen.checkpoint)
+    else:
+        assert chosen.model is not None
+        check_base(chosen.model)
+        model, processor = load_base(chosen.model, dtype=compute_dtype())
+        attachment = attach(model, VisionSchedule())
+        systems |= {key: system for key, system in more.items() if key != "dense"}
+        last, title, source = None, Path(chosen.model).name, chosen.model
+    if torch.cuda.is_available():
+        model.cuda()
+    for folder in chosen.checkpoints:
+        systems[str(folder)] = checkpoint_system(folder)
+    if last is not None:
+        systems["student"] = last
+    others = [key for key in systems if key != "dense"]
+    what = Path(chosen.data).stem if chosen.data else "_".join(chosen.tasks) or chosen.split or "test"
+    home = Path(chosen.checkpoint or "outputs")
+    return evaluate_run(
+        model=model,
+        processor=processor,
+        attachment=attachment,
+        systems=systems,
+        tasks=tasks,
+        output_dir=chosen.output or home / f"evaluation_{what}",
+        title=title,
+        checkpoint=chosen.checkpoint,
+        baseline="pruned" if config is not None else (others or ["dense"])[0],
+        candidate="student" if config is not None else (others or ["dense"])[-1],
+        batch_size=chosen.batch_size,
+        batches=chosen.batches,
+        lengths=chosen.lengths,
+        with_controls=chosen.controls,
+        stored=stored,
+        processes=processes,
+        seed=chosen.seed if config is None else config.train.seed,
+        note="" if config is None else note_on(config),
+        source=source,
+    )
+
+
+def tasks_of(chosen: Arguments, config: Config | None) -> list[Task]:
+    """The questions: a user's, benchmarks, or those of the checkpoint's own run."""
+    from dataclasses import replace
+
+    from latefusion.eval.tasks import load_task
+    from latefusion.eval.tasks.base import Task
+    from latefusion.eval.tasks.exact import own
+    from latefusion.training.run import questions_of
+
+    if chosen.data is not None:
+        found = [own(chosen.data)]
+    elif chosen.tasks or config is None:
+        home = os.path.join(".", chosen.data_dir)  # what begins with a full stop is no hub id
+        places = {name: chosen.sources.get(name, f"{home}/{name}") for name in chosen.tasks or ["scenes"]}
+        found = [load_task(name, where, chosen.split) for name, where in places.items()]
+    else:
+        config.eval.split, config.eval.samples = chosen.split or "test", chosen.samples
+        questions = questions_of(config)
+        if questions is None:
+            raise ValueError(
+                f"{chosen.checkpoint} was trained on data without questions to evaluate on; name them with "
+                "tasks=[...] or data=FILE."
+            )
+        name = config.data.source.value
+        return [
+            Task(name=name, rows=questions, split=config.eval.split, source=config.data.eval_path or name)
+        ]
+    few = chosen.samples
+    return [
+        replace(task, rows=task.rows.shuffle(seed=0).select(range(few)))
+        if few is not None and few < len(task.rows)
+        else task
+        for task in found
+    ]
+
+
+def check_arguments(chosen: Arguments) -> None:
+    if (chosen.checkpoint is None) == (chosen.model is None):
+        raise ValueError("name either a trained checkpoint=FOLDER or a base model=PATH.")
+    if chosen.model is not None and not (chosen.policies or chosen.checkpoints):
+        raise ValueError(
+            f"model={chosen.model} alone has nothing to be compared with; add policies=[visipruner]."
+        )
+    if chosen.data is not None and chosen.tasks:
+        raise ValueError("data=FILE and tasks=[...] exclude each other; choose one.")
+    for name in ("samples", "batch_size"):
+        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
+            raise ValueError(f"{name}={getattr(chosen, name)} must be at least 1.")
+    for name in ("batches", "lengths"):
+        if any(n < 1 for n in getattr(chosen, name)):
+            raise ValueError(f"{name}={getattr(chosen, name)} must be at least 1 each.")
+
+
+def config_of(checkpoint: str | Path) -> Config:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder or its configuration is not there.
+    """
     from latefusion.training.config import Config
-    from latefusion.training.run import questions_of, visipruner
 
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -203,48 +242,59 @@ def evaluate_checkpoint(
             f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
             "baseline is; name a folder that training/train.py wrote."
         )
-    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
-    config.eval.split, config.eval.samples = split, samples
-    typed: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
-    questions = questions_of(typed)
-    if questions is None:
-        raise ValueError(
-            f"{checkpoint} was trained on data without questions to evaluate on; set data.eval_path."
-        )
-    student = load_student(folder)
-    if torch.cuda.is_available():
-        student.model.cuda()
-    return evaluate_run(
-        model=student.model,
-        processor=student.processor,
-        attachment=student.attachment,
-        systems={
-            "dense": System(name="Dense base", policy=VisionSchedule()),
-            "pruned": System(name="VisiPruner", policy=visipruner(typed.model.visipruner)),
-            "student": System(name=typed.name, policy=student.schedule, adapters=True),
-        },
-        dataset=questions,
-        output_dir=output or folder / f"evaluation_{split}",
-        title=typed.name,
-        split=split,
-        checkpoint=checkpoint,
-        batch_size=batch_size,
-        seed=typed.train.seed,
-        note=f"{typed.train.steps} steps of {typed.train.batch_size} x {typed.train.accumulation} samples a device, "
-        f"seed {typed.train.seed}",
-    )
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
-def main(arguments: list[str]) -> None:
+def read_report(path: str | Path) -> Mapping[str, Any]:
+    """A `report.json`, or the one in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no report at {path}; name a report.json that eval/evaluate.py wrote.")
+    return json.loads(file.read_text())
+
+
+def note_on(config: Config) -> str:
+    train = config.train
+    return f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
+
+
+def processes_here() -> Processes:
+    """The processes that `accelerate launch` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        from latefusion.eval.ledger import Processes
+
+        return Processes()
+    from accelerate import PartialState
+
+    from latefusion.eval.ledger import Processes
+
+    state = PartialState(timeout=timedelta(hours=12))  # the fast wait for the slow
+    return Processes(rank=state.process_index, count=state.num_processes, wait=state.wait_for_everyone)
+
+
+def main(arguments: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
+    arguments = [argument.removeprefix("--") for argument in arguments]
+    if any("=" not in argument for argument in arguments) or not arguments:
+        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
     try:
-        if any("=" not in argument for argument in arguments) or not arguments:
-            sys.exit(f"{__doc__}\n{Arguments.__doc__}")
-        chosen = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
-        evaluate_checkpoint(**OmegaConf.to_container(chosen, throw_on_missing=True))  # type: ignore[arg-type]
+        merged = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(list(arguments)))
+        chosen: Arguments = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        check_arguments(chosen)
     except OmegaConfBaseException as error:
         keys = ", ".join(Arguments.__dataclass_fields__)
         sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        processes = processes_here()
+        evaluate(chosen, processes)
+        processes.wait()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

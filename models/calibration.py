@@ -192,9 +192,7 @@ def _run(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedul
             attachment.model(**inputs, use_cache=False, logits_to_keep=1)
     except _Enough:
         return
-    raise ValueError(
-        f"no vision token reached layer {schedule.enter}; calibrate on samples with images."
-    )
+    raise ValueError(f"no vision token reached layer {schedule.enter}; calibrate on samples with images.")
 
 
 @contextmanager

@@ -29,6 +29,14 @@ def decoder_flops(config: PretrainedConfig, tokens: Sequence[int]) -> int:
     return sum(layer_flops(config, n) for n in tokens)
 
 
+def ranking_flops(config: PretrainedConfig, rows: int, keys: int) -> int:
+    """FLOPs of the attention scores of `rows` queries with `keys` keys, computed once more to rank tokens by them."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * rows * keys * heads * head_dim
+
+
 def vision_macs(config: PretrainedConfig, vision_tokens: Sequence[int]) -> int:
     """The literature's vision-only convention, in MACs: `4nd^2 + 2n^2d + 3ndm` per layer (FastV, HiDrop).
 

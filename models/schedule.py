@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from latefusion.models.flops import decoder_flops, vision_macs
+from latefusion.models.flops import decoder_flops, ranking_flops, vision_macs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
 
@@ -88,6 +89,22 @@ class VisionSchedule:
             tokens.append(now if self.enter <= layer < exit_layer else 0)
         return tokens
 
+    def widened(self, progress: float, num_layers: int) -> VisionSchedule:
+        """The schedule on the way from all layers (`progress` 0) to this one (1 and beyond).
+
+        Enter and exit move in step; the `k` of a keep is `k / progress`, so that it begins by keeping everything.
+        """
+        if progress >= 1:
+            return self
+        exit_layer = num_layers if self.exit is None else self.exit
+        wide_exit = num_layers - round((num_layers - exit_layer) * progress)
+        keep = {layer: math.ceil(k / progress) for layer, k in self.keep.items()} if progress > 0 else {}
+        return VisionSchedule(
+            enter=round(self.enter * progress),
+            exit=None if wide_exit == num_layers and self.exit is None else wide_exit,
+            keep=keep,
+        )
+
     def flops(
         self, config: PretrainedConfig, n_text: int, n_vision: int, *, convention: str = "computed"
     ) -> int:
@@ -96,15 +113,26 @@ class VisionSchedule:
         Args:
             config: the model's configuration (its text part is read).
             n_text, n_vision: tokens of the prompt.
-            convention: `"computed"`: FLOPs of everything the decoder layers compute (`decoder_flops`);
-                `"vision_only"`: the literature's MACs of vision tokens alone (`vision_macs`).
+            convention: `"computed"`: FLOPs of everything the decoder layers compute (`decoder_flops`), and of
+                ranking; `"vision_only"`: the literature's MACs of vision tokens alone (`vision_macs`).
         """
         vision = self.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)
         if convention == "computed":
-            return decoder_flops(config, [n_text + n for n in vision])
+            return decoder_flops(config, [n_text + n for n in vision]) + self.ranking_flops(
+                config, n_text, vision
+            )
         if convention == "vision_only":
             return vision_macs(config, vision)
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
+
+    def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
+        """What ranking adds: the scores of the prompt's text (at most all of it) in every layer that is watched."""
+        return sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
+
+    @property
+    def watched(self) -> range:
+        """The layers whose attention ranks vision tokens."""
+        return range(self.enter, max(self.keep, default=0))
 
     def to_dict(self) -> dict[str, Any]:
         return {"enter": self.enter, "exit": self.exit, "keep": {str(i): k for i, k in self.keep.items()}}
@@ -137,7 +165,7 @@ class _ScheduleDecision:
 
     def __init__(self, schedule: VisionSchedule, prompt: Prompt):
         self.schedule, self.prompt = schedule, prompt
-        self.watch = range(schedule.enter, max(schedule.keep, default=0))
+        self.watch = schedule.watched
         self.kept = prompt.vision  # bool [B, T]
         self.scores: Tensor | None = None  # float32 [B, T]
         self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]

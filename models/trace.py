@@ -20,12 +20,16 @@ class TraceRecord:
             None if nothing was chosen among them.
         exit_layer: first layer that no longer sees vision tokens; None if the last does or there are none.
         tokens: tokens that enter each layer, padding not counted.
+        vision: how many of them are vision tokens.
+        n_vision: vision tokens of the prompt.
     """
 
     fusion_layer: int | None
     kept: list[int] | None
     exit_layer: int | None
     tokens: list[int]
+    vision: list[int]
+    n_vision: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class TextTrace:
 
     def records(self) -> list[TraceRecord]:
         counts = self.real.sum(1).tolist()
-        return [TraceRecord(None, None, None, [int(n)] * self.num_layers) for n in counts]
+        layers = self.num_layers
+        return [TraceRecord(None, None, None, [int(n)] * layers, [0] * layers, 0) for n in counts]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class PrefillTrace:
             kept=self._kept(steps, total, fusion_layer),
             exit_layer=exit_layer,
             tokens=[text + count for count in vision],
+            vision=vision,
+            n_vision=total,
         )
 
     def _kept(self, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:

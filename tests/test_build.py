@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from latefusion.data import sources
@@ -53,6 +54,16 @@ def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():
     assert entry.scale.grad.abs().min() > 0 and entry.up.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("places", [0, 7], ids=["low-rank", "calibrated"])
+def test_entry_flops_are_those_of_its_matrix_products(places):
+    entry = EntryAdapter(hidden_size=24, rank=3, places=places)
+    rows = torch.randn(2, 7, 24)
+    order = torch.arange(7).expand(2, -1) if places else None
+    with FlopCounterMode(display=False) as counter:
+        entry(rows, order)
+    assert entry.flops(14) == counter.get_total_flops()
+
+
 def test_entry_is_found_in_the_plain_and_in_the_wrapped_model():
     model, _ = tiny_base()
     assert entry_of(model) is None
@@ -83,7 +94,7 @@ def test_lora_is_on_the_decoder_and_nowhere_else():
 def test_a_schedule_that_sees_vision_from_the_start_has_no_entry_adapter():
     _, student = tiny_student("schedule.enter=0")
     assert entry_of(student.model) is None
-    _, student = tiny_student("entry.rank=0")
+    _, student = tiny_student("entry.rank=0", "entry.init=identity")
     assert entry_of(student.model) is None
 
 

@@ -1,13 +1,10 @@
-"""Samples to batches: labels, marked by hand, on answer tokens alone; sources to samples."""
+"""Samples to batches: labels, marked by hand, on answer tokens alone."""
 
-import json
-
-import datasets
 import pytest
 from PIL import Image
 
-from latefusion.data import sources
-from latefusion.data.collate import IGNORE, Collator
+from latefusion.data.collate import IGNORE, BadRow, Collator
+from latefusion.data.messages import TooLong
 from latefusion.models.embedded.vocabulary import EOS, IMAGE, build_processor
 
 # one image is 4 tokens here: <image> * 4
@@ -147,109 +144,43 @@ def test_no_label_where_a_vision_token_would_predict_it():
     assert learnt(collate, batch, 0) == ". . . . . <eos>"  # im*4 red: only the stop token follows text
 
 
-def test_cutting_drops_text_but_never_a_placeholder():
-    collate = collator(max_length=12)
-    batch = collate([TWO_TURNS])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (1, 12)
-    assert learnt(collate, batch, 0) == ". " * 10 + "2 <eos>"
-    with pytest.raises(ValueError, match=r"sample 7 has vision tokens up to position 15.*data.max_length=12"):
-        collate([{**LATER_IMAGE, "id": 7}])
+def test_nothing_is_cut_and_what_is_too_long_is_named():
+    collate = collator(max_length=18)
+    assert collate([ONE, NO_IMAGE])["input_ids"].shape[1] == 15
+    with pytest.raises(BadRow, match=r"sample 7 has 21 tokens, more than data\.max_length=18\.") as error:
+        collate([ONE, {**TWO_TURNS, "id": 7}])
+    assert error.value.at == 1 and isinstance(error.value.reason, TooLong)
 
 
-# ---------------------------------------------------------------------------- sources
+def test_an_image_that_the_text_does_not_show_is_named():
+    with pytest.raises(BadRow, match=r"sample 1 has 1 image\(s\) but 0 times <image> in its text"):
+        collator()([ONE, {"messages": NO_IMAGE["messages"], "images": [picture()]}])
+    written = {"messages": [turn("user", "an <image>?"), turn("assistant", "no")], "images": []}
+    with pytest.raises(BadRow, match=r"sample 0 has 0 image\(s\) but 1 times <image> in its text"):
+        collator()([written, ONE])
 
 
-def test_scenes_give_one_question_a_row():
-    rows = sources.scenes("validation", n_scenes=2)
-    sample = rows[0]
-    (user, assistant), (image,) = sample["messages"], sample["images"]
-    assert user["content"] == [IMG, text(sample["question"])] and image.size == (96, 96)
-    assert assistant == turn("assistant", sample["answer"])
+def test_what_the_processor_refuses_is_one_sample_not_a_batch(monkeypatch):
+    collate = collator()
+    process = collate.process
+
+    def narrow(texts, images):
+        if any(image.width < 2 for row in images for image in row):
+            raise ValueError("mean must have 1 elements\nand more")
+        return process(texts, images)
+
+    monkeypatch.setattr(collate, "process", narrow)
+    thin = {**ONE, "images": [Image.new("RGB", (1, 9))], "id": "thin"}
+    with pytest.raises(
+        BadRow, match="sample thin does not go through the processor: mean must have 1 el"
+    ) as error:
+        collate([ONE, NO_IMAGE, thin])
+    assert error.value.at == 2 and "\n" not in str(error.value)
 
 
-@pytest.fixture
-def llava(tmp_path):
-    picture(9).save(tmp_path / "a.png")
-    picture(8).save(tmp_path / "b.png")
-
-    def write(*records: dict) -> str:
-        path = tmp_path / "chat.json"
-        path.write_text(json.dumps(list(records)))
-        return str(path)
-
-    return write, tmp_path
-
-
-def said(*values: str) -> list[dict]:
-    return [{"from": who, "value": v} for who, v in zip(["human", "gpt"] * 2, values, strict=False)]
-
-
-def test_llava_json_places_images_where_they_stand(llava):
-    write, folder = llava
-    path = write(
-        {"id": "x", "image": "a.png", "conversations": said("<image>\nwhat is it?", "red")},
-        {
-            "id": 5,
-            "image": ["a.png", "b.png"],
-            "conversations": said("what is it?\n<image>", "red", "and<image>?", "no"),
-        },
-        {"id": "z", "conversations": said("how many?", "2")},
-    )
-    rows = sources.llava(path, str(folder))
-    assert rows[0]["messages"] == [turn("user", IMG, "what is it?"), turn("assistant", "red")]
-    assert rows[1]["messages"][0] == turn("user", "what is it?", IMG)
-    assert rows[1]["messages"][2] == turn("user", "and", IMG, "?")
-    assert [image.getpixel((0, 0))[0] for image in rows[1]["images"]] == [9, 8]
-    assert rows[2]["images"] == [] and rows[1]["id"] == "5"
-    assert collator()([rows[i] for i in range(3)])["pixel_values"].shape[0] == 3
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"id": 1, "image": "a.png", "conversations": said("what?", "red")}, "has 1 images but 0 <image>"),
-        ({"id": 1, "conversations": [{"from": "robot", "value": "x"}]}, "turn from 'robot'"),
-    ],
-)
-def test_llava_json_that_contradicts_itself_is_refused(llava, record, message):
-    write, folder = llava
-    with pytest.raises(ValueError, match=message):
-        sources.llava(write(record), str(folder))
-
-
-def test_missing_data_is_one_sentence_with_the_fix(llava):
-    write, folder = llava
-    with pytest.raises(FileNotFoundError, match=r"no conversation file at nowhere\.json; .*data\.path="):
-        sources.llava("nowhere.json", None)
-    path = write({"id": 1, "image": "c.png", "conversations": said("<image>", "red")})
-    with pytest.raises(FileNotFoundError, match=r"no image folder at nowhere; .*data\.images="):
-        sources.llava(path, "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no image c\.png in .*data\.images="):
-        sources.llava(path, str(folder))
-
-
-def test_a_saved_data_set_with_messages_and_images(tmp_path):
-    features = datasets.Features(
-        {
-            "messages": [
-                {
-                    "role": datasets.Value("string"),
-                    "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
-                }
-            ],
-            "images": datasets.List(datasets.Image()),
-        }
-    )
-    row = {
-        "messages": [turn("user", {"type": "image", "text": None}, "how many?"), turn("assistant", "2")],
-        "images": [picture(3)],
-    }
-    datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "set")
-    rows = sources.dataset(str(tmp_path / "set"), split="train")
-    assert rows[0]["messages"][0] == turn("user", IMG, "how many?")
-    assert collator()([rows[0]])["pixel_values"].shape[0] == 1
-    datasets.Dataset.from_list([{"question": "x"}]).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"no column 'messages' \(it has question\)"):
-        sources.dataset(str(tmp_path / "other"), split="train")
-    with pytest.raises(FileNotFoundError, match="no data set with a split 'train' at"):
-        sources.dataset(str(tmp_path / "nowhere"), split="train")
+def test_a_template_that_refuses_a_conversation_is_one_sample():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+    system = {"messages": [turn("system", "be kind"), *NO_IMAGE["messages"]], "images": [], "id": 3}
+    collate = collator(strict + PLAIN_TEMPLATE)
+    with pytest.raises(BadRow, match="sample 3 is refused by the chat template: begin with the user"):
+        collate([ONE, system])

@@ -23,7 +23,7 @@ TRAIN = Path(run.__file__).with_name("train.py")
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be dense, late_fusion, late_fusion_no_",
+            "recipe=late_fuson does not exist; recipe can be align, dense, late_fusion, late_fusion_no_",
         ),
         ("model=gpt", "model=gpt does not exist; model can be embedded, llava_1_5_7b"),
         (
@@ -84,9 +84,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     ):
         run.check(configured(here))
     run.check(configured(here, "overwrite=true"))
-    with pytest.raises(
-        ValueError, match=r"is damaged: it has no readable files.json; none before it is whole"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
         run.check(configured(here, "resume=true"))
 
 

@@ -1,134 +1,48 @@
-"""One evaluation of a tiny random model: its answers, its costs, its files, its complaints."""
+"""One evaluation of a tiny random model: its answers, its costs, its complaints."""
 
 import json
-from html.parser import HTMLParser
 from itertools import pairwise
-from xml.etree import ElementTree
 
+import evaluated
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from evaluated import HEADS, MLP, SYSTEMS, WIDTH, tiny_model
+from transformers import DynamicCache
 
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval import efficiency
-from latefusion.eval.evaluate import System, evaluate_run, main
-from latefusion.eval.predict import answer_questions, encode_images, prompt_inputs, running
-from latefusion.eval.report import tables
-from latefusion.eval.report.__main__ import insert
-from latefusion.eval.report.figures import standalone, tokens_per_layer
+from latefusion.eval.evaluate import main
+from latefusion.eval.predict import answer_questions, encode_images, prompt_inputs
+from latefusion.eval.systems import System, running
 from latefusion.models.attach import attach
-from latefusion.models.build import build_student
-from latefusion.models.embedded.build import build_config
-from latefusion.models.embedded.vocabulary import PAD, VOCABULARY, build_processor
 from latefusion.models.schedule import VisionSchedule
-
-LAYERS, WIDTH, HEADS, MLP, VISION = 4, 32, 2, 48, 16
-KEEP = VisionSchedule(keep={2: 3})
-LATE = VisionSchedule(enter=1, exit=3, keep={2: 5})
-
-
-def tiny_model() -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    config = build_config(
-        patch_size=24, tower_width=32, tower_layers=1, width=WIDTH, layers=LAYERS, heads=HEADS, mlp=MLP
-    )
-    config.text_config.initializer_range = 0.3
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = list(range(0, len(VOCABULARY), 3))  # so that answers end somewhere
-    model.generation_config.pad_token_id = PAD
-    return model
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_processor(patch_size=24)
+    return evaluated.processor()
 
 
 @pytest.fixture(scope="module")
-def student(processor):
-    """A student whose LoRA, entry adapter and projector change the answers."""
-    found = build_student(
-        tiny_model(),
-        processor,
-        base="tiny",
-        schedule=LATE,
-        rank=2,
-        alpha=4,
-        dropout=0.0,
-        entry_rank=2,
-        train=["multi_modal_projector"],
-    )
-    with torch.no_grad():
-        for name, parameter in found.model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.normal_(0, 0.5)
-    return found
-
-
-SYSTEMS = {
-    "dense": System(name="Dense base", policy=VisionSchedule()),
-    "pruned": System(name="Keep three", policy=KEEP),
-    "student": System(name="Late fusion", policy=LATE, adapters=True),
-}
-
-
-def naive_answer(model, processor, row) -> tuple[str, int]:
-    """One stock `generate` on one prompt without padding: its text, and the number of text tokens."""
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(text=[prompt], images=[row["image"]], return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    n_text = int((inputs["input_ids"] != model.config.image_token_id).sum())
-    return processor.decode(output, skip_special_tokens=True).strip(), n_text
+def student():
+    return evaluated.student()
 
 
 @pytest.fixture(scope="module")
-def naive(student, processor):
-    """What each system answers to each question, asked one by one."""
-    rows, model, said = load_scenes("test", 2), student.model, {}
-    with model.disable_adapter():
-        said["dense"] = [naive_with(student, VisionSchedule(), processor, row) for row in rows]
-        said["pruned"] = [naive_with(student, KEEP, processor, row) for row in rows]
-    said["student"] = [naive_with(student, LATE, processor, row) for row in rows]
-    return said
-
-
-def naive_with(student, policy, processor, row) -> tuple[str, int]:
-    with student.attachment.using(policy):
-        return naive_answer(student.model, processor, row)
+def naive():
+    return evaluated.naive()
 
 
 @pytest.fixture(scope="module")
-def questions(naive):
-    """The scenes, with what the dense model says as the answer to every other question."""
-    rows, filler = load_scenes("test", 2), "no no no no no"  # five tokens: evaluation leaves room for six
-    said = [text for text, _ in naive["dense"]]
-    answers = [text if i % 2 == 0 and len(text.split()) < 5 else filler for i, text in enumerate(said)]
-    return rows.remove_columns("answer").add_column("answer", answers)
+def questions():
+    return evaluated.questions()
 
 
 @pytest.fixture(scope="module")
-def run(student, processor, questions, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    student.model.train()
-    results = evaluate_run(
-        model=student.model,
-        processor=processor,
-        attachment=student.attachment,
-        systems=SYSTEMS,
-        dataset=questions,
-        output_dir=folder,
-        title="tiny",
-        checkpoint="outputs/tiny",
-        batch_size=10,
-        latency_prompts=2,
-        latency_repeats=2,
-    )
-    assert student.model.training  # given back as it came
-    return folder, results
+def run():
+    return evaluated.full_run()
 
 
 def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
@@ -165,6 +79,7 @@ def by_hand(n_text: int, vision: list[int]) -> int:
 
 
 TOKENS = {"dense": [16, 16, 16, 16], "pruned": [16, 16, 3, 3], "student": [0, 16, 5, 0]}
+TOKENS |= {"blind": [0] * 4, "random_0.594": [10] * 4, "random_0.328": [5] * 4}
 
 
 @pytest.mark.parametrize("key", SYSTEMS)
@@ -215,7 +130,7 @@ def test_time_of_an_answer_separates_the_first_token(monkeypatch):
         for _ in range(1 + new_tokens):
             streamer.put(None)
 
-    monkeypatch.setattr(efficiency, "_generate", generate)
+    monkeypatch.setattr(efficiency, "generate", generate)
     assert efficiency.time_answer(None, {}, 4) == (8.0, 2.0)
 
 
@@ -253,127 +168,34 @@ def test_images_are_encoded_once_for_all_systems_of_the_same_weights(student, pr
         assert torch.equal(student.model(**inputs).logits, student.model(**encoded).logits)
 
 
-class Page(HTMLParser):
-    """Collects what a page refers to and which sections it has."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.refers, self.ids, self.tags = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.tags.append(tag)
-        self.refers += [values[name] for name in ("src", "href", "xlink:href", "data") if name in values]
-        self.ids += [values["id"]] if "id" in values else []
-
-
-def test_report_has_every_section_and_needs_no_network(run):
-    folder, results = run
-    text = (folder / "report.html").read_text()
-    page = Page(text)
-    assert {"results", "figures", "examples", "next", "method"} <= set(page.ids)
-    assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 3 and "img" in page.tags
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.refers)
-    assert not {"script", "link", "iframe"} & set(page.tags)
-    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
-    for system in results["systems"].values():
-        assert system["name"] in text and f"{100 * system['accuracy']['overall']['value']:.1f}" in text
-    assert results["environment"]["command"] in text.replace("&#39;", "'")
-    assert len(text) < 400_000
-
-
-def test_results_json_holds_every_number_and_says_where_it_comes_from(run):
-    folder, results = run
-    stored = json.loads((folder / "results.json").read_text())
-    assert stored["schema"] == 1
-    assert set(stored) == {
-        "schema", "title", "note", "checkpoint", "roles", "data", "model", "systems", "paired", "settings",
-        "environment",
-    }  # fmt: skip
-    for key, system in stored["systems"].items():
-        assert set(system) == {
-            "name", "policy", "adapters", "accuracy", "flops", "vision_tokens", "ttft", "tpot", "kv_bytes",
-            "working_bytes",
-        }  # fmt: skip
-        assert set(system["accuracy"]["types"]) == set(stored["data"]["types"])
-        assert (
-            sum(score["n"] for score in system["accuracy"]["types"].values()) == stored["data"]["questions"]
-        )
-        assert system["working_bytes"]["mean"] > 0 and system["ttft"]["median"] > 0
-        assert system["flops"]["mean"] == results["systems"][key]["flops"]["mean"]
-    assert set(stored["paired"]) == {"dense", "pruned"}
-    assert stored["systems"]["student"]["policy"]["keep"] == {"2": 5}
-    assert {"torch", "transformers", "latefusion"} <= set(stored["environment"]["versions"])
-
-
-def test_table_fits_a_terminal_of_80_columns_and_says_what_the_files_say(run):
-    folder, _ = run
-    stored = json.loads((folder / "results.json").read_text())
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    tables.print_table(stored, console)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80
-    flat, markdown = " ".join(text.split()), tables.markdown(stored)
-    for row in tables.rows(stored):
-        for value, _ in row.cells:
-            assert value in flat and value in markdown
-
-
-def test_figure_for_the_readme_is_a_picture_of_its_own(run):
-    drawing = ElementTree.fromstring(standalone(tokens_per_layer(run[1])))
-    space = {"s": "http://www.w3.org/2000/svg"}
-    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
-    lines = drawing.findall("s:path[@class]", space)
-    assert sum("line" in line.attrib["class"] for line in lines) == len(SYSTEMS)
-    assert "--s0" in drawing.find("s:style", space).text
-
-
-def test_readme_keeps_all_but_what_stands_between_the_marks():
-    document = "before\n<!-- results -->\nold\n<!-- /results -->\nafter\n"
-    assert insert(document, "results", "new") == "before\n<!-- results -->\nnew\n<!-- /results -->\nafter\n"
-    with pytest.raises(ValueError, match="other"):
-        insert(document, "other", "new")
-
-
-def test_one_question_is_enough_for_a_report(student, processor, questions, tmp_path):
-    results = evaluate_run(
-        model=student.model,
-        processor=processor,
-        attachment=student.attachment,
-        systems=SYSTEMS,
-        dataset=questions.select([1]),  # nobody is right
-        output_dir=tmp_path,
-        title="one",
-        latency_prompts=5,
-        latency_repeats=1,
-    )
-    assert np.isnan(results["paired"]["dense"]["ratio"]["value"])
-    stored = json.loads((tmp_path / "results.json").read_text())
+def test_one_question_is_enough_for_a_report(student, questions, tmp_path):
+    student.model.train()
+    results = evaluated.evaluate(tmp_path, tasks=[evaluated.task(questions.select([1]))], latency_prompts=5)
+    assert student.model.training  # given back as it came
+    assert np.isnan(results["paired"]["dense"]["ratio"]["value"])  # nobody is right
+    stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["paired"]["dense"]["ratio"]["value"] is None
     assert stored["settings"]["latency_prompts"] == 1 and stored["data"]["split"] == "test"
-    assert "examples" in Page((tmp_path / "report.html").read_text()).ids
+    assert (tmp_path / "report.html").is_file() and not (tmp_path / "unfinished").exists()
 
 
-def refused(student, processor, dataset, folder, **changes):
-    values = {"systems": SYSTEMS, "dataset": dataset, "model": student.model} | changes
+def refused(folder, **changes):
     with pytest.raises(ValueError) as error:
-        evaluate_run(
-            processor=processor, attachment=student.attachment, output_dir=folder, title="", **values
-        )
+        evaluated.evaluate(folder, **changes)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_bad_input_is_one_sentence_before_any_compute(student, processor, questions, tmp_path):
+def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     folder = tmp_path / "report"
-    assert "column 'type'" in refused(student, processor, questions.remove_columns("type"), folder)
-    assert "no question" in refused(student, processor, questions.select([]), folder)
-    assert "'oracle'" in refused(student, processor, questions, folder, candidate="oracle")
+    assert "column 'type'" in refused(folder, tasks=[evaluated.task(questions.remove_columns("type"))])
+    assert "no question" in refused(folder, tasks=[evaluated.task(questions.select([]))])
+    assert "'oracle'" in refused(folder, candidate="oracle")
+    late = {**SYSTEMS, "late": System(name="", policy=VisionSchedule(enter=9))}
+    assert "late: enter names layer 9" in refused(folder, systems=late)
     plain = tiny_model()
     attach(plain, VisionSchedule())
-    assert "adapters" in refused(student, processor, questions, folder, model=plain)
+    assert "adapters" in refused(folder, model=plain)
     assert not folder.exists()
 
 
@@ -383,6 +205,14 @@ def test_bad_input_is_one_sentence_before_any_compute(student, processor, questi
         (["checkpoint=outputs/nowhere"], "outputs/nowhere"),
         (["checkpoint=."], "config.yaml"),
         (["split=test"], "checkpoint"),
+        (["model=embedded"], "policies=[visipruner]"),
+        (["model=embedded", "policies=[fastvv]"], "did you mean fastv"),
+        (["model=embedded", "policies=[{fastv: {kep: 1}}]"], "'kep'"),
+        (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
+        (["model=embedded", "policies=[fastv]", "data=my.jsonl"], "data=FILE"),
+        (["model=embedded", "policies=[fastv]", "tasks=[gqa]", "data=my.jsonl"], "exclude each other"),
+        (["--reference=before.json", "checkpoint=.", "policies=[fastv]"], "config.yaml"),
+        (["model=embedded", "policies=[fastv]", "reference=before.json"], "before.json"),
         (["checkpont=outputs/late_fusion"], "checkpont"),
         (["samples=many", "checkpoint=x"], "many"),
         (["--help"], "split: of the questions"),

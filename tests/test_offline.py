@@ -123,7 +123,7 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     config = run.read(options(base, cache, "output_dir=x"))
     student = run.student_of(config)
     told = expected(config, student, run.teacher(config))
-    isolated = run.collator_of(student, None, torch.float32)
+    isolated = run.collator_of(student, config)
     whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
     rows = run.samples(config.data)

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from latefusion.training.config import TrainConfig
+from latefusion.data.guard import Checked
+from latefusion.training.config import Group, TrainConfig
 from latefusion.training.order import Order, order_of
 
 
@@ -58,9 +58,23 @@ def test_samples_of_like_length_share_a_step():
     assert firsts != sorted(firsts, reverse=True)
 
 
-def test_grouping_needs_to_know_the_lengths():
-    train = TrainConfig(steps=1, batch_size=2, group_by_length=True)
-    with pytest.raises(ValueError, match=r"train.group_by_length=true needs a column length"):
-        order_of(train, Dataset.from_dict({"id": [1, 2]}), 1)
-    order = order_of(train, Dataset.from_dict({"length": [1, 2]}), 2)
-    assert order.lengths[:] == [1, 2] and order.size == 4
+def test_a_step_holds_one_modality_and_every_sample_comes_once():
+    shows = [i % 3 == 0 for i in range(100)]
+    order = Order(100, steps=12, size=8, seed=0, lengths=[i % 7 for i in range(100)], kinds=shows)
+    run = [order.at(i) for i in range(100)]
+    assert sorted(run) == list(range(100))
+    steps = [{shows[i] for i in run[k : k + 8]} for k in range(0, 100, 8)]
+    assert sum(len(kinds) == 1 for kinds in steps) == 12 and {len(kinds) for kinds in steps[:12]} == {1}
+
+
+class Sized(list):
+    def sizes(self):
+        return [(10, 0), (500, 0), (3, 1), (9, 2)]
+
+
+def test_images_outweigh_text_when_samples_are_grouped():
+    train = TrainConfig(steps=1, batch_size=2)
+    order = order_of(train, Checked(Sized("abcd"), Group.length), 1)
+    assert sorted(map(sorted, (list(order)[:2], [order.at(2), order.at(3)]))) == [[0, 1], [2, 3]]
+    assert order_of(train, Checked(Sized("abcd"), Group.modality), 2).kinds == [False, False, True, True]
+    assert order_of(train, Checked(Sized("abcd")), 2).lengths is None

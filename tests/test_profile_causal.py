@@ -56,7 +56,9 @@ def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, atte
     model, batch = shared(family, attention), batch_of(family, MIXED)
     with attach(model, VisionSchedule()) as attachment:
         found = {
-            key: Runner(model, attachment, batch).whole(*key) for key in knock_outs(LAYERS) if key[1] in (1, 3)
+            key: Runner(model, attachment, batch).whole(*key)
+            for key in knock_outs(LAYERS)
+            if key[1] in (1, 3)
         }
         found["prefix", LAYERS] = Runner(model, attachment, batch).whole("prefix", LAYERS)
     dense = judged(model, batch, "frozen", 0)
@@ -65,9 +67,7 @@ def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, atte
         assert not close(answers, dense), (kind, layer)
 
 
-@pytest.mark.parametrize(
-    "family", ["llava", "qwen2_vl", "internvl"]
-)
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
 def test_knock_outs_continued_on_a_cache_equal_the_masked_oracle(family: str) -> None:
     model, batch = shared(family), batch_of(family, ONE_IMAGE)
     with attach(model, VisionSchedule()) as attachment:

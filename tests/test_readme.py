@@ -81,7 +81,7 @@ def test_every_command_and_what_follows_from_it(tmp_path: Path, monkeypatch: pyt
             done = run(command, tmp_path, [*QUICK, *QUICK_EVALUATION, *more])
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     assert (tmp_path / "outputs/late_fusion/report.html").is_file()
-    assert (tmp_path / "evaluation/results.json").is_file()
+    assert (tmp_path / "evaluation/report.json").is_file()
     monkeypatch.chdir(tmp_path)
     execute(blocks("python")[1])
     assert (tmp_path / "outputs/merged/config.json").is_file()

@@ -126,6 +126,6 @@ def test_the_whole_line_as_the_readme_types_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"late_fusion: 0\.\d+M of \d\.\dM parameters train", done.stdout)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "report.json").read_text())
     assert set(results["systems"]) == {"dense", "pruned", "student"}
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -49,7 +49,7 @@ def configured(*overrides: str) -> Config:
 
 
 BAND = ("schedule.enter=2", "schedule.exit=5", "schedule.keep={4: 2}")
-SMALL = ("train.dtype=float32", "lora.r=4", "entry.rank=4")
+SMALL = ("train.dtype=float32", "lora.r=4", "entry.rank=4", "entry.init=identity")
 
 
 def tiny_student(*overrides: str) -> tuple[Config, Student]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
+from latefusion.eval.profiling.files import ENTRY, read_entry
 from latefusion.eval.profiling.samples import batches, distinct_images, stop_tokens
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
@@ -31,10 +30,18 @@ def calibrated_entry(
     enter = config.schedule.enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
         return None
+    if config.schedule.profile is not None:
+        entry = read_entry(config.schedule.profile)
+        if entry is None:
+            raise ValueError(
+                f"the profile at {config.schedule.profile} has no {ENTRY}; profile again, or use entry.init=identity."
+            )
+        return entry
     stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
     if stage == 3:
         raise ValueError(
-            "entry.init=calibrated cannot run the model before ZeRO-3 has it: use ZeRO-2, or entry.init=identity."
+            "entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first and "
+            "name its folder: schedule.profile=FOLDER."
         )
     collator = Collator(
         processor=processor,

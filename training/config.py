@@ -27,11 +27,58 @@ class Teacher(Enum):
 
 
 class Source(Enum):
-    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images."""
+    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
+    `mixture`: several of the last two, by weight."""
 
     scenes = "scenes"
     llava = "llava"
     dataset = "dataset"
+    mixture = "mixture"
+
+
+OnError = Enum("OnError", {"skip": "skip", "raise": "raise"})
+"""What a row that cannot be used means: another takes its place and it is counted, or the run stops."""
+
+
+class Group(Enum):
+    """What the samples of a step have in common; `modality`: all with images or all without, and then length."""
+
+    none = "none"
+    length = "length"
+    modality = "modality"
+
+
+class Tune(Enum):
+    """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
+    `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
+    and so no base to teach (`teacher=none`)."""
+
+    lora = "lora"
+    align = "align"
+    full = "full"
+
+
+class Variant(Enum):
+    """`rslora`: arXiv 2312.03732; `dora`: arXiv 2402.09353."""
+
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+
+
+class Layers(Enum):
+    """Decoder layers with LoRA: `all`, or the `busy` ones, which see vision tokens under the schedule."""
+
+    all = "all"
+    busy = "busy"
+
+
+class EntryKind(Enum):
+    """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
+
+    none = "none"
+    scale = "scale"
+    low_rank = "low_rank"
 
 
 class Trainer(Enum):
@@ -67,6 +114,23 @@ class ScheduleConfig:
 
 
 @dataclass
+class RunScheduleConfig(ScheduleConfig):
+    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+
+    Attributes:
+        auto: `schedule=auto`: profile the model before training (or read `profile`).
+        profile: folder that `eval/profile.py` wrote.
+        samples, bound, budget: of the profile that `auto` makes.
+    """
+
+    auto: bool = False
+    profile: str | None = None
+    samples: int = 64
+    bound: float = 0.05
+    budget: float | None = None
+
+
+@dataclass
 class VisiPrunerConfig:
     """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
 
@@ -85,18 +149,39 @@ class ModelConfig:
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        processor: settings that the processor is loaded with (`max_pixels`, `crop_to_patches`, ...).
+        load_in_4bit: hold the decoder in 4 bits (QLoRA); needs bitsandbytes.
+        trust_remote_code: run code that comes with the weights.
         attention: the implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
             model's default.
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
+        pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
         visipruner: its calibrated thresholds.
     """
 
     path: str = MISSING
+    revision: str | None = None
+    processor: dict[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
     attention: str | None = None
     projector: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    pyramid: ScheduleConfig = field(default_factory=ScheduleConfig)
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
+
+
+@dataclass
+class PartConfig:
+    """A source of a mixture; `weight` is its share of the rows, relative to the others'."""
+
+    source: Source = Source.dataset
+    path: str = MISSING
+    images: str | None = None
+    split: str = "train"
+    weight: float = 1.0
 
 
 @dataclass
@@ -105,28 +190,41 @@ class DataConfig:
 
     Attributes:
         source: kind of source.
-        path: JSON file, dataset folder or hub id (unused by `scenes`).
-        images: folder of the images that a LLaVA JSON names.
+        path: file, dataset folder or hub id (unused by `scenes` and `mixture`).
+        images: folder that the image paths in the data are relative to.
         split: to train on; `eval.split` names the one to evaluate on.
+        streaming: read rows as they are used, for data that do not fit on the disk; shuffled in a buffer.
+        shuffle_buffer: rows in that buffer.
+        parts: what a `mixture` is made of.
         eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
         turns: how many questions about one image a training sample holds at most (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention.
-        seed: of the rendered scenes.
-        max_length: tokens, vision included, after which a training sample is cut; None: never.
+        seed: of rendered scenes, mixtures and streams.
+        max_length: the most tokens, vision included, that a sample may have; None: any number.
+        too_long: what a longer sample means: `skip` (another takes its place, and it is counted) or `raise`.
+            Nothing is ever cut.
+        on_error: the same for every other row that cannot be used; `python data/validate.py data=...` lists them.
+        group: what the samples of a step have in common: `none`, `length`, or `modality` (and length).
     """
 
     source: Source = MISSING
     path: str | None = None
     images: str | None = None
     split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    parts: list[PartConfig] = field(default_factory=list)
     eval_path: str | None = None
     scenes: int | None = None
     turns: int = 1
     isolate: bool = False
     seed: int = 0
     max_length: int | None = None
+    too_long: OnError = OnError.skip
+    on_error: OnError = OnError["raise"]
+    group: Group = Group.none
 
 
 @dataclass
@@ -150,6 +248,8 @@ class EngineConfig:
 class TrainConfig:
     """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
 
+    `narrow` is the fraction of `steps` over which the band narrows from all layers to `schedule` (0: it is fixed).
+    `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
     `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
     """
 
@@ -158,6 +258,7 @@ class TrainConfig:
     batch_size: int = 16
     accumulation: int = 1
     warmup: float = 0.03
+    narrow: float = 0.0
     scheduler: str = "cosine"
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
@@ -165,9 +266,9 @@ class TrainConfig:
     seed: int = 0
     dtype: Dtype = Dtype.auto
     gradient_checkpointing: bool = False
-    group_by_length: bool = False
     threads: int | None = None
     workers: int = 0
+    prefetch: int = 2
     on_nonfinite: NonFiniteStep = NonFiniteStep.stop
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
@@ -179,6 +280,8 @@ class TrainConfig:
 class LoraConfig:
     """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
 
+    variant: Variant = Variant.lora
+    layers: Layers = Layers.all
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
@@ -195,8 +298,12 @@ class EntryInit(Enum):
 
 @dataclass
 class EntryConfig:
-    """The entry adapter; rank 0: none. `images` of the training set calibrate it, if `init` says so."""
+    """The entry adapter; `rank` is that of a `low_rank` one, 0: none.
 
+    `images` of the training set calibrate it, if `init` says so.
+    """
+
+    kind: EntryKind = EntryKind.low_rank
     rank: int = 16
     init: EntryInit = EntryInit.identity
     images: int = 256
@@ -239,8 +346,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
     teacher: Teacher = Teacher.visipruner
+    tune: Tune = Tune.lora
+    init: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     entry: EntryConfig = field(default_factory=EntryConfig)
@@ -277,7 +386,11 @@ def read(cfg: DictConfig) -> Config:
         ("eval.batch_size", config.eval.batch_size),
         ("kl.top_k", kl.top_k),
         ("data.turns", config.data.turns),
+        ("data.shuffle_buffer", config.data.shuffle_buffer),
+        ("data.max_length", config.data.max_length or 1),
+        ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -300,13 +413,11 @@ def read(cfg: DictConfig) -> Config:
         ("train.warmup", train.warmup),
         ("train.adam_beta2", train.adam_beta2),
         ("lora.dropout", lora.dropout),
+        ("train.narrow", 0.0 if train.narrow == 1 else train.narrow),
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
-    if config.data.source is not Source.scenes and config.data.path is None:
-        raise ValueError(
-            f"data.path is not set; name the {config.data.source.value} data with data.path=PATH."
-        )
+    _check_data(config)
     if kl.cache is not None and config.teacher is Teacher.none:
         raise ValueError(
             "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
@@ -320,12 +431,49 @@ def read(cfg: DictConfig) -> Config:
             "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
-        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more.")
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
+    if config.tune is Tune.full and config.teacher is not Teacher.none and config.kl.weight > 0:
+        raise ValueError(
+            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, or tune=lora."
+        )
+    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if (
+        config.model.load_in_4bit
+        and (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+    ):
+        raise ValueError(
+            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
+        )
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
         )
     return config
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source in (Source.llava, Source.dataset) and data.path is None:
+        raise ValueError(f"data.path is not set; name the {data.source.value} data with data.path=PATH.")
+    if data.source is Source.mixture and not data.parts:
+        raise ValueError("data.parts is empty; name the mixture's sources: data.parts=[{path: PATH}, ...].")
+    for number, part in enumerate(data.parts):
+        if part.source not in (Source.llava, Source.dataset):
+            raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
+        if not part.weight > 0:
+            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.streaming and data.source is Source.scenes:
+        raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
+    if data.streaming and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("data.streaming=true needs engine.trainer=accelerate.")
+    if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
+        raise ValueError(
+            f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "
+            "and data.streaming=false."
+        )
 
 
 def _refuse_additions(node: Any, prefix: str = "") -> None:

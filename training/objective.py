@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
@@ -35,20 +35,24 @@ class Objective:
         blank: what the processor makes of any one image. Given, batches without images run the vision tower
             on it and drop the result: where weights are sharded, or the projector trains, every process
             must run the same modules.
+        narrowing: the student's policy at a moment of the run (0 to 1), where it changes; None: it does not.
     """
 
     def __init__(
         self,
         *,
-        model: PeftModel,
+        model: nn.Module,
         attachment: Attachment,
         teacher: Policy | None,
         weight: float,
         temperature: float,
         share_images: bool,
         blank: Mapping[str, Any] | None = None,
+        narrowing: Callable[[float], Policy] | None = None,
     ):
-        self.model, self.attachment = model, attachment
+        self.model: Any = model
+        self.attachment = attachment
+        self.narrowing = narrowing
         self.teacher = teacher if weight > 0 else None
         self.weight, self.temperature, self.share_images = weight, temperature, share_images
         self.blank = blank
@@ -94,6 +98,11 @@ class Objective:
         loss = loss + self.weight * kl
         return loss / count, {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
 
+    def at(self, moment: float) -> None:
+        """Tell where in the run (0 to 1) the forwards to come are."""
+        if self.narrowing is not None:
+            self.attachment.policy = self.narrowing(moment)
+
     @torch.no_grad()
     def answers(self, batch: dict[str, Any]) -> Tensor:
         """The teacher's logits where labels are, sample by sample, float32 `[N, V]`."""
@@ -131,12 +140,12 @@ class Objective:
         return self.blank is not None and not any(name in inputs for name in given)
 
     def encode(self, inputs: Mapping[str, Any]) -> Any:
-        model: Any = self.model.get_base_model()
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         encoder = model.base_model.get_image_features
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
         given = {name: inputs[name] for name in names}
         if isinstance(self.model, FSDPModule):  # the outermost module gathers the weights
-            return self.model.get_image_features(**given, return_dict=True)  # type: ignore[operator]
+            encoder = getattr(self.model, "get_image_features")  # noqa: B009: PEFT passes it through
         return encoder(**given, return_dict=True)
 
     def encode_blank(self, device: torch.device) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from latefusion.training.config import TrainConfig
+from latefusion.data.guard import Checked
+from latefusion.data.mixing import Stream
+from latefusion.training.config import Group, TrainConfig
 
 POOL = 50  # steps whose samples are sorted by length together
 
@@ -26,10 +28,21 @@ class Order(Sampler[int]):
         size: samples a step takes, over accumulation and processes.
         seed: of the shuffling; epoch `e` is shuffled by `seed + e`.
         lengths: of the samples, if a step is to take samples of like length (less padding); None: any.
+        kinds: of the samples, if a step is to take samples of one kind; None: any.
     """
 
-    def __init__(self, n: int, *, steps: int, size: int, seed: int, lengths: Sequence[int] | None = None):
-        self.n, self.steps, self.size, self.seed, self.lengths = n, steps, size, seed, lengths
+    def __init__(
+        self,
+        n: int,
+        *,
+        steps: int,
+        size: int,
+        seed: int,
+        lengths: Sequence[Any] | None = None,
+        kinds: Sequence[bool] | None = None,
+    ):
+        self.n, self.steps, self.size, self.seed = n, steps, size, seed
+        self.lengths, self.kinds = lengths, kinds
         self._epoch: int | None = None
         self._shuffled: list[int] = []
 
@@ -58,14 +71,17 @@ class Order(Sampler[int]):
         """
         assert self.lengths is not None
         body, stretch = shuffled[head:], POOL * self.size
+        kinds = (
+            [body] if self.kinds is None else [[i for i in body if self.kinds[i] == k] for k in (True, False)]
+        )
         steps = []
-        for start in range(0, len(body), stretch):
-            alike = sorted(body[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
-            steps += [alike[i : i + self.size] for i in range(0, len(alike), self.size)]
-        whole = len(body) // self.size
+        for members in kinds:
+            for start in range(0, len(members), stretch):
+                alike = sorted(members[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
+                steps += [alike[i : i + self.size] for i in range(0, len(alike), self.size)]
         last = [i for step in steps if len(step) < self.size for i in step]
         full = [step for step in steps if len(step) == self.size]
-        mixed = [full[i] for i in torch.randperm(whole, generator=generator).tolist()]
+        mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
         return shuffled[:head] + [i for step in mixed for i in step] + last
 
     def share(self, step: int, rank: int, world: int, micro: int) -> list[list[int]]:
@@ -85,18 +101,14 @@ class Order(Sampler[int]):
 
 
 def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:
-    """The order of a run on `dataset`, by `world` processes.
-
-    Raises:
-        ValueError: samples are to be grouped by length, but the data set does not say how long they are.
-    """
-    lengths = None
-    if train.group_by_length:
-        columns = getattr(dataset, "column_names", ())  # only `datasets.Dataset` has columns
-        if "length" not in columns:
-            raise ValueError(
-                "train.group_by_length=true needs a column length in the data set; add it, or leave the option out."
-            )
-        lengths = dataset.with_format(None)["length"]
+    """The order of a run on `dataset`, by `world` processes; of a stream, which has its own, only the sizes hold."""
     size = train.batch_size * train.accumulation * world
-    return Order(len(dataset), steps=train.steps, size=size, seed=train.seed, lengths=lengths)
+    if isinstance(dataset, Stream):
+        return Order(1, steps=train.steps, size=size, seed=train.seed)
+    lengths = kinds = None
+    if isinstance(dataset, Checked) and dataset.group is not Group.none:
+        sizes = dataset.rows.sizes()
+        lengths = [(images, characters) for characters, images in sizes]  # images outweigh text
+        if dataset.group is Group.modality:
+            kinds = [images > 0 for _, images in sizes]
+    return Order(len(dataset), steps=train.steps, size=size, seed=train.seed, lengths=lengths, kinds=kinds)

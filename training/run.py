@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,28 +18,49 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data import sources
-from latefusion.data.collate import Collator
-from latefusion.data.packing import Conversations
+from latefusion.data.collate import IGNORE, Collator
+from latefusion.data.guard import SKIPPED_FILE, Guard, skipped, usable
+from latefusion.data.load import training_data
+from latefusion.data.mixing import Stream
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import (
     ADAPTER_CONFIG,
     Student,
+    build_full,
     build_student,
     check_base,
     compute_dtype,
     load_base,
+    start_from,
 )
-from latefusion.models.entry import CalibratedEntry
+from latefusion.models.entry import CalibratedEntry, entry_of
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.calibrate import calibrated_entry
 from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
-from latefusion.training.config import Config, DataConfig, Dtype, Source, Teacher, VisiPrunerConfig, read
+from latefusion.training.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    EntryConfig,
+    EntryKind,
+    Layers,
+    Source,
+    Teacher,
+    Tune,
+    Variant,
+    VisiPrunerConfig,
+    read,
+)
+from latefusion.training.estimate import estimated, numel
 from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.objective import Objective
 from latefusion.training.offline import Stale, Taught, expected
+from latefusion.training.schedule import schedule_of, settle_schedule
+
+DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 
 def run(cfg: DictConfig) -> None:
@@ -52,13 +75,14 @@ def run(cfg: DictConfig) -> None:
             config = read(cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
+            settle_schedule(config, cfg)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
-            collator = training_collator(config, student)
-            some = collator([dataset[i] for i in range(min(8, len(dataset)))])
+            collator = guarded(config, training_collator(config, student), dataset)
+            some = collator(first_samples(dataset))
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
@@ -81,6 +105,9 @@ def run(cfg: DictConfig) -> None:
                 f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
                 flush=True,
             )
+            if left_out := skipped(config.output_dir):
+                file = Path(config.output_dir) / SKIPPED_FILE
+                print(f"{left_out} row(s) could not be used and were left out: {file} says why.", flush=True)
             evaluate(config)
 
 
@@ -94,7 +121,7 @@ def check(config: Config) -> Path | None:
         ValueError, FileNotFoundError: in one sentence.
     """
     check_launch(config.engine.processes)
-    VisionSchedule.from_dict(vars(config.schedule))
+    schedule_of(config.schedule)
     visipruner(config.model.visipruner)
     check_base(config.model.path)
     output, train = Path(config.output_dir), config.train
@@ -115,6 +142,8 @@ def settle(config: Config, resumed: Path | None) -> None:
     set_seed(config.train.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
+        if resumed is None:
+            (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
 
 
 def settle_threads(config: Config) -> None:
@@ -129,27 +158,37 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def samples(data: DataConfig) -> Any:
-    """The training set: rows of `{"messages", "images"}`."""
-    if data.source is Source.scenes:
-        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
-        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
-    assert data.path is not None
-    if data.source is Source.llava:
-        return sources.llava(data.path, data.images)
-    return sources.dataset(data.path, split=data.split)
+    """The training set: samples `{"messages", "images"}` by index, or a stream of them."""
+    return training_data(data)
 
 
 def student_of(config: Config, dataset: Any = None) -> Student:
     """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
-    model, processor = load_base(config.model.path, dtype=dtype_of(config))
-    if config.model.attention is not None:
-        model.set_attn_implementation(config.model.attention)
+    wanted = config.model
+    model, processor = load_base(
+        wanted.path,
+        dtype=dtype_of(config),
+        revision=wanted.revision,
+        processor=wanted.processor,
+        four_bits=wanted.load_in_4bit,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    if wanted.attention is not None:
+        model.set_attn_implementation(wanted.attention)
     return student_from(
         config,
         model,
         processor,
-        calibrated_entry(config, model, processor, samples(config.data) if dataset is None else dataset),
+        calibrated_entry(config, model, processor, examples(config, dataset)),
     )
+
+
+def examples(config: Config, dataset: Any) -> Any:
+    """Samples that can be looked at before training, by index: the training set, or the beginning of a stream."""
+    rows = samples(config.data) if dataset is None else dataset
+    if not isinstance(rows, Stream):
+        return rows
+    return [usable(row) for row in islice(rows, config.entry.images)]
 
 
 def student_from(
@@ -159,41 +198,90 @@ def student_from(
     calibrated: CalibratedEntry | None = None,
 ) -> Student:
     """The student that `config` describes, on an already loaded base."""
-    projector = config.model.projector if config.lora.train_projector else None
+    lora, schedule = config.lora, schedule_of(config.schedule)
+    parts = {
+        "schedule": schedule,
+        "entry_rank": entry_rank(config.entry),
+        "calibrated": calibrated,
+        "train": [config.model.projector] if trains_projector(config) else [],
+    }
     set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
-    return build_student(
+    if config.tune is Tune.full:
+        return build_full(model, processor, **parts)
+    student = build_student(
         model,
         processor,
         base=config.model.path,
-        schedule=VisionSchedule.from_dict(vars(config.schedule)),
-        rank=config.lora.r,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        targets=config.lora.targets,
-        entry_rank=config.entry.rank,
-        calibrated=calibrated,
-        train=[projector] if projector else [],
+        rank=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        layers=adapted_layers(config, schedule, model.config.get_text_config().num_hidden_layers),
+        rslora=lora.variant is Variant.rslora,
+        dora=lora.variant is Variant.dora,
+        **parts,
+    )
+    if config.init is not None:
+        start_from(student, config.init)
+    return student
+
+
+def trains_projector(config: Config) -> bool:
+    """Whether the module between vision tower and decoder learns."""
+    return config.model.projector is not None and (
+        config.lora.train_projector or config.tune is not Tune.lora
     )
 
 
-def collator_of(
-    student: Student, max_length: int | None = None, isolate: torch.dtype | None = None
-) -> Collator:
+def entry_rank(entry: EntryConfig) -> int | None:
+    """The rank of the entry adapter, 0 for a scale alone, None for none."""
+    if entry.kind is EntryKind.scale:
+        return 0
+    return entry.rank or None if entry.kind is EntryKind.low_rank else None
+
+
+def adapted_layers(config: Config, schedule: VisionSchedule, num_layers: int) -> list[int] | None:
+    """The decoder layers that get LoRA; None: all."""
+    if config.tune is Tune.align:
+        return []
+    if config.lora.layers is Layers.all:
+        return None
+    return [i for i, busy in enumerate(schedule.vision_tokens(num_layers, 1)) if busy]
+
+
+def collator_of(student: Student, config: Config | None = None) -> Collator:
+    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
     model, tokenizer = student.model, student.processor.tokenizer
     stop = model.generation_config.eos_token_id
     return Collator(
         processor=student.processor,
         vision_ids=[model.config.image_token_id],
         stop=tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
-        max_length=max_length,
-        isolate=isolate,
+        max_length=config.data.max_length if config else None,
+        isolate=dtype_of(config) if config and config.data.isolate else None,
+    )
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    if isinstance(dataset, Stream):
+        return list(islice(dataset, DESCRIBED))
+    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+
+
+def guarded(config: Config, collator: Collator | Taught, dataset: Any) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used."""
+    return Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=None if isinstance(dataset, Stream) else dataset,
+        folder=config.output_dir,
     )
 
 
 def training_collator(config: Config, student: Student) -> Collator | Taught:
     """The collator of a run: that of its data, with the teacher's answers if they were written before."""
-    isolate = dtype_of(config) if config.data.isolate else None
-    collator = collator_of(student, config.data.max_length, isolate)
+    collator = collator_of(student, config)
     if config.kl.cache is None:
         return collator
     return Taught(collator, config.kl.cache, expected(config, student, teacher(config)))
@@ -210,9 +298,18 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         teacher=None if offline else teacher(config),
         weight=config.kl.weight,
         temperature=config.kl.temperature,
-        share_images=not config.lora.train_projector,
-        blank=blank if sharded or config.lora.train_projector else None,
+        share_images=not trains_projector(config),
+        blank=blank if sharded or trains_projector(config) else None,
+        narrowing=narrowing(config, student),
     )
+
+
+def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:
+    """The schedule of a moment of the run (0 to 1), if it changes."""
+    if config.train.narrow == 0:
+        return None
+    layers = student.model.config.get_text_config().num_hidden_layers
+    return lambda moment: student.schedule.widened(moment / config.train.narrow, layers)
 
 
 def teacher(config: Config) -> Policy | None:
@@ -232,9 +329,16 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
     prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
     vision = ids == model.config.image_token_id
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
-    trainable, total = model.get_nb_trainable_parameters()
+    total = sum(numel(p) for p in model.parameters())
+    trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    real = ids != student.processor.tokenizer.pad_token_id
+    masks = (real & ~vision, vision, batch["labels"] != IGNORE)
+    all_text, all_vision, learnt = (round(int(mask.sum()) / n) for mask in masks)
     layers = model.config.get_text_config().num_hidden_layers
-    flops = schedule.flops(model.config, n_text, n_vision)
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")
@@ -247,6 +351,7 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
+            estimated(config, model, schedule, (all_text, all_vision, learnt), dtype_of(config)),
         ]
     )
 
@@ -263,6 +368,9 @@ def runs(tokens: list[int]) -> str:
 def evaluate(config: Config) -> dict[str, Any] | None:
     """Compare the saved student with its dense base and the pruned base; writes the report."""
     if not config.eval.enabled:
+        return None
+    if config.tune is Tune.full:
+        print("No evaluation: all weights have changed, so the dense base is not at hand to compare with.")
         return None
     if questions_of(config) is None:
         print("No evaluation: data.eval_path names no data set of questions and answers.")

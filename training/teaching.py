@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from latefusion.data.collate import BadRow, Collator
+from latefusion.data.guard import Bad
 from latefusion.training import run
 from latefusion.training.config import read
 from latefusion.training.offline import TEACHER, expected, rows_of, write
@@ -47,26 +49,24 @@ def teach(cfg: DictConfig) -> None:
         for old in folder.glob("teacher-*.arrow"):
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
-    isolate = run.dtype_of(config) if config.data.isolate else None
-    collator, pad = (
-        run.collator_of(student, config.data.max_length, isolate),
-        student.processor.tokenizer.pad_token_id,
-    )
+    collator, pad = run.collator_of(student, config), student.processor.tokenizer.pad_token_id
     objective = run.objective_of(config, student, offline=False)
     mine = range(rank, len(dataset), world)
     k = min(config.kl.top_k, student.model.config.get_text_config().vocab_size)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         for start in range(0, len(mine), config.train.batch_size):
-            samples = [dataset[i] for i in mine[start : start + config.train.batch_size]]
-            batch = collator(samples)
+            rows = mine[start : start + config.train.batch_size]
+            samples, batch = usable(collator, [dataset[i] for i in rows])
+            if not samples:
+                continue
             moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype_of(config) is torch.bfloat16):
                 wanted = objective.answers(moved).cpu()  # [N, V]
             temperature = config.kl.temperature
             yield list(rows_of(samples, batch, wanted, pad=pad, k=k, temperature=temperature))
             if rank == 0 and sys.stderr.isatty():
-                print(f"\r{start + len(samples)}/{len(mine)} samples", end="", file=sys.stderr)
+                print(f"\r{start + len(rows)}/{len(mine)} samples", end="", file=sys.stderr)
 
     count = write(folder, batches(), rank=rank, world=world)
     if rank == 0:
@@ -77,3 +77,14 @@ def teach(cfg: DictConfig) -> None:
             f"{count} samples taught in {time.perf_counter() - started:.0f} s, {size / 1e6:.0f} MB in {folder}; train "
             f"with kl.cache={folder}."
         )
+
+
+def usable(collator: Collator, samples: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples that training can use (it puts others in the places of bad ones), and their batch."""
+    good = [sample for sample in samples if not isinstance(sample, Bad)]
+    while good:
+        try:
+            return good, collator(good)
+        except BadRow as error:
+            del good[error.at]
+    return [], {}

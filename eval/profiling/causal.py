@@ -128,8 +128,7 @@ class Runner:
         found = {}
         split = Continued.of(self, positions)
         base = None if split is None else split.dense()
-        tolerance = SPLIT_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
-        if split is not None and base is not None and max(dense.effect(base).kl) <= tolerance:
+        if split is not None and base is not None and self.agree(dense, base):
             for key, answers in split.run(wanted):
                 found[key] = base.effect(answers)
                 done()
@@ -138,6 +137,10 @@ class Runner:
                 found[kind, layer] = dense.effect(self.whole(kind, layer))
                 done()
         return dense.effect(dense), found
+
+    def agree(self, whole: Answers, parts: Answers) -> bool:
+        """Whether the prompt, computed in two parts, is answered as it is in one."""
+        return max(whole.effect(parts).kl) <= SPLIT_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
 
     def whole(self, kind: str, layer: int) -> Answers:
         """One knock-out by a forward over the whole prompt: any model, any prompt."""
@@ -153,7 +156,12 @@ class Runner:
 
 def hidden_layers(kind: str, layer: int, layers: int) -> range:
     """Where text does not see vision under a knock-out."""
-    spans = {"prefix": (0, layer), "late": (0, layer), "suffix": (layer, layers), "single": (layer, layer + 1)}
+    spans = {
+        "prefix": (0, layer),
+        "late": (0, layer),
+        "suffix": (layer, layers),
+        "single": (layer, layer + 1),
+    }
     return range(*spans.get(kind, (0, 0)))
 
 
@@ -172,7 +180,9 @@ class Continued:
         self.runner, self.cut, self.batch = runner, cut, runner.batch
         text = (~self.batch.vision[0, :cut]).nonzero().flatten()  # [P], the same in every sample
         self.track = Track(head=text.expand(self.batch.size, -1), tail=0, length=cut)
-        self.positions: Tensor | None = None  # [..., B, T] where the model makes them from the whole prompt (M-RoPE)
+        self.positions: Tensor | None = (
+            None  # [..., B, T] where the model makes them from the whole prompt (M-RoPE)
+        )
 
     @classmethod
     def of(cls, runner: Runner, positions: Sequence[Tensor] = ()) -> Continued | None:

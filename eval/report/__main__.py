@@ -1,6 +1,6 @@
-"""Put numbers and picture of a `results.json` into a README.
+"""Put numbers and picture of a `report.json` into a README.
 
-    python -m latefusion.eval.report outputs/late_fusion/results.json \\
+    python -m latefusion.eval.report outputs/late_fusion/report.json \\
         --readme README.md --figure docs/tokens_per_layer.svg
 
 Several files, of runs that differ in their seed, give one line each. The table goes between
@@ -13,7 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from latefusion.eval.report.figures import standalone, tokens_per_layer
+from latefusion.eval.report.figures import tokens_per_layer
+from latefusion.eval.report.svg import standalone
 from latefusion.eval.report.tables import headline, markdown, seeds
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", help="results.json of an evaluation")
+    parser.add_argument("results", type=Path, nargs="+", help="report.json of an evaluation")
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     parser.add_argument("--name", default="results", help="of the marks around the table (default: results)")
     parser.add_argument("--figure", type=Path, help="file to write the vision tokens per layer to, as SVG")

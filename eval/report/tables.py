@@ -26,14 +26,26 @@ class Row:
     cells: list[tuple[str, str]]
 
 
+MANY = 4  # systems that fit beside each other in a terminal
+NOTHING = ("–", "")  # not measured
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
-    """The results table: a row a quantity, a cell a system, in the order of `results["systems"]`."""
+    """The results table: a row a quantity, a cell a system, in the order of `results["systems"]`.
+
+    Tasks whose answers are read from the image come last, apart: pruning hurts them most.
+    """
     systems = list(results["systems"].values())
     accuracies = [Row("Accuracy, %", "all questions", [_accuracy(s["accuracy"]["overall"]) for s in systems])]
-    for name in results["data"]["types"]:
-        accuracies.append(
-            Row("Accuracy, %", name, [_accuracy(s["accuracy"]["types"][name]) for s in systems])
-        )
+    tasks = results["data"].get("tasks", {})
+    reads = {name for name, task in tasks.items() if task["ocr"]} if len(tasks) > 1 else set()
+    for name in sorted(results["data"]["types"], key=lambda name: name in reads):
+        group = "Accuracy on text in images, %" if name in reads else "Accuracy, %"
+        accuracies.append(Row(group, name, [_accuracy(s["accuracy"]["types"][name]) for s in systems]))
+    for name in tasks:
+        for measure in systems[0]["tasks"][name]["measures"]:
+            cells = [_measure(s["tasks"][name]["measures"][measure]) for s in systems]
+            accuracies.append(Row(f"{name}, its own figures", measure, cells))
     costs = [
         Row("Cost", "decoder FLOPs", _amounts([s["flops"] for s in systems])),
         Row(
@@ -41,11 +53,18 @@ def rows(results: dict[str, Any]) -> list[Row]:
             "vision tokens/layer",
             [(f"{s['vision_tokens']['mean']:.1f}", times(s["vision_tokens"]["ratio"])) for s in systems],
         ),
-        Row("Cost", "time to 1st token", [_seconds(s["ttft"]) for s in systems]),
-        Row("Cost", "time per token", [_seconds(s["tpot"]) for s in systems]),
-        Row("Cost", "KV cache", _amounts([s["kv_bytes"] for s in systems], "B")),
-        Row("Cost", "working memory", _amounts([s["working_bytes"] for s in systems], "B")),
+        Row("Cost", "time to 1st token", [_seconds(s.get("ttft")) for s in systems]),
+        Row("Cost", "time per token", [_seconds(s.get("tpot")) for s in systems]),
+        Row("Cost", "KV cache", _amounts([s.get("kv_bytes") for s in systems], "B")),
+        Row("Cost", "working memory", _amounts([s.get("working_bytes") for s in systems], "B")),
     ]
+    for key, label, unit in (
+        ("vision_macs", "vision-only MACs", ""),
+        ("vision_attention", "vision-related attention", ""),
+        ("joules", "energy an answer", "J"),
+    ):
+        if all(key in s or s.get("control") for s in systems):
+            costs.append(Row("Cost", label, _amounts([s.get(key) for s in systems], unit)))
     return accuracies + costs
 
 
@@ -58,14 +77,22 @@ def headline(results: dict[str, Any]) -> str:
         f"{student['name']} answers {percent(score['value'])}% of {score['n']:,} {split} questions "
         f"[{percent(score['low'])} to {percent(score['high'])}] "
         f"at {percent(student['flops']['ratio'], 0)}% of the dense base's decoder FLOPs: "
-        f"{_gap(results, 'reference')} and {_gap(results, 'baseline')}, "
-        f"which needs {percent(pruned['flops']['ratio'], 0)}%."
+        + _gap(results, "reference")
+        + (
+            f" and {_gap(results, 'baseline')}, which needs {percent(pruned['flops']['ratio'], 0)}%."
+            if roles["baseline"] not in (roles["reference"], roles["candidate"])
+            else "."
+        )
     )
 
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
     """Print headline and table for a terminal of 80 columns or more."""
     console = console or Console()
+    if len(results["systems"]) > MANY:
+        console.print(_many(results))
+        console.print(headline(results))
+        return
     table = Table(
         title=f"{results['title']}: {results['data']['questions']:,} questions", title_justify="left"
     )
@@ -79,10 +106,33 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
                 table.add_section()
             table.add_row(f"[bold]{row.group}[/bold]")
             group = row.group
-        between = "\n" if console.width < 80 else " "
+        between = "\n" if console.width < 80 or len(results["systems"]) == MANY else " "
         table.add_row(row.label, *(f"{value}{between}[dim]{detail}[/dim]" for value, detail in row.cells))
     console.print(table)
     console.print(headline(results))
+
+
+def _many(results: dict[str, Any]) -> Table:
+    """A line a system, where there are more than fit side by side."""
+    table = Table(
+        title=f"{results['title']}: {results['data']['questions']:,} questions", title_justify="left"
+    )
+    table.add_column("")
+    for name in ("accuracy, %", "to dense", "FLOPs", "tokens/layer", "1st token"):
+        table.add_column(name, justify="right")
+    for key, system in results["systems"].items():
+        value, detail = _accuracy(system["accuracy"]["overall"])
+        gap = results["against"].get(key)
+        table.add_row(
+            system["name"],
+            f"{value} [dim]{detail}[/dim]",
+            points(gap["difference"]["value"]) if gap else "",
+            times(system["flops"]["ratio"]),
+            f"{system['vision_tokens']['mean']:.1f}",
+            times(system["ttft"]["ratio"]) if "ttft" in system else "–",
+            style="dim" if system["control"] else None,
+        )
+    return table
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -92,7 +142,9 @@ def markdown(results: dict[str, Any]) -> str:
     for row in rows(results):
         label = f"accuracy, {row.label}, %" if row.group.startswith("Accuracy") else row.label
         lines.append(
-            f"| {label} | " + " | ".join(f"{value} ({detail})" for value, detail in row.cells) + " |"
+            f"| {label} | "
+            + " | ".join(f"{value} ({detail})" if detail else value for value, detail in row.cells)
+            + " |"
         )
     return "\n".join(lines) + "\n"
 
@@ -152,19 +204,27 @@ def _accuracy(score: dict[str, Any]) -> tuple[str, str]:
     return percent(score["value"]), f"{percent(score['low'])}–{percent(score['high'])}"
 
 
-def _seconds(spread: dict[str, Any]) -> tuple[str, str]:
-    return f"{1000 * spread['median']:.3g} ms", times(spread["ratio"])
+def _measure(figure: dict[str, Any]) -> tuple[str, str]:
+    return f"{figure['value']:.1f}", f"{figure['low']:.1f}–{figure['high']:.1f}"
 
 
-def _amounts(counts: list[dict[str, Any]], unit: str = "") -> list[tuple[str, str]]:
+def _seconds(spread: dict[str, Any] | None) -> tuple[str, str]:
+    return NOTHING if spread is None else (f"{1000 * spread['median']:.3g} ms", times(spread["ratio"]))
+
+
+def _amounts(counts: list[dict[str, Any] | None], unit: str = "") -> list[tuple[str, str]]:
     """Amounts of one row under one decimal prefix, the one of the largest."""
-    size, letter = prefix(max(count["mean"] for count in counts))
-    digits = 2 - min(2, floor(log10(max(count["mean"] for count in counts) / size)))
-    return [(f"{count['mean'] / size:.{digits}f} {letter}{unit}", times(count["ratio"])) for count in counts]
+    most = max((count["mean"] for count in counts if count), default=0.0)
+    size, letter = prefix(most)
+    digits = 2 - min(2, floor(log10(most / size))) if most else 0
+    return [
+        (f"{c['mean'] / size:.{digits}f} {letter}{unit}".rstrip(), times(c["ratio"])) if c else NOTHING
+        for c in counts
+    ]
 
 
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}×"
+def times(ratio: float | None) -> str:
+    return "–" if ratio is None or ratio != ratio else f"{ratio:.2f}×"
 
 
 def _gap(results: dict[str, Any], role: str) -> str:

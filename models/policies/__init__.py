@@ -22,16 +22,20 @@ def names() -> list[str]:
 
 
 def named(name: str, **overrides: Any) -> Policy:
-    """The policy of `recipes/policy/NAME.yaml`, with some of its arguments replaced.
+    """The policy of `recipes/policy/NAME.yaml`, or of a YAML file of your own, with some of its arguments replaced.
 
     Raises:
         ValueError: there is no such policy, it has no such argument, or a value is out of its range.
+        FileNotFoundError: there is no such file.
     """
-    if name not in names():
+    file = Path(name) if name.endswith(".yaml") else RECIPES / f"{name}.yaml"
+    if name.endswith(".yaml") and not file.is_file():
+        raise FileNotFoundError(f"no policy file at {name}; name one, or one of {', '.join(names())}.")
+    if not file.is_file():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"policy={name} does not exist{hint}; policy can be {', '.join(names())}.")
-    arguments: Any = OmegaConf.to_container(OmegaConf.load(RECIPES / f"{name}.yaml"))
+    arguments: Any = OmegaConf.to_container(OmegaConf.load(file))
     policy = get_class(arguments.pop("_target_"))
     exists = sorted(inspect.signature(policy).parameters)
     for key in overrides:

@@ -98,6 +98,7 @@ class VisiPrunerDecision:
 
     Attributes:
         kept: bool `[B, T]`, the vision tokens that still take part.
+        prunable: bool `[B, T]`, those that may be removed.
         fusion_layer: per sample, the layer that chose them, or None.
     """
 
@@ -113,8 +114,7 @@ class VisiPrunerDecision:
         middle = range(policy.boundary + 1, prompt.num_layers) if "middle" in policy.stages else range(0)
         self.watch = {*shallow, *middle}
 
-        ends_in_vision = prompt.vision.gather(1, prompt.queries).any(1, keepdim=True)  # [B, 1]
-        self._prunable = prompt.vision & ~ends_in_vision  # [B, T]
+        self.prunable = prunable(prompt)
         self._ruled = prompt.text  # bool [B, T]
         self._max_ruled = max(
             real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)
@@ -165,16 +165,17 @@ class VisiPrunerDecision:
 
     @torch.no_grad()
     def _look(self, layer: int, call: AttentionCall) -> None:
-        policy, length = self.policy, self.prompt.vision.shape[1]
-        cosine, norm = removal_effect(call.weights(call.compact_rows(self.prompt.queries)), call.value)
-        cosine = call.to_logical(cosine.amin(1), length, fill=1.0)  # [B, T]
-        norm = call.to_logical(norm.amax(1), length)  # [B, T]
-        critical = (norm > policy.tokens_threshold) & self._prunable
-        fuses = ((cosine < policy.layer_threshold) & self._prunable).any(1)  # [B]
+        policy = self.policy
+        cosine, norm = effect_on_queries(call, self.prompt)
+        critical = (norm > policy.tokens_threshold) & self.prunable
+        fuses = ((cosine < policy.layer_threshold) & self.prunable).any(1)  # [B]
         used = ((cosine < policy.exit_threshold) & self.kept).any(1)  # [B]
-        self._pending = _Findings(
-            layer, critical, torch.stack((fuses.long(), used.long(), critical.sum(1)), dim=1)
-        )
+        self._pending = _Findings(layer, critical, fuses, used)
+
+    def fuse(self, layer: int, critical: Tensor) -> None:
+        """As if `layer` had just been found to fuse all samples, these tokens (bool `[B, T]`) being critical."""
+        everywhere = torch.ones_like(critical[:, 0])  # [B]
+        self._pending = _Findings(layer, critical, everywhere, everywhere)
 
     def _settle(self) -> bool:
         """Turn what the layer before found into this sample's next tokens; true if any of them changed."""
@@ -210,15 +211,29 @@ class VisiPrunerDecision:
 class _Findings:
     """What a layer says: `critical` bool `[B, T]`; per sample: it fuses, uses kept tokens, critical count."""
 
-    def __init__(self, layer: int, critical: Tensor, numbers: Tensor):
+    def __init__(self, layer: int, critical: Tensor, fuses: Tensor, used: Tensor):
         self.layer, self.critical = layer, critical
-        self._numbers = numbers.to("cpu", non_blocking=True)  # [B, 3], pinned memory if it comes from a GPU
+        numbers = torch.stack((fuses.long(), used.long(), critical.sum(1)), dim=1)  # [B, 3]
+        self._numbers = numbers.to("cpu", non_blocking=True)  # pinned memory if it comes from a GPU
         self._copied = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
     def on_host(self) -> list[list[int]]:
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers.tolist()
+
+
+def prunable(prompt: Prompt) -> Tensor:
+    """The vision tokens that may be removed, bool `[B, T]`: none of a prompt that ends in one."""
+    ends_in_vision = prompt.vision.gather(1, prompt.queries).any(1, keepdim=True)  # [B, 1]
+    return prompt.vision & ~ends_in_vision
+
+
+def effect_on_queries(call: AttentionCall, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """`removal_effect` of each token on the prompt's queries, float32 `[B, T]` each: least cosine, largest norm."""
+    length = prompt.vision.shape[1]
+    cosine, norm = removal_effect(call.weights(call.compact_rows(prompt.queries)), call.value)
+    return call.to_logical(cosine.amin(1), length, fill=1.0), call.to_logical(norm.amax(1), length)
 
 
 def removal_effect(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -14,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from latefusion.data.collate import Collator
-from latefusion.models.build import Student, save_student
+from latefusion.data.guard import skipped
+from latefusion.models.build import Student, load_entry, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.cost import sample_flops
@@ -67,6 +69,8 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         bf16=dtype is torch.bfloat16,
         activation_checkpointing=train.gradient_checkpointing,
         dataloader_num_workers=train.workers,
+        dataloader_prefetch_factor=train.prefetch if train.workers else None,
+        accelerator_config={"dispatch_batches": False} if config.data.streaming else None,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
         save_steps=train.save_every,
@@ -156,7 +160,10 @@ class StudentTrainer(Trainer):
             world=args.world_size,
             micro=train.batch_size,
             skip=train.on_nonfinite is NonFiniteStep.skip,
-            student=student if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) else None,
+            student=student
+            if isinstance(student.model, PeftModel)
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            else None,
         )
         self.remove_callback(PrinterCallback)  # `Monitor` prints
         self.life = Life(self)
@@ -170,6 +177,7 @@ class StudentTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert num_items_in_batch is not None
+        self.objective.at(self.state.global_step / self.args.max_steps)
         loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)
         terms["read"] = (inputs["input_ids"] != self.pad).sum()
@@ -195,6 +203,8 @@ class StudentTrainer(Trainer):
             assert self.life.monitor is not None
             logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
             self.terms = {}
+            if left_out := skipped(self.args.output_dir):
+                logs["skipped_rows"] = left_out
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -221,6 +231,11 @@ class StudentTrainer(Trainer):
                     f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
                 )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not isinstance(self.student.model, PeftModel):
+            load_entry(self.student.model, resume_from_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             save_student(self.student, output_dir or self.args.output_dir, state_dict)
@@ -236,10 +251,10 @@ class Life(TrainerCallback):
         self.preempted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer, student = self.trainer, self.trainer.student
         check_strategy(trainer)
         if trainer.is_fsdp_enabled:  # the objective encodes images outside the student's forward
-            register_fsdp_forward_method(trainer.model, "get_image_features")
+            register_fsdp_forward_method(student.model, "get_image_features")
         self.monitor = Monitor(
             args.output_dir,
             name=trainer.config.name,

@@ -142,6 +142,7 @@ def fit(
         ),
         collate_fn=micro_batches,
         num_workers=train.workers,
+        prefetch_factor=train.prefetch if train.workers else None,
     )
     try:
         with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
@@ -245,6 +246,7 @@ class StudentModule(pl.LightningModule):
         train, step, strategy = self.config.train, self.global_step, self.trainer.strategy
         torch.manual_seed(hash((train.seed, step, self.global_rank)) % 2**63)
         self.watch.begin()
+        self.objective.at(step / train.steps)
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum()
         count = strategy.reduce(count, reduce_op="sum")
         optimizer.zero_grad()

@@ -1,0 +1,150 @@
+"""Rows that cannot be used: an error, or left out, counted and written down; their places are taken by others."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latefusion.data.collate import BadRow, Collator
+from latefusion.data.messages import BadSample, TooLong
+from latefusion.data.mixing import Lazy
+from latefusion.training.config import Group, OnError
+
+SKIPPED_FILE = "skipped_rows.jsonl"
+TRIES = 1000  # rows drawn for one that is bad
+
+
+@dataclass(frozen=True)
+class Bad:
+    """In a sample's place: which row it is, what the data call it, and why it cannot be used."""
+
+    row: int | None
+    id: str
+    error: BadSample
+
+
+class Checked(Dataset):
+    """Samples by index, or `Bad`; each knows its `row` and its `id`.
+
+    Args:
+        rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `sizes` measures all.
+        group: what the samples of a step are to have in common.
+    """
+
+    def __init__(self, rows: Any, group: Group = Group.none):
+        self.rows, self.group = rows, group
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any] | Bad:
+        try:
+            sample = self.rows[row]
+        except BadSample as error:
+            return Bad(row, self.rows.identity(row), error)
+        name = sample["id"] if "id" in sample else self.rows.identity(row)
+        return {**sample, "id": name, "row": row}
+
+
+class Guard:
+    """A collator that answers for bad rows: raises, or puts others in their places.
+
+    A batch keeps its size, so no process runs out of step with the others. Rows of a set are replaced by rows that
+    the bad one's number draws, so that a run repeats itself; rows of a stream by others of the batch, or by the
+    last good one.
+
+    Args:
+        collator: raises `BadRow` for what only it can find: too long, or nothing that the model's processor takes.
+        on_error: of every bad row but those that are too long.
+        too_long: of those.
+        dataset: to draw from; None: a stream.
+        folder: where `skipped_rows.jsonl` is written, a line a row and its reason; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        collator: Collator,
+        *,
+        on_error: OnError,
+        too_long: OnError,
+        dataset: Checked | None,
+        folder: str | Path | None,
+    ):
+        self.collator, self.dataset = collator, dataset
+        self.on_error, self.too_long = on_error, too_long
+        self.folder = Path(folder) if folder is not None else None
+        self.seen: set[str] = set()
+        self.good: Any = None  # the last sample that could be used
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        batch: list[Any] = []
+        for sample in (usable(s) if isinstance(s, Lazy) else s for s in samples):
+            batch.append(self.another(sample, batch, 0) if isinstance(sample, Bad) else sample)
+        for attempt in range(1, TRIES):
+            try:
+                made = self.collator(batch)
+            except BadRow as error:
+                at, sample = error.at, batch[error.at]
+                bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
+                batch[at] = self.another(bad, batch[:at] + batch[at + 1 :], attempt)
+                continue
+            self.good = batch[-1]
+            return made
+        raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
+
+    def another(self, bad: Bad, batch: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any]:
+        """A sample for a bad row's place, another one in each attempt.
+
+        Raises:
+            ValueError: it must not be left out, or there is no other.
+        """
+        self.note(bad)
+        if self.dataset is None:
+            sample = batch[attempt % len(batch)] if batch else self.good
+            if sample is None:
+                raise ValueError(f"row {bad.id} {bad.error}, and no row before it could be used.")
+            return sample
+        draw = random.Random(f"{bad.row} {bad.id} {attempt}")
+        for _ in range(TRIES):
+            drawn = self.dataset[draw.randrange(len(self.dataset))]
+            if not isinstance(drawn, Bad):
+                return drawn
+            self.note(drawn)
+        raise ValueError(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
+
+    def note(self, bad: Bad) -> None:
+        """Count the row, or raise, as the user chose."""
+        key, wanted = "on_error", self.on_error
+        if isinstance(bad.error, TooLong):
+            key, wanted = "too_long", self.too_long
+        if wanted is OnError["raise"]:
+            raise ValueError(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
+        if bad.id in self.seen:
+            return
+        self.seen.add(bad.id)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"row": bad.row, "id": bad.id, "reason": str(bad.error)})
+            with (self.folder / SKIPPED_FILE).open("a") as file:  # one write: workers and processes append
+                file.write(line + "\n")
+
+
+def usable(row: Lazy) -> dict[str, Any] | Bad:
+    """A stream's row, opened."""
+    try:
+        return {"id": row.name, **row.make()}
+    except BadSample as error:
+        return Bad(None, row.name, error)
+
+
+def skipped(folder: str | Path) -> int:
+    """How many different rows of a run have been left out so far."""
+    file = Path(folder) / SKIPPED_FILE
+    return len(set(file.read_text().splitlines())) if file.is_file() else 0

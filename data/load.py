@@ -1,0 +1,57 @@
+"""The training data that a configuration names."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from latefusion.data import sources
+from latefusion.data.guard import Checked
+from latefusion.data.mixing import Mixture, Stream
+from latefusion.data.packing import Conversations
+from latefusion.training.config import DataConfig, PartConfig, Source
+
+
+def training_data(data: DataConfig) -> Any:
+    """Samples by index (`Checked`; of `scenes`, a `datasets.Dataset` or `Conversations`), or a `Stream` of them.
+
+    Raises:
+        FileNotFoundError, ValueError: what is named is not there, or is no such thing.
+    """
+    if data.source is Source.scenes:
+        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
+        return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
+    parts = parts_of(data)
+    weights = [part.weight for part in parts]
+    if data.streaming:
+        streams = [streamed(part) for part in parts]
+        tables = [table for table, _ in streams]
+        make = [partial(_row, folder=folder) for _, folder in streams]
+        return Stream(tables, make, weights=weights, seed=data.seed, buffer=data.shuffle_buffer)
+    rows = [rows_of(part) for part in parts]
+    for part, found in zip(parts, rows, strict=True):
+        if len(found) == 0:
+            raise ValueError(f"the data at {part.path} have no rows; name others with data.path=PATH.")
+    return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed), data.group)
+
+
+def parts_of(data: DataConfig) -> list[PartConfig]:
+    """The sources of a mixture, or the one source there is."""
+    if data.source is Source.mixture:
+        return data.parts
+    return [PartConfig(source=data.source, path=data.path or "", images=data.images, split=data.split)]
+
+
+def rows_of(part: PartConfig) -> sources.Rows:
+    if part.source is Source.llava:
+        return sources.llava(part.path, part.images)
+    return sources.dataset(part.path, split=part.split, images=part.images)
+
+
+def streamed(part: PartConfig) -> Any:
+    return sources.stream(part.path, split=part.split, images=part.images)
+
+
+def _row(table: Any, folder: Any) -> dict[str, Any]:
+    """A sample of a one-row Arrow table; text that is no UTF-8 shows only when it is read."""
+    return sources.sample_of(sources.python_row(table), folder)

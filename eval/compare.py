@@ -1,0 +1,194 @@
+"""What changed between two reports; for CI, an exit code of 1 if something got worse beyond its interval.
+
+    python eval/compare.py outputs/before/report.json outputs/after/report.json
+
+Systems of the same key are compared. On the same questions, with `predictions.jsonl` beside both reports, a difference
+of accuracy is paired and its 95% interval bootstrapped over images; else the samples count as independent. It is worse
+if the interval lies below zero, overall or in a task. Decoder FLOPs and KV bytes, which hardly vary, are worse if they
+rise by more than `--cost`; latency, as a ratio to the reference, if its quartiles lie above those before. Question
+types are shown, but so many comparisons would fail by chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from latefusion.eval import metrics
+from latefusion.eval.evaluate import read_report
+from latefusion.eval.predict import Answer
+from latefusion.eval.report.tables import prefix
+from latefusion.eval.tasks.choice import CIRCULAR, circular
+
+PREDICTIONS = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure before and after.
+
+    Attributes:
+        system: its name; what: the figure; unit: of the values.
+        difference, low, high: after minus before, with its interval (equal where there is none).
+        worse: it got worse beyond its interval.
+    """
+
+    system: str
+    what: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    worse: bool
+    unit: str
+
+
+def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
+    """Changes of every system that both reports have.
+
+    Args:
+        before, after: reports, or their folders; cost: relative rise of FLOPs or KV bytes that is still let pass.
+
+    Raises:
+        FileNotFoundError: there is no report.
+        ValueError: they have no system in common.
+    """
+    old, new = read_report(before), read_report(after)
+    shared = [key for key in new["systems"] if key in old["systems"]]
+    if not shared:
+        raise ValueError(
+            f"{before} and {after} have no system in common ({', '.join(old['systems'])}; {', '.join(new['systems'])})."
+        )
+    same = old["data"]["fingerprint"] == new["data"]["fingerprint"]
+    said = (_units(before, old), _units(after, new)) if same else (None, None)
+    several = len(new["data"].get("tasks", {})) > 1
+    changes = []
+    for key in shared:
+        first, second = old["systems"][key], new["systems"][key]
+        changes.append(_accuracy(key, first, second, said))
+        for name in first["accuracy"]["types"]:
+            if name in second["accuracy"]["types"]:
+                a, b = first["accuracy"]["types"][name], second["accuracy"]["types"][name]
+                change = _independent(second["name"], f"accuracy, {name}", a, b)
+                changes.append(change if several else replace(change, worse=False))
+        for name, what in (("flops", "decoder FLOPs"), ("kv_bytes", "KV bytes")):
+            if name in first and name in second:
+                changes.append(_cost(second["name"], what, first[name]["mean"], second[name]["mean"], cost))
+        for name, what in (("ttft", "time to first token"), ("tpot", "time per token")):
+            if name in first and name in second and key != new["roles"]["reference"]:
+                changes.append(_latency(second["name"], what, first[name], second[name]))
+    return changes
+
+
+def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], said: tuple[Any, Any]) -> Change:
+    """Overall accuracy; paired where every answer of both is at hand."""
+    a, b = old["accuracy"]["overall"], new["accuracy"]["overall"]
+    first, second = (None if answers is None else answers.get(key) for answers in said)
+    if first is None or second is None or set(first) != set(second):
+        return _independent(new["name"], "accuracy", a, b)
+    names = sorted(first)
+    gap = metrics.paired(
+        [second[name].score for name in names],
+        [first[name].score for name in names],
+        [first[name].scene for name in names],
+        tasks=[first[name].task for name in names],
+    ).difference
+    return _percent(new["name"], "accuracy", a["value"], b["value"], gap.value, gap.low, gap.high)
+
+
+def _independent(system: str, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Change:
+    """Two proportions of independent samples: Newcombe's interval, from each one's own (1998, method 10)."""
+    a, b = old["value"], new["value"]
+    low = b - a - np.hypot(b - new["low"], old["high"] - a)
+    high = b - a + np.hypot(new["high"] - b, a - old["low"])
+    return _percent(system, what, a, b, b - a, float(low), float(high))
+
+
+def _percent(system: str, what: str, old: float, new: float, gap: float, low: float, high: float) -> Change:
+    return Change(system, what, 100 * old, 100 * new, 100 * gap, 100 * low, 100 * high, high < 0, "%")
+
+
+def _cost(system: str, what: str, old: float, new: float, allowed: float) -> Change:
+    return Change(system, what, old, new, new - old, new - old, new - old, new > (1 + allowed) * old, "")
+
+
+def _latency(system: str, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Change:
+    low, high = new["ratio_q25"] - old["ratio_q75"], new["ratio_q75"] - old["ratio_q25"]
+    return Change(
+        system, what, old["ratio"], new["ratio"], new["ratio"] - old["ratio"], low, high, low > 0, "×"
+    )
+
+
+def _units(path: Path, report: Mapping[str, Any]) -> dict[str, dict[tuple[str, str], Answer]] | None:
+    """What counts as one question, by system, task and id; None without the file of the answers."""
+    file = (path if path.is_dir() else path.parent) / PREDICTIONS
+    if not file.is_file() or "tasks" not in report["data"]:
+        return None
+    said: dict[tuple[str, str], list[Answer]] = {}
+    for line in file.read_text().splitlines():
+        answer = Answer.from_dict(json.loads(line))
+        said.setdefault((answer.system, answer.task), []).append(answer)
+    found: dict[str, dict[tuple[str, str], Answer]] = {}
+    for (system, task), answers in said.items():
+        rotated = report["data"]["tasks"][task]["metric"] == CIRCULAR
+        units = circular(answers) if rotated else answers
+        found.setdefault(system, {}).update({(task, unit.id): unit for unit in units})
+    return found
+
+
+def table(changes: list[Change]) -> Table:
+    found = Table(title="After minus before", title_justify="left")
+    for name in ("", "", "before", "after", "difference", "interval", ""):
+        found.add_column(name, justify="left" if not name else "right")
+    last = ""
+    for change in changes:
+        digits = 1 if change.unit == "%" else 2
+        size, letter = (1.0, change.unit) if change.unit else prefix(max(change.before, change.after))
+        unit = letter if change.unit else f" {letter}"
+        ends = f"{change.low / size:+.{digits}f} to {change.high / size:+.{digits}f}"
+        found.add_row(
+            change.system if change.system != last else "",
+            change.what,
+            f"{change.before / size:.{digits}f}{unit}",
+            f"{change.after / size:.{digits}f}{unit}",
+            f"{change.difference / size:+.{digits}f}",
+            ends if change.high > change.low else "",
+            "[bold red]worse[/bold red]" if change.worse else "",
+        )
+        last = change.system
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", type=Path, help="report.json, or the folder that holds it")
+    parser.add_argument("after", type=Path, help="the same of the later run")
+    parser.add_argument(
+        "--cost", type=float, default=0.02, help="rise of FLOPs or KV bytes let pass (default: 0.02)"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        changes = compare(chosen.before, chosen.after, cost=chosen.cost)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    console = Console()
+    console.print(table(changes))
+    worse = [f"{change.system}: {change.what}" for change in changes if change.worse]
+    console.print(f"Worse: {'; '.join(worse)}." if worse else "Nothing got worse beyond its interval.")
+    sys.exit(1 if worse else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,204 @@
+"""The command line of `eval/profile.py`, and what it makes of `model=` and `data=`."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from latefusion.training.config import RECIPES, Config, DataConfig, Dtype, Source, explain, read
+
+
+@dataclass
+class Arguments:
+    """Beside `model=` and `data=` (names in recipes/, or a folder or hub id) and their keys (`data.path=`, ...):
+
+    Attributes:
+        samples: prompts to measure on, as many different images as there are.
+        split: of the data; null: validation of scenes, else the data's own.
+        bound: nats of KL per answer token that the band may cost, and the keeps once more.
+        budget: decoder FLOPs to stay below, in parts of dense; null: as few as the bound allows.
+        images: that calibrate the entry; none of them is a sample's.
+        output: folder; null: outputs/profile_MODEL.
+        batch_size: samples a batch.
+        dtype: auto (bfloat16 where the hardware computes in it), bfloat16 or float32.
+        seed: of the choice of samples.
+        new_tokens: of the model's own answer, where the data has none.
+    """
+
+    samples: int = 128
+    split: str | None = None
+    bound: float = 0.05
+    budget: float | None = None
+    images: int = 256
+    output: str | None = None
+    batch_size: int = 16
+    dtype: Dtype = Dtype.auto
+    seed: int = 0
+    new_tokens: int = 16
+
+
+def main(words: Sequence[str], usage: str) -> None:
+    """Run; what cannot work ends in one sentence."""
+    try:
+        if any("=" not in word for word in words) or not words:
+            sys.exit(f"{usage}\n{Arguments.__doc__}")
+        own, config = parsed(words)
+        run(own, config)
+    except OmegaConfBaseException as error:
+        keys = ", ".join(field.name for field in fields(Arguments))
+        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are model, data, {keys}.")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
+    """This script's own keys, and the rest as a configuration of training (`model`, `data`)."""
+    names = {field.name for field in fields(Arguments)}
+    mine = [word for word in words if word.partition("=")[0] in names]
+    rest = [found for word in words if word not in mine for found in named(word)]
+    own: Any = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine))
+    )
+    for name in ("samples", "images", "batch_size", "new_tokens"):
+        if getattr(own, name) < 1:
+            raise ValueError(f"{name}={getattr(own, name)} must be at least 1.")
+    if not own.bound > 0:
+        raise ValueError(f"bound={own.bound} must be positive; it is in nats.")
+    if own.budget is not None and not 0 < own.budget <= 1:
+        raise ValueError(f"budget={own.budget} is a part of dense FLOPs; choose it above 0 and at most 1.")
+    explain(rest)
+    with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
+        return own, read(compose("config", rest))
+
+
+def named(word: str) -> list[str]:
+    """`model=PATH` and `data=PATH`, where that is no name in recipes/, as the keys that it stands for."""
+    key, _, value = word.partition("=")
+    if key not in ("model", "data") or (RECIPES / key / f"{value}.yaml").is_file():
+        return [word]
+    if "/" not in value and not Path(value).exists():
+        return [word]  # a mistyped name: `explain` lists what there is
+    return [f"model.path={value}"] if key == "model" else ["data=dataset", f"data.path={value}"]
+
+
+def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
+    """Profile the model that `config` names on its data."""
+    from latefusion.eval.profiling.run import Wishes, profile
+    from latefusion.models.build import check_base, compute_dtype, load_base
+
+    check_base(config.model.path)
+    rows, others = chosen_rows(config.data, own)
+    dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
+    model, processor = load_base(config.model.path, dtype=dtype)
+    if torch.cuda.is_available():
+        model.cuda()  # type: ignore[call-arg]
+    labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)
+    if not labelled:
+        rows = own_answers(model, processor, rows, own.new_tokens)
+    name = Path(config.model.path).name
+    about = {
+        "model": config.model.path,
+        "data": config.data.path or config.data.source.value,
+        "split": own.split,
+        "seed": own.seed,
+        "data_seed": config.data.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "images": own.images,
+        "labelled": labelled,
+    }
+    return profile(
+        model=model,
+        processor=processor,
+        samples=rows,
+        fit_on=others,
+        labelled=labelled,
+        about=about,
+        output_dir=own.output or f"outputs/profile_{name}",
+        wishes=Wishes(bound=own.bound, budget=own.budget),
+        batch_size=own.batch_size,
+        **options,
+    )
+
+
+def chosen_rows(data: DataConfig, own: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to measure on and rows to calibrate on, with different images.
+
+    Raises:
+        ValueError: there are fewer than asked for.
+    """
+    from latefusion.data import sources
+    from latefusion.eval.profiling.samples import distinct_images
+
+    if data.source is Source.scenes:
+        rows = sources.scenes(own.split or "validation", seed=data.seed)
+        others: Any = sources.scenes("train", seed=data.seed)
+        return spread(rows, own), distinct_images(others, own.images)
+    assert data.path is not None
+    rows = (
+        sources.llava(data.path, data.images)
+        if data.source is Source.llava
+        else sources.dataset(data.path, split=own.split or data.split)
+    )
+    found = spread(rows, own, own.images)
+    return found[: own.samples], found[own.samples :] or found
+
+
+def spread(rows: Any, own: Arguments, more: int = 0) -> list[dict[str, Any]]:
+    """`own.samples` rows with images in an order of `own.seed`, and up to `more` behind them; no image (scene) twice
+    before all have come once.
+    """
+    from latefusion.eval.profiling.samples import first_exchange
+
+    order = list(range(len(rows)))
+    random.Random(own.seed).shuffle(order)
+    plain = rows.with_format(None)
+    scene = plain["scene"] if "scene" in plain.column_names else None
+    if scene is not None:
+        times: dict[Any, int] = {}
+        rounds = []
+        for i in order:
+            times[scene[i]] = times.get(scene[i], -1) + 1
+            rounds.append((times[scene[i]], len(rounds), i))
+        order = [i for *_, i in sorted(rounds)]
+    found = []
+    for i in order:
+        row = rows[i]
+        if row["images"]:
+            found.append({**row, "messages": first_exchange(row["messages"])})
+        if len(found) == own.samples + more:
+            break
+    if len(found) < own.samples:
+        raise ValueError(
+            f"samples={own.samples} is more than the {len(found)} samples with images that the data has; choose at "
+            f"most {len(found)}."
+        )
+    return found
+
+
+def own_answers(
+    model: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int
+) -> list[dict[str, Any]]:
+    """The rows with the model's own greedy answer at their end."""
+    from latefusion.eval.predict import prompt_inputs
+
+    found = []
+    for row in rows:
+        inputs = prompt_inputs(model, processor, [row])
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        said = {"role": "assistant", "content": [{"type": "text", "text": text or "."}]}
+        found.append({**row, "messages": [*row["messages"], said]})
+    return found

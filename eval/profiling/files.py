@@ -1,0 +1,124 @@
+"""What a profile leaves behind: numbers as JSON and CSV, the schedule as YAML, the entry's weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from latefusion.models.calibration import Calibration
+from latefusion.models.entry import CalibratedEntry
+from latefusion.models.schedule import VisionSchedule
+
+PROFILE, SCHEDULE, ENTRY = "profile.json", "schedule.yaml", "entry.safetensors"
+
+
+def write(
+    folder: Path, found: dict[str, Any], calibration: Calibration | None, samples: Sequence[dict[str, Any]]
+) -> None:
+    """Write everything, the report last."""
+    from latefusion.eval.profiling.page import write_report  # drawing libraries: seconds
+
+    (folder / PROFILE).write_text(json.dumps(found, indent=1, allow_nan=False, default=_plain) + "\n")
+    (folder / SCHEDULE).write_text(schedule_yaml(found))
+    (folder / ENTRY).unlink(missing_ok=True)
+    if calibration is not None:
+        save_file({k: v.contiguous() for k, v in calibration.entry.state_dict().items()}, folder / ENTRY)
+    tables(folder, found)
+    write_report(folder, found, samples)
+
+
+def schedule_yaml(found: dict[str, Any]) -> str:
+    """The schedule, as `recipe=late_fusion schedule.profile=FOLDER` reads it."""
+    chosen = found["chosen"]
+    keep = {int(layer): k for layer, k in chosen["schedule"]["keep"].items()}
+    note = (
+        f"# {chosen['flops']:.1%} of dense decoder FLOPs, KL {chosen['kl']:.4f} nats per answer token untrained"
+        f"{' with the calibrated entry' if chosen['calibrated'] else ''}: {chosen['why']}.\n"
+    )
+    return note + yaml.safe_dump(
+        {"enter": chosen["schedule"]["enter"], "exit": chosen["schedule"]["exit"], "keep": keep},
+        sort_keys=False,
+        default_flow_style=None,
+    )
+
+
+def read_schedule(path: str | Path) -> VisionSchedule:
+    """The schedule of a profile: its folder, or its `schedule.yaml`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, in one sentence.
+    """
+    file = Path(path) / SCHEDULE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {SCHEDULE} at {path}; name the folder that eval/profile.py wrote: schedule.profile=FOLDER."
+        )
+    values = yaml.safe_load(file.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
+    return VisionSchedule.from_dict(values)
+
+
+def read_entry(path: str | Path) -> CalibratedEntry | None:
+    """The calibrated entry of a profile, None if it has none."""
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
+    if not file.is_file():
+        return None
+    weights = load_file(file)
+    places, width = weights["bias"].shape
+    entry = CalibratedEntry(hidden_size=width, places=places)
+    entry.load_state_dict(weights)
+    return entry
+
+
+def tables(folder: Path, found: dict[str, Any]) -> None:
+    """`layers.csv`, `schedules.csv`, `samples.csv`: every curve and point of the report."""
+    kinds, layers = found["curves"], found["layers"]
+    columns = ("kl", "low", "high", "accuracy")
+    by_layer: list[dict[str, Any]] = [{"layer": layer} for layer in range(layers + 1)]
+    for kind, rows in kinds.items():
+        for row in rows:
+            by_layer[int(row["layer"])] |= {f"{kind}_{c}": row[c] for c in columns if c in row}
+    for name, rows in found["observed"].items():
+        for layer, (q25, median, q75) in enumerate(rows):
+            by_layer[layer] |= {f"{name}_q25": q25, name: median, f"{name}_q75": q75}
+    for row in found["lenses"]["layers"]:
+        by_layer[row["layer"]]["logit_lens_settled"] = row["settled"]
+    _csv(folder / "layers.csv", by_layer)
+    front = [p["schedule"] for p in found["front"]]
+    _csv(
+        folder / "schedules.csv",
+        [
+            {**p["schedule"], **{k: v for k, v in p.items() if k != "schedule"}, "front": p["schedule"] in front}
+            for p in found["points"]
+        ],
+    )
+    agreement = found["agreement"]
+    _csv(
+        folder / "samples.csv",
+        [
+            {"sample": i, "enter": a, "exit": b, "fusion_layer": f, "kl_chosen": kl}
+            for i, (a, b, f, kl) in enumerate(
+                zip(agreement["enter"], agreement["exit"], agreement["fusion"], found["kept"]["kl"], strict=True)
+            )
+        ],
+    )
+
+
+def _csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plain(value: Any) -> Any:
+    return value.item()

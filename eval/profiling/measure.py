@@ -1,0 +1,276 @@
+"""One pass over the prompts: every measurement of a profile, batch by batch, written down as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latefusion.eval.profiling import lenses
+from latefusion.eval.profiling.causal import Answers, Continued, Effect, Runner, knock_outs, positions_of
+from latefusion.eval.profiling.decide import Point
+from latefusion.eval.profiling.knockout import KnockOut
+from latefusion.eval.profiling.ledger import Ledger
+from latefusion.eval.profiling.observe import Watch
+from latefusion.eval.profiling.samples import Batch
+from latefusion.models.attach import Attachment
+from latefusion.models.calibration import installed
+from latefusion.models.entry import CalibratedEntry
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.trace import PrefillTrace
+
+TOP = 3  # tokens of a lens
+EXAMPLES = 6  # samples whose maps are kept
+
+
+@dataclass
+class Measurer:
+    """Runs over the batches, one at a time on the device; what the ledger has is not measured again.
+
+    Args:
+        sources: `(numbers of the samples, what makes the batch)`.
+        advance: called with the prefills that a step took.
+    """
+
+    model: PreTrainedModel
+    attachment: Attachment
+    sources: Sequence[tuple[tuple[int, ...], Callable[[], Batch]]]
+    ledger: Ledger
+    advance: Callable[[float], None] = lambda share: None
+
+    def __post_init__(self) -> None:
+        self.layers = len(self.attachment.layers)
+        self.n = sum(len(numbers) for numbers, _ in self.sources)
+        self._made: tuple[int, Batch] | None = None
+        self._dense: dict[int, Answers] = {}
+        self._mean: tuple[Tensor, Tensor] | None = None
+
+    # ---------------------------------------------------------------- what is measured
+
+    def effects(self) -> dict[str, Any]:
+        """Per knock-out `kind layer`: `kl` and `right` of each sample, in the samples' order; `dense`: `right` alone."""
+        wanted = knock_outs(self.layers)
+
+        def measure(batch: Batch) -> dict[str, Any]:
+            dense, found = self._runner(batch).effects(wanted, lambda: None)
+            named = {f"{kind} {layer}": asdict(effect) for (kind, layer), effect in found.items()}
+            return {"dense": asdict(dense), **named}
+
+        return self._gathered("effects", measure, 1.0 + 1.2 * self.layers)
+
+    def bands(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Text sees vision in the layers [a, b) alone: per band `a b`, as `effects`."""
+
+        def measure(batch: Batch) -> dict[str, Any]:
+            runner, found = self._runner(batch), {}
+            with positions_of(self.model.get_decoder()) as positions:
+                dense = runner.answers(VisionSchedule())
+            split = Continued.of(runner, positions)
+            base = None if split is None else split.dense()
+            for a, b in pairs:
+                hidden = [i for i in range(self.layers) if not a <= i < b]
+                if split is not None and base is not None and runner.agree(dense, base):
+                    effect = base.effect(split.blind(hidden))
+                else:
+                    effect = dense.effect(runner.answers(KnockOut(hidden)))
+                found[f"{a} {b}"] = asdict(effect)
+            return found
+
+        return self._gathered(f"bands {list(pairs)}", measure, 2.0 + 0.1 * len(pairs))
+
+    def schedule(
+        self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float
+    ) -> tuple[list[float], list[bool]]:
+        """KL and correctness of each sample under a schedule that is carried out as in use."""
+
+        def measure(batch: Batch) -> dict[str, Any]:
+            runner = self._runner(batch)
+            dense = self._dense_answers(batch)
+            with installed(self.model, entry) if entry is not None else nullcontext():
+                return {"it": asdict(dense.effect(runner.answers(schedule)))}
+
+        name = f"schedule {schedule.to_dict()} {'calibrated' if entry is not None else 'raw'}"
+        found = self._gathered(name, measure, flops)["it"]
+        return found["kl"], found["right"]
+
+    def looks(self) -> dict[str, Any]:
+        """What the dense model attends to and what its states say, per sample and layer (`observe.Look`, lenses)."""
+        names = [f"looks / {i}" for i in range(len(self.sources))]
+        if names[0] in self.ledger.found and any(name not in self.ledger.found for name in names):
+            self._look(self._batch(0))  # the others are judged by its mean
+        return self._gathered("looks", self._look, 1.0)
+
+    def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[list[list[int]] | None]:
+        """Of the first few samples: per segment of the schedule, which of their vision tokens take part; else None."""
+
+        def measure(batch: Batch) -> dict[str, Any]:
+            assert self._made is not None
+            numbers = self.sources[self._made[0]][0]
+            if all(number >= EXAMPLES for number in numbers):
+                return {"kept": [None] * len(numbers)}
+            with installed(self.model, entry) if entry is not None else nullcontext():
+                self._runner(batch).answers(schedule)
+            last = self.attachment._last
+            steps = [selection.vision for _, selection in last.selections] if isinstance(last, PrefillTrace) else []
+            return {
+                "kept": [
+                    None
+                    if number >= EXAMPLES
+                    else [mask[b][batch.vision[b]].nonzero().flatten().tolist() for mask in steps]
+                    for b, number in enumerate(numbers)
+                ]
+            }
+
+        return self._gathered(f"kept {schedule.to_dict()} {entry is not None}", measure, 0.0)["kept"]
+
+    # ---------------------------------------------------------------- batches
+
+    def _gathered(self, name: str, measure: Callable[[Batch], dict[str, Any]], share: float) -> dict[str, Any]:
+        """Each entry's lists of all batches, put into the order of the samples."""
+        parts = []
+        for i, (numbers, _) in enumerate(self.sources):
+            parts.append(self.ledger.get(f"{name} / {i}", lambda i=i: measure(self._batch(i))))
+            self.advance(share * len(numbers))
+        order = np.argsort([number for numbers, _ in self.sources for number in numbers])
+
+        def joined(values: list[Any]) -> Any:
+            if isinstance(values[0], dict):
+                return {key: joined([value[key] for value in values]) for key in values[0]}
+            flat = [item for value in values for item in value]
+            return [flat[i] for i in order]
+
+        return joined(parts)
+
+    def _batch(self, i: int) -> Batch:
+        if self._made is None or self._made[0] != i:
+            self._made = i, self.sources[i][1]()
+            self._dense = {}
+        return self._made[1]
+
+    def _runner(self, batch: Batch) -> Runner:
+        return Runner(self.model, self.attachment, batch)
+
+    def _dense_answers(self, batch: Batch) -> Answers:
+        key = id(batch)
+        if key not in self._dense:
+            self._dense = {key: self._runner(batch).answers(VisionSchedule())}
+        return self._dense[key]
+
+    # ---------------------------------------------------------------- looks
+
+    def _look(self, batch: Batch) -> dict[str, Any]:
+        watch, model = Watch(), self.model
+        query = batch.queries[:, 0]
+        features: list[Tensor] = []
+        handle = self.attachment.layers[0].register_forward_pre_hook(
+            lambda layer, args: features.append(args[0].float())
+        )
+        try:
+            with lenses.states_at(self.attachment.layers, query) as states:
+                answers = self._runner(batch).answers(watch)
+        finally:
+            handle.remove()
+        if not bool(answers.log_probs.isfinite().all()):
+            raise ValueError(
+                f"the model's logits are not finite on sample {batch.names[0]} or one beside it; load it with "
+                "dtype=float32."
+            )
+        first = torch.stack([answers.log_probs[answers.sample == i][0] for i in range(batch.size)])  # [B, V]
+        written = first.argmax(-1)  # [B]
+        logit, value = [], []
+        for layer, state in enumerate(states):
+            top = lenses.logit_lens(model, state).topk(TOP)
+            share, norm = lenses.value_output_lens(model, layer, watch.heads[layer])
+            best = share.max(-1)  # [B, H]
+            logit.append([(i, p) for i, p in zip(top.indices.tolist(), _rounded(top.values), strict=True)])
+            heads = norm.argsort(dim=1, descending=True)[:, :TOP]
+            value.append(
+                [
+                    (heads[b].tolist(), best.indices[b, heads[b]].tolist(), _rounded(norm[b, heads[b]]))
+                    for b in range(batch.size)
+                ]
+            )
+        received = torch.stack(watch.attention).mean(0)  # [B, T]
+        assert self._made is not None
+        numbers, samples = self.sources[self._made[0]][0], []
+        for b, seen in enumerate(batch.vision):
+            rows = features[0][b][seen]  # [K, D]
+            words, cosine = lenses.nearest_words(model.get_input_embeddings().weight, rows)
+            mean, spread = self._means(features[0], batch)
+            fits = len(mean) in (1, len(rows))
+            kind = lenses.kinds(rows, received[b][seen], mean if fits else mean.mean(0, keepdim=True), spread)
+            samples.append(
+                {
+                    "looks": [asdict(layer[b]) for layer in watch.looks],
+                    "written": int(written[b]),
+                    "logit": [layer[b] for layer in logit],
+                    "value": [layer[b] for layer in value],
+                    "word_cosine": round(float(cosine.mean()), 4),
+                    "kinds": kind.bincount(minlength=3).tolist(),
+                    "maps": None
+                    if numbers[b] >= EXAMPLES
+                    else {
+                        "words": words.tolist(),
+                        "kinds": kind.tolist(),
+                        "attention": [_rounded(layer[b][seen], 6) for layer in watch.attention],
+                        "value_norm": [_rounded(layer[b][seen], 3) for layer in watch.values],
+                    },
+                }
+            )
+        return {"samples": samples}
+
+    def _means(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean projected feature at each place of the image, and the mean squared distance to it, of the first batch."""
+        if self._mean is None:
+            counts = batch.vision.sum(1)
+            if bool((counts == counts[0]).all()):
+                rows = features[batch.vision].unflatten(0, (batch.size, -1))  # [B, K, D]
+                mean = rows.mean(0)
+            else:
+                rows = features[batch.vision][None]
+                mean = rows[0].mean(0, keepdim=True)
+            self._mean = mean, (rows - mean).square().sum(-1).mean()
+        return self._mean
+
+
+def point(
+    schedule: VisionSchedule,
+    calibrated: bool,
+    flops: float,
+    kl: Sequence[float],
+    right: Sequence[bool],
+    labelled: bool,
+) -> Point:
+    mean, low, high = interval(kl)
+    return Point(
+        schedule=schedule,
+        calibrated=calibrated,
+        flops=flops,
+        kl=mean,
+        low=low,
+        high=high,
+        accuracy=float(np.mean(right)) if labelled else None,
+    )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with its 95% interval over samples (Student's t; never below 0)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, 0.0, float("inf")
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return mean, max(0.0, mean - half), mean + half
+
+
+def _rounded(values: Tensor, digits: int = 4) -> Any:
+    return [round(v, digits) if isinstance(v, float) else [round(w, digits) for w in v] for v in values.tolist()]
+
+
+__all__ = ["Effect", "Measurer", "interval", "point"]

@@ -1,0 +1,39 @@
+"use strict";
+// Sort the table by a column: best first, then the other way round, then as it came.
+for (const button of document.querySelectorAll("#methods th button")) {
+  button.addEventListener("click", () => {
+    const heading = button.closest("th");
+    const body = heading.closest("table").tBodies[0];
+    const column = [...heading.parentNode.children].indexOf(heading);
+    const first = heading.dataset.best === "1" ? "descending" : "ascending";
+    const next = { none: first, ascending: first === "ascending" ? "descending" : "none", descending: first === "descending" ? "ascending" : "none" };
+    const order = next[heading.getAttribute("aria-sort")];
+    for (const other of heading.parentNode.querySelectorAll("[aria-sort]")) other.setAttribute("aria-sort", "none");
+    heading.setAttribute("aria-sort", order);
+    const sign = order === "descending" ? -1 : 1;
+    const value = (row) => (order === "none" ? Number(row.dataset.place) : parseFloat(row.cells[column].dataset.value));
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
+      return sign * (x - y) || a.dataset.place - b.dataset.place;
+    });
+    body.append(...rows);
+  });
+}
+// Show the disagreements of one system, of one kind.
+const filters = document.querySelectorAll("#disagreements select");
+const show = () => {
+  const [system, kind] = [...filters].map((filter) => filter.value);
+  let count = 0;
+  for (const card of document.querySelectorAll(".example")) {
+    const fits = card.dataset.kinds.split(" ").some((k) => {
+      const at = k.lastIndexOf(":");
+      return (!system || k.slice(0, at) === system) && (!kind || k.slice(at + 1) === kind);
+    });
+    card.hidden = !fits;
+    count += fits;
+  }
+  document.querySelector("#shown").textContent = count;
+};
+filters.forEach((filter) => filter.addEventListener("change", show));
+if (filters.length) show();

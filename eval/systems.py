@@ -1,0 +1,142 @@
+"""What is compared: a model under a policy, with its adapters on or off, with or without its image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from latefusion.models.build import ADAPTER_WEIGHTS, Student, load_student
+from latefusion.models.policies import named
+from latefusion.models.policies.base import Policy
+from latefusion.models.schedule import VisionSchedule
+
+if TYPE_CHECKING:
+    from latefusion.eval.predict import Answer
+
+NAMES = {
+    "dense": "Dense base",
+    "visipruner": "VisiPruner",
+    "visipruner_13b": "VisiPruner 13B",
+    "fastv": "FastV",
+    "pyramiddrop": "PyramidDrop",
+    "vtw": "VTW",
+    "divprune": "DivPrune",
+    "random": "Random half",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One thing to compare: the model at hand under a policy, with its trained adapters on or off.
+
+    Attributes:
+        name: what tables and figures call it.
+        policy: which vision tokens each layer sees (`VisionSchedule()` is dense).
+        adapters: LoRA and entry adapter active (the student) or disabled (the base).
+        blind: asked without the image.
+        control: shows what the tokens are worth, and is not timed.
+        student: a further checkpoint, which brings its own model; None: the model at hand.
+        source: what was loaded, for the record.
+    """
+
+    name: str
+    policy: Policy
+    adapters: bool = False
+    blind: bool = False
+    control: bool = False
+    student: Student | None = field(default=None, repr=False)
+    source: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from another system, as JSON holds it."""
+        return {
+            "name": self.name,
+            "policy": {"type": type(self.policy).__name__, **vars(self.policy)},
+            "adapters": self.adapters,
+            "blind": self.blind,
+            "control": self.control,
+            "source": self.source,
+        }
+
+
+@contextmanager
+def running(model: Any, attachment: Any, system: System) -> Iterator[Any]:
+    """The model as `system`: its policy attached, its adapters on or off, no gradients; yields the model."""
+    if system.student is not None:
+        model, attachment = system.student.model, system.student.attachment
+    off = isinstance(model, PeftModel) and not system.adapters
+    with attachment.using(system.policy), model.disable_adapter() if off else nullcontext(), torch.no_grad():
+        yield model
+
+
+def policies_of(chosen: Sequence[Any]) -> dict[str, System]:
+    """Systems of the base under policies of `recipes/policy/`.
+
+    Args:
+        chosen: names, or `{name: {argument: value}}` where some of a recipe's arguments are replaced.
+
+    Raises:
+        ValueError: there is no such policy or argument.
+    """
+    systems = {}
+    for entry in chosen:
+        name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        policy = named(name, **(changes or {}))
+        said = ", ".join(f"{key}={value}" for key, value in (changes or {}).items())
+        key = f"{name}({said})" if said else name
+        title = NAMES.get(name, name)
+        systems[key] = System(name=f"{title} ({said})" if said else title, policy=policy)
+    return systems
+
+
+def checkpoint_system(folder: str | Path) -> System:
+    """A further checkpoint on its own base model, which stays in memory beside the others.
+
+    Raises:
+        FileNotFoundError: the folder holds no student.
+    """
+    student = load_student(folder)
+    if torch.cuda.is_available():
+        student.model.cuda()
+    name = Path(folder).resolve().name
+    return System(
+        name=name, policy=student.schedule, adapters=True, student=student, source=fingerprint(folder)
+    )
+
+
+def controls(
+    systems: dict[str, System], answers: dict[str, list[Answer]], reference: str
+) -> dict[str, System]:
+    """What the vision tokens are worth: no image at all, and random tokens at the budget of each method.
+
+    A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
+    """
+    found = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
+    whole = _tokens(answers[reference])
+    for key, system in systems.items():
+        share = round(_tokens(answers[key]) / whole, 3) if whole else 1.0
+        if key != reference and not system.control and 0 < share < 1:
+            policy = named("random", keep_ratio=share)
+            found[f"random_{share:g}"] = System(
+                name=f"Random {100 * share:.3g}%", policy=policy, control=True
+            )
+    return found
+
+
+def _tokens(answers: list[Answer]) -> float:
+    """Vision tokens a layer, mean over questions."""
+    return fmean(fmean(answer.vision_tokens) for answer in answers)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A short hash of a checkpoint's adapter weights."""
+    weights = Path(folder) / ADAPTER_WEIGHTS
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""What a benchmark is to the evaluation, and how its files are found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from latefusion.data.sources import read
+from latefusion.eval.metrics import Measure
+from latefusion.eval.predict import Answer, Score, exact_match
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def _same(answers: list[Answer]) -> list[Answer]:
+    return answers
+
+
+def _none(answers: list[Answer]) -> dict[str, Measure]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions with their benchmark's own scoring.
+
+    Attributes:
+        name: what tables call it.
+        rows: columns of `latefusion.eval.predict.COLUMNS`, `images` and `prompt` (the question as it is put to the
+            model), and what `score` reads.
+        metric: what the mean of the scores is called.
+        score: of `(prediction, row)`, from 0 to 1.
+        units: turns answers into those that count as one question (MMBench's rotations).
+        measures: the benchmark's further figures, by name.
+        max_new_tokens: None: as the longest answer needs.
+        ocr: its answers are read from the image.
+        split, source: of the data.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    metric: str = "exact match"
+    score: Score = field(default=exact_match, repr=False)
+    units: Callable[[list[Answer]], list[Answer]] = field(default=_same, repr=False)
+    measures: Callable[[list[Answer]], dict[str, Measure]] = field(default=_none, repr=False)
+    max_new_tokens: int | None = None
+    ocr: bool = False
+    split: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a benchmark's data are: its files as it distributes them, or a data set of the hub.
+
+    Args:
+        task: its name; where: a folder, or a hub id; split: of the hub's data set.
+        needs: what the folder has to hold, with `|` between alternatives.
+        come_from: where one gets them.
+        hub: a hub id with the same questions.
+    """
+
+    task: str
+    where: str
+    needs: Sequence[str]
+    come_from: str
+    hub: str = ""
+
+    @property
+    def local(self) -> bool:
+        """The files are in a folder (else: on the hub or a data set saved to disk)."""
+        folder = Path(self.where)
+        return folder.is_dir() and not any(
+            (folder / n).is_file() for n in ("dataset_dict.json", "state.json")
+        )
+
+    def check(self) -> None:
+        """Raise FileNotFoundError, in one sentence, if a folder lacks a file or is no folder at all."""
+        folder = Path(self.where)
+        looks_local = (
+            folder.is_dir() or not self.hub or self.where.count("/") != 1 or self.where.startswith(".")
+        )
+        missing = [name for name in self.needs if self._first(name) is None]
+        if looks_local and (not folder.is_dir() or (self.local and missing)):
+            wanted = ", ".join(
+                name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs)
+            )
+            hub = f", or name a hub id with sources.{self.task}={self.hub}" if self.hub else ""
+            raise FileNotFoundError(
+                f"no data for task {self.task} in {self.where}: put {wanted} there (from {self.come_from}){hub}."
+            )
+
+    def path(self, name: str) -> Path:
+        """The first of the alternatives in `name` that is there."""
+        found = self._first(name)
+        assert found is not None, "check() was not called"
+        return found
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.path(name).read_text())
+
+    def lines(self, name: str) -> list[Any]:
+        return [json.loads(line) for line in self.path(name).read_text().splitlines() if line.strip()]
+
+    def hub_rows(self, split: str, config: str | None = None) -> datasets.Dataset:
+        """The hub's data set (or one saved to disk), read lazily."""
+        return read(self.where, split=split) if config is None else read_config(self.where, config, split)
+
+    def _first(self, name: str) -> Path | None:
+        paths = [Path(self.where) / choice for choice in name.split("|")]
+        return next((path for path in paths if path.exists()), None)
+
+
+def read_config(where: str, config: str, split: str) -> datasets.Dataset:
+    """`read` for a hub data set with several configurations.
+
+    Raises:
+        FileNotFoundError: there is none, or it cannot be reached.
+    """
+    try:
+        return datasets.load_dataset(where, config, split=split)
+    except (
+        FileNotFoundError,
+        ConnectionError,
+        ValueError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
+        raise FileNotFoundError(
+            f"no data set {where} with configuration {config!r} and split {split!r} can be read from here ({error})."
+        ) from error
+
+
+def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
+    """Questions whose `images` are paths, bytes or pictures, as a data set that opens them when asked.
+
+    Every question has `id`, `question`, `prompt`, `answer`, `answers`, `type`, `scene`, `images`.
+    """
+    rows = datasets.Dataset.from_list(
+        [{**q, "images": [_stored(image) for image in q["images"]]} for q in questions]
+    )
+    return rows.cast_column("images", datasets.List(datasets.Image()))
+
+
+def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str, Any]]) -> datasets.Dataset:
+    """A hub data set whose column `image` holds the picture, in the form of `rows_of`; the picture is not copied."""
+    pictures = "image" if "image" in rows.column_names else "images"
+    kept = rows.select_columns([pictures])
+    plain = rows.remove_columns([pictures])
+    fields: dict[str, list[Any]] = {}
+    for number, row in enumerate(plain):
+        for name, value in question({"row": number, **row}).items():
+            fields.setdefault(name, []).append(value)
+    found = datasets.Dataset.from_dict(fields)
+    return datasets.concatenate_datasets([found, kept], axis=1)
+
+
+def _stored(image: Any) -> Any:
+    return {"path": None, "bytes": image} if isinstance(image, bytes) else {"path": str(image), "bytes": None}

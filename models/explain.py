@@ -1,0 +1,179 @@
+"""`explain`: what a policy did with a prompt, in words, as a dict, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from latefusion.models.accounting import Account, account
+from latefusion.models.attach import attached
+from latefusion.models.picture import Patches, draw
+from latefusion.models.trace import PrefillTrace, TraceRecord
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt of the batch.
+
+    Attributes:
+        record: its trace.
+        positions: where its vision tokens stand in the (padded) row, ascending.
+        images: the picture's images with their grids of patches; empty where the patches' places are unknown.
+        account: what it cost.
+    """
+
+    record: TraceRecord
+    positions: list[int]
+    images: list[Patches]
+    account: Account
+
+    @property
+    def kept_patches(self) -> list[int] | None:
+        """The kept tokens, counted among the vision tokens from 0; None if nothing was chosen among them."""
+        if self.record.kept is None:
+            return None
+        order = {position: i for i, position in enumerate(self.positions)}
+        return [order[position] for position in self.record.kept]
+
+    def words(self) -> str:
+        record, n = self.record, len(self.positions)
+        layers, n_text = len(record.tokens), record.tokens[0] - record.vision[0]
+        if n == 0:
+            return f"{n_text} text tokens and no vision tokens: nothing to remove."
+        said = [f"{n} vision and {n_text} text tokens, {layers} layers."]
+        if record.fusion_layer is not None:
+            said.append(f"Fusion in layer {record.fusion_layer}.")
+        if self.kept_patches is not None:
+            said.append(f"{len(self.kept_patches)} of {n} vision tokens were chosen to go on.")
+        steps = [(0, record.vision[0])]
+        for layer, count in enumerate(record.vision):
+            if count != steps[-1][1]:
+                steps.append((layer, count))
+        ends = [first for first, _ in steps[1:]] + [layers]
+        runs = [
+            f"{'all' if count == n else 'none' if count == 0 else count} in "
+            + (f"layers {first} to {end - 1}" if end - 1 > first else f"layer {first}")
+            for (first, count), end in zip(steps, ends, strict=True)
+        ]
+        said.append(f"Vision tokens: {', '.join(runs)}.")
+        said.append(
+            f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs, "
+            f"{self.account.attention_saved:.1%} of the attention with vision tokens in it."
+        )
+        return " ".join(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = self.record
+        return {
+            "fusion_layer": record.fusion_layer,
+            "exit_layer": record.exit_layer,
+            "kept": record.kept,
+            "kept_patches": self.kept_patches,
+            "tokens": record.tokens,
+            "vision": record.vision,
+            "flops_saved": self.account.flops_saved,
+            "attention_saved": self.account.attention_saved,
+        }
+
+    def picture(self) -> str:
+        """An SVG: the kept patches over the image, and the tokens of each layer as steps."""
+        return draw(self.record, self.kept_patches, self.images, self.words())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What happened to each prompt of a batch; `print` it."""
+
+    samples: list[Sample]
+
+    def __str__(self) -> str:
+        if len(self.samples) == 1:
+            return self.samples[0].words()
+        return "\n".join(f"Prompt {i}: {sample.words()}" for i, sample in enumerate(self.samples))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """One dict a prompt, of plain numbers and lists."""
+        return [sample.to_dict() for sample in self.samples]
+
+    def save(self, path: str | Path, sample: int = 0) -> None:
+        """Write the picture of one prompt as an SVG file."""
+        Path(path).write_text(self.samples[sample].picture())
+
+
+def explain(
+    model: nn.Module, inputs: Mapping[str, Any], *, images: Sequence[Image.Image] | None = None
+) -> Explanation:
+    """Run one prefill under the model's policy and say what it did with the vision tokens.
+
+    Args:
+        model: with a policy attached (`attach`), maybe inside PEFT.
+        inputs: of its forward, as the processor gives them.
+        images: what the picture shows, in the order of the prompts' images; None: the pixels that the model sees,
+            where `inputs` has them as images. Crops by the processor are up to the caller.
+
+    Raises:
+        ValueError: the model has no policy, or the images are not as many as the prompts'.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        raise ValueError(
+            f"{type(model).__name__} has no policy to explain; attach one with lf.attach(model, policy)."
+        )
+    with torch.no_grad():
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    trace, config = attachment._last, attachment.model.config
+    masks = (
+        trace.prompt.vision.cpu() if isinstance(trace, PrefillTrace) else [torch.zeros(1, dtype=torch.bool)]
+    )
+    masks = list(masks) if isinstance(trace, PrefillTrace) else masks * len(attachment.trace)
+    runs = [run_lengths(mask) for mask in masks]
+    n_images = sum(map(len, runs))
+    if images is not None and len(images) != n_images:
+        raise ValueError(f"{len(images)} images given for prompts with {n_images}; pass one for each.")
+    shown: list[Any] = list(images) if images is not None else pixels(inputs.get("pixel_values"), n_images)
+    grids = inputs.get("image_grid_thw")
+    samples, at = [], 0
+    for record, mask, lengths in zip(attachment.trace, masks, runs, strict=True):
+        patches = []
+        for length in lengths:
+            shape = grid_shape(length, None if grids is None else grids[at].tolist())
+            if shape is not None and at < len(shown):
+                patches.append(Patches(shown[at], *shape))
+            at += 1
+        known = patches if len(patches) == len(lengths) else []
+        positions = mask.nonzero().flatten().tolist()
+        samples.append(Sample(record, positions, known, account(config, [record])))
+    return Explanation(samples)
+
+
+def run_lengths(mask: Tensor) -> list[int]:
+    """Lengths of the runs of true in a bool row `[T]`."""
+    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    return ((edges == -1).nonzero() - (edges == 1).nonzero()).flatten().tolist()
+
+
+def grid_shape(n: int, thw: Sequence[int] | None) -> tuple[int, int] | None:
+    """Rows and columns of one image's n tokens: of its grid of patches, merged, or a square; None: unknown."""
+    if thw is not None:
+        frames, rows, columns = thw
+        merge = isqrt(frames * rows * columns // n)
+        fits = frames == 1 and rows * columns == n * merge * merge
+        return (rows // merge, columns // merge) if fits else None
+    side = isqrt(n)
+    return (side, side) if side * side == n else None
+
+
+def pixels(values: Tensor | None, n_images: int) -> list[Image.Image]:
+    """The normalised pixels `[N, 3, H, W]` as images, stretched to the range of colours; empty if they are none."""
+    if values is None or values.dim() != 4 or len(values) != n_images:
+        return []
+    low, high = values.amin().item(), values.amax().item()
+    scaled = (values.float() - low) / max(high - low, 1e-6) * 255
+    return [Image.fromarray(image.permute(1, 2, 0).byte().cpu().numpy()) for image in scaled]

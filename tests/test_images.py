@@ -1,0 +1,117 @@
+"""Pictures as data sets hold them: each damage is named, each odd format becomes an upright RGB picture."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latefusion.data.images import MAX_PIXELS, BadImage, load_image
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (32, 24)) -> Image.Image:
+    channels = {"RGB": 3, "CMYK": 4, "L": 1}[mode]
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    return Image.fromarray(values.squeeze(), mode=mode)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+PNG = encoded(noise(), "PNG")
+JPEG = encoded(noise(), "JPEG", quality=95)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (b"", r"an image is empty \(0 bytes\)"),
+        ({"bytes": b"", "path": "a/b.jpg"}, r"a/b\.jpg is empty \(0 bytes\)"),
+        (b"<html>404 not found</html>", r"is no image \(26 bytes that begin with 3c 68 74 6d"),
+        (JPEG[: len(JPEG) // 2], r"cannot be decoded \(.*truncated"),
+        (PNG[: len(PNG) // 2], r"cannot be decoded \("),
+        (PNG[:60] + bytes(20) + PNG[80:], r"cannot be decoded|is no image"),
+        (bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
+        ("nowhere.png", r"nowhere\.png cannot be read \(No such file"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        (7, "is given as int"),
+        (Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(tmp_path, source, reason):
+    with pytest.raises(BadImage, match=reason) as error:
+        load_image(source, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_large_picture_below_the_limit_is_no_bomb(monkeypatch):
+    monkeypatch.setattr("latefusion.data.images.MAX_PIXELS", 32 * 24)
+    assert load_image(PNG).size == (32, 24)
+    monkeypatch.setattr("latefusion.data.images.MAX_PIXELS", 32 * 24 - 1)
+    with pytest.raises(BadImage, match="32 x 24 pixels, more than 767"):
+        load_image(PNG)
+
+
+def test_paths_bytes_and_pictures_are_the_same_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    wanted = np.asarray(noise())
+    sources = ("a.png", PNG, {"bytes": PNG, "path": None}, {"bytes": None, "path": "a.png"}, noise())
+    for source in (*sources, str(tmp_path / "a.png")):
+        image = load_image(source, tmp_path)
+        assert image.mode == "RGB" and (np.asarray(image) == wanted).all()
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    values = np.array([[0, 256 * 10, 256 * 200, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        image = load_image(encoded(Image.fromarray(values), kind))
+        assert image.mode == "RGB" and np.asarray(image)[0, :, 0].tolist() == [0, 10, 200, 255]
+    with pytest.raises(BadImage, match="pixels from 0 to 70000"):
+        load_image(Image.fromarray(np.array([[0, 70_000]], np.int32)))
+
+
+def test_exif_orientation_is_applied():
+    upright = Image.new("RGB", (30, 20), (0, 0, 0))
+    upright.paste((255, 0, 0), (0, 0, 30, 5))  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    stored = encoded(upright.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+    assert Image.open(io.BytesIO(stored)).size == (20, 30)
+    image = load_image(stored)
+    assert image.size == (30, 20) and image.getpixel((15, 1))[0] > 200 > 50 > image.getpixel((15, 15))[0]
+
+
+def test_an_animation_is_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0))]
+    for kind in ("GIF", "WEBP"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        image = load_image(data)
+        assert image.size == (8, 8) and image.getpixel((4, 4))[0] > 240 > 20 > image.getpixel((4, 4))[1]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_other_colours_become_rgb(mode):
+    image = load_image(encoded(noise(mode), "JPEG"))
+    assert image.mode == "RGB" and image.size == (32, 24)
+
+
+def test_palette_with_transparency_becomes_rgb():
+    image = noise("L").convert("P")
+    image.info["transparency"] = 0
+    assert load_image(encoded(image, "PNG")).mode == "RGB"

@@ -1,0 +1,124 @@
+"""A profile of models whose band is known by construction; what it writes; going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import IMAGE
+from planted import planted, questions
+
+from latefusion.eval.profiling import files
+from latefusion.eval.profiling.ledger import Ledger
+from latefusion.eval.profiling.measure import Measurer
+from latefusion.eval.profiling.run import Study, Wishes
+from latefusion.eval.profiling.samples import Batch
+from latefusion.models.attach import attach
+from latefusion.models.calibration import fit_entry
+from latefusion.models.schedule import VisionSchedule
+
+BOUND = 1e-5
+
+
+def batch_of(model: Any, samples: int = 12) -> Batch:
+    """Labels are what the dense model says."""
+    inputs = questions(samples)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        said = model(**inputs).logits.argmax(-1)
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = said[:, -3:-1]
+    queries = torch.full((samples, 1), ids.shape[1] - 3)
+    return Batch(tuple(map(str, range(samples))), inputs, labels, queries, ids == IMAGE)
+
+
+def study(model: Any, attachment: Any, ledger: Path, **wishes: Any) -> tuple[dict[str, Any], Measurer]:
+    batch = batch_of(model)
+    sources = [(tuple(range(batch.size)), lambda: batch)]
+    measurer = Measurer(model, attachment, sources, Ledger(ledger, {"about": 1}))
+    found = Study(measurer, Wishes(**{"bound": BOUND, **wishes}), True, *batch.counts)
+    return found.run(lambda enter: fit_entry(attachment, [(batch.fresh(), batch.vision)], enter)), measurer
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_qwen2"])
+@pytest.mark.parametrize(("p", "q"), [(1, 4), (2, 3), (3, 6), (0, 2)])
+def test_the_planted_band_is_found_and_its_schedule_answers_as_dense(
+    family: str, p: int, q: int, tmp_path: Path
+) -> None:
+    model = planted(family, p, q)
+    with attach(model, VisionSchedule()) as attachment:
+        found, _ = study(model, attachment, tmp_path / "measured.jsonl")
+    assert (found["ends"]["enter"], found["ends"]["exit"]) == (p, q)
+    schedule = found["chosen"]["schedule"]
+    assert (schedule["enter"], schedule["exit"]) == (p, None if q == 6 else q)
+    assert found["chosen"]["accuracy"] == 1.0 and found["chosen"]["kl"] <= 2 * BOUND
+    assert ("band of one layer" in found["note"]) == (q - p == 1)
+    if p > 0:
+        assert found["entry"]["kl_raw"] <= BOUND  # vision is not touched before p
+    (tmp_path / "schedule.yaml").write_text(files.schedule_yaml(found))
+    fresh = questions(5, seed=7)
+    with torch.no_grad():
+        dense = model(**fresh).logits[:, -3:]
+        with attach(model, files.read_schedule(tmp_path)):
+            late = model(**questions(5, seed=7)).logits[:, -3:]
+    if schedule["keep"]:
+        assert torch.equal(dense.argmax(-1), late.argmax(-1))
+    else:
+        torch.testing.assert_close(dense, late, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_run_measures_nothing_again_and_a_cut_one_goes_on(tmp_path: Path) -> None:
+    model, ledger = planted("llava", 1, 4), tmp_path / "measured.jsonl"
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with attach(model, VisionSchedule()) as attachment:
+        first, _ = study(model, attachment, ledger)
+        whole, made = ledger.read_text(), len(calls)
+        again, _ = study(model, attachment, ledger)
+        asked = len(calls) - made - 1  # one makes the labels
+        assert again == first and ledger.read_text() == whole and asked <= 2  # two calibrate
+        lines = whole.splitlines(keepends=True)
+        ledger.write_text("".join(lines[:3]) + lines[3][:20])
+        resumed, _ = study(model, attachment, ledger)
+        assert resumed == first and ledger.read_text() == whole
+        Ledger(ledger, {"about": 2})
+        assert len(ledger.read_text().splitlines()) == 1
+
+
+def test_a_budget_is_kept(tmp_path: Path) -> None:
+    model = planted("llava", 1, 5)
+    with attach(model, VisionSchedule()) as attachment:
+        free, _ = study(model, attachment, tmp_path / "free.jsonl")
+        budget = free["chosen"]["flops"] - 0.02
+        found, _ = study(model, attachment, tmp_path / "budget.jsonl", budget=budget)
+    assert found["chosen"]["flops"] <= budget and found["chosen"]["schedule"]["keep"]
+    flops = [p["flops"] for p in found["front"]]
+    kl = [p["kl"] for p in found["front"]]
+    assert flops == sorted(flops) and kl == sorted(kl, reverse=True)
+
+
+def test_a_model_that_needs_no_image_is_told_so(tmp_path: Path) -> None:
+    model = planted("llava", 0, 0)
+    with attach(model, VisionSchedule()) as attachment, pytest.raises(ValueError) as error:
+        study(model, attachment, tmp_path / "measured.jsonl")
+    assert "does not need its images" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
+    model = planted("llava", 1, 4)
+    batch = batch_of(model)
+    with torch.no_grad():
+        model.get_decoder().layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    with attach(model, VisionSchedule()) as attachment, pytest.raises(ValueError, match="not finite") as error:
+        Measurer(model, attachment, [((0,), lambda: batch)], Ledger(tmp_path / "m.jsonl", {})).looks()
+    assert "\n" not in str(error.value)
+
+
+def test_everything_that_is_kept_is_json(tmp_path: Path) -> None:
+    model = planted("llava", 1, 4)
+    with attach(model, VisionSchedule()) as attachment:
+        found, _ = study(model, attachment, tmp_path / "measured.jsonl")
+    assert json.loads(json.dumps(found))["chosen"] == json.loads(json.dumps(found["chosen"]))

@@ -1,0 +1,280 @@
+"""A profile from its command line to its files, what training makes of it, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from families import IMAGE, prompt, shared, text_tokens, vision_tokens
+from oracle import band, masked
+from safetensors.torch import load_file
+from tiny import composed, save_tiny_base, tiny_base
+
+from latefusion.data.scenes import load_scenes
+from latefusion.eval.profiling import command, files
+from latefusion.models.attach import attach
+from latefusion.models.build import build_student, load, merge, save_student
+from latefusion.models.calibration import fit_entry, installed
+from latefusion.models.entry import CalibratedEntry, entry_of
+from latefusion.models.schedule import VisionSchedule
+from latefusion.training import run
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"), layers=4)
+
+
+@pytest.fixture(scope="module")
+def profiled(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32", f"output={folder}"]
+    own, config = command.parsed([*words, "bound=0.5"])
+    return folder, command.run(own, config)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.refers, self.ids, self.tags = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.refers += [values[name] for name in ("src", "href", "data") if values.get(name)]
+        self.ids += [values["id"]] if "id" in values else []
+
+
+def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
+    folder, found = profiled
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    sections = {"stages", "decision", "agreement", "attention", "examples", "lenses", "method"}
+    assert sections <= set(page.ids) and len(page.ids) == len(set(page.ids)) and page.tags.count("svg") == 8
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.refers)
+    assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(page.tags)
+    assert len(text) < 1_500_000
+    for name in ("stages", "vision_side", "attention", "contribution", "sinks", "settling", "agreement", "pareto"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+    stored = json.loads((folder / "profile.json").read_text())
+    assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    rows = list(csv.DictReader((folder / "layers.csv").open()))
+    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx([r["kl"] for r in found["curves"]["prefix"]])
+    assert len(list(csv.DictReader((folder / "samples.csv").open()))) == 6
+    assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
+    schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
+    assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
+    assert files.read_schedule(folder).to_dict() == found["chosen"]["schedule"]
+
+
+def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
+    """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
+    _, found = profiled
+    model, processor = tiny_base(layers=4)
+    own, config = command.parsed([f"model={base}", "samples=6", "images=16"])
+    rows, _ = command.chosen_rows(config.data, own)
+    assert len({row["scene"] for row in rows}) == 6
+    for i, row in enumerate(rows):
+        text = processor.apply_chat_template(row["messages"])
+        n = len(processor.tokenizer(row["answer"]).input_ids) + 1
+        inputs = processor(text=text, images=row["images"], return_tensors="pt")
+        with torch.no_grad():
+            dense = model(**inputs).logits.double().log_softmax(-1)
+            with attach(model, VisionSchedule(enter=2)):
+                late = model(**inputs).logits.double().log_softmax(-1)
+        ends = inputs["input_ids"][0].tolist()
+        last = len(ends) - ends[::-1].index(2) - 1  # of <eos>
+        at = range(last - n, last)
+        kl = sum((dense[0, t].exp() * (dense[0, t] - late[0, t])).sum().item() for t in at) / n
+        assert found["effects"]["late 2"]["kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+
+
+def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_path) -> None:
+    folder, found = profiled
+    (tmp_path / "p").mkdir()
+    for name in ("schedule.yaml", "entry.safetensors"):
+        if (folder / name).exists():
+            (tmp_path / "p" / name).write_bytes((folder / name).read_bytes())
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    entry.weight.normal_(0, 0.2)
+    torch.save  # noqa: B018
+    from safetensors.torch import save_file
+
+    save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
+    (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
+    small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
+    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    run.run(
+        composed(*small, f"schedule.profile={tmp_path / 'p'}", "entry.init=calibrated", f"output_dir={tmp_path / 'run'}")
+    )
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (stored,) = (weight for name, weight in weights.items() if name.endswith("start.weight"))
+    assert torch.equal(stored, entry.weight)
+    schedule = json.loads((tmp_path / "run" / "vision_schedule.json").read_text())
+    assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}}
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
+    with pytest.raises(SystemExit, match=r"error: no schedule.yaml at .*nowhere"):
+        run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
+
+
+def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
+    small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
+    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    small += ["schedule=auto", f"output_dir={tmp_path}"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="one process"):
+        run.run(composed(*small))
+    monkeypatch.delenv("WORLD_SIZE")
+    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.5", "entry.images=16"))
+    schedule = json.loads((tmp_path / "vision_schedule.json").read_text())
+    assert schedule == files.read_schedule(tmp_path / "profile").to_dict()
+
+
+# ---------------------------------------------------------------- calibrated entry
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
+    """Dense states that are an affine map with a bias a place are reached, and every token gets its own place's bias."""
+    model = shared(family)
+    generator = torch.Generator().manual_seed(0)
+    inputs = prompt(family, ["tt I ttt"] * 20, seed=3)
+    vision = vision_tokens(inputs)
+    weight = torch.randn(32, 32, generator=generator) * 0.2
+    bias = torch.randn(4, 32, generator=generator)
+
+    def shift(layer, args, output):
+        rows = state[vision].unflatten(0, (-1, 4))
+        moved = output.clone()
+        moved[vision] = (rows @ weight + bias).flatten(0, 1)
+        return moved
+
+    def look(layer, args):
+        nonlocal state
+        state = args[0]
+
+    state = torch.empty(0)
+    layer = model.get_decoder().layers[0]
+    handles = [layer.register_forward_pre_hook(look), layer.register_forward_hook(shift)]
+    with attach(model, VisionSchedule()) as attachment:
+        found = fit_entry(attachment, [(inputs, vision)], 1)
+    for handle in handles:
+        handle.remove()
+    assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
+    mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
+    torch.testing.assert_close(mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3)
+
+
+def test_a_late_token_gets_the_bias_of_its_place() -> None:
+    """Rows of no, one and two images side by side, against the masked oracle."""
+    model, inputs = shared("llava"), prompt("llava", ["tt I ttt", "tttt", "t I t I tt"])
+    vision = vision_tokens(inputs)
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    generator = torch.Generator().manual_seed(1)
+    entry.weight.normal_(0, 0.3, generator=generator)
+    entry.bias.normal_(0, 1, generator=generator)
+
+    def by_hand(rows: torch.Tensor) -> torch.Tensor:
+        mapped = rows.clone()
+        for b in range(len(rows)):
+            for n, t in enumerate(vision[b].nonzero().flatten().tolist()):
+                mapped[b, t] = rows[b, t] @ entry.weight + entry.bias[n % 4]
+        return mapped
+
+    with torch.no_grad():
+        with installed(model, entry), attach(model, VisionSchedule(enter=2, exit=4)):
+            found = model(**inputs).logits
+        seen = band(vision, 6, 2, 4)
+        with masked(model, vision, seen, padding=inputs["attention_mask"], entry=by_hand):
+            expected = model(**inputs).logits
+    text = text_tokens(inputs)
+    torch.testing.assert_close(found[text], expected[text], atol=2e-5, rtol=1e-4)
+    assert entry_of(model) is None
+
+
+def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> None:
+    model = shared("llava")
+    inputs = prompt("llava", ["tt I ttt", "t I I tt"] * 10)
+    with attach(model, VisionSchedule()) as attachment:
+        assert len(fit_entry(attachment, [(inputs, vision_tokens(inputs))], 2).entry.bias) == 1
+        few = prompt("llava", ["tt I ttt"])
+        with pytest.raises(ValueError, match="calibrate on more images"):
+            fit_entry(attachment, [(few, vision_tokens(few))], 2)
+
+
+def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None:
+    model, processor = tiny_base(layers=4)
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    entry.weight.normal_(0, 0.3)
+    entry.bias.normal_(0, 1)
+    student = build_student(
+        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
+        entry_rank=2, calibrated=entry,
+    )  # fmt: skip
+    assert not any("start" in name for name, weight in student.model.named_parameters() if weight.requires_grad)
+    row = load_scenes("test", 1)[0]
+    inputs = processor(text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt")
+    with torch.no_grad():
+        expected = student.model.eval()(**inputs).logits
+    save_student(student, tmp_path / "student")
+    merge(tmp_path / "student", tmp_path / "merged", dtype=torch.float32)
+    for name in ("student", "merged"):
+        again, _ = load(tmp_path / name, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--help"], "samples: prompts to measure on"),
+        (["model=nowhere/at/all"], "nowhere/at/all"),
+        (["model=lava"], "model=lava does not exist; model can be"),
+        (["samples=0", "model=embedded"], "samples=0"),
+        (["bound=-1", "model=embedded"], "bound=-1"),
+        (["budget=3", "model=embedded"], "budget=3"),
+        (["sampels=3", "model=embedded"], "sampels"),
+        (["samples=999999", "model=embedded"], "samples=999999 is more than"),
+        (["data=no/such/folder", "model=embedded"], "no/such/folder"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as error:
+        command.main(words, "usage")
+    assert says in str(error.value) and (words == ["--help"] or len(str(error.value).splitlines()) == 1)
+
+
+def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
+    path = save_tiny_base(tmp_path / "base", layers=1)
+    own, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
+        command.run(own, config)
+
+
+def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import cProfile, profile; "
+        "cProfile.run('1 + 1', sort='time'); assert hasattr(profile, 'Profile'); print(profile.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and str(ROOT) not in done.stdout.splitlines()[-1], done.stderr
+    for script in ("profile.py", "evaluate.py"):
+        traced = f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert f"python eval/{script}" in done.stderr, done.stderr
