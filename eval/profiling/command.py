@@ -68,9 +68,7 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
     rest = [found for word in words if word not in mine for found in named(word)]
-    own: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine))
-    )
+    own: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine)))
     for name in ("samples", "images", "batch_size", "new_tokens"):
         if getattr(own, name) < 1:
             raise ValueError(f"{name}={getattr(own, name)} must be at least 1.")
