@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
 from safetensors.torch import load_file, save_file
 from tiny import composed, save_tiny_base, tiny_base
+from transformers import LlamaConfig
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
@@ -47,7 +49,7 @@ def profiled(base, tmp_path_factory):
         "dtype=float32",
         f"output={folder}",
     ]
-    own, config = command.parsed([*words, "bound=0.5"])
+    own, config = command.parsed([*words, "bound=0.02"])
     return folder, command.run(own, config)
 
 
@@ -169,7 +171,7 @@ def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="one process"):
         run.run(composed(*small))
     monkeypatch.delenv("WORLD_SIZE")
-    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.5", "entry.images=16"))
+    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.02", "entry.images=16"))
     schedule = json.loads((tmp_path / "vision_schedule.json").read_text())
     assert schedule == files.read_schedule(tmp_path / "profile").to_dict()
 
@@ -304,6 +306,21 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
     own, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
         command.run(own, config)
+
+
+def test_a_model_without_images_is_refused(tmp_path) -> None:
+    LlamaConfig(hidden_size=8, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
+    own, config = command.parsed([f"model={tmp_path}", "samples=2"])
+    with pytest.raises(ValueError, match="no model that reads images") as error:
+        command.run(own, config)
+    assert "\n" not in str(error.value)
+
+
+def test_data_without_images_is_refused(tmp_path) -> None:
+    words = [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}]
+    rows = [{"messages": words, "images": []}] * 3
+    with pytest.raises(ValueError, match="samples=2 is more than the 0 samples with images"):
+        command.spread(Dataset.from_list(rows), command.Arguments(samples=2))
 
 
 def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:

@@ -99,7 +99,13 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
-    model, processor = load_base(config.model.path, dtype=dtype)
+    try:
+        model, processor = load_base(config.model.path, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{config.model.path} is no model that reads images and text ({str(error).splitlines()[0][:120]}); name an "
+            "image-text-to-text model."
+        ) from None
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[call-arg]
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)

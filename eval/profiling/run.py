@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
 from latefusion.eval.profiling import decide
+from latefusion.eval.profiling.causal import Continued, Runner
 from latefusion.eval.profiling.cost import Cost, expected
 from latefusion.eval.profiling.files import write
 from latefusion.eval.profiling.ledger import Ledger
@@ -249,8 +250,6 @@ def calibrate(
 
 def continued(batch: Batch, attachment: Attachment) -> bool:
     """Whether the batch's knock-outs can follow on the cache of the images (as far as its prompts tell)."""
-    from latefusion.eval.profiling.causal import Continued, Runner
-
     return Continued.of(Runner(attachment.model, attachment, batch)) is not None
 
 
@@ -260,7 +259,8 @@ def announce(console: Console, cost: Cost, samples: int, layers: int, follows: b
     total = cost.observing + knock_outs + cost.deciding
     console.print(
         f"{samples} samples, {layers} layers: up to {total * samples:,.0f} prefills' worth of FLOPs, {total:.0f} a "
-        f"sample ({cost.observing:.0f} to observe, {knock_outs:.0f} for knock-outs, at most {cost.deciding:.0f} to decide)."
+        f"sample ({cost.observing:.0f} to observe, {knock_outs:.0f} for knock-outs, at most {cost.deciding:.0f} to "
+        "decide)."
     )
     if ledger.resumed:
         console.print(f"{ledger.resumed} measurements are there already; going on from them.")
