@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import IMAGE, prompt, shared, text_tokens, vision_tokens
+from datasets import Dataset
+from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import composed, save_tiny_base, tiny_base
+from transformers import LlamaConfig
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
@@ -47,7 +49,7 @@ def profiled(base, tmp_path_factory):
         "dtype=float32",
         f"output={folder}",
     ]
-    own, config = command.parsed([*words, "bound=0.5"])
+    own, config = command.parsed([*words, "bound=0.02"])
     return folder, command.run(own, config)
 
 
@@ -120,16 +122,13 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
 
 
 def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_path) -> None:
-    folder, found = profiled
+    folder, _ = profiled
     (tmp_path / "p").mkdir()
     for name in ("schedule.yaml", "entry.safetensors"):
         if (folder / name).exists():
             (tmp_path / "p" / name).write_bytes((folder / name).read_bytes())
     entry = CalibratedEntry(hidden_size=32, places=4)
     entry.weight.normal_(0, 0.2)
-    torch.save  # noqa: B018
-    from safetensors.torch import save_file
-
     save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
     (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
@@ -172,7 +171,7 @@ def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="one process"):
         run.run(composed(*small))
     monkeypatch.delenv("WORLD_SIZE")
-    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.5", "entry.images=16"))
+    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.02", "entry.images=16"))
     schedule = json.loads((tmp_path / "vision_schedule.json").read_text())
     assert schedule == files.read_schedule(tmp_path / "profile").to_dict()
 
@@ -182,7 +181,7 @@ def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
-    """Dense states that are an affine map with a bias a place are reached, and every token gets its own place's bias."""
+    """Dense states that are an affine map with a bias a place are reached."""
     model = shared(family)
     generator = torch.Generator().manual_seed(0)
     inputs = prompt(family, ["tt I ttt"] * 20, seed=3)
@@ -309,6 +308,21 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
         command.run(own, config)
 
 
+def test_a_model_without_images_is_refused(tmp_path) -> None:
+    LlamaConfig(hidden_size=8, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
+    own, config = command.parsed([f"model={tmp_path}", "samples=2"])
+    with pytest.raises(ValueError, match="no model that reads images") as error:
+        command.run(own, config)
+    assert "\n" not in str(error.value)
+
+
+def test_data_without_images_is_refused(tmp_path) -> None:
+    words = [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}]
+    rows = [{"messages": words, "images": []}] * 3
+    with pytest.raises(ValueError, match="samples=2 is more than the 0 samples with images"):
+        command.spread(Dataset.from_list(rows), command.Arguments(samples=2))
+
+
 def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import cProfile, profile; "
@@ -319,7 +333,10 @@ def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path)
     )
     assert done.returncode == 0 and str(ROOT) not in done.stdout.splitlines()[-1], done.stderr
     for script in ("profile.py", "evaluate.py"):
-        traced = f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+        traced = (
+            f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; "
+            f"sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
         done = subprocess.run(
             [sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
