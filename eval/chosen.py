@@ -162,7 +162,7 @@ def report(
     for n in narrow:
         table.add_column(header[n].replace("layer / tokens threshold", "thresholds"), justify="right")
     for n, cells in enumerate(lines):
-        table.add_row(*(cells[i] for i in narrow), style="bold" if n == bold else "")
+        table.add_row(*(cells[i].split(" (")[0] for i in narrow), style="bold" if n == bold else "")
     console.print(table)
     console.print(
         f"Chosen: boundary {row['boundary']}, layer_threshold {row['layer_threshold']:g}, tokens_threshold "
