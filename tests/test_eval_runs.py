@@ -14,6 +14,7 @@ import evaluated
 import pytest
 import torch
 from datasets import Dataset
+from launching import free_port
 
 from latefusion.eval import energy
 from latefusion.eval.ledger import Ledger, Processes
@@ -215,7 +216,8 @@ def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
     asked = ["model=embedded", "policies=[visipruner]", "samples=12", "batch_size=3", "controls=false"]
     asked += ["batches=[]", "lengths=[]"]
     script = str(ROOT / "eval/evaluate.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", script]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += [f"--main_process_port={free_port()}", script]
     said = []
     for name, command in (("one", [sys.executable, script]), ("two", launch)):
         done = subprocess.run(
