@@ -102,7 +102,10 @@ def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesCo
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
     decoder = model.get_decoder()
-    others = [name for name, module in model.base_model.named_children() if module is not decoder]
+    parts = {module for module in model.base_model.children() if module is not decoder}
+    others = [
+        name for name, module in model.named_modules() if module in parts
+    ]  # whole names, as it compares them
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

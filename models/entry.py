@@ -73,15 +73,15 @@ class EntryAdapter(nn.Module):
             mapped = mapped + self.up(self.down(x))
         return mapped.to(hidden_states.dtype)
 
+    def flops(self, tokens: float) -> float:
+        """Of its matrix products for so many vision tokens."""
+        width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
+        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
+
 
 def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
     """`rank` and `places` of the adapter whose weights have these shapes."""
     return shapes.get("down.weight", (0,))[0], shapes.get("start.bias", (0,))[0]
-
-    def flops(self, tokens: float) -> float:
-        """Of its matrix products for so many vision tokens."""
-        width, rank = self.up.out_features, self.up.in_features
-        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
 
 
 def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:

@@ -10,7 +10,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 CONTENT = 15  # dimensions of vision's content; as many of text's; then the two marks
 VISION_MARK, TEXT_MARK = 30, 31
-BLOCK = 300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
+BLOCK = (
+    300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
+)
 
 
 def planted(family: str, p: int, q: int) -> Any:

@@ -27,7 +27,9 @@ def checkpoint(tmp_path_factory):
         "teacher: visipruner\ntune: lora\nlora: {r: 4}\ntrain: {steps: 90, seed: 0}\n"
     )
     accuracy = {"overall": {"value": 0.981, "low": 0.97, "high": 0.99}}
-    results = {"systems": {"student": {"name": "late_fusion", "accuracy": accuracy, "flops": {"ratio": 0.34}}}}
+    results = {
+        "systems": {"student": {"name": "late_fusion", "accuracy": accuracy, "flops": {"ratio": 0.34}}}
+    }
     (folder / "student" / "report.json").write_text(json.dumps(results))
     rows = sources.scenes("validation", n_scenes=1)
     inputs = inputs_of(student, [rows[i] for i in range(3)])
@@ -65,7 +67,9 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
 
 def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
     done = []
-    monkeypatch.setattr(export.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"])))
+    monkeypatch.setattr(
+        export.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"]))
+    )
     monkeypatch.setattr(
         export.HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
     )
@@ -81,7 +85,10 @@ def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_
     [
         (["checkpoint=nowhere", "output=x"], "error: no student at nowhere"),
         (["checkpoint=nowhere"], "error: output is not set; add output=FOLDER"),
-        (["checkpoint=x", "output=y", "merg=true"], "error: Key 'merg' not in 'Arguments'; the keys are checkpoint"),
+        (
+            ["checkpoint=x", "output=y", "merg=true"],
+            "error: Key 'merg' not in 'Arguments'; the keys are checkpoint",
+        ),
         ([], "python training/export.py checkpoint="),
     ],
 )

@@ -62,7 +62,7 @@ def shrunk(family: str, layers: int) -> torch.nn.Module:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What `load_base` finds: a family's shrunk model; its processor cannot be read from a folder without torchvision."""
+    """What `load_base` finds: a family's shrunk model; a folder gives no processor without torchvision."""
 
     def put(family: str, layers: int) -> str:
         shrunk(family, layers).save_pretrained(tmp_path / "base")

@@ -112,7 +112,10 @@ def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
     batch = batch_of(model)
     with torch.no_grad():
         model.get_decoder().layers[2].mlp.down_proj.weight.fill_(float("nan"))
-    with attach(model, VisionSchedule()) as attachment, pytest.raises(ValueError, match="not finite") as error:
+    with (
+        attach(model, VisionSchedule()) as attachment,
+        pytest.raises(ValueError, match="not finite") as error,
+    ):
         Measurer(model, attachment, [((0,), lambda: batch)], Ledger(tmp_path / "m.jsonl", {})).looks()
     assert "\n" not in str(error.value)
 

@@ -38,7 +38,15 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profiled(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32", f"output={folder}"]
+    words = [
+        f"model={base}",
+        "data=scenes",
+        "samples=6",
+        "images=16",
+        "batch_size=4",
+        "dtype=float32",
+        f"output={folder}",
+    ]
     own, config = command.parsed([*words, "bound=0.5"])
     return folder, command.run(own, config)
 
@@ -65,12 +73,23 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.refers)
     assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(page.tags)
     assert len(text) < 1_500_000
-    for name in ("stages", "vision_side", "attention", "contribution", "sinks", "settling", "agreement", "pareto"):
+    for name in (
+        "stages",
+        "vision_side",
+        "attention",
+        "contribution",
+        "sinks",
+        "settling",
+        "agreement",
+        "pareto",
+    ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
     assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
-    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx([r["kl"] for r in found["curves"]["prefix"]])
+    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
+        [r["kl"] for r in found["curves"]["prefix"]]
+    )
     assert len(list(csv.DictReader((folder / "samples.csv").open()))) == 6
     assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
@@ -114,9 +133,20 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
     (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
-    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    small += [
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+        "lora.r=2",
+        "entry.rank=2",
+        f"model.path={base}",
+    ]
     run.run(
-        composed(*small, f"schedule.profile={tmp_path / 'p'}", "entry.init=calibrated", f"output_dir={tmp_path / 'run'}")
+        composed(
+            *small,
+            f"schedule.profile={tmp_path / 'p'}",
+            "entry.init=calibrated",
+            f"output_dir={tmp_path / 'run'}",
+        )
     )
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     (stored,) = (weight for name, weight in weights.items() if name.endswith("start.weight"))
@@ -130,7 +160,13 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
 
 def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
-    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    small += [
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+        "lora.r=2",
+        "entry.rank=2",
+        f"model.path={base}",
+    ]
     small += ["schedule=auto", f"output_dir={tmp_path}"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="one process"):
@@ -173,7 +209,9 @@ def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None
         handle.remove()
     assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
     mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
-    torch.testing.assert_close(mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(
+        mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3
+    )
 
 
 def test_a_late_token_gets_the_bias_of_its_place() -> None:
@@ -222,9 +260,13 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
         model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
         entry_rank=2, calibrated=entry,
     )  # fmt: skip
-    assert not any("start" in name for name, weight in student.model.named_parameters() if weight.requires_grad)
+    assert not any(
+        "start" in name for name, weight in student.model.named_parameters() if weight.requires_grad
+    )
     row = load_scenes("test", 1)[0]
-    inputs = processor(text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt")
+    inputs = processor(
+        text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt"
+    )
     with torch.no_grad():
         expected = student.model.eval()(**inputs).logits
     save_student(student, tmp_path / "student")
@@ -272,9 +314,13 @@ def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path)
         f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import cProfile, profile; "
         "cProfile.run('1 + 1', sort='time'); assert hasattr(profile, 'Profile'); print(profile.__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and str(ROOT) not in done.stdout.splitlines()[-1], done.stderr
     for script in ("profile.py", "evaluate.py"):
         traced = f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
         assert f"python eval/{script}" in done.stderr, done.stderr

@@ -48,8 +48,8 @@ left from a layer on.
 {metrics}
 """
 
-MERGED = """This is a plain Hugging Face checkpoint. `AutoModelForImageTextToText` loads it and runs it *dense*: every layer sees every
-vision token, which is not what it was trained for. `latefusion.load` attaches the schedule{entry}."""
+MERGED = """A plain Hugging Face checkpoint. `AutoModelForImageTextToText` loads it and runs it *dense*: every layer
+sees every vision token, which is not what it was trained for. `latefusion.load` attaches the schedule{entry}."""
 ADAPTER = (
     "This folder holds the adapters alone; `latefusion.load` puts them on the base and attaches the schedule."
 )

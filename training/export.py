@@ -2,7 +2,7 @@
 
     python training/export.py checkpoint=outputs/late_fusion output=outputs/merged merge=true push_to_hub=me/late-fusion
 
-With `merge=true` stock `AutoModelForImageTextToText` loads the folder, and `latefusion.load` runs it under its schedule.
+With `merge=true` stock `AutoModelForImageTextToText` loads the folder; `latefusion.load` runs it under its schedule.
 """
 
 from __future__ import annotations
