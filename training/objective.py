@@ -143,10 +143,9 @@ class Objective:
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         encoder = model.base_model.get_image_features
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
-        given = {name: inputs[name] for name in names}
-        if isinstance(self.model, FSDPModule):  # the outermost module gathers the weights
-            encoder = getattr(self.model, "get_image_features")  # noqa: B009: PEFT passes it through
-        return encoder(**given, return_dict=True)
+        sharded = isinstance(self.model, FSDPModule)  # then the outermost module gathers the weights
+        encode = self.model.get_image_features if sharded else encoder
+        return encode(**{name: inputs[name] for name in names}, return_dict=True)
 
     def encode_blank(self, device: torch.device) -> Tensor:
         """Zero, by way of the vision tower and the projector."""
