@@ -35,28 +35,28 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import RECIPES, read
 from latefusion.training.cost import training_flops
 from latefusion.training.objective import Objective
+from latefusion.training.schedule import schedule_of
 
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
 PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched
 PUBLISHED_LAYERS, PUBLISHED_VISION = 32, 576
+NO_LATE_FUSION = ("align",)  # a stage before it
 ANSWER = 8  # label tokens
 TOP_K = 32  # of the offline teacher
 
 
 def recipes(layers: int, n_vision: int) -> dict[str, VisionSchedule]:
-    """Every recipe's schedule, those with the same one under one name; dense first, then a band of half the layers."""
+    """The schedule of each recipe, dense first; of recipes with the same one, the one with the shortest name."""
     found: dict[str, VisionSchedule] = {"dense": VisionSchedule()}
-    quarter = layers // 4
-    found["half of the layers"] = VisionSchedule(enter=quarter, exit=3 * quarter)
+    names = sorted(
+        (path.stem for path in (RECIPES / "recipe").glob("*.yaml")), key=lambda name: (len(name), name)
+    )
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
-        for path in sorted((RECIPES / "recipe").glob("*.yaml")):
-            schedule = read(compose("config", [f"model={PUBLISHED}", f"recipe={path.stem}"])).schedule
-            stretched = stretch(VisionSchedule.from_dict(vars(schedule)), layers, n_vision)
-            same = next((name for name, other in found.items() if other == stretched), None)
-            if same is None:
-                found[path.stem] = stretched
-            elif same not in ("dense", path.stem):
-                found[f"{same}, {path.stem}"] = found.pop(same)
+        for name in (n for n in names if n not in NO_LATE_FUSION):
+            schedule = read(compose("config", [f"model={PUBLISHED}", f"recipe={name}"])).schedule
+            stretched = stretch(schedule_of(schedule), layers, n_vision)
+            if stretched not in found.values():
+                found[name] = stretched
     return found
 
 
@@ -64,7 +64,7 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
     """A schedule for `PUBLISHED` at the same places of a decoder with so many layers, on so many vision tokens."""
 
     def layer(i: int) -> int:
-        return round(i * layers / PUBLISHED_LAYERS)
+        return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
 
     keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
     leaves = None if schedule.exit is None else layer(schedule.exit)
@@ -150,7 +150,9 @@ def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
 def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, Any]]:
     """Step time and peak memory of each recipe against dense LoRA, without a teacher."""
     times = bench.rounds({name: (schedule, "none") for name, schedule in schedules.items()})
-    peaks = {n: peak_bytes(bench.step(s, "none"), torch.device(bench.args.device)) for n, s in schedules.items()}
+    peaks = {
+        n: peak_bytes(bench.step(s, "none"), torch.device(bench.args.device)) for n, s in schedules.items()
+    }
     rows = []
     for name, schedule in schedules.items():
         time = ratios(times[name], times["dense"])

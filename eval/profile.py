@@ -1,7 +1,7 @@
 """Find where a model fuses vision into text, and write the schedule that follows.
 
-    python eval/profile.py model=embedded data=scenes samples=128
-    python eval/profile.py model=HUB_ID_OR_FOLDER data=FOLDER samples=64 budget=0.3 output=outputs/profile
+python eval/profile.py model=embedded data=scenes samples=128
+python eval/profile.py model=HUB_ID_OR_FOLDER data=FOLDER samples=64 budget=0.3 output=outputs/profile
 """
 
 from __future__ import annotations

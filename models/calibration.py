@@ -125,7 +125,8 @@ class _Sums:
         tokens, width = int(n.sum()), x.shape[1]
         if tokens <= width + len(n):
             raise ValueError(
-                f"{tokens} vision tokens cannot fit a map of {width} inputs and {len(n)} biases; calibrate on more images."
+                f"{tokens} vision tokens cannot fit a map of {width} inputs and {len(n)} biases; "
+                "calibrate on more images."
             )
         mean_x, mean_y = x / n[:, None], y / n[:, None]
         xx = self.xx - x.T @ mean_x

@@ -10,7 +10,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 CONTENT = 15  # dimensions of vision's content; as many of text's; then the two marks
 VISION_MARK, TEXT_MARK = 30, 31
-BLOCK = 300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
+BLOCK = (
+    300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
+)
 
 
 def planted(family: str, p: int, q: int) -> Any:
@@ -56,12 +58,12 @@ def planted(family: str, p: int, q: int) -> Any:
     return model
 
 
-def questions(samples: int, seed: int = 0) -> dict[str, Any]:
-    """An image and six tokens of text each."""
+def questions(samples: int, seed: int = 0, images: int = 1) -> dict[str, Any]:
+    """An image (or several, side by side) and six tokens of text each."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, 90, (samples, 6), generator=generator)
-    ids = torch.cat([torch.full((samples, TOKENS_PER_IMAGE), IMAGE), text], 1)
-    features = torch.zeros(samples, TOKENS_PER_IMAGE, 32)
+    ids = torch.cat([torch.full((samples, images * TOKENS_PER_IMAGE), IMAGE), text], 1)
+    features = torch.zeros(samples * images, TOKENS_PER_IMAGE, 32)
     features[..., :CONTENT].normal_(0, 1, generator=generator)
     features[..., VISION_MARK] = 2.0
     return {

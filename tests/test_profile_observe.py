@@ -36,7 +36,9 @@ def seen():
     watch, model = Watch(), shared("llava")
     with attach(model, watch), torch.no_grad(), lenses.states_at(model.get_decoder().layers, last) as states:
         logits = model(**inputs).logits
-    torch.testing.assert_close(logits[text_tokens(inputs)], plain.logits[text_tokens(inputs)], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits[text_tokens(inputs)], plain.logits[text_tokens(inputs)], atol=1e-5, rtol=1e-5
+    )
     return inputs, last, watch, states, plain, values
 
 
@@ -62,15 +64,24 @@ def test_looks_equal_loops_over_attention_maps(seen) -> None:
             if held >= 0.9:
                 break
         assert found.tokens == count
-        parts = {t: np.concatenate([maps[h, t] * head_value(values[layer], b, t, h) for h in range(4)]) for t in range(n)}
+        parts = {
+            t: np.concatenate([maps[h, t] * head_value(values[layer], b, t, h) for h in range(4)])
+            for t in range(n)
+        }
         whole = sum(parts.values())
         cosines = [
-            np.dot(whole - parts[t], whole) / np.linalg.norm(whole - parts[t]) / np.linalg.norm(whole) for t in places
+            np.dot(whole - parts[t], whole) / np.linalg.norm(whole - parts[t]) / np.linalg.norm(whole)
+            for t in places
         ]
         norms = [np.linalg.norm(parts[t]) for t in places]
-        assert found.cosine == pytest.approx([min(cosines), *np.quantile(cosines, [0.01, 0.1, 0.5])], abs=1e-4)
+        assert found.cosine == pytest.approx(
+            [min(cosines), *np.quantile(cosines, [0.01, 0.1, 0.5])], abs=1e-4
+        )
         assert found.norm == pytest.approx([max(norms), *np.quantile(norms, [0.99, 0.9, 0.5])], rel=1e-3)
-        sizes = [np.mean([np.abs(values[layer][b, t].view(2, 8)[g].numpy()).sum() for g in range(2)]) for t in places]
+        sizes = [
+            np.mean([np.abs(values[layer][b, t].view(2, 8)[g].numpy()).sum() for g in range(2)])
+            for t in places
+        ]
         ranks = [np.argsort(np.argsort(v)) for v in (weights, sizes)]
         assert found.sink == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
 
@@ -179,15 +190,24 @@ def test_pyramids_are_those_that_no_other_beats() -> None:
     for keep in found:
         mine = flops(keep), sum(table[s] for s in keep.items())
         assert not any(f <= mine[0] and c < mine[1] for f, c, _ in every)
-    assert [flops(keep) for keep in found] == sorted(flops(keep) for keep in found) and len(found) <= decide.VERIFIED
+    assert [flops(keep) for keep in found] == sorted(flops(keep) for keep in found) and len(
+        found
+    ) <= decide.VERIFIED
 
 
 def test_the_front_and_the_choice() -> None:
     def point(flops: float, kl: float) -> decide.Point:
         return decide.Point(VisionSchedule(), True, flops, kl, 0.0, 1.0, None)
 
-    points = [point(f, k) for f, k in ((1.0, 0.0), (0.5, 0.01), (0.6, 0.02), (0.3, 0.05), (0.4, 0.05), (0.2, 0.9))]
-    assert [(p.flops, p.kl) for p in decide.pareto(points)] == [(0.2, 0.9), (0.3, 0.05), (0.5, 0.01), (1.0, 0.0)]
+    points = [
+        point(f, k) for f, k in ((1.0, 0.0), (0.5, 0.01), (0.6, 0.02), (0.3, 0.05), (0.4, 0.05), (0.2, 0.9))
+    ]
+    assert [(p.flops, p.kl) for p in decide.pareto(points)] == [
+        (0.2, 0.9),
+        (0.3, 0.05),
+        (0.5, 0.01),
+        (1.0, 0.0),
+    ]
     assert decide.choose(points, 0.05, None)[0].flops == 0.3
     assert decide.choose(points, -1.0, None)[0].kl == 0.0
     assert decide.choose(points, 0.05, 0.55)[0].flops == 0.5

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import IMAGE, prompt, shared, text_tokens, vision_tokens
+from datasets import Dataset
+from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import composed, save_tiny_base, tiny_base
+from transformers import LlamaConfig
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
@@ -38,8 +40,16 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profiled(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32", f"output={folder}"]
-    own, config = command.parsed([*words, "bound=0.5"])
+    words = [
+        f"model={base}",
+        "data=scenes",
+        "samples=6",
+        "images=16",
+        "batch_size=4",
+        "dtype=float32",
+        f"output={folder}",
+    ]
+    own, config = command.parsed([*words, "bound=0.02"])
     return folder, command.run(own, config)
 
 
@@ -65,12 +75,23 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.refers)
     assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(page.tags)
     assert len(text) < 1_500_000
-    for name in ("stages", "vision_side", "attention", "contribution", "sinks", "settling", "agreement", "pareto"):
+    for name in (
+        "stages",
+        "vision_side",
+        "attention",
+        "contribution",
+        "sinks",
+        "settling",
+        "agreement",
+        "pareto",
+    ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
     assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
-    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx([r["kl"] for r in found["curves"]["prefix"]])
+    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
+        [r["kl"] for r in found["curves"]["prefix"]]
+    )
     assert len(list(csv.DictReader((folder / "samples.csv").open()))) == 6
     assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
@@ -101,22 +122,30 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
 
 
 def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_path) -> None:
-    folder, found = profiled
+    folder, _ = profiled
     (tmp_path / "p").mkdir()
     for name in ("schedule.yaml", "entry.safetensors"):
         if (folder / name).exists():
             (tmp_path / "p" / name).write_bytes((folder / name).read_bytes())
     entry = CalibratedEntry(hidden_size=32, places=4)
     entry.weight.normal_(0, 0.2)
-    torch.save  # noqa: B018
-    from safetensors.torch import save_file
-
     save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
     (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
-    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    small += [
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+        "lora.r=2",
+        "entry.rank=2",
+        f"model.path={base}",
+    ]
     run.run(
-        composed(*small, f"schedule.profile={tmp_path / 'p'}", "entry.init=calibrated", f"output_dir={tmp_path / 'run'}")
+        composed(
+            *small,
+            f"schedule.profile={tmp_path / 'p'}",
+            "entry.init=calibrated",
+            f"output_dir={tmp_path / 'run'}",
+        )
     )
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     (stored,) = (weight for name, weight in weights.items() if name.endswith("start.weight"))
@@ -130,13 +159,19 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
 
 def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
-    small += ["eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2", f"model.path={base}"]
+    small += [
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+        "lora.r=2",
+        "entry.rank=2",
+        f"model.path={base}",
+    ]
     small += ["schedule=auto", f"output_dir={tmp_path}"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="one process"):
         run.run(composed(*small))
     monkeypatch.delenv("WORLD_SIZE")
-    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.5", "entry.images=16"))
+    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.02", "entry.images=16"))
     schedule = json.loads((tmp_path / "vision_schedule.json").read_text())
     assert schedule == files.read_schedule(tmp_path / "profile").to_dict()
 
@@ -146,7 +181,7 @@ def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
-    """Dense states that are an affine map with a bias a place are reached, and every token gets its own place's bias."""
+    """Dense states that are an affine map with a bias a place are reached."""
     model = shared(family)
     generator = torch.Generator().manual_seed(0)
     inputs = prompt(family, ["tt I ttt"] * 20, seed=3)
@@ -173,7 +208,9 @@ def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None
         handle.remove()
     assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
     mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
-    torch.testing.assert_close(mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(
+        mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3
+    )
 
 
 def test_a_late_token_gets_the_bias_of_its_place() -> None:
@@ -222,9 +259,13 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
         model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
         entry_rank=2, calibrated=entry,
     )  # fmt: skip
-    assert not any("start" in name for name, weight in student.model.named_parameters() if weight.requires_grad)
+    assert not any(
+        "start" in name for name, weight in student.model.named_parameters() if weight.requires_grad
+    )
     row = load_scenes("test", 1)[0]
-    inputs = processor(text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt")
+    inputs = processor(
+        text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt"
+    )
     with torch.no_grad():
         expected = student.model.eval()(**inputs).logits
     save_student(student, tmp_path / "student")
@@ -267,14 +308,36 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
         command.run(own, config)
 
 
+def test_a_model_without_images_is_refused(tmp_path) -> None:
+    LlamaConfig(hidden_size=8, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
+    own, config = command.parsed([f"model={tmp_path}", "samples=2"])
+    with pytest.raises(ValueError, match="no model that reads images") as error:
+        command.run(own, config)
+    assert "\n" not in str(error.value)
+
+
+def test_data_without_images_is_refused(tmp_path) -> None:
+    words = [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}]
+    rows = [{"messages": words, "images": []}] * 3
+    with pytest.raises(ValueError, match="samples=2 is more than the 0 samples with images"):
+        command.spread(Dataset.from_list(rows), command.Arguments(samples=2))
+
+
 def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import cProfile, profile; "
         "cProfile.run('1 + 1', sort='time'); assert hasattr(profile, 'Profile'); print(profile.__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and str(ROOT) not in done.stdout.splitlines()[-1], done.stderr
     for script in ("profile.py", "evaluate.py"):
-        traced = f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        traced = (
+            f"import cProfile, runpy, sys; sys.argv = [{str(ROOT / 'eval' / script)!r}]; "
+            f"sys.path.insert(0, {str(ROOT / 'eval')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", traced], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
         assert f"python eval/{script}" in done.stderr, done.stderr

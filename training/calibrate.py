@@ -40,8 +40,8 @@ def calibrated_entry(
     stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
     if stage == 3:
         raise ValueError(
-            "entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first and "
-            "name its folder: schedule.profile=FOLDER."
+            "entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
+            "and name its folder: schedule.profile=FOLDER."
         )
     collator = Collator(
         processor=processor,
@@ -60,8 +60,8 @@ def calibrated_entry(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         print(
-            f"Entry calibrated on {len(chosen)} images: explains {found.explained:.1%} of what the dense model's vision "
-            f"tokens are at layer {enter}.",
+            f"Entry calibrated on {len(chosen)} images: explains {found.explained:.1%} of what the dense model's "
+            f"vision tokens are at layer {enter}.",
             flush=True,
         )
     return found.entry

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
 from latefusion.models.policies.base import Policy
@@ -142,7 +143,10 @@ class Objective:
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         encoder = model.base_model.get_image_features
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
-        return encoder(**{name: inputs[name] for name in names}, return_dict=True)
+        given = {name: inputs[name] for name in names}
+        if isinstance(self.model, FSDPModule):  # the outermost module gathers the weights
+            encoder = getattr(self.model, "get_image_features")  # noqa: B009: PEFT passes it through
+        return encoder(**given, return_dict=True)
 
     def encode_blank(self, device: torch.device) -> Tensor:
         """Zero, by way of the vision tower and the projector."""

@@ -123,7 +123,8 @@ class Runner:
             dense = self.answers(VisionSchedule())
         if not bool(dense.log_probs.isfinite().all()):
             raise ValueError(
-                f"the model's logits are not finite on sample {self.batch.names[0]} or one beside it; load it with dtype=float32."
+                f"the model's logits are not finite on sample {self.batch.names[0]} or one beside it; load it with "
+                "dtype=float32."
             )
         found = {}
         split = Continued.of(self, positions)

@@ -68,9 +68,7 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
     rest = [found for word in words if word not in mine for found in named(word)]
-    own: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine))
-    )
+    own: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine)))
     for name in ("samples", "images", "batch_size", "new_tokens"):
         if getattr(own, name) < 1:
             raise ValueError(f"{name}={getattr(own, name)} must be at least 1.")
@@ -101,7 +99,13 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
-    model, processor = load_base(config.model.path, dtype=dtype)
+    try:
+        model, processor = load_base(config.model.path, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{config.model.path} is no model that reads images and text ({str(error).splitlines()[0][:120]}); name an "
+            "image-text-to-text model."
+        ) from None
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[call-arg]
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)

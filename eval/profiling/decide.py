@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from typing import Any
 
 from latefusion.models.schedule import VisionSchedule
@@ -108,7 +108,7 @@ def pyramids(
         for chosen in combinations(layers, n):
             sizes = [[k for at, k in table if at == layer] for layer in chosen]
             for ks in product(*sizes):
-                if all(a > b for a, b in zip(ks, ks[1:], strict=False)):
+                if all(a > b for a, b in pairwise(ks)):
                     keep = dict(zip(chosen, ks, strict=True))
                     found.append((flops(keep), sum(table[step] for step in keep.items()), keep))
     found.sort(key=lambda entry: (entry[0], entry[1], tuple(entry[2].items())))
@@ -145,10 +145,14 @@ def choose(points: Sequence[Point], limit: float, budget: float | None) -> tuple
         if within:
             point = min(within, key=lambda p: (p.flops, p.kl))
             return point, f"the fewest FLOPs at a KL of at most {limit:.4f} nats"
-        return min(points, key=lambda p: (p.kl, p.flops)), "the least KL, as no schedule stays within the bound"
+        return min(
+            points, key=lambda p: (p.kl, p.flops)
+        ), "the least KL, as no schedule stays within the bound"
     within = [p for p in points if p.flops <= budget]
     if within:
-        return min(within, key=lambda p: (p.kl, p.flops)), f"the least KL at no more than {budget:.0%} of dense FLOPs"
+        return min(
+            within, key=lambda p: (p.kl, p.flops)
+        ), f"the least KL at no more than {budget:.0%} of dense FLOPs"
     return (
         min(points, key=lambda p: (p.flops, p.kl)),
         f"the fewest FLOPs, as no schedule of this band meets the budget of {budget:.0%}; raise the bound",

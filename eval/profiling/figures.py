@@ -83,9 +83,12 @@ def inline(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif")
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" ', "", svg, count=2).replace(
-        ' xmlns:xlink="http://www.w3.org/1999/xlink"', ""
-    ).replace(' xmlns="http://www.w3.org/2000/svg"', "").replace("xlink:href", "href")
+    return (
+        re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" ', "", svg, count=2)
+        .replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+        .replace(' xmlns="http://www.w3.org/2000/svg"', "")
+        .replace("xlink:href", "href")
+    )
 
 
 # ---------------------------------------------------------------- the three stages
@@ -114,15 +117,21 @@ def stages(found: dict[str, Any]) -> Figure:
         x = [row["layer"] for row in rows]
         if kind != "single":
             _band(top, x, [row["low"] for row in rows], [row["high"] for row in rows], colour)
-        top.plot(x, _floored(row["kl"] for row in rows), dash, marker=marker, ms=3.5, color=colour, label=label)
+        top.plot(
+            x, _floored(row["kl"] for row in rows), dash, marker=marker, ms=3.5, color=colour, label=label
+        )
         if labelled:
             accuracy = [100 * row["accuracy"] for row in rows]
             axes[1, 0].plot(x, accuracy, dash, marker=marker, ms=3.5, color=colour)
     _kl_axis(top)
     top.axhline(found["wishes"]["bound"], color=MUTED, lw=0.9, ls=(0, (1, 2)))
     top.annotate(
-        f"bound {found['wishes']['bound']:g}", (found["layers"], found["wishes"]["bound"]), ha="right", va="bottom",
-        color=MUTED, fontsize=8,
+        f"bound {found['wishes']['bound']:g}",
+        (found["layers"], found["wishes"]["bound"]),
+        ha="right",
+        va="bottom",
+        color=MUTED,
+        fontsize=8,
     )
     figure.legend(loc="outside upper center", ncols=1, title="Image hidden from the text:", alignment="left")
     for row in axes[:, 0]:
@@ -131,7 +140,13 @@ def stages(found: dict[str, Any]) -> Figure:
     for x, text in (((0 + a) / 2, "shallow"), ((a + b) / 2, "middle: fuses"), ((b + layers) / 2, "deep")):
         if text == "middle: fuses" or (a if text == "shallow" else layers - b) >= 2:
             top.annotate(
-                text, (x, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=MUTED, fontsize=8
+                text,
+                (x, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                color=MUTED,
+                fontsize=8,
             )
     if labelled:
         axes[1, 0].set_ylabel("answers right, %")
@@ -152,11 +167,17 @@ def vision_side(found: dict[str, Any]) -> Figure:
         rows = found["curves"][kind]
         x = [row["layer"] for row in rows]
         _band(axis, x, [row["low"] for row in rows], [row["high"] for row in rows], colour)
-        axis.plot(x, _floored(row["kl"] for row in rows), dash, marker=marker, ms=3.5, color=colour, label=label)
+        axis.plot(
+            x, _floored(row["kl"] for row in rows), dash, marker=marker, ms=3.5, color=colour, label=label
+        )
     entry = found["entry"]
     if entry is not None:
         axis.plot(
-            [entry["layer"]], [max(entry["kl_calibrated"], FLOOR)], "*", ms=12, color=PINK,
+            [entry["layer"]],
+            [max(entry["kl_calibrated"], FLOOR)],
+            "*",
+            ms=12,
+            color=PINK,
             label="the chosen band, calibrated entry",
         )
     _kl_axis(axis)
@@ -236,7 +257,12 @@ def settling(found: dict[str, Any]) -> Figure:
     x = [row["layer"] for row in rows]
     axis.plot(x, [100 * row["settled"] for row in rows], "-o", ms=3.5, color=BLUE, label="samples settled, %")
     axis.plot(
-        x, [100 * row["probability"] for row in rows], "--s", ms=3.5, color=ORANGE, label="median probability of the top word, %"
+        x,
+        [100 * row["probability"] for row in rows],
+        "--s",
+        ms=3.5,
+        color=ORANGE,
+        label="median probability of the top word, %",
     )
     axis.set_ylim(0, 103)
     axis.set_ylabel("%")
@@ -264,8 +290,13 @@ def agreement(found: dict[str, Any]) -> Figure:
         axis.set_ylabel(f"{label},\n% of samples")
         if len(values) < n:
             axis.annotate(
-                f"none in {100 * (n - len(values)) / n:.0f}%", (0.99, 0.95), xycoords="axes fraction", ha="right",
-                va="top", color=MUTED, fontsize=8,
+                f"none in {100 * (n - len(values)) / n:.0f}%",
+                (0.99, 0.95),
+                xycoords="axes fraction",
+                ha="right",
+                va="top",
+                color=MUTED,
+                fontsize=8,
             )
         _shade(axis, found)
     _layers(axes[2], layers)
@@ -275,26 +306,55 @@ def agreement(found: dict[str, Any]) -> Figure:
 def pareto(found: dict[str, Any]) -> Figure:
     figure, axis = plt.subplots(figsize=(WIDTH, 3.9), layout="constrained")
     kinds = (
-        ("late entry or early exit alone", lambda p: not (p["calibrated"] or p["schedule"]["keep"]), GREY, "o"),
-        ("the band, its keeps, calibrated entry", lambda p: p["calibrated"] or p["schedule"]["keep"], BLUE, "s"),
+        (
+            "late entry or early exit alone",
+            lambda p: not (p["calibrated"] or p["schedule"]["keep"]),
+            GREY,
+            "o",
+        ),
+        (
+            "the band, its keeps, calibrated entry",
+            lambda p: p["calibrated"] or p["schedule"]["keep"],
+            BLUE,
+            "s",
+        ),
     )
     for label, test, colour, marker in kinds:
         points = [p for p in found["points"] if test(p)]
         if points:
             axis.plot(
-                [100 * p["flops"] for p in points], _floored(p["kl"] for p in points), marker, ms=4, mew=0, alpha=0.65,
-                color=colour, label=label,
+                [100 * p["flops"] for p in points],
+                _floored(p["kl"] for p in points),
+                marker,
+                ms=4,
+                mew=0,
+                alpha=0.65,
+                color=colour,
+                label=label,
             )
     front = found["front"]
     axis.step(
-        [100 * p["flops"] for p in front], _floored(p["kl"] for p in front), where="post", color=ORANGE, lw=1.4,
+        [100 * p["flops"] for p in front],
+        _floored(p["kl"] for p in front),
+        where="post",
+        color=ORANGE,
+        lw=1.4,
         label="nothing measured is better in both",
     )
     chosen = found["chosen"]
     axis.errorbar(
-        [100 * chosen["flops"]], [max(chosen["kl"], FLOOR)],
-        yerr=[[max(chosen["kl"], FLOOR) - max(chosen["low"], FLOOR)], [chosen["high"] - max(chosen["kl"], FLOOR)]],
-        fmt="*", ms=13, color=PINK, capsize=3, label="chosen", zorder=5,
+        [100 * chosen["flops"]],
+        [max(chosen["kl"], FLOOR)],
+        yerr=[
+            [max(chosen["kl"], FLOOR) - max(chosen["low"], FLOOR)],
+            [chosen["high"] - max(chosen["kl"], FLOOR)],
+        ],
+        fmt="*",
+        ms=13,
+        color=PINK,
+        capsize=3,
+        label="chosen",
+        zorder=5,
     )
     _kl_axis(axis)
     axis.set_xlabel("decoder FLOPs of the prefill, % of dense")
@@ -338,7 +398,12 @@ def _band(axis: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[f
 
 
 def _quartiles(
-    axis: Axes, rows: Sequence[Sequence[float]], colour: str, factor: float, label: str | None = None, dash: str = "-"
+    axis: Axes,
+    rows: Sequence[Sequence[float]],
+    colour: str,
+    factor: float,
+    label: str | None = None,
+    dash: str = "-",
 ) -> None:
     values = factor * np.asarray(rows)
     low, high = np.minimum(values[:, 0], values[:, 2]), np.maximum(values[:, 0], values[:, 2])

@@ -95,7 +95,11 @@ def tables(folder: Path, found: dict[str, Any]) -> None:
     _csv(
         folder / "schedules.csv",
         [
-            {**p["schedule"], **{k: v for k, v in p.items() if k != "schedule"}, "front": p["schedule"] in front}
+            {
+                **p["schedule"],
+                **{k: v for k, v in p.items() if k != "schedule"},
+                "front": p["schedule"] in front,
+            }
             for p in found["points"]
         ],
     )
@@ -105,7 +109,13 @@ def tables(folder: Path, found: dict[str, Any]) -> None:
         [
             {"sample": i, "enter": a, "exit": b, "fusion_layer": f, "kl_chosen": kl}
             for i, (a, b, f, kl) in enumerate(
-                zip(agreement["enter"], agreement["exit"], agreement["fusion"], found["kept"]["kl"], strict=True)
+                zip(
+                    agreement["enter"],
+                    agreement["exit"],
+                    agreement["fusion"],
+                    found["kept"]["kl"],
+                    strict=True,
+                )
             )
         ],
     )

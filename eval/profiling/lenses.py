@@ -81,7 +81,7 @@ def kinds(rows: Tensor, attention: Tensor, mean: Tensor, spread: Tensor) -> Tens
     """Sink (0), dead (1) or alive (2), for each of a sample's vision tokens, int64 `[K]`.
 
     The three kinds are EmbedLens's (arXiv 2603.00510); these rules are ours: a *sink* receives over ten times the mean
-    vision token's attention from the last prompt token (mean over layers); a *dead* token is one whose projected feature
+    vision token's attention from the last prompt token (mean over layers); a *dead* token is one whose feature
     says what the average image says there, its squared distance from the mean below a tenth of the average one.
 
     Args:

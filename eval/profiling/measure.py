@@ -55,7 +55,7 @@ class Measurer:
     # ---------------------------------------------------------------- what is measured
 
     def effects(self) -> dict[str, Any]:
-        """Per knock-out `kind layer`: `kl` and `right` of each sample, in the samples' order; `dense`: `right` alone."""
+        """Per knock-out `kind layer` `kl` and `right` of each sample, in the samples' order; `dense`: `right` alone."""
         wanted = knock_outs(self.layers)
 
         def measure(batch: Batch) -> dict[str, Any]:
@@ -118,7 +118,11 @@ class Measurer:
             with installed(self.model, entry) if entry is not None else nullcontext():
                 self._runner(batch).answers(schedule)
             last = self.attachment._last
-            steps = [selection.vision for _, selection in last.selections] if isinstance(last, PrefillTrace) else []
+            steps = (
+                [selection.vision for _, selection in last.selections]
+                if isinstance(last, PrefillTrace)
+                else []
+            )
             return {
                 "kept": [
                     None
@@ -132,7 +136,9 @@ class Measurer:
 
     # ---------------------------------------------------------------- batches
 
-    def _gathered(self, name: str, measure: Callable[[Batch], dict[str, Any]], share: float) -> dict[str, Any]:
+    def _gathered(
+        self, name: str, measure: Callable[[Batch], dict[str, Any]], share: float
+    ) -> dict[str, Any]:
         """Each entry's lists of all batches, put into the order of the samples."""
         parts = []
         for i, (numbers, _) in enumerate(self.sources):
@@ -227,7 +233,7 @@ class Measurer:
         return {"samples": samples}
 
     def _means(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean projected feature at each place of the image, and the mean squared distance to it, of the first batch."""
+        """Of the first batch: the mean projected feature at each place, and the mean squared distance to it."""
         if self._mean is None:
             counts = batch.vision.sum(1)
             if bool((counts == counts[0]).all()):
@@ -270,7 +276,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _rounded(values: Tensor, digits: int = 4) -> Any:
-    return [round(v, digits) if isinstance(v, float) else [round(w, digits) for w in v] for v in values.tolist()]
+    return [
+        round(v, digits) if isinstance(v, float) else [round(w, digits) for w in v] for v in values.tolist()
+    ]
 
 
 __all__ = ["Effect", "Measurer", "interval", "point"]

@@ -50,7 +50,8 @@ def headline(found: dict[str, Any]) -> str:
     right = ""
     if found["labelled"]:
         right = (
-            f" {100 * chosen['accuracy']:.1f}% of the answers are right, {100 * found['dense_accuracy']:.1f}% in the dense model."
+            f" {100 * chosen['accuracy']:.1f}% of the answers are right, "
+            f"{100 * found['dense_accuracy']:.1f}% in the dense model."
         )
     return (
         f"Of {layers} decoder layers, {schedule['enter']} to {leave - 1} see vision tokens, {_keeps(schedule)}: "
@@ -62,7 +63,9 @@ def _keeps(schedule: dict[str, Any]) -> str:
     if not schedule["keep"]:
         return "all of them"
     first, *rest = schedule["keep"].items()
-    return ", ".join([f"{first[1]} of them from layer {first[0]} on", *(f"{k} from {layer}" for layer, k in rest)])
+    return ", ".join(
+        [f"{first[1]} of them from layer {first[0]} on", *(f"{k} from {layer}" for layer, k in rest)]
+    )
 
 
 def stages_in_words(found: dict[str, Any]) -> str:
@@ -81,8 +84,8 @@ def stages_in_words(found: dict[str, Any]) -> str:
     peak = max(single, key=lambda layer: single[layer])
     inside = [layer for layer, kl in single.items() if kl > bound]
     parts.append(
-        f"Middle: {f'layers {_listed(inside)} are each needed by themselves' if inside else 'no layer is needed by itself'} (beyond "
-        f"the bound); layer {peak} most ({single[peak]:.3f} nats)."
+        f"Middle: {f'layers {_listed(inside)} are each needed' if inside else 'no layer is needed'} by themselves "
+        f"(beyond the bound), layer {peak} most ({single[peak]:.3f} nats)."
     )
     verdict = "All three stages appear." if a and b < layers else "Not all three stages appear."
     return f"{verdict} {' '.join(parts)}"
@@ -128,7 +131,9 @@ def examples(folder: Path, found: dict[str, Any], samples: Sequence[dict[str, An
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS)
+    return image.resize(
+        (SIDE, SIDE), Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
+    )
 
 
 def _heat(image: Image.Image, attention: Sequence[float], side: int) -> Image.Image:

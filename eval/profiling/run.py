@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
 from latefusion.eval.profiling import decide
+from latefusion.eval.profiling.causal import Continued, Runner
 from latefusion.eval.profiling.cost import Cost, expected
-from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.files import write
+from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer, point
 from latefusion.eval.profiling.samples import Batch, batches, stop_tokens
 from latefusion.eval.profiling.summary import summarise
@@ -124,8 +125,9 @@ class Study:
         enter, leave = decide.latest(prefix, wishes.bound), decide.earliest(suffix, wishes.bound)
         if enter == layers:
             raise ValueError(
-                f"hiding the image from the text in every layer changes the answers by {prefix[-1]:.4f} nats, less than "
-                f"bound={wishes.bound}: the model does not need its images on this data; choose a lower bound or other data."
+                f"hiding the image from the text in every layer changes the answers by {prefix[-1]:.4f} nats, less "
+                f"than bound={wishes.bound}: the model does not need its images on this data; choose a lower bound or "
+                "other data."
             )
         pairs = decide.near_bands(enter, leave, layers)
         joint = measurer.bands(pairs)
@@ -181,15 +183,11 @@ class Study:
                 schedule = VisionSchedule(enter=layer) if kind == "late" else VisionSchedule(exit=layer)
                 effect = effects[f"{kind} {layer}"]
                 found.append(
-                    point(
-                        schedule, False, self.flops(schedule), effect["kl"], effect["right"], self.labelled
-                    )
+                    point(schedule, False, self.flops(schedule), effect["kl"], effect["right"], self.labelled)
                 )
         return found
 
-    def _keeps(
-        self, band: VisionSchedule, entry: CalibratedEntry | None, base: float
-    ) -> list[decide.Point]:
+    def _keeps(self, band: VisionSchedule, entry: CalibratedEntry | None, base: float) -> list[decide.Point]:
         """Single keeps, then the pyramids that they promise, measured."""
         layers, bound = self.measurer.layers, self.wishes.bound
         leave = layers if band.exit is None else band.exit
@@ -212,7 +210,7 @@ class Study:
         return points
 
     def _kept(self, chosen: decide.Point, entry: CalibratedEntry | None) -> dict[str, Any]:
-        """Of each sample under the chosen schedule: KL and correctness; of the first few: which tokens each keep kept."""
+        """Each sample's KL and correctness under the chosen schedule; of the first few, which tokens it kept."""
         kl, right = self.measurer.schedule(chosen.schedule, entry, chosen.flops)
         return {"kl": kl, "right": right, "tokens": self.measurer.kept(chosen.schedule, entry)}
 
@@ -252,20 +250,17 @@ def calibrate(
 
 def continued(batch: Batch, attachment: Attachment) -> bool:
     """Whether the batch's knock-outs can follow on the cache of the images (as far as its prompts tell)."""
-    from latefusion.eval.profiling.causal import Continued, Runner
-
     return Continued.of(Runner(attachment.model, attachment, batch)) is not None
 
 
-def announce(
-    console: Console, cost: Cost, samples: int, layers: int, follows: bool, ledger: Ledger
-) -> None:
+def announce(console: Console, cost: Cost, samples: int, layers: int, follows: bool, ledger: Ledger) -> None:
     """What is about to be spent."""
     knock_outs = cost.knock_outs if follows else cost.whole
     total = cost.observing + knock_outs + cost.deciding
     console.print(
-        f"{samples} samples, {layers} layers: up to {total * samples:,.0f} prefills' worth of FLOPs, {total:.0f} a sample "
-        f"({cost.observing:.0f} to observe, {knock_outs:.0f} for the knock-outs, at most {cost.deciding:.0f} to decide)."
+        f"{samples} samples, {layers} layers: up to {total * samples:,.0f} prefills' worth of FLOPs, {total:.0f} a "
+        f"sample ({cost.observing:.0f} to observe, {knock_outs:.0f} for knock-outs, at most {cost.deciding:.0f} to "
+        "decide)."
     )
     if ledger.resumed:
         console.print(f"{ledger.resumed} measurements are there already; going on from them.")
@@ -285,11 +280,17 @@ def bar(console: Console) -> Progress:
 def report(console: Console, folder: Path, found: dict[str, Any]) -> None:
     """The decision in a few lines."""
     chosen, schedule = found["chosen"], found["chosen"]["schedule"]
-    accuracy = "" if chosen["accuracy"] is None else f", {chosen['accuracy']:.1%} right (dense {found['dense_accuracy']:.1%})"
+    accuracy = (
+        ""
+        if chosen["accuracy"] is None
+        else f", {chosen['accuracy']:.1%} right (dense {found['dense_accuracy']:.1%})"
+    )
     leave = found["layers"] if schedule["exit"] is None else schedule["exit"]
+    keeps = ", ".join(f"{k} from {layer}" for layer, k in schedule["keep"].items())
     console.print(
-        f"Vision is needed in layers {schedule['enter']} to {leave - 1} of {found['layers']}, keeps {schedule['keep'] or 'none'}: "
-        f"{chosen['flops']:.1%} of dense FLOPs, KL {chosen['kl']:.4f} ({chosen['low']:.4f} to {chosen['high']:.4f}) nats{accuracy}."
+        f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {found['layers']}, "
+        f"keeps {keeps or 'none'}: {chosen['flops']:.1%} of dense FLOPs, "
+        f"KL {chosen['kl']:.4f} ({chosen['low']:.4f} to {chosen['high']:.4f}) nats{accuracy}."
     )
     entry = found["entry"]
     if entry is not None:

@@ -18,7 +18,7 @@ FUSES = 0.995  # removal cosine: VisiPruner's threshold for LLaVA-1.5-7B
 
 
 def summarise(found: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """`found` of `Study.run` with `curves`, `stages`, `observed`, `lenses`, `agreement`, `maps` in place of raw looks."""
+    """`found` of `Study.run`, with `curves`, `observed`, `lenses`, `agreement`, `maps` in place of raw looks."""
     looks, layers = found.pop("looks"), found["layers"]
     return {
         **found,
@@ -40,7 +40,11 @@ def curves(found: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
     Rows that equal another kind's (see `knock_outs`) are filled in, so that each curve is whole.
     """
     effects, layers = found["effects"], found["layers"]
-    same = {"suffix 0": f"prefix {layers}", "single 0": "prefix 1", f"single {layers - 1}": f"suffix {layers - 1}"}
+    same = {
+        "suffix 0": f"prefix {layers}",
+        "single 0": "prefix 1",
+        f"single {layers - 1}": f"suffix {layers - 1}",
+    }
     rows: dict[str, list[dict[str, float]]] = {}
     for kind in KINDS:
         for layer in range(layers + 1):
@@ -139,7 +143,9 @@ def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) 
     for i in range(n):
         whole = effects[f"prefix {layers}"]["kl"][i]
         enters.append(latest([0.0, *(effects[f"prefix {a}"]["kl"][i] for a in range(1, layers + 1))], bound))
-        exits.append(earliest([whole, *(effects[f"suffix {b}"]["kl"][i] for b in range(1, layers)), 0.0], bound))
+        exits.append(
+            earliest([whole, *(effects[f"suffix {b}"]["kl"][i] for b in range(1, layers)), 0.0], bound)
+        )
     fusions = [fusion_layer([Look(**layer) for layer in sample], FUSES) for sample in looks]
     schedule = found["chosen"]["schedule"]
     leave = layers if schedule["exit"] is None else schedule["exit"]
@@ -148,6 +154,8 @@ def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) 
         "exit": exits,
         "fusion": fusions,
         "fusion_threshold": FUSES,
-        "covered": float(np.mean([a >= schedule["enter"] and b <= leave for a, b in zip(enters, exits, strict=True)])),
+        "covered": float(
+            np.mean([a >= schedule["enter"] and b <= leave for a, b in zip(enters, exits, strict=True)])
+        ),
         "within": float(np.mean([kl <= 2 * bound for kl in found["kept"]["kl"]])),
     }

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -115,6 +115,9 @@ def fit(
         Preempted: a signal stopped the run, after a checkpoint.
         NonFinite, CannotSave: in one sentence.
     """
+    if config.engine.fsdp:  # the class names that a Llava gives would be looked for in vain
+        layer = student.model.get_base_model().get_decoder().layers[0]
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = type(layer).__name__
     trainer = StudentTrainer(
         config=config,
         model=student.model,
@@ -197,6 +200,7 @@ class StudentTrainer(Trainer):
             total = self.accelerator.reduce(torch.stack([value.float() for value in self.terms.values()]))
             sums = dict(zip(self.terms, total.tolist(), strict=True))
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+            assert self.life.monitor is not None
             logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
             self.terms = {}
             if left_out := skipped(self.args.output_dir):
@@ -243,11 +247,14 @@ class Life(TrainerCallback):
     def __init__(self, trainer: StudentTrainer):
         self.trainer = trainer
         self.signals = Signals()
+        self.monitor: Monitor | None = None
         self.preempted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer, student = self.trainer, self.trainer.student
         check_strategy(trainer)
+        if trainer.is_fsdp_enabled:  # the objective encodes images outside the student's forward
+            register_fsdp_forward_method(student.model, "get_image_features")
         self.monitor = Monitor(
             args.output_dir,
             name=trainer.config.name,
@@ -264,11 +271,13 @@ class Life(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = self.trainer.order.epoch(state.global_step)
+        assert self.monitor is not None
         self.monitor.step(state.global_step)
         if self.signals.stop(args.device) and state.global_step < state.max_steps:
             self.preempted = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert self.monitor is not None
         self.monitor.log(state.global_step, logs)
 
     def __enter__(self) -> Life:
@@ -276,7 +285,8 @@ class Life(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.signals.close()
-        self.monitor.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
 
 def check_strategy(trainer: StudentTrainer) -> None:
