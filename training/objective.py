@@ -145,7 +145,7 @@ class Objective:
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
         given = {name: inputs[name] for name in names}
         if isinstance(self.model, FSDPModule):  # the outermost module gathers the weights
-            encoder = getattr(self.model, "get_image_features")  # noqa: B009: PEFT passes it through
+            encoder = self.model.get_image_features  # noqa: B009: PEFT passes it through
         return encoder(**given, return_dict=True)
 
     def encode_blank(self, device: torch.device) -> Tensor:
