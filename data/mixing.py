@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from latefusion.data.messages import BadSample
+from latefusion.data.sources import name_of
 
 
 class Mixture(Dataset):
@@ -111,8 +112,8 @@ class Stream(IterableDataset):
             k = draw.choices(range(len(feeds)), self.weights)[0] if len(feeds) > 1 else 0
             row, record = next(feeds[k])
             if number % workers == mine:
-                name = f"{k}:{row}" if len(feeds) > 1 else str(row)
-                yield Lazy(name, partial(self.make[k], record))
+                own = name_of(record) or str(row)
+                yield Lazy(f"{k}:{own}" if len(feeds) > 1 else own, partial(self.make[k], record))
             number += 1
 
     def feed(self, k: int) -> Iterator[tuple[int, Any]]:

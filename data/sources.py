@@ -208,6 +208,15 @@ def python_row(table: Any) -> dict[str, Any]:
         raise BadSample(f"has broken UTF-8 ({error.reason} in byte {error.start})") from None
 
 
+def name_of(table: Any) -> str | None:
+    """What the one row of an Arrow table is called; None if it has no name that can be read."""
+    try:
+        name = table["id"][0].as_py() if "id" in table.column_names else None
+    except UnicodeDecodeError:
+        return None
+    return None if name is None else str(name)
+
+
 def images_of(record: dict[str, Any]) -> list[Any]:
     """What stands for the record's images, in its column `images` or `image`: a list, one, or none."""
     given = record.get("images")

@@ -264,8 +264,8 @@ def start_from(student: Student, folder: str | Path) -> None:
     if not isinstance(student.model, PeftModel):
         raise ValueError("init=FOLDER needs adapters to put the weights in; use tune=lora or tune=align.")
     mine = set(student.model.peft_config["default"].modules_to_save or ())
-    earlier: Any = PeftConfig.from_pretrained(str(path))
-    for name in earlier.modules_to_save or ():
+    earlier = vars(PeftConfig.from_pretrained(str(path)))
+    for name in earlier["modules_to_save"] or ():
         if name not in mine:
             raise ValueError(
                 f"the student at {folder} trained {name}, which this one does not; set "
