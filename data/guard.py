@@ -85,7 +85,7 @@ class Guard:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         batch: list[Any] = []
-        for sample in map(self.opened, samples):
+        for sample in (usable(s) if isinstance(s, Lazy) else s for s in samples):
             batch.append(self.another(sample, batch, 0) if isinstance(sample, Bad) else sample)
         for attempt in range(1, TRIES):
             try:
@@ -98,15 +98,6 @@ class Guard:
             self.good = batch[-1]
             return made
         raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
-
-    def opened(self, sample: Any) -> dict[str, Any] | Bad:
-        """A sample; one of a stream is opened only now."""
-        if not isinstance(sample, Lazy):
-            return sample
-        try:
-            return {"id": sample.name, **sample.make()}
-        except BadSample as error:
-            return Bad(None, sample.name, error)
 
     def another(self, bad: Bad, batch: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any]:
         """A sample for a bad row's place, another one in each attempt.
@@ -143,6 +134,14 @@ class Guard:
             line = json.dumps({"row": bad.row, "id": bad.id, "reason": str(bad.error)})
             with (self.folder / SKIPPED_FILE).open("a") as file:  # one write: workers and processes append
                 file.write(line + "\n")
+
+
+def usable(row: Lazy) -> dict[str, Any] | Bad:
+    """A stream's row, opened."""
+    try:
+        return {"id": row.name, **row.make()}
+    except BadSample as error:
+        return Bad(None, row.name, error)
 
 
 def skipped(folder: str | Path) -> int:

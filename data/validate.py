@@ -8,6 +8,7 @@ loaded, its chat template, its limits and `data.max_length` are checked too. The
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -96,11 +97,12 @@ def collator_of(config: Config) -> Collator:
     """
     path = str(WEIGHTS) if config.model.path == "embedded" else config.model.path
     check_base(path)
-    processor = AutoProcessor.from_pretrained(path)
-    stop = GenerationConfig.from_pretrained(path).eos_token_id
+    where = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(path, **where, **config.model.processor)
+    stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
     return Collator(
         processor=processor,
-        vision_ids=[AutoConfig.from_pretrained(path).image_token_id],
+        vision_ids=[AutoConfig.from_pretrained(path, **where).image_token_id],
         stop=processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
         max_length=config.data.max_length,
     )
@@ -140,10 +142,8 @@ def validate(config: Config, *, console: Console) -> int:
 
 def _kind(reason: str) -> str:
     """A reason without what names the row's own file, numbers and bytes."""
-    words = [
-        "…" if any(c.isdigit() or c in "/\\" for c in word) else word for word in reason.split("(")[0].split()
-    ]
-    return " ".join(words)
+    own = re.compile(r"\d|[/\\]|\.\w")
+    return " ".join("…" if own.search(word) else word for word in reason.split("(")[0].split())
 
 
 def main(overrides: list[str]) -> None:

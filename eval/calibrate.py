@@ -5,7 +5,7 @@
 
 Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
-settings run on a trial, those that came near the bound on all prompts. Writes policy.yaml, which `policy=FILE`
+settings run on a trial, and go on until they are far above the bound. Writes policy.yaml, which `policy=FILE`
 takes wherever a policy is named, calibration.json with every setting, and table.md. Run again with the same
 arguments, it goes on where it was interrupted.
 """
@@ -44,10 +44,8 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 TRIAL = 2  # batches that all settings run on
-NEAR = 4  # times the bound, or a part of it: what counts as near after the trial
-DEARER = (
-    1.25  # times the FLOPs of the cheapest setting that is surely under the bound: not worth going on with
-)
+NEAR = 4  # a setting whose KL so far is beyond so many times the bound is given up
+FALLBACK = 20  # settings that go on if none is near
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
 
 
@@ -217,8 +215,8 @@ class Search:
         return (
             f"{len(self.rows)} prompts in {len(self.batches)} batches, {len(self.settings)} settings. Each batch: "
             f"the dense answer, {len(prefixes)} recorded prefill{'s' * (len(prefixes) > 1)}, and at most {passes} "
-            f"short passes over what is left after fusion, in all batches but the first {TRIAL} for settings near "
-            f"the bound alone. Together like {least:.0f} to {most:.0f} dense prefills of every prompt "
+            f"short passes over what is left after fusion, in all batches but the first {TRIAL} for settings not "
+            f"far above the bound alone. Together like {least:.0f} to {most:.0f} dense prefills of every prompt "
             f"({dense / 1e9:.2g} GFLOPs each)."
         )
 
@@ -247,18 +245,17 @@ class Search:
                 task = progress.add_task("Labels", total=len(wrong))
             for start in range(0, len(wrong), self.asked.batch_size):
                 at = wrong[start : start + self.asked.batch_size]
-                correct[np.ix_(ran, at)] = self.try_labels([order[i] for i in at], np.flatnonzero(ran))
+                correct[np.ix_(ran, at)] = self.try_labels(
+                    [order[i] for i in at], np.flatnonzero(ran).tolist()
+                )
                 progress.advance(task, len(at))
         return self.results(order, columns, correct)
 
-    def near(self, trial: list[dict[str, Any]]) -> list[int]:
-        """The settings that the trial leaves in the race."""
-        columns = joined(trial[:TRIAL])
-        kl, flops = columns["kl"].mean(1), columns["flops"].mean(1)
-        surely = flops[kl <= self.asked.kl / NEAR]
-        most = surely.min() if len(surely) else np.inf
-        found = np.flatnonzero((kl <= self.asked.kl * NEAR) & (flops <= DEARER * most))
-        return [int(i) for i in (found if len(found) else [kl.argmin()])]
+    def near(self, done: list[dict[str, Any]]) -> list[int]:
+        """The settings still in the race; few prompts make the KL: a high one so far settles it, a low one does not."""
+        kl = joined(done)["kl"].mean(1)  # NaN: given up before
+        found = np.flatnonzero(kl <= NEAR * self.asked.kl)
+        return [int(i) for i in (found if len(found) else np.sort(np.argsort(kl, kind="stable")[:FALLBACK]))]
 
     # ---------------------------------------------------------------- one batch
 

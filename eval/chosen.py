@@ -156,10 +156,13 @@ def report(
     row, dense = out["chosen"], out["dense"]["accuracy"]
     of_dense = "" if dense is None else f"; dense answers {dense:.1%} right"
     table = Table(title=f"Best settings of {len(out['settings'])}, on {out['prompts']} prompts{of_dense}")
-    for name in header:
-        table.add_column(name, justify="left" if name == "stages" else "right")
+    narrow = [
+        n for n, name in enumerate(header) if name not in ("stages", LABELLED[1])
+    ]  # the rest is in table.md
+    for n in narrow:
+        table.add_column(header[n].replace("layer / tokens threshold", "thresholds"), justify="right")
     for n, cells in enumerate(lines):
-        table.add_row(*cells, style="bold" if n == bold else "")
+        table.add_row(*(cells[i].split(" (")[0] for i in narrow), style="bold" if n == bold else "")
     console.print(table)
     console.print(
         f"Chosen: boundary {row['boundary']}, layer_threshold {row['layer_threshold']:g}, tokens_threshold "

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from latefusion.eval.energy import joules_of
 from latefusion.eval.predict import Answer, encode_images
 from latefusion.eval.systems import System, running
+from latefusion.models.accounting import vision_pairs
 from latefusion.models.flops import decoder_flops, vision_macs
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
@@ -37,7 +38,7 @@ class Compute:
     Attributes:
         flops: decoder FLOPs of a prefill (`decoder_flops` of the tokens of each layer).
         vision_macs: of the vision tokens alone, in the literature's convention (`vision_macs`).
-        attention_pairs: pairs of query and key, over all layers, of which at least one is a vision token.
+        attention_pairs: causal pairs of query and key, over all layers, of which at least one is a vision token.
         vision_tokens: vision tokens in each layer.
         text_tokens: prompt tokens that are not vision.
     """
@@ -104,7 +105,7 @@ def compute(
     return Compute(
         flops=fmean(flops(answer) for answer in answers),
         vision_macs=fmean(vision_macs(config, answer.vision_tokens) for answer in answers),
-        attention_pairs=fmean(sum(n**2 - a.text_tokens**2 for n in a.tokens) for a in answers),
+        attention_pairs=fmean(vision_pairs(a.text_tokens, a.vision_tokens) for a in answers),
         vision_tokens=[fmean(layer) for layer in layers],
         text_tokens=fmean(answer.text_tokens for answer in answers),
     )

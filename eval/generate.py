@@ -154,10 +154,10 @@ def answer(
             told[name] = found
     console.print(table)
     for name, found in told.items():
-        console.print(f"[bold]{Path(name).name}[/bold] {found}", highlight=False)
+        console.print(f"[bold]{Path(name).name}[/bold] {found}", highlight=False, soft_wrap=True)
     if asked.picture is not None:
         found.save(asked.picture)
-        console.print(f"Picture of {name}: {asked.picture}", highlight=False)
+        console.print(f"Picture of {name}: {asked.picture}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

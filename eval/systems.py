@@ -86,14 +86,17 @@ def policies_of(chosen: Sequence[Any]) -> dict[str, System]:
     Raises:
         ValueError: there is no such policy or argument.
     """
-    systems = {}
+    systems: dict[str, System] = {}
+    titles: list[str] = []
     for entry in chosen:
         name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         policy = named(name, **(changes or {}))
-        said = ", ".join(f"{key}={value}" for key, value in (changes or {}).items())
-        key = f"{name}({said})" if said else name
-        title = NAMES.get(name, name)
-        systems[key] = System(name=f"{title} ({said})" if said else title, policy=policy)
+        said = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
+        title = f"{NAMES.get(name, name)} ({said})" if said else NAMES.get(name, name)
+        titles.append(title)
+        number = titles.count(title)
+        key = name if name not in systems else f"{name}_{len(titles)}"
+        systems[key] = System(name=title if number == 1 else f"{title} no. {number}", policy=policy)
     return systems
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class EntryAdapter(nn.Module):
 
     Args:
         hidden_size: of the decoder.
-        rank: of the low-rank part.
+        rank: of the low-rank part; 0: there is none, a scale per channel alone.
         places: of a `CalibratedEntry` to start from; 0: none.
     """
 
@@ -51,9 +53,10 @@ class EntryAdapter(nn.Module):
         super().__init__()
         self.start = CalibratedEntry(hidden_size=hidden_size, places=places) if places else None
         self.scale = nn.Parameter(torch.zeros(hidden_size))
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = nn.Linear(rank, hidden_size, bias=False)
-        nn.init.zeros_(self.up.weight)
+        self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank, hidden_size, bias=False) if rank else None
+        if self.up is not None:
+            nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden_states: Tensor, order: Tensor | None = None) -> Tensor:
         """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights.
@@ -65,18 +68,26 @@ class EntryAdapter(nn.Module):
         if self.start is not None:
             assert order is not None
             x = self.start(x, order)
-        return (x + x * self.scale + self.up(self.down(x))).to(hidden_states.dtype)
+        mapped = x + x * self.scale
+        if self.down is not None and self.up is not None:
+            mapped = mapped + self.up(self.down(x))
+        return mapped.to(hidden_states.dtype)
 
     def flops(self, tokens: float) -> float:
         """Of its matrix products for so many vision tokens."""
-        width, rank = self.up.out_features, self.up.in_features
+        width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
         return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
+
+
+def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """`rank` and `places` of the adapter whose weights have these shapes."""
+    return shapes.get("down.weight", (0,))[0], shapes.get("start.bias", (0,))[0]
 
 
 def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
     """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""
-    if rank < 1:
-        raise ValueError(f"entry rank {rank} must be at least 1; for no entry adapter install none.")
+    if rank < 0:
+        raise ValueError(f"entry rank {rank} must not be negative; 0 is a scale alone.")
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; load a fresh base model.")
     hidden_size = model.config.get_text_config().hidden_size

@@ -24,7 +24,7 @@ STYLE = (
     ".f text{fill:var(--ink)}.f .m{fill:var(--muted)}.f .g{stroke:var(--grid)}.f .a{stroke:var(--muted)}"
     ".f .t{fill:none;stroke:var(--all);stroke-width:2;stroke-dasharray:6 4}"
     ".f .v{fill:none;stroke:var(--vision);stroke-width:3}.f .k{fill:none;stroke:var(--kept);stroke-width:2}"
-    ".f .mark{stroke:var(--kept);stroke-width:1.5;stroke-dasharray:2 3}.f .veil{fill:#fff;opacity:.72}"
+    ".f .mark{stroke:var(--kept);stroke-width:1.5;stroke-dasharray:2 3}.f .veil{fill:#fff;opacity:.72;shape-rendering:crispEdges}"
     ".f .paper{fill:var(--paper)}"
 )
 
@@ -61,6 +61,7 @@ def draw(record: TraceRecord, kept: Sequence[int] | None, images: Sequence[Patch
     tall = max(top - 10, 34 + PLOT[1] + 84)
     return (
         f'<svg class="f" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" '
+        'style="max-width:100%;height:auto" '
         f'role="img"><title>{escape(words)}</title><style>{STYLE}</style>'
         f'<rect class="paper" width="{WIDTH}" height="{tall}"/>{"".join(body)}</svg>\n'
     )
@@ -102,9 +103,12 @@ def _steps(record: TraceRecord, x: int, y: int) -> str:
         if layer is not None:
             at = x + (layer + (0.5 if name == "fusion" else 0)) * across
             out.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{y}" y2="{bottom}"/>')
-            out.append(_text(at + 4, y + (12 if name == "fusion" else 28), f"{name} {layer}"))
+            down, anchor = (40, "end") if name == "fusion" else (64, "start")
+            out.append(
+                _text(at + (4 if anchor == "start" else -4), bottom - down, f"{name} {layer}", anchor=anchor)
+            )
     for kind, counts in (("t", record.tokens), ("v", record.vision)):
-        points = [(x, bottom - counts[0] / most * high)]
+        points: list[tuple[float, float]] = [(x, bottom - counts[0] / most * high)]
         for layer, (before, now) in enumerate(pairwise([*counts, counts[-1]]), 1):
             points += [(x + layer * across, bottom - n / most * high) for n in (before, now)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)

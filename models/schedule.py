@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,22 @@ class VisionSchedule:
             now = min(now, self.keep.get(layer, now))
             tokens.append(now if self.enter <= layer < exit_layer else 0)
         return tokens
+
+    def widened(self, progress: float, num_layers: int) -> VisionSchedule:
+        """The schedule on the way from all layers (`progress` 0) to this one (1 and beyond).
+
+        Enter and exit move in step; the `k` of a keep is `k / progress`, so that it begins by keeping everything.
+        """
+        if progress >= 1:
+            return self
+        exit_layer = num_layers if self.exit is None else self.exit
+        wide_exit = num_layers - round((num_layers - exit_layer) * progress)
+        keep = {layer: math.ceil(k / progress) for layer, k in self.keep.items()} if progress > 0 else {}
+        return VisionSchedule(
+            enter=round(self.enter * progress),
+            exit=None if wide_exit == num_layers and self.exit is None else wide_exit,
+            keep=keep,
+        )
 
     def flops(
         self, config: PretrainedConfig, n_text: int, n_vision: int, *, convention: str = "computed"

@@ -71,8 +71,8 @@ def test_entry_is_found_in_the_plain_and_in_the_wrapped_model():
     assert entry_of(model) is entry
     with pytest.raises(ValueError, match="already has an entry adapter"):
         install_entry(model, 3)
-    with pytest.raises(ValueError, match="entry rank 0"):
-        install_entry(tiny_base()[0], 0)
+    with pytest.raises(ValueError, match="entry rank -1"):
+        install_entry(tiny_base()[0], -1)
     _, student = tiny_student()
     assert entry_of(student.model) is student.model.get_base_model().vision_entry
 
@@ -168,7 +168,9 @@ def test_what_is_not_there_is_one_sentence(tmp_path, base, monkeypatch):
 
 
 def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
-    config = configured("model=llava_1_5_7b", "data=llava_mix665k", "engine=deepspeed_zero3")
+    config = configured(
+        "model=llava_1_5_7b", "recipe=late_fusion_pyramid", "data=llava_mix665k", "engine=deepspeed_zero3"
+    )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(LlavaConfig(), dtype=torch.bfloat16)
         _, processor = tiny_base()

@@ -23,9 +23,9 @@ TRAIN = Path(run.__file__).with_name("train.py")
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be dense, late_fusion, late_fusion_no_",
+            "recipe=late_fuson does not exist; recipe can be align, dense, late_fusion, late_fusion_no_",
         ),
-        ("model=gpt", "model=gpt does not exist; model can be embedded, llava_1_5_7b"),
+        ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
         (
             "train.steps=many",
             "train.steps=many: Value 'many' of type 'str' could not be converted to Integer",
@@ -88,19 +88,16 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
         run.check(configured(here, "resume=true"))
 
 
-def test_the_late_fusion_recipe_takes_the_model_s_schedule_and_a_command_line_wins():
-    assert vars(configured("model=llava_1_5_7b").schedule) == {
-        "enter": 8,
-        "exit": 24,
-        "keep": {10: 215, 14: 10, 16: 5, 18: 1},
-    }
-    changed = configured("model=llava_1_5_7b", "schedule.keep={12: 7}", "schedule.enter=9").schedule
-    assert vars(changed) == {"enter": 9, "exit": 24, "keep": {12: 7}}
-    dense = configured("model=llava_1_5_7b", "recipe=dense")
-    assert (
-        vars(dense.schedule) == {"enter": 0, "exit": None, "keep": None}
-        and dense.output_dir == "outputs/dense"
-    )
+def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
+    def band(*overrides):
+        schedule = configured("model=llava_1_5_7b", *overrides).schedule
+        return schedule.enter, schedule.exit, schedule.keep
+
+    assert band() == (8, 24, None)
+    assert band("recipe=late_fusion_pyramid") == (8, 24, {10: 215, 14: 10, 16: 5, 18: 1})
+    assert band("schedule.keep={12: 7}", "schedule.enter=9") == (9, 24, {12: 7})
+    assert band("recipe=dense") == (0, None, None)
+    assert configured("model=llava_1_5_7b", "recipe=dense").output_dir == "outputs/dense"
 
 
 def test_every_recipe_file_starts_with_its_own_launch_command():

@@ -7,7 +7,7 @@ import evaluated
 import numpy as np
 import pytest
 import torch
-from evaluated import HEADS, MLP, SYSTEMS, WIDTH, tiny_model
+from evaluated import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
 from transformers import DynamicCache
 
 from latefusion.data.scenes import load_scenes
@@ -87,7 +87,12 @@ def test_flops_and_vision_tokens_equal_the_count_by_hand(run, naive, key):
     found = run[1]["systems"][key]
     lengths = [n_text for _, n_text in naive[key]]
     assert found["vision_tokens"]["per_layer"] == TOKENS[key]
-    assert found["flops"]["mean"] == pytest.approx(np.mean([by_hand(n, TOKENS[key]) for n in lengths]))
+    looked = {"dense": 0, "pruned": 2, "student": 1}[key]  # layers from enter up to the keep of layer 2
+    chosen = [looked * 2 * n * (n + VISION) * WIDTH for n in lengths]  # scores of the text's rows, all keys
+    entry = 2 * VISION * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2
+    rows = zip(lengths, chosen, strict=True)
+    wanted = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
+    assert found["flops"]["mean"] == pytest.approx(wanted)
     dense = np.mean([by_hand(n, TOKENS["dense"]) for n in lengths])
     assert found["flops"]["ratio"] == pytest.approx(found["flops"]["mean"] / dense)
 

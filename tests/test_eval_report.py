@@ -126,13 +126,13 @@ def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]
 
 
 def test_vision_costs_follow_their_conventions(stored: dict[str, Any]) -> None:
-    """4nd² + 2n²d + 3ndm a layer; pairs of query and key with a vision token."""
+    """4nd² + 2n²d + 3ndm a layer; causal pairs of query and key with a vision token."""
     d, m = evaluated.WIDTH, evaluated.MLP
     for key, tokens in (("dense", [16] * 4), ("pruned", [16, 16, 3, 3]), ("student", [0, 16, 5, 0])):
         macs = sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens)
         assert stored["systems"][key]["vision_macs"]["mean"] == macs
         lengths = [length for _, length in evaluated.naive()[key]]
-        pairs = [sum((n + t) ** 2 - t * t for n in tokens) for t in lengths]
+        pairs = [sum(i + 1 for n in tokens for i in range(n + t)) - 4 * sum(range(t + 1)) for t in lengths]
         assert stored["systems"][key]["vision_attention"]["mean"] == pytest.approx(sum(pairs) / len(pairs))
 
 

@@ -19,6 +19,7 @@ from latefusion.eval import energy
 from latefusion.eval.ledger import Ledger, Processes
 from latefusion.eval.metrics import Measure
 from latefusion.eval.predict import answer_questions
+from latefusion.eval.systems import policies_of
 from latefusion.eval.tasks.base import rows_of
 from latefusion.eval.tasks.choice import circular
 
@@ -159,6 +160,18 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
     )["dense"]
     assert [answer.vision_tokens for answer in found] == [[0] * 4, [16] * 4]
     assert found[1].prediction == evaluated.naive()["dense"][0][0]
+
+
+def test_policies_by_name_and_with_other_arguments() -> None:
+    chosen = ["fastv", {"fastv": {"keep_ratio": 0.25}}, {"pyramiddrop": {"keep_ratios": {2: 0.5}}}]
+    found = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}])
+    assert {key: system.name for key, system in found.items()} == {
+        "fastv": "FastV",
+        "fastv_2": "FastV (keep_ratio=0.25)",
+        "pyramiddrop": "PyramidDrop",
+        "pyramiddrop_4": "PyramidDrop no. 2",
+    }
+    assert vars(found["fastv_2"].policy)["keep_ratio"] == 0.25
 
 
 def test_energy_of_a_cpu_is_the_sum_of_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_too_long_and_bad_are_chosen_apart(tmp_path):
 
 
 def test_a_stream_repeats_a_good_row(tmp_path):
-    rows, collate = guard(tmp_path, stream=True)
+    _, collate = guard(tmp_path, stream=True)
 
     def lazy(i):
         return Lazy(f"s{i}", lambda: Rows()[i])

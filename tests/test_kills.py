@@ -1,4 +1,4 @@
-"""Runs killed without warning at a random step, on one process and two: resumed, they end as if nothing had happened."""
+"""Runs killed at a random step, on one process and two: resumed, they end as if nothing had happened."""
 
 import json
 import os

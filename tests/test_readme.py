@@ -14,6 +14,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 QUICK = ["train.steps=2", "train.batch_size=2", "train.save_every=1", "data.scenes=4"]
 QUICK_EVALUATION = ["eval.split=validation", "eval.samples=8"]
+SCRIPTS = {  # what makes each of them quick
+    "python eval/evaluate.py ": ["samples=8", "output=evaluation"],
+    "python eval/generate.py ": [],
+    "python eval/calibrate.py ": ["prompts=8", "boundaries=[7]", "output=calibration"],
+    "python eval/profile.py ": ["samples=8", "images=40", "output=profile"],
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -46,9 +52,7 @@ def test_make_train_and_make_test_do_what_readme_says() -> None:
 def test_every_command_is_known() -> None:
     """A command of another kind needs a test of its own."""
     for command in commands():
-        assert command.startswith(
-            ("make ", "accelerate launch training/train.py ", "python eval/evaluate.py ")
-        ), command
+        assert command.startswith(("make ", "accelerate launch training/train.py ", *SCRIPTS)), command
 
 
 def run(command: str, folder: Path, extra: list[str]) -> subprocess.CompletedProcess[str]:
@@ -68,8 +72,9 @@ def test_every_command_and_what_follows_from_it(tmp_path: Path, monkeypatch: pyt
     for command in commands():
         if command.startswith("make "):
             continue
-        if command.startswith("python eval/evaluate.py"):
-            done = run(command, tmp_path, ["samples=8", "output=evaluation"])
+        if command.startswith("python "):
+            (extra,) = (more for start, more in SCRIPTS.items() if command.startswith(start))
+            done = run(command, tmp_path, extra)
         elif "llava_1_5_7b" in command:
             done = run(command, tmp_path, [])
             assert done.returncode != 0 and re.search(
@@ -82,6 +87,8 @@ def test_every_command_and_what_follows_from_it(tmp_path: Path, monkeypatch: pyt
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     assert (tmp_path / "outputs/late_fusion/report.html").is_file()
     assert (tmp_path / "evaluation/report.json").is_file()
+    assert (tmp_path / "calibration/calibration.json").is_file()
+    assert (tmp_path / "profile/schedule.yaml").is_file()
     monkeypatch.chdir(tmp_path)
     execute(blocks("python")[1])
     assert (tmp_path / "outputs/merged/config.json").is_file()

@@ -508,3 +508,92 @@ def test_layers_are_no_longer_watched_once_all_is_decided() -> None:
         model(**batch.inputs)
         assert {record.fusion_layer for record in att.trace} == {3, None}
     assert policy.decisions[0].watch == set()
+
+
+# ---------------------------------------------------------------- chunks, several queries
+
+
+def run_in_chunks(
+    model: LlamaForCausalLM, batch: Batch, sizes: list[int]
+) -> tuple[list[Tensor], list[Any], Any]:
+    """Logits and trace of each chunk, and the cache, of a prompt that comes in pieces."""
+    logits, traces, cache, start = [], [], None, 0
+    for size in sizes:
+        end = start + size
+
+        def here(start: int = start, end: int = end, **arguments: Tensor | None) -> Tensor:
+            return batch.vision[:, start:end]
+
+        with attach(model, policy_of(settings_of(("middle", "deep"))), vision_mask=here) as att:
+            out = model(
+                inputs_embeds=batch.inputs_embeds[:, start:end],
+                attention_mask=batch.attention_mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            traces.append(att.trace[0] if att.trace else None)  # none of a chunk without vision
+        cache, start = out.past_key_values, end
+        logits.append(out.logits)
+    return logits, traces, cache
+
+
+def single(sample: tuple[Tensor, Tensor]) -> Batch:
+    embeds, mask = sample
+    real = torch.ones(1, len(mask), dtype=torch.long)
+    return Batch(embeds[None], real, mask[None], [0], [len(mask)])
+
+
+@torch.no_grad()
+def test_chunked_prefill_decides_as_of_what_has_come() -> None:
+    """A chunk with the image and some text is decided like a prompt of that length; the rest sees what is left."""
+    model = build()
+    embeds, mask = prompts()[0]  # t3 v12 t4
+    run = oracle(model).run(embeds[:17].numpy(), mask[:17].numpy(), settings_of(("middle", "deep")), 1)
+    assert run.fusion_layer is not None and run.margin > 1e-4
+    logits, traces, cache = run_in_chunks(model, single((embeds, mask)), [17, 2])
+    assert (traces[0].fusion_layer, traces[0].kept, traces[0].tokens) == (
+        run.fusion_layer,
+        run.kept,
+        run.tokens,
+    )
+    np.testing.assert_allclose(logits[0][0, -1].double().numpy(), run.logits[0], atol=2e-5)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [n + 2 for n in run.tokens]
+    _, one_by_one, other = run_in_chunks(model, single((embeds, mask)), [17, 1, 1])
+    for layer, again in zip(cache.layers, other.layers, strict=True):
+        torch.testing.assert_close(layer.keys, again.keys, rtol=0, atol=1e-5)
+    assert one_by_one[0].kept == run.kept
+
+
+@torch.no_grad()
+def test_a_chunk_that_ends_inside_an_image_is_left_whole() -> None:
+    """Its last row is a vision token; the next chunk decides on the image's rest alone."""
+    model = build()
+    batch = single(prompts()[0])
+    dense = model(**batch.inputs).logits
+    logits, traces, _ = run_in_chunks(model, batch, [9, 10])
+    assert traces[0].tokens == [9] * 10 and traces[0].fusion_layer is None
+    torch.testing.assert_close(logits[0], dense[:, :9], rtol=0, atol=1e-5)
+    fused = traces[1].fusion_layer
+    assert fused is not None and traces[1].tokens[: fused + 1] == [10] * (fused + 1)
+    assert set(traces[1].kept) <= set(range(6))  # positions in its own chunk
+
+
+@torch.no_grad()
+def test_what_any_of_several_queries_needs_is_kept() -> None:
+    """Two prompts' ends in one row: least cosine and largest norm over both decide, as the settled rule says."""
+    model = build()
+    embeds, mask = prompts()[0]
+    batch = single((embeds, mask))
+    found = {}
+    with attach(model, VisionSchedule(), vision_mask=batch.vision) as att:
+        for name, rows in (("first", [16]), ("last", [18]), ("both", [16, 18])):
+            policy = VisiPruner(boundary=2, layer_threshold=0.999, tokens_threshold=0.2, stages=("middle",))
+            with att.using(policy), att.queries(torch.tensor([rows])):
+                model(**batch.inputs)
+                found[name] = att.trace[0]
+    layers = {name: record.fusion_layer for name, record in found.items()}
+    assert None not in layers.values()
+    assert layers["both"] == min(layers["first"], layers["last"])
+    same = [found[name] for name in ("first", "last") if layers[name] == layers["both"]]
+    assert same and all(set(record.kept) <= set(found["both"].kept) for record in same)
+    assert len(found["both"].kept) > min(len(found["first"].kept), len(found["last"].kept))

@@ -48,6 +48,39 @@ class Group(Enum):
     modality = "modality"
 
 
+class Tune(Enum):
+    """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
+    `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
+    and so no base to teach (`teacher=none`)."""
+
+    lora = "lora"
+    align = "align"
+    full = "full"
+
+
+class Variant(Enum):
+    """`rslora`: arXiv 2312.03732; `dora`: arXiv 2402.09353."""
+
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+
+
+class Layers(Enum):
+    """Decoder layers with LoRA: `all`, or the `busy` ones, which see vision tokens under the schedule."""
+
+    all = "all"
+    busy = "busy"
+
+
+class EntryKind(Enum):
+    """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
+
+    none = "none"
+    scale = "scale"
+    low_rank = "low_rank"
+
+
 class Trainer(Enum):
     accelerate = "accelerate"
     lightning = "lightning"
@@ -116,17 +149,27 @@ class ModelConfig:
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        processor: settings that the processor is loaded with (`max_pixels`, `crop_to_patches`, ...).
+        load_in_4bit: hold the decoder in 4 bits (QLoRA); needs bitsandbytes.
+        trust_remote_code: run code that comes with the weights.
         attention: the implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
             model's default.
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
+        pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
         visipruner: its calibrated thresholds.
     """
 
     path: str = MISSING
+    revision: str | None = None
+    processor: dict[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
     attention: str | None = None
     projector: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    pyramid: ScheduleConfig = field(default_factory=ScheduleConfig)
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
 
 
@@ -205,6 +248,7 @@ class EngineConfig:
 class TrainConfig:
     """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
 
+    `narrow` is the fraction of `steps` over which the band narrows from all layers to `schedule` (0: it is fixed).
     `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
     `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
     """
@@ -214,6 +258,7 @@ class TrainConfig:
     batch_size: int = 16
     accumulation: int = 1
     warmup: float = 0.03
+    narrow: float = 0.0
     scheduler: str = "cosine"
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
@@ -235,6 +280,8 @@ class TrainConfig:
 class LoraConfig:
     """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
 
+    variant: Variant = Variant.lora
+    layers: Layers = Layers.all
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
@@ -251,8 +298,12 @@ class EntryInit(Enum):
 
 @dataclass
 class EntryConfig:
-    """The entry adapter; rank 0: none. `images` of the training set calibrate it, if `init` says so."""
+    """The entry adapter; `rank` is that of a `low_rank` one, 0: none.
 
+    `images` of the training set calibrate it, if `init` says so.
+    """
+
+    kind: EntryKind = EntryKind.low_rank
     rank: int = 16
     init: EntryInit = EntryInit.identity
     images: int = 256
@@ -260,10 +311,18 @@ class EntryConfig:
 
 @dataclass
 class KLConfig:
-    """Distillation: `weight` times KL(teacher || student) at this temperature."""
+    """Distillation: `weight` times KL(teacher || student) at this temperature.
+
+    Attributes:
+        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
+        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
+            is matched too.
+    """
 
     weight: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
+    top_k: int = 32
 
 
 @dataclass
@@ -289,6 +348,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
     teacher: Teacher = Teacher.visipruner
+    tune: Tune = Tune.lora
+    init: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     entry: EntryConfig = field(default_factory=EntryConfig)
@@ -323,6 +384,7 @@ def read(cfg: DictConfig) -> Config:
         ("lora.r", lora.r),
         ("lora.alpha", lora.alpha),
         ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
         ("data.turns", config.data.turns),
         ("data.shuffle_buffer", config.data.shuffle_buffer),
         ("data.max_length", config.data.max_length or 1),
@@ -351,10 +413,15 @@ def read(cfg: DictConfig) -> Config:
         ("train.warmup", train.warmup),
         ("train.adam_beta2", train.adam_beta2),
         ("lora.dropout", lora.dropout),
+        ("train.narrow", 0.0 if train.narrow == 1 else train.narrow),
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
     if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
@@ -364,7 +431,22 @@ def read(cfg: DictConfig) -> Config:
             "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
-        raise ValueError("entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity.")
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
+    if config.tune is Tune.full and config.teacher is not Teacher.none and config.kl.weight > 0:
+        raise ValueError(
+            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, or tune=lora."
+        )
+    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if (
+        config.model.load_in_4bit
+        and (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+    ):
+        raise ValueError(
+            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
+        )
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from latefusion.data.collate import Collator
+from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
@@ -33,7 +35,12 @@ def sample_flops(student: Student, teacher: Policy | None, dataset: Any, collato
     """`training_flops` of a sample, from the data set's first few; for rates on a GPU (0 without one)."""
     if not torch.cuda.is_available():
         return 0.0
-    batch = collator([dataset[i] for i in range(min(8, len(dataset)))])
+    first = (
+        islice(dataset, 8)
+        if isinstance(dataset, Stream)
+        else map(dataset.__getitem__, range(min(8, len(dataset))))
+    )
+    batch = collator(list(first))
     ids, config = batch["input_ids"], student.model.config
     vision = int((ids == config.image_token_id).sum()) // len(ids)
     real = int((ids != student.processor.tokenizer.pad_token_id).sum()) // len(ids)

@@ -59,8 +59,8 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
             holder = json.loads(file.read() or "{}")
             raise ValueError(
                 f"{output_dir} is in use by another run (process {holder.get('process', '?')} on "
-                f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it, or choose another "
-                "output_dir=FOLDER."
+                f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it, or choose "
+                "another output_dir=FOLDER."
             ) from None
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -106,8 +106,8 @@ def check_world(found: int) -> None:
     joined = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if not found == joined == wanted:
         raise ValueError(
-            f"the launcher started {wanted} process(es), but the engine counts {found} and torch.distributed {joined}, so "
-            "they would train apart; check the launcher's settings (accelerate env)."
+            f"the launcher started {wanted} process(es), but the engine counts {found} and torch.distributed "
+            f"{joined}, so they would train apart; check the launcher's settings (accelerate env)."
         )
 
 

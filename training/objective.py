@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
 from latefusion.models.policies.base import Policy
@@ -34,20 +35,24 @@ class Objective:
         blank: what the processor makes of any one image. Given, batches without images run the vision tower
             on it and drop the result: where weights are sharded, or the projector trains, every process
             must run the same modules.
+        narrowing: the student's policy at a moment of the run (0 to 1), where it changes; None: it does not.
     """
 
     def __init__(
         self,
         *,
-        model: PeftModel,
+        model: nn.Module,
         attachment: Attachment,
         teacher: Policy | None,
         weight: float,
         temperature: float,
         share_images: bool,
         blank: Mapping[str, Any] | None = None,
+        narrowing: Callable[[float], Policy] | None = None,
     ):
-        self.model, self.attachment = model, attachment
+        self.model: Any = model
+        self.attachment = attachment
+        self.narrowing = narrowing
         self.teacher = teacher if weight > 0 else None
         self.weight, self.temperature, self.share_images = weight, temperature, share_images
         self.blank = blank
@@ -59,13 +64,15 @@ class Objective:
 
         Args:
             forward: the student, as the engine wraps it (DDP, DeepSpeed).
-            batch: of the collator; `labels` `[B, T]` and `queries` `[B, Q]` among it.
+            batch: of the collator; `labels` `[B, T]` and `queries` `[B, Q]` among it, and `teacher_tokens` and
+                `teacher_logprobs` `[N, k]` where the teacher's answers were written before.
             count: label tokens in the whole optimizer step, over accumulation and processes.
 
         Returns:
             The loss, and its two terms as sums over tokens: `ce`, `kl`, with `tokens`, their number.
         """
         inputs = dict(batch)
+        tokens, logprobs = inputs.pop("teacher_tokens", None), inputs.pop("teacher_logprobs", None)
         labels, queries = inputs.pop("labels"), inputs.pop("queries")
         columns = label_columns(labels)  # [R]
         targets = labels[:, columns + 1]  # [B, R]
@@ -86,8 +93,25 @@ class Objective:
         loss, kl = ce + nothing, torch.zeros_like(ce)
         if wanted is not None:
             kl = distillation(logits, wanted, self.temperature)
-            loss = loss + self.weight * kl
+        elif self.weight > 0 and tokens is not None:
+            kl = distillation_from(logits, tokens, logprobs, self.temperature)
+        loss = loss + self.weight * kl
         return loss / count, {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+
+    def at(self, moment: float) -> None:
+        """Tell where in the run (0 to 1) the forwards to come are."""
+        if self.narrowing is not None:
+            self.attachment.policy = self.narrowing(moment)
+
+    @torch.no_grad()
+    def answers(self, batch: dict[str, Any]) -> Tensor:
+        """The teacher's logits where labels are, sample by sample, float32 `[N, V]`."""
+        inputs = dict(batch)
+        labels, queries = inputs.pop("labels"), inputs.pop("queries")
+        columns = label_columns(labels)  # [R]
+        inputs.update(logits_to_keep=columns, use_cache=False)
+        with self.attachment.queries(queries, answers=labels != IGNORE):
+            return self.teach(inputs, labels[:, columns + 1] != IGNORE)
 
     @torch.no_grad()
     def teach(self, inputs: dict[str, Any], learnt: Tensor) -> Tensor:
@@ -116,10 +140,13 @@ class Objective:
         return self.blank is not None and not any(name in inputs for name in given)
 
     def encode(self, inputs: Mapping[str, Any]) -> Any:
-        model: Any = self.model.get_base_model()
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         encoder = model.base_model.get_image_features
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
-        return encoder(**{name: inputs[name] for name in names}, return_dict=True)
+        given = {name: inputs[name] for name in names}
+        if isinstance(self.model, FSDPModule):  # the outermost module gathers the weights
+            encoder = getattr(self.model, "get_image_features")  # noqa: B009: PEFT passes it through
+        return encoder(**given, return_dict=True)
 
     def encode_blank(self, device: torch.device) -> Tensor:
         """Zero, by way of the vision tower and the projector."""
@@ -143,6 +170,26 @@ def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(wanted / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
+
+
+def distillation_from(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
+    """`distillation` where the teacher is known at its likeliest tokens: the rest of the vocabulary counts as one.
+
+    With the whole vocabulary it is `distillation`; with less it is a lower bound of it.
+
+    Args:
+        logits: of the student, `[N, V]`.
+        tokens: int64 `[N, k]`; logprobs: of the teacher at them, at this temperature, `[N, k]`.
+    """
+    student = F.log_softmax(logits / temperature, dim=-1)  # [N, V]
+    at = student.gather(1, tokens)  # [N, k]
+    terms = logprobs.exp() * (logprobs - at)
+    kl = terms.masked_fill(logprobs == float("-inf"), 0).sum()
+    if tokens.shape[1] < logits.shape[1]:
+        others = student.scatter(1, tokens, float("-inf")).logsumexp(-1)  # [N]
+        rest = 1 - logprobs.exp().sum(-1)  # [N]
+        kl = kl + torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0).sum()
+    return temperature**2 * kl
 
 
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:

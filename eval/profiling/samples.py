@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import Bad
 from latefusion.models.vision import vision_token_ids
 from latefusion.training.objective import label_columns
 
@@ -145,7 +146,7 @@ def distinct_images(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, An
     seen: set[Any] = set()
     for i in range(len(rows)):
         row = rows[i]
-        if not row["images"] or ("scene" in row and row["scene"] in seen):
+        if isinstance(row, Bad) or not row["images"] or ("scene" in row and row["scene"] in seen):
             continue
         seen.add(row.get("scene"))
         found.append({**row, "messages": first_exchange(row["messages"])})

@@ -143,7 +143,8 @@ def prefill_against(results: dict[str, Any], sweep: str) -> str:
         found = [point["systems"][keys[i]]["prefill"] for point in points]
         at = [(x(n), y(1000 * f["median"] / share[n])) for n, f in enumerate(found)]
         number = i % svg.SERIES
-        body += f'<path class="line c{number}" stroke-dasharray="{svg.DASHES[number]}" d="{svg.path(at)}"/>'
+        dash = "" if keys[i] == results["roles"]["candidate"] else svg.DASHES[number]
+        body += f'<path class="line c{number}" stroke-dasharray="{dash}" d="{svg.path(at)}"/>'
         for n, f in enumerate(found):
             low, high = (y(1000 * f[q] / share[n]) for q in ("q25", "q75"))
             hint = f"{system['name']}, {points[n][key]} {label}: {1000 * f['median'] / share[n]:.3g} ms"

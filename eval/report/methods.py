@@ -34,7 +34,7 @@ COLUMNS = (
     Column("FLOPs", "of the decoder's prefill; ratio to dense", -1),
     Column("vision tokens", "a layer; ratio to dense", -1),
     Column("vision-only MACs", "the literature's 4nd²+2n²d+3ndm; ratio to dense", -1),
-    Column("vision attention", "query-key pairs with a vision token; ratio to dense", -1),
+    Column("vision attention", "causal query-key pairs with a vision token; ratio to dense", -1),
     Column("first token", "milliseconds, batch 1; ratio to dense", -1),
     Column("per token", "milliseconds a further token, batch 1; ratio to dense", -1),
     Column("KV cache", "bytes after the prefill; ratio to dense", -1),

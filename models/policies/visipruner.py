@@ -165,12 +165,19 @@ class VisiPrunerDecision:
 
     @torch.no_grad()
     def _look(self, layer: int, call: AttentionCall) -> None:
+        self._pending = _Findings(layer, *self.judge(layer, *effect_on_queries(call, self.prompt)))
+
+    def judge(self, layer: int, cosine: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer's removal effects (float32 `[B, T]` each) say.
+
+        Returns:
+            The critical tokens, bool `[B, T]`; per sample, bool `[B]`: whether the layer fuses, and whether it
+            uses tokens that were kept.
+        """
         policy = self.policy
-        cosine, norm = effect_on_queries(call, self.prompt)
         critical = (norm > policy.tokens_threshold) & self.prunable
-        fuses = ((cosine < policy.layer_threshold) & self.prunable).any(1)  # [B]
-        used = ((cosine < policy.exit_threshold) & self.kept).any(1)  # [B]
-        self._pending = _Findings(layer, critical, fuses, used)
+        fuses = ((cosine < policy.layer_threshold) & self.prunable).any(1)
+        return critical, fuses, ((cosine < policy.exit_threshold) & self.kept).any(1)
 
     def fuse(self, layer: int, critical: Tensor) -> None:
         """As if `layer` had just been found to fuse all samples, these tokens (bool `[B, T]`) being critical."""

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from latefusion.data.collate import Collator
 from latefusion.data.guard import skipped
-from latefusion.models.build import Student, save_student
+from latefusion.models.build import Student, load_entry, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.cost import sample_flops
@@ -82,7 +83,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         run_name=config.name,
         disable_tqdm=True,  # `Monitor` shows the progress
         deepspeed=config.engine.deepspeed,
-        fsdp=bool(config.engine.fsdp),
+        fsdp=bool(config.engine.fsdp),  # type: ignore[arg-type]
         fsdp_config=config.engine.fsdp,
     )
     if config.engine.deepspeed and cpu:
@@ -114,6 +115,9 @@ def fit(
         Preempted: a signal stopped the run, after a checkpoint.
         NonFinite, CannotSave: in one sentence.
     """
+    if config.engine.fsdp:  # the class names that a Llava gives would be looked for in vain
+        layer = student.model.get_base_model().get_decoder().layers[0]
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = type(layer).__name__
     trainer = StudentTrainer(
         config=config,
         model=student.model,
@@ -140,7 +144,8 @@ class StudentTrainer(Trainer):
     def __init__(self, *, config: Config, student: Student, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
         args, train = self.args, config.train
-        self.config, self.student, self.objective = config, student, objective
+        self.config, self.student = config, student
+        self.objective: Objective = objective
         self.order = order_of(train, self.train_dataset, args.world_size)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
@@ -155,7 +160,10 @@ class StudentTrainer(Trainer):
             world=args.world_size,
             micro=train.batch_size,
             skip=train.on_nonfinite is NonFiniteStep.skip,
-            student=student if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) else None,
+            student=student
+            if isinstance(student.model, PeftModel)
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            else None,
         )
         self.remove_callback(PrinterCallback)  # `Monitor` prints
         self.life = Life(self)
@@ -169,6 +177,7 @@ class StudentTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert num_items_in_batch is not None
+        self.objective.at(self.state.global_step / self.args.max_steps)
         loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)
         terms["read"] = (inputs["input_ids"] != self.pad).sum()
@@ -191,6 +200,7 @@ class StudentTrainer(Trainer):
             total = self.accelerator.reduce(torch.stack([value.float() for value in self.terms.values()]))
             sums = dict(zip(self.terms, total.tolist(), strict=True))
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+            assert self.life.monitor is not None
             logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
             self.terms = {}
             if left_out := skipped(self.args.output_dir):
@@ -198,11 +208,11 @@ class StudentTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return self.args.output_dir if self.staging is None else str(self.staging)
+        return self.config.output_dir if self.staging is None else str(self.staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         with writing(
-            self.args.output_dir,
+            self.config.output_dir,
             self.state.global_step,
             samples=self.order.size,
             keep=self.config.train.keep_checkpoints,
@@ -221,6 +231,11 @@ class StudentTrainer(Trainer):
                     f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
                 )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not isinstance(self.student.model, PeftModel):
+            load_entry(self.student.model, resume_from_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             save_student(self.student, output_dir or self.args.output_dir, state_dict)
@@ -232,11 +247,14 @@ class Life(TrainerCallback):
     def __init__(self, trainer: StudentTrainer):
         self.trainer = trainer
         self.signals = Signals()
+        self.monitor: Monitor | None = None
         self.preempted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer, student = self.trainer, self.trainer.student
         check_strategy(trainer)
+        if trainer.is_fsdp_enabled:  # the objective encodes images outside the student's forward
+            register_fsdp_forward_method(student.model, "get_image_features")
         self.monitor = Monitor(
             args.output_dir,
             name=trainer.config.name,
@@ -253,11 +271,13 @@ class Life(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = self.trainer.order.epoch(state.global_step)
+        assert self.monitor is not None
         self.monitor.step(state.global_step)
         if self.signals.stop(args.device) and state.global_step < state.max_steps:
             self.preempted = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert self.monitor is not None
         self.monitor.log(state.global_step, logs)
 
     def __enter__(self) -> Life:
@@ -265,7 +285,8 @@ class Life(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.signals.close()
-        self.monitor.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
 
 def check_strategy(trainer: StudentTrainer) -> None:

@@ -207,7 +207,8 @@ class Steps(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.order.steps):
-            yield sum(self.order.share(step, self.rank, self.world, self.micro), [])
+            share = self.order.share(step, self.rank, self.world, self.micro)
+            yield [index for batch in share for index in batch]
 
 
 class StudentModule(pl.LightningModule):
@@ -245,6 +246,7 @@ class StudentModule(pl.LightningModule):
         train, step, strategy = self.config.train, self.global_step, self.trainer.strategy
         torch.manual_seed(hash((train.seed, step, self.global_rank)) % 2**63)
         self.watch.begin()
+        self.objective.at(step / train.steps)
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum()
         count = strategy.reduce(count, reduce_op="sum")
         optimizer.zero_grad()

@@ -1,0 +1,34 @@
+"""The benchmark of training steps: which recipes it compares, and one small run of it."""
+
+import json
+import sys
+
+from latefusion.eval import bench_training
+from latefusion.models.schedule import VisionSchedule
+
+
+def test_recipes_are_compared_on_the_schedules_they_give_the_published_model():
+    published = bench_training.recipes(32, 576)
+    assert next(iter(published)) == "dense"
+    assert published["late_fusion"] == VisionSchedule(enter=8, exit=24)
+    keep = {10: 215, 14: 10, 16: 5, 18: 1}
+    assert published["late_fusion_pyramid"] == VisionSchedule(enter=8, exit=24, keep=keep)
+    half = bench_training.recipes(16, 288)["late_fusion_pyramid"]
+    assert half == VisionSchedule(enter=4, exit=12, keep={5: 108, 7: 5, 8: 2, 9: 1})
+    assert len({json.dumps(s.to_dict()) for s in published.values()}) == len(published)
+
+
+def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+    sizes = "--layers 8 --hidden 64 --vision 32 --text 16 --rounds 2 --threads 1 --clock cpu"
+    monkeypatch.setattr(sys, "argv", ["x", *sizes.split(), "--json", str(tmp_path / "found.json")])
+    bench_training.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["recipe"]: row for row in found["steps"]}
+    assert rows["dense"]["speedup"] == rows["dense"]["peak_ratio"] == rows["dense"]["predicted_speedup"] == 1
+    for name in ("late_fusion", "late_fusion_pyramid"):
+        assert rows[name]["predicted_speedup"] > 1.3 and 0.2 < rows[name]["peak_ratio"] < 0.9
+    assert [(r["recipe"], r["teacher"]) for r in found["teachers"]] == [
+        (name, teacher) for name in ("dense", "late_fusion_pyramid") for teacher in ("online", "offline")
+    ]
+    assert found["teachers"][0]["predicted_ratio"] == 1.5 and found["teachers"][1]["predicted_ratio"] == 1
+    assert "late_fusion_pyramid" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""Every shipped model configuration trains, through the real entry point, on a shrunk random model of its family."""
+
+import pytest
+import torch
+from families import CONFIGS, build_from
+from omegaconf import OmegaConf
+from PIL import Image
+from processors import PROCESSORS, STOP, processor, vision_id
+from test_sources import IMG, turn, written
+from tiny import composed
+
+from latefusion.models import build
+from latefusion.models.build import load_student
+from latefusion.training import run
+from latefusion.training.config import RECIPES
+
+FAMILY = {
+    "llava_1_5_7b": "llava",
+    "llava_next_mistral_7b": "llava_next",
+    "llava_onevision_qwen2_7b": "llava_onevision",
+    "qwen2_5_vl_3b": "qwen2_5_vl",
+    "qwen3_vl_4b": "qwen3_vl",
+    "internvl3_2b": "internvl",
+    "smolvlm_2b": "smolvlm",
+    "gemma3_4b": "gemma3",
+    "embedded": "embedded",
+    "llava_1_5_13b": "llava",
+    "qwen2_5_vl_7b": "qwen2_5_vl",
+    "internvl3_8b": "internvl",
+}
+SECOND = ("llava_1_5_13b", "qwen2_5_vl_7b", "internvl3_8b")  # other sizes of a family
+LAYERS = {"smolvlm_2b": 24, "gemma3_4b": 34, "llava_1_5_13b": 40, "embedded": 14}
+LAYERS |= dict.fromkeys(("qwen2_5_vl_3b", "qwen3_vl_4b"), 36)
+LAYERS |= dict.fromkeys(("llava_1_5_7b", "llava_next_mistral_7b"), 32)
+LAYERS |= dict.fromkeys(("llava_onevision_qwen2_7b", "qwen2_5_vl_7b", "internvl3_2b", "internvl3_8b"), 28)
+
+
+def test_every_configuration_has_a_family_here():
+    assert set(FAMILY) == {path.stem for path in (RECIPES / "model").glob("*.yaml")} == set(LAYERS)
+    assert set(FAMILY.values()) == set(PROCESSORS)
+
+
+def shrunk(family: str, layers: int) -> torch.nn.Module:
+    """A random model with so many layers, in the words of the family's tiny processor."""
+    config = CONFIGS["llava" if family == "embedded" else family]()
+    text, words = config.get_text_config(), processor(family).tokenizer
+    text.num_hidden_layers = layers
+    if family == "gemma3":
+        text.layer_types = ["sliding_attention", "full_attention"] * (layers // 2)
+    elif getattr(text, "layer_types", None):
+        text.layer_types = ["full_attention"] * layers
+    if family == "internvl":
+        config.downsample_ratio = 1.0  # 4 vision tokens a tile
+    config.image_token_id = vision_id(family)
+    if family in ("llava_next", "llava_onevision"):
+        config.image_grid_pinpoints = processor(family).image_processor.image_grid_pinpoints
+    model = build_from(config)
+    model.generation_config.eos_token_id = words.convert_tokens_to_ids(STOP[family])
+    model.generation_config.suppress_tokens = None
+    return model
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What `load_base` finds: a family's shrunk model; a folder gives no processor without torchvision."""
+
+    def put(family: str, layers: int) -> str:
+        shrunk(family, layers).save_pretrained(tmp_path / "base")
+        monkeypatch.setattr(
+            build.AutoProcessor, "from_pretrained", lambda path, **settings: processor(family)
+        )
+        monkeypatch.setattr(processor(family), "save_pretrained", lambda folder: None, raising=False)
+        return str(tmp_path / "base")
+
+    return put
+
+
+def conversations(folder) -> str:
+    for name, size in (("a.png", (40, 30)), ("b.png", (30, 50))):
+        Image.new("RGB", size, (200, 0, 0)).save(folder / name)
+    answer = turn("assistant", "red.")
+    return written(
+        folder,
+        {"messages": [turn("user", IMG, "what color?"), answer], "images": ["a.png"]},
+        {
+            "messages": [turn("user", IMG, "how many?", IMG), turn("assistant", "2")],
+            "images": ["a.png", "b.png"],
+        },
+        {"messages": [turn("user", "is it red?"), turn("assistant", "yes")]},
+        {
+            "messages": [turn("user", IMG, "what color?"), answer, turn("user", "red?"), answer],
+            "images": ["b.png"],
+        },
+        name="chat.jsonl",
+    )
+
+
+QUICK = (
+    *("train.dtype=float32", "train.threads=1", "train.steps=1", "train.batch_size=4", "train.save_every=9"),
+    *("lora.r=2", "lora.targets=[q_proj,v_proj]", "entry.rank=2", "train.trackers=[]", "entry.init=identity"),
+)
+
+
+def trained(model: str, base: str, folder, *overrides: str):
+    settings = OmegaConf.create({"model": {"path": base, "processor": {}}})
+    cfg = composed(f"model={model}", "data=dataset", f"data.path={conversations(folder)}", *QUICK, *overrides)
+    cfg = OmegaConf.merge(cfg, settings, {"output_dir": str(folder / "out")})
+    run.run(cfg)
+    return load_student(folder / "out", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=pytest.mark.slow) if m in SECOND else m for m in FAMILY]
+)
+def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, model, capsys):
+    """Several images, one and none in a batch; the projector and the blank image for batches without one."""
+    layers = LAYERS[model]
+    base = hub(FAMILY[model], layers)
+    student = trained(model, base, tmp_path, "recipe=late_fusion_pyramid", "lora.train_projector=true")
+    wanted = composed(f"model={model}", "recipe=late_fusion_pyramid").schedule
+    assert student.schedule.enter == wanted.enter > 0 and student.schedule.exit == wanted.exit < layers
+    printed = capsys.readouterr().out
+    assert f"vision tokens by layer: 0-{wanted.enter - 1}: 0, {wanted.enter}-" in printed
+    assert "estimate: " in printed
+    saved = student.model.peft_config["default"].modules_to_save
+    assert len(saved) == 2 and all(
+        any(name.endswith(f"{module}.modules_to_save.default") for name, _ in student.model.named_modules())
+        for module in saved
+    )

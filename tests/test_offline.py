@@ -1,0 +1,165 @@
+"""Distillation without a teacher in the loop: the same loss, and a cache that knows when it is out of date."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import BAND, SMALL, composed, save_tiny_base, tiny_student
+
+from latefusion.training import run
+from latefusion.training.objective import distillation, distillation_from
+from latefusion.training.offline import Taught, expected
+from latefusion.training.teaching import teach
+
+VOCABULARY = 10_000  # more than there are tokens: all of them
+QUICK = (
+    *(
+        "train.dtype=float32",
+        "train.threads=1",
+        "train.log_every=1",
+        "train.learning_rate=1e-2",
+        "train.steps=2",
+    ),
+    *("train.batch_size=4", "data.scenes=3", "eval.enabled=false", "model.visipruner.boundary=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def options(base, cache, *overrides):
+    where = (f"model.path={base}", f"kl.cache={cache}", f"kl.top_k={VOCABULARY}")
+    return composed(*QUICK, *SMALL, *BAND, *where, *overrides)
+
+
+@pytest.fixture(scope="module")
+def cache(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    teach(options(base, folder))
+    return folder
+
+
+def logged(output):
+    entries = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [[e[name] for name in ("loss", "ce", "kl", "grad_norm")] for e in entries if "loss" in e]
+
+
+def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys):
+    for name, value in (("offline", cache), ("online", "null")):
+        run.run(options(base, value, f"output_dir={tmp_path / name}"))
+    online, offline = logged(tmp_path / "online"), logged(tmp_path / "offline")
+    assert len(online) == 2 and all(kl > 0.01 for _, _, kl, _ in online)
+    for a, b in zip(online, offline, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert "teacher visipruner (offline)" in capsys.readouterr().out
+
+
+def test_no_teacher_runs(base, cache):
+    config, student = tiny_student(f"kl.cache={cache}")
+    assert run.objective_of(config, student).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "kl.temperature=2",
+            r"were written with temperature=1\.0, but this run has 2\.0; write it with python",
+        ),
+        (
+            "model.visipruner.tokens_threshold=0.3",
+            r"written with teacher=VisiPruner\(.*but this run has VisiPruner\(",
+        ),
+        ("teacher=dense", r"written with teacher=VisiPruner\(.*but this run has VisionSchedule\("),
+        ("kl.top_k=5", r"written with k=\d+, but this run has 5"),
+        ("data.isolate=false", r"written with isolate=True, but this run has False"),
+        (
+            "data.scenes=4",
+            r"sample train-\S+: the teacher's answers in .* were written without it; write it with",
+        ),
+        (
+            "data.turns=2",
+            r"sample train-\S+: the teacher's answers in .* for another prompt, tokenizer or image;",
+        ),
+    ],
+)
+def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, said):
+    with pytest.raises(SystemExit, match=rf"^error: .*{said}"):
+        run.run(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_changed_chat_template_is_noticed(base, cache):
+    config, student = run.read(options(base, cache, "output_dir=x")), None
+    student = run.student_of(config)
+    told = expected(config, student, run.teacher(config))
+    Taught(run.collator_of(student), str(cache), told)
+    student.processor.chat_template += " "
+    with pytest.raises(ValueError, match="were written with tokenizer="):
+        Taught(run.collator_of(student), str(cache), expected(config, student, run.teacher(config)))
+
+
+def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"no teacher's answers in kl.cache=.*; write it with python training/teach.py"
+    ):
+        run.run(options(base, tmp_path / "none", f"output_dir={tmp_path}"))
+    (tmp_path / "teacher.json").write_text(
+        (cache / "teacher.json").read_text().replace('"files": 1', '"files": 2')
+    )
+    with pytest.raises(SystemExit, match=r"0 of 2 files are in kl.cache="):
+        run.run(options(base, tmp_path, f"output_dir={tmp_path}"))
+
+
+def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        teach(options(base, tmp_path))
+    monkeypatch.undo()
+    config = run.read(options(base, cache, "output_dir=x"))
+    student = run.student_of(config)
+    told = expected(config, student, run.teacher(config))
+    isolated = run.collator_of(student, config)
+    whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
+    assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
+    rows = run.samples(config.data)
+    samples = [rows[i] for i in (3, 0)]
+    a, b = whole(samples), shared(samples)
+    assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])
+    assert torch.allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-4)
+
+
+def logits(seed, n=6, vocabulary=11):
+    return torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_what_is_not_kept_counts_as_one_token(k, temperature):
+    """Against plain sums in numpy; with the whole vocabulary it is the usual distillation."""
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    logprobs, tokens = (teacher / temperature).log_softmax(-1).topk(k)
+    found = distillation_from(student, tokens, logprobs, temperature)
+    total = 0.0
+    for s, t in zip(student.detach().numpy() / temperature, teacher.numpy() / temperature, strict=True):
+        q, p = np.exp(s) / np.exp(s).sum(), np.exp(t) / np.exp(t).sum()
+        kept = np.argsort(-p)[:k]
+        total += sum(p[i] * np.log(p[i] / q[i]) for i in kept)
+        rest = [i for i in range(len(p)) if i not in kept]
+        if rest:
+            total += p[rest].sum() * np.log(p[rest].sum() / q[rest].sum())
+    assert found.item() == pytest.approx(temperature**2 * total, rel=1e-9)
+    whole = distillation(student, teacher, temperature)
+    assert found.item() <= whole.item() + 1e-9
+    if k == 11:
+        (a,), (b,) = (torch.autograd.grad(loss, student) for loss in (found, whole))
+        assert torch.allclose(a, b)
+    assert (
+        torch.autograd.grad(distillation_from(student, tokens, logprobs, temperature), student)[0]
+        .isfinite()
+        .all()
+    )
