@@ -157,6 +157,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
 
 
+@pytest.mark.slow
 def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
     small += [
@@ -190,6 +191,8 @@ def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None
     bias = torch.randn(4, 32, generator=generator)
 
     def shift(layer, args, output):
+        if output.shape[:2] != vision.shape:  # late entry: text alone is computed here
+            return output
         rows = state[vision].unflatten(0, (-1, 4))
         moved = output.clone()
         moved[vision] = (rows @ weight + bias).flatten(0, 1)
@@ -202,10 +205,12 @@ def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None
     state = torch.empty(0)
     layer = model.get_decoder().layers[0]
     handles = [layer.register_forward_pre_hook(look), layer.register_forward_hook(shift)]
-    with attach(model, VisionSchedule()) as attachment:
-        found = fit_entry(attachment, [(inputs, vision)], 1)
-    for handle in handles:
-        handle.remove()
+    try:
+        with attach(model, VisionSchedule()) as attachment:
+            found = fit_entry(attachment, [(inputs, vision)], 1)
+    finally:
+        for handle in handles:
+            handle.remove()
     assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
     mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
     torch.testing.assert_close(
@@ -309,7 +314,7 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
 
 
 def test_a_model_without_images_is_refused(tmp_path) -> None:
-    LlamaConfig(hidden_size=8, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
     own, config = command.parsed([f"model={tmp_path}", "samples=2"])
     with pytest.raises(ValueError, match="no model that reads images") as error:
         command.run(own, config)

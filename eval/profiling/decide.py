@@ -69,7 +69,7 @@ def choose_band(
     within = [band for band, value in kl.items() if value <= bound]
     if not within:
         return min(kl, key=lambda band: (kl[band], band))
-    return min(within, key=lambda band: (flops(band_schedule(*band, layers)), kl[band], band))
+    return min(within, key=lambda band: (flops(band_schedule(band[0], band[1], layers)), kl[band], band))
 
 
 def band_schedule(

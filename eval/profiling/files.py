@@ -91,14 +91,14 @@ def tables(folder: Path, found: dict[str, Any]) -> None:
     for row in found["lenses"]["layers"]:
         by_layer[row["layer"]]["logit_lens_settled"] = row["settled"]
     _csv(folder / "layers.csv", by_layer)
-    front = [p["schedule"] for p in found["front"]]
+    front = [(p["schedule"], p["calibrated"]) for p in found["front"]]
     _csv(
         folder / "schedules.csv",
         [
             {
                 **p["schedule"],
                 **{k: v for k, v in p.items() if k != "schedule"},
-                "front": p["schedule"] in front,
+                "front": (p["schedule"], p["calibrated"]) in front,
             }
             for p in found["points"]
         ],
