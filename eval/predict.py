@@ -138,7 +138,7 @@ def encode_images(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     encoder = inner.base_model.get_image_features
     wanted = [name for name in inspect.signature(encoder).parameters if name in inputs]
     features = encoder(**{name: inputs[name] for name in wanted}, return_dict=True)
-    rest = {name: value for name, value in inputs.items() if name not in wanted}
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}  # M-RoPE needs the grids
     return {**rest, "mm_encoder_outputs": {"image": features}}
 
 

@@ -263,7 +263,8 @@ def start_from(student: Student, folder: str | Path) -> None:
         )
     if not isinstance(student.model, PeftModel):
         raise ValueError("init=FOLDER needs adapters to put the weights in; use tune=lora or tune=align.")
-    mine = set(student.model.peft_config["default"].modules_to_save or ())
+    trained: Any = student.model.peft_config["default"]
+    mine = set(trained.modules_to_save or ())
     earlier = vars(PeftConfig.from_pretrained(str(path)))
     for name in earlier["modules_to_save"] or ():
         if name not in mine:
@@ -272,7 +273,7 @@ def start_from(student: Student, folder: str | Path) -> None:
                 f"{'entry.kind and schedule.enter' if name == ENTRY else 'lora.train_projector=true'} as there."
             )
     try:
-        found = set_peft_model_state_dict(student.model, load_file(path / ADAPTER_WEIGHTS))
+        found: Any = set_peft_model_state_dict(student.model, load_file(path / ADAPTER_WEIGHTS))
         unknown = found.unexpected_keys
     except RuntimeError as error:
         raise ValueError(

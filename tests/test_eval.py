@@ -105,6 +105,20 @@ def test_kv_bytes_equal_the_count_by_hand(run, naive, questions, key):
     assert run[1]["systems"][key]["kv_bytes"]["mean"] == wanted
 
 
+def test_encoded_images_leave_what_positions_are_made_of():
+    """Qwen's M-RoPE reads the grids of images that are encoded already."""
+
+    class Tower:
+        def get_image_features(self, pixel_values, image_grid_thw=None, **options):
+            return pixel_values + image_grid_thw.sum()
+
+    model = SimpleNamespace(base_model=Tower())
+    inputs = {"input_ids": 1, "pixel_values": torch.ones(2), "image_grid_thw": torch.ones(1, 3)}
+    encoded = encode_images(model, inputs)
+    assert sorted(encoded) == ["image_grid_thw", "input_ids", "mm_encoder_outputs"]
+    assert encoded["mm_encoder_outputs"]["image"].tolist() == [4, 4]
+
+
 def test_a_view_in_the_cache_costs_what_it_keeps_alive():
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)

@@ -314,7 +314,9 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
 
 
 def test_a_model_without_images_is_refused(tmp_path) -> None:
-    LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
+        tmp_path
+    )
     own, config = command.parsed([f"model={tmp_path}", "samples=2"])
     with pytest.raises(ValueError, match="no model that reads images") as error:
         command.run(own, config)

@@ -171,7 +171,7 @@ def spread(rows: Any, own: Arguments, more: int = 0) -> list[dict[str, Any]]:
     scene = plain["scene"] if "scene" in plain.column_names else None
     if scene is not None:
         times: dict[Any, int] = {}
-        rounds = []
+        rounds: list[tuple[int, int, int]] = []
         for i in order:
             times[scene[i]] = times.get(scene[i], -1) + 1
             rounds.append((times[scene[i]], len(rounds), i))

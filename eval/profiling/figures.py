@@ -26,7 +26,7 @@ VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", SHADE: "--shade",
     BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", PINK: "--pink", GREY: "--grey", "#ffffff": "--page",
 }  # fmt: skip
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "latefusion",
     "font.family": "DejaVu Sans",
@@ -137,11 +137,15 @@ def stages(found: dict[str, Any]) -> Figure:
     for row in axes[:, 0]:
         _shade(row, found)
     a, b, layers = _edges(found)
-    for x, text in (((0 + a) / 2, "shallow"), ((a + b) / 2, "middle: fuses"), ((b + layers) / 2, "deep")):
+    for middle, text in (
+        ((0 + a) / 2, "shallow"),
+        ((a + b) / 2, "middle: fuses"),
+        ((b + layers) / 2, "deep"),
+    ):
         if text == "middle: fuses" or (a if text == "shallow" else layers - b) >= 2:
             top.annotate(
                 text,
-                (x, 1),
+                (middle, 1),
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 va="bottom",

@@ -154,9 +154,9 @@ def _masked(image: Image.Image, tokens: Sequence[int], side: int) -> Image.Image
     step = SIDE / side
     for token in tokens:
         row, column = divmod(token, side)
-        box = tuple(round(v * step) for v in (column, row, column + 1, row + 1))
-        shown.paste(base.crop(box), box[:2])
-        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=figures.ORANGE)
+        left, top, right, bottom = (round(v * step) for v in (column, row, column + 1, row + 1))
+        shown.paste(base.crop((left, top, right, bottom)), (left, top))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=figures.ORANGE)
     return shown
 
 
