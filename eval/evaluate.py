@@ -269,11 +269,13 @@ def processes_here() -> Processes:
         from latefusion.eval.ledger import Processes
 
         return Processes()
+    import torch
     from accelerate import PartialState
 
     from latefusion.eval.ledger import Processes
 
-    state = PartialState(timeout=timedelta(hours=12))  # the fast wait for the slow
+    # The fast wait for the slow
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     return Processes(rank=state.process_index, count=state.num_processes, wait=state.wait_for_everyone)
 
 
