@@ -16,7 +16,7 @@ from datasets import Dataset
 from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
 from safetensors.torch import load_file, save_file
-from tiny import composed, save_tiny_base, tiny_base
+from tiny import composed, save_tiny_base, shake, tiny_base
 from transformers import LlamaConfig
 
 from latefusion.data.scenes import load_scenes
@@ -267,6 +267,7 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
     assert not any(
         "start" in name for name, weight in student.model.named_parameters() if weight.requires_grad
     )
+    shake(student, 0.1)
     row = load_scenes("test", 1)[0]
     inputs = processor(
         text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt"
