@@ -112,20 +112,22 @@ def check_world(found: int) -> None:
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 as a request to stop after the running step, agreed on by all processes."""
+    """SIGTERM and SIGUSR1 as a request to stop after the running step, agreed on by all processes.
+
+    `close` gives back the handlers that were there when this was made, also where an engine put its own in between.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def listen(self) -> None:
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._ask)
+            signal.signal(number, self._ask)
 
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
