@@ -237,5 +237,6 @@ def _around(value: float, draws: NDArray, n: int, clusters: int) -> Estimate:
 
 
 def _ends(draws: NDArray) -> tuple[float, float]:
-    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # between two infinite ratios: not a number, which is what it is
+        low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
