@@ -120,3 +120,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(base, whole, tmp
     launcher, *options = KINDS[kind]
     launch(launcher, base, tmp_path, *RUN, *options, "resume=true")
     assert_same_weights(tmp_path, whole(kind))
+
+
+@pytest.mark.parametrize("kind", ["alone", "lightning"])
+def test_a_run_goes_on_from_any_of_its_checkpoints(base, whole, tmp_path, kind):
+    launcher, *options = KINDS[kind]
+    options += ["train.save_every=2", f"train.keep_checkpoints={STEPS}"]
+    launch(launcher, base, tmp_path, *RUN, *options)
+    for step in (8, 4, 2):  # after, before and far from half of the run
+        launch(launcher, base, tmp_path, *RUN, *options, f"resume={step}")
+        assert_same_weights(tmp_path, whole(kind))

@@ -196,14 +196,18 @@ class Life(Callback):
 
 
 class Steps(Sampler[list[int]]):
-    """This process's sample indices for each step from `first` on."""
+    """This process's sample indices for each step from `first` on.
+
+    Its length is that of the whole run, which is one epoch to Lightning: a resumed loop counts the batches before
+    `first` as taken.
+    """
 
     def __init__(self, order: Order, *, first: int, rank: int, world: int, micro: int):
         self.order, self.first = order, first
         self.rank, self.world, self.micro = rank, world, micro
 
     def __len__(self) -> int:
-        return self.order.steps - self.first
+        return self.order.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.order.steps):
