@@ -50,9 +50,10 @@ def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account
         n_text, n_vision = record.tokens[0] - record.vision[0], record.n_vision
         every = [n_vision] * len(record.tokens)
         row = (
-            decoder_flops(config, record.tokens),
+            decoder_flops(config, record.tokens, record.frozen),
             decoder_flops(config, [n_text + n for n in every]),
-            vision_pairs(n_text, record.vision),
+            vision_pairs(n_text, [n - f for n, f in zip(record.vision, record.frozen, strict=True)])
+            + sum(record.reads),
             vision_pairs(n_text, every),
             sum(record.vision),
             sum(every),

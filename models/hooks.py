@@ -18,8 +18,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from latefusion.models.cache import check_cache, is_scheduled
 from latefusion.models.entry import entry_of
 from latefusion.models.executor import Forward
+from latefusion.models.frozen import ReadingLayer
 from latefusion.models.masks import attention_window
 from latefusion.models.policies.base import Policy, Prompt
+from latefusion.models.positions import RotaryCall
 from latefusion.models.probe import Probe
 from latefusion.models.trace import PrefillTrace, TextTrace
 from latefusion.models.vision import VisionMask, find_vision, given_vision
@@ -56,13 +58,14 @@ class Hooks:
         self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T]
         self._forward: Forward | None = None
         self._probe: Probe | None = None
+        self._reading: list[ReadingLayer] = []  # once a policy freezes
         self._handles = list(self._install())
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        for handle in self._handles:
+        for handle in [*self._handles, *(handle for layer in self._reading for handle in layer.handles)]:
             handle.remove()
-        self._handles = []
+        self._handles, self._reading = [], []
 
     def _install(self) -> Iterator[RemovableHandle]:
         decoder = self.decoder
@@ -75,6 +78,10 @@ class Hooks:
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
                 yield layer.register_forward_hook(partial(self._after_layer, i))
+        if "rotary_emb" in decoder._modules:
+            yield decoder.get_submodule("rotary_emb").register_forward_hook(
+                self._after_rotary, with_kwargs=True
+            )
         yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
@@ -152,8 +159,17 @@ class Hooks:
             self._last = TextTrace(self._real(batch, length, tokens.device), len(self.layers))
         self._forward = forward
 
+    def _after_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._forward is not None:
+            self._forward.rotary.append(RotaryCall(module, _named(module, args, kwargs), output))
+
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return None if self._forward is None else self._forward.enter_layer(i, layer, args, kwargs)
+        if self._forward is None:
+            return None
+        changed = self._forward.enter_layer(i, layer, args, kwargs)
+        if self._forward.freezes and not self._reading:
+            self._reading = [ReadingLayer(layer, self.decoder.config) for layer in self.layers]
+        return changed
 
     def _after_layer(self, i: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return None if self._forward is None else self._forward.leave_layer(i, output)

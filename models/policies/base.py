@@ -40,11 +40,18 @@ class Prompt:
 class Selection:
     """The vision tokens that take part from a layer on: a bool mask `[B, T]` and its count per sample.
 
-    `counts=None` means that only the device knows them; the executor then asks once (a host sync).
+    Attributes:
+        counts: None means that only the device knows them; the executor then asks once (a host sync).
+        frozen: they are only read: their keys and values are computed, their states stay as they are. A token that
+            was never but frozen may leave and return.
+        reindexed: RoPE counts the tokens that take part, as if the others had never been there; else every token
+            keeps the position that the model gave it.
     """
 
     vision: Tensor
     counts: tuple[int, ...] | None = None
+    frozen: bool = False
+    reindexed: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ class Decision(Protocol):
         """The vision tokens seen from `layer` on, asked before each layer; None: as in the layer before.
 
         Before layer 0 all vision tokens take part. A selection may only bring back tokens that never took
-        part (late entry); a token that left does not return.
+        part (late entry) or were frozen; a token that was computed and left does not return. One that does is an
+        error: always on a CPU, elsewhere where the counts show it.
         """
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
