@@ -181,7 +181,14 @@ class Forward:
             raise ValueError(
                 "positions=reindexed needs a decoder that makes its RoPE with `rotary_emb`; use positions=original."
             )
-        return self.rotary[0].position_ids
+        position_ids = self.rotary[0].position_ids
+        assert self.prompt is not None
+        if len(position_ids) > 1 and self.prompt.piece:
+            raise ValueError(
+                "positions=reindexed cannot prefill an image in pieces where its tokens share positions (M-RoPE): "
+                "prefill the prompt at once, or use positions=original."
+            )
+        return position_ids
 
     def _entering(self, i: int, vision: Tensor, counts: Sequence[int]) -> Layout | None:
         """The tokens that take part for the first time, after layer 0; None if there are none."""

@@ -55,7 +55,7 @@ class Hooks:
         self._last: PrefillTrace | TextTrace | None = None
         # of the running forward; None between forwards
         self._vision: Tensor | None = None  # bool [B, T]
-        self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T]
+        self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns
         self._forward: Forward | None = None
         self._probe: Probe | None = None
         self._reading: list[ReadingLayer] = []  # once a policy freezes
@@ -94,8 +94,7 @@ class Hooks:
             self._vision = given_vision(self.vision_mask, arguments)
         else:
             self._vision = find_vision(self.multimodal, arguments)
-        mask = arguments.get("attention_mask")
-        self._padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._padding = padding_of(arguments.get("attention_mask"))
         if self._vision is not None:
             check_cache(arguments.get("past_key_values"))
 
@@ -120,7 +119,7 @@ class Hooks:
         tokens = arguments["input_ids"] if tokens is None else tokens
         batch, length = tokens.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        prompt = self._prompt(batch, length, tokens.device)
+        prompt = self._prompt(batch, length, past, tokens.device)
         window = attention_window(self.decoder.config)
         local = window is not None and past + length > window
         config = self.decoder.config
@@ -192,19 +191,21 @@ class Hooks:
 
     # ---------------------------------------------------------------- what a policy may know
 
-    def _prompt(self, batch: int, length: int, device: torch.device) -> Prompt | None:
+    def _prompt(self, batch: int, length: int, past: int, device: torch.device) -> Prompt | None:
         """The prompt of this forward, None if it brings no vision tokens. The only host sync of a prefill."""
         if self._vision is None:
             return None
         real = self._real(batch, length, device)
         vision = self._vision.to(device) & real
-        n_vision, n_real = torch.stack([vision.sum(1), real.sum(1)]).tolist()
+        last = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
+        queries = last if self._queries is None else self._queries
+        cut = torch.zeros_like(real[:, 0]) if self._queries is not None else vision.gather(1, last)[:, 0]
+        if past:
+            cut = cut | vision[:, 0]
+        n_vision, n_real, cuts = torch.stack([vision.sum(1), real.sum(1), cut]).tolist()
         if not any(n_vision):
             return None
-        queries = self._queries
-        if queries is None:
-            queries = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
-        elif queries.shape[0] != batch:
+        if queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         queries = queries.to(device)
         text = real & ~vision & (vision.cumsum(1) > 0)
@@ -219,13 +220,28 @@ class Hooks:
             n_vision=tuple(n_vision),
             n_real=tuple(n_real),
             num_layers=len(self.layers),
+            piece=any(cuts),
         )
 
     def _real(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Which tokens of this forward are no padding, bool `[B, T]`; all, under a 4-D mask of the user's."""
+        """Which tokens of this forward are no padding, bool `[B, T]`."""
         if self._padding is None:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
         return self._padding[:, -length:].to(device=device, dtype=torch.bool)
+
+
+def padding_of(mask: Any) -> Tensor | None:
+    """The 2-D attention mask that a forward is given, or that its 4-D one implies; None if it has neither.
+
+    Padding is what no token sees, itself included: under a 4-D mask `[B|1, H|1, T, L]` (bool or additive), the tokens
+    whose own cell is hidden.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    own = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
 def _checkpoints(layer: nn.Module) -> bool:

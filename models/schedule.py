@@ -112,6 +112,11 @@ class VisionSchedule:
                 )
 
     def begin(self, prompt: Prompt) -> _ScheduleDecision:
+        if self.keep and prompt.piece:
+            raise ValueError(
+                f"keep={self.keep} ranks vision tokens by the text that follows them, but this forward begins or ends "
+                "inside an image: prefill the prompt at once, or use a schedule without keep."
+            )
         return _ScheduleDecision(self, prompt)
 
     def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:

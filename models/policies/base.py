@@ -25,6 +25,7 @@ class Prompt:
             last query, in training without the answers.
         n_vision, n_real: the same masks counted per sample, on the host.
         num_layers: decoder layers.
+        piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
     """
 
     vision: Tensor
@@ -34,6 +35,7 @@ class Prompt:
     n_vision: tuple[int, ...]
     n_real: tuple[int, ...]
     num_layers: int
+    piece: bool = False
 
 
 @dataclass(frozen=True)
