@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.eval.bench_executor import build, interleaved, prompt, seconds
-from latefusion.eval.efficiency import peak_bytes
+from latefusion.eval.memory import peak_bytes
 from latefusion.models.build import Student, build_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import read
