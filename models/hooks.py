@@ -152,6 +152,7 @@ class Hooks:
                     watched={layer.self_attn: i for i, layer in enumerate(self.layers)},
                     decision=decision,
                     indices=forward.indices,
+                    plain=forward.plain,
                     replayed=torch.is_grad_enabled() and any(map(_checkpoints, self.layers)),
                 )
         elif past == 0:
@@ -192,19 +193,13 @@ class Hooks:
     # ---------------------------------------------------------------- what a policy may know
 
     def _prompt(self, batch: int, length: int, past: int, device: torch.device) -> Prompt | None:
-        """The prompt of this forward, None if it brings no vision tokens. The only host sync of a prefill."""
+        """The prompt of this forward, None if it brings no vision tokens. The only host sync, whatever the policy."""
         if self._vision is None:
             return None
         real = self._real(batch, length, device)
         vision = self._vision.to(device) & real
         last = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
         queries = last if self._queries is None else self._queries
-        cut = torch.zeros_like(real[:, 0]) if self._queries is not None else vision.gather(1, last)[:, 0]
-        if past:
-            cut = cut | vision[:, 0]
-        n_vision, n_real, cuts = torch.stack([vision.sum(1), real.sum(1), cut]).tolist()
-        if not any(n_vision):
-            return None
         if queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         queries = queries.to(device)
@@ -212,13 +207,25 @@ class Hooks:
         text &= torch.arange(length, device=device) <= queries.amax(1, keepdim=True)
         if self._answers is not None:
             text &= ~self._answers.to(device)
+        answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
+        tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
+        cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
+        if self._queries is None:
+            cut |= vision.gather(1, last)  # or ends there
+        numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail, cut)]).tolist()
+        n_vision, n_real, n_text, n_answer, tails, cuts = map(tuple, numbers)
+        if not any(n_vision):
+            return None
         return Prompt(
             vision=vision,
             real=real,
             queries=queries,
             text=text,
-            n_vision=tuple(n_vision),
-            n_real=tuple(n_real),
+            n_vision=n_vision,
+            n_real=n_real,
+            n_text=n_text,
+            n_answer=n_answer,
+            tail=min(tails),
             num_layers=len(self.layers),
             piece=any(cuts),
         )
@@ -227,7 +234,7 @@ class Hooks:
         """Which tokens of this forward are no padding, bool `[B, T]`."""
         if self._padding is None:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
-        return self._padding[:, -length:].to(device=device, dtype=torch.bool)
+        return self._padding[:, -length:].to(device=device, dtype=torch.bool).expand(batch, -1)
 
 
 def padding_of(mask: Any) -> Tensor | None:
@@ -241,7 +248,7 @@ def padding_of(mask: Any) -> Tensor | None:
     if mask.dim() == 2:
         return mask
     own = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own
 
 
 def _checkpoints(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit
+from latefusion.training.schedule import schedule_of
 
 IMAGES_AT_ONCE = 32
 
@@ -27,7 +28,7 @@ def calibrated_entry(
     Raises:
         ValueError: the data has too few images, or weights are sharded, so that nothing can be fitted here.
     """
-    enter = config.schedule.enter
+    enter = schedule_of(config.schedule).enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
         return None
     if config.schedule.profile is not None:

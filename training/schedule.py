@@ -14,7 +14,20 @@ PROFILE = "profile"  # in the run's folder
 
 
 def schedule_of(config: ScheduleConfig) -> VisionSchedule:
-    return VisionSchedule.from_dict({"enter": config.enter, "exit": config.exit, "keep": config.keep})
+    """Raises ValueError if its values contradict each other."""
+    if config.cross is not None and not config.cross:
+        raise ValueError(
+            "schedule.cross=[] names no layer; say which layers of this model read vision tokens: model.cross=[8,12]."
+        )
+    return VisionSchedule.from_dict(
+        {
+            "enter": config.enter,
+            "exit": config.exit,
+            "keep": config.keep,
+            "cross": config.cross,
+            "positions": config.positions.value,
+        }
+    )
 
 
 def settle_schedule(config: Config, cfg: DictConfig) -> None:
