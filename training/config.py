@@ -94,14 +94,14 @@ class NonFiniteStep(Enum):
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
-    `keep` is `{layer: k}`; untyped, so that an override replaces all of it. `cross` names the layers that read frozen
-    vision tokens, instead of `enter` and `exit`.
+    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; untyped, so
+    that an override replaces all of it.
     """
 
     enter: int = 0
     exit: int | None = None
     keep: Any = None
-    cross: list[int] | None = None
+    cross: Any = None
     positions: Positions = Positions.original
 
 
