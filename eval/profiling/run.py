@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
 from latefusion.eval.profiling import decide
-from latefusion.eval.profiling.causal import Continued, Runner
+from latefusion.eval.profiling.causal import Runner
+from latefusion.eval.profiling.continued import Continued
 from latefusion.eval.profiling.cost import Cost, expected
 from latefusion.eval.profiling.files import write
 from latefusion.eval.profiling.ledger import Ledger
