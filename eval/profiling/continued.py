@@ -15,7 +15,7 @@ from latefusion.eval.profiling.answers import Answers
 from latefusion.eval.profiling.knockout import frozen, same_cache, without_vision
 from latefusion.eval.profiling.partial import run_until, started
 from latefusion.eval.profiling.paths import Key
-from latefusion.models.cache import Track
+from latefusion.models.cache import SUPPORTED, Track
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ class Continued:
         window of local attention)."""
         self.head = self._run_head()
         for layer in self.head:
-            local = isinstance(layer, DynamicSlidingWindowLayer)
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or (
-                local and self.cut >= layer.sliding_window
-            ):
+            local = isinstance(layer, DynamicSlidingWindowLayer) and self.cut >= layer.sliding_window
+            if local or type(layer) not in SUPPORTED:
                 return None
         self.text = [without_vision(layer, self.track) for layer in self.head]
         return self.answers((), 0, None)

@@ -36,7 +36,7 @@ class Measurer:
 
     Args:
         sources: `(numbers of the samples, what makes the batch)`.
-        advance: called with the prefills that a step took.
+        advance: called with the prefills that a step took; shares: those of knock-outs and of bands.
     """
 
     model: PreTrainedModel
@@ -44,6 +44,7 @@ class Measurer:
     sources: Sequence[tuple[tuple[int, ...], Callable[[], Batch]]]
     ledger: Ledger
     advance: Callable[[float], None] = lambda share: None
+    shares: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         self.layers = len(self.attachment.layers)
@@ -63,7 +64,7 @@ class Measurer:
             named = {f"{kind} {layer}": asdict(effect) for (kind, layer), effect in found.items()}
             return {"dense": asdict(dense), **named}
 
-        return self._gathered("effects", measure, 1.0 + 1.2 * self.layers)
+        return self._gathered("effects", measure, self.shares[0])
 
     def bands(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Text sees vision in the layers [a, b) alone: per band `a b`, as `effects`."""
@@ -71,7 +72,7 @@ class Measurer:
         def measure(batch: Batch) -> dict[str, Any]:
             return {f"{a} {b}": asdict(effect) for (a, b), effect in self._runner(batch).bands(pairs)}
 
-        return self._gathered(f"bands {list(pairs)}", measure, 2.0 + 0.1 * len(pairs))
+        return self._gathered(f"bands {list(pairs)}", measure, self.shares[1])
 
     def schedule(
         self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float
