@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from latefusion.eval.bench_executor import IMAGE_TOKEN, prompt, seconds
-from latefusion.eval.efficiency import kv_cache_bytes, peak_bytes
+from latefusion.eval.memory import kv_cache_bytes, peak_bytes
 from latefusion.eval.triggered import Told, Triggered
 from latefusion.models.attach import attach
 from latefusion.models.flops import decoder_flops

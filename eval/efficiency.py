@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import Cache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from latefusion.eval.energy import joules_of
+from latefusion.eval.memory import kv_cache_bytes, peak_bytes, whole_peak_bytes
 from latefusion.eval.predict import Answer, encode_images
 from latefusion.eval.systems import System, running
 from latefusion.models.accounting import vision_pairs
@@ -71,6 +66,8 @@ class Cost:
         kv_bytes: key-value cache after the prefill, mean over the prompts.
         working_bytes: peak of tensor memory beyond weights and inputs in prefill and one decode step, most
             over the first `PEAK_PROMPTS`.
+        peak_bytes: of everything meanwhile, weights and libraries too: CUDA's allocator, or the process's resident
+            memory; None where the system does not say.
         joules: energy of an answer, mean; None where the device does not report it.
     """
 
@@ -78,6 +75,7 @@ class Cost:
     tpot: Spread
     kv_bytes: float
     working_bytes: float
+    peak_bytes: float | None
     joules: float | None
 
 
@@ -150,48 +148,6 @@ def vision_seconds(model: Any, prompts: Sequence[dict[str, Any]]) -> float:
     return median(seconds)
 
 
-def kv_cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that really are in the cache.
-
-    Storages are counted once and whole, so a view of a longer tensor costs what it keeps alive.
-    """
-    storages = {}
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        for tensor in (layer.keys, layer.values):
-            assert tensor is not None
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most tensor memory alive at once while `work` runs, beyond what was alive before.
-
-    On CUDA the caching allocator's own peak. On a CPU resident memory says little (allocators keep freed
-    pages, and a small model drowns in the process), so torch's profiler records every allocation and release
-    of its CPU allocator, and this is the highest point of their running sum. Scratch inside maths libraries
-    is not seen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes over the progress bar
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
-    running_sum = np.cumsum([0] + [change["Bytes"] for change in sorted(changes, key=lambda c: c["Ev Idx"])])
-    return int(running_sum.max())
-
-
 def measure(
     *,
     model: Any,
@@ -220,18 +176,23 @@ def measure(
     deployed = {key: replace(system, adapters=False) for key, system in systems.items()}
     kv: dict[str, list[int]] = {key: [] for key in keys}
     peak: dict[str, list[int]] = {key: [] for key in keys}
+    whole: dict[str, list[int | None]] = {key: [] for key in keys}
     times: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
     joules = joules_of(model.device)
     used = dict.fromkeys(keys, 0.0)
-    for number, prompt in enumerate(prompts):  # untimed: the warm-up
+    for prompt in prompts:  # untimed: the warm-up
         for key in keys:
             with running(model, attachment, deployed[key]) as active:
                 kv[key].append(kv_cache_bytes(active(**prompt, use_cache=True).past_key_values))
-                if number < PEAK_PROMPTS:
+        advance()
+    memory: tuple[tuple[Callable, dict], ...] = ((whole_peak_bytes, whole), (peak_bytes, peak))
+    for measured, into in memory:  # the profiler last: what it keeps is not given back
+        for prompt in prompts[:PEAK_PROMPTS]:
+            for key in keys:
+                with running(model, attachment, deployed[key]) as active:
                     # so that what the attachment remembers is gone
                     active(input_ids=prompt["input_ids"][:, :1])
-                    peak[key].append(peak_bytes(partial(generate, active, prompt, 2), active.device))
-        advance()
+                    into[key].append(measured(partial(generate, active, prompt, 2), active.device))
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
             first = (repeat + number) % len(keys)
@@ -247,6 +208,7 @@ def measure(
             tpot=spread([t for _, t in times[key]], [t for _, t in times[reference]]),
             kv_bytes=fmean(kv[key]),
             working_bytes=max(peak[key]),
+            peak_bytes=max((n for n in whole[key] if n is not None), default=None),
             joules=used[key] / len(times[key]) if joules else None,
         )
         for key in keys

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.efficiency import kv_cache_bytes
+from latefusion.eval.memory import kv_cache_bytes
 from latefusion.eval.predict import prompt_inputs
 from latefusion.models.attach import attach
-from latefusion.models.build import check_base, compute_dtype, load_base
+from latefusion.models.base import check_base, compute_dtype, load_base
 from latefusion.models.explain import explain
 from latefusion.models.policies import RECIPES, named
 from latefusion.models.policies.base import Policy

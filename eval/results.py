@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -70,15 +69,17 @@ def _entry(model: Any, system: System) -> Any:
 
 
 def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:
-    energy = {}
+    reported = {}  # by some devices and systems
     if cost.joules is not None and base.joules is not None:
-        energy = {"joules": _ratio(cost.joules, base.joules)}
+        reported["joules"] = _ratio(cost.joules, base.joules)
+    if cost.peak_bytes is not None and base.peak_bytes is not None:
+        reported["peak_bytes"] = _ratio(cost.peak_bytes, base.peak_bytes)
     return {
         "ttft": asdict(cost.ttft),
         "tpot": asdict(cost.tpot),
         "kv_bytes": _ratio(cost.kv_bytes, base.kv_bytes),
         "working_bytes": _ratio(cost.working_bytes, base.working_bytes),
-        **energy,
+        **reported,
     }
 
 
@@ -234,7 +235,6 @@ def describe_environment(model: Any, seconds: float, processes: int) -> dict[str
         "hardware": hardware,
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONS},

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from evaluated import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
-from transformers import DynamicCache
 
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
@@ -118,28 +117,6 @@ def test_encoded_images_leave_what_positions_are_made_of():
     encoded = encode_images(model, inputs)
     assert sorted(encoded) == ["image_grid_thw", "input_ids", "mm_encoder_outputs"]
     assert encoded["mm_encoder_outputs"]["image"].tolist() == [4, 4]
-
-
-def test_a_view_in_the_cache_costs_what_it_keeps_alive():
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    assert efficiency.kv_cache_bytes(cache) == 2 * 24 * 4
-    cache.layers[0].keys = torch.zeros(1, 2, 100, 4)[:, :, :3]
-    assert efficiency.kv_cache_bytes(cache) == 24 * 4 + 800 * 4
-
-
-def test_peak_memory_is_the_highest_point_and_not_the_sum():
-    kept = torch.zeros(1000)
-
-    def work():
-        a = torch.zeros(100_000)  # 400 kB
-        b = a + 1  # 800 kB
-        del a
-        c = b.double()  # 400 + 800 kB
-        del b
-        return kept + c[:1000]
-
-    assert efficiency.peak_bytes(work, torch.device("cpu")) == pytest.approx(1_200_000, rel=0.01)
 
 
 def test_time_of_an_answer_separates_the_first_token(monkeypatch):

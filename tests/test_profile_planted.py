@@ -12,7 +12,7 @@ from families import IMAGE
 from planted import planted, questions
 from torch.utils.flop_counter import FlopCounterMode
 
-from latefusion.eval.efficiency import peak_bytes
+from latefusion.eval.memory import peak_bytes
 from latefusion.eval.profiling import files
 from latefusion.eval.profiling.causal import Runner, knock_outs
 from latefusion.eval.profiling.cost import expected

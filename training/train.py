@@ -16,9 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.training.config import explain
+from latefusion.training.checks import explain
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # ours starts there
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")

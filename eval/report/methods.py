@@ -39,6 +39,7 @@ COLUMNS = (
     Column("per token", "milliseconds a further token, batch 1; ratio to dense", -1),
     Column("KV cache", "bytes after the prefill; ratio to dense", -1),
     Column("memory", "working memory beyond the weights; ratio to dense", -1),
+    Column("peak memory", "of everything, weights and libraries too; ratio to dense", -1),
     Column("energy", "joules an answer; ratio to dense", -1),
 )
 NONE = Cell("–")
@@ -66,6 +67,7 @@ def _cells(results: dict[str, Any], key: str) -> list[Cell]:
         _seconds(system.get("tpot")),
         _amount(system.get("kv_bytes"), "B"),
         _amount(system.get("working_bytes"), "B"),
+        _amount(system.get("peak_bytes"), "B"),
         _amount(system.get("joules"), "J"),
     ]
 

@@ -61,6 +61,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     for key, label, unit in (
         ("vision_macs", "vision-only MACs", ""),
         ("vision_attention", "vision-related attention", ""),
+        ("peak_bytes", "peak memory", "B"),
         ("joules", "energy an answer", "J"),
     ):
         if all(key in s or s.get("control") for s in systems):
