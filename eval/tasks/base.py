@@ -90,7 +90,9 @@ class Files:
             wanted = ", ".join(
                 name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs)
             )
-            hub = f", or name a hub id or a copy of it with sources.{self.task}={self.hub}" if self.hub else ""
+            hub = (
+                f", or name a hub id or a copy of it with sources.{self.task}={self.hub}" if self.hub else ""
+            )
             raise FileNotFoundError(
                 f"no data for task {self.task} in {self.where}: put {wanted} there (from {self.come_from}){hub}."
             )
