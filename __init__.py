@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latefusion.models.attach import attach, attached
-    from latefusion.models.build import load, merge
     from latefusion.models.explain import explain
     from latefusion.models.policies.visipruner import VisiPruner
+    from latefusion.models.saved import load, merge
     from latefusion.models.schedule import VisionSchedule
 
 __all__ = ["VisiPruner", "VisionSchedule", "attach", "attached", "explain", "load", "merge"]
@@ -21,8 +21,8 @@ _HOME = {
     "attach": "latefusion.models.attach",
     "attached": "latefusion.models.attach",
     "explain": "latefusion.models.explain",
-    "load": "latefusion.models.build",
-    "merge": "latefusion.models.build",
+    "load": "latefusion.models.saved",
+    "merge": "latefusion.models.saved",
 }
 
 

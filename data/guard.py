@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latefusion.data.collate import BadRow, Collator
+from latefusion.data.config import Group, OnError
 from latefusion.data.messages import BadSample, TooLong
 from latefusion.data.mixing import Lazy
-from latefusion.training.config import Group, OnError
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 TRIES = 1000  # rows drawn for one that is bad

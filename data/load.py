@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from latefusion.data import sources
+from latefusion.data.config import DataConfig, PartConfig, Source
 from latefusion.data.guard import Checked
 from latefusion.data.mixing import Mixture, Stream
 from latefusion.data.packing import Conversations
-from latefusion.training.config import DataConfig, PartConfig, Source
 
 
 def training_data(data: DataConfig) -> Any:

@@ -23,13 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from latefusion.data.collate import BadRow, Collator
+from latefusion.data.config import PartConfig, Source
 from latefusion.data.guard import Bad, Checked
 from latefusion.data.load import parts_of, rows_of, streamed
 from latefusion.data.messages import BadSample
 from latefusion.data.sources import python_row, sample_of
-from latefusion.models.build import check_base
+from latefusion.models.base import check_base
 from latefusion.models.embedded import WEIGHTS
-from latefusion.training.config import RECIPES, Config, PartConfig, Source, explain, read
+from latefusion.training.checks import explain, read
+from latefusion.training.config import RECIPES, Config
 
 
 @dataclass(frozen=True)

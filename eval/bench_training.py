@@ -32,7 +32,8 @@ from latefusion.eval.bench_executor import build, interleaved, prompt, seconds
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.build import Student, build_student
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import RECIPES, read
+from latefusion.training.checks import read
+from latefusion.training.config import RECIPES
 from latefusion.training.cost import training_flops
 from latefusion.training.objective import Objective
 from latefusion.training.schedule import schedule_of

@@ -33,7 +33,7 @@ from latefusion.eval import chosen
 from latefusion.eval.predict import images_of
 from latefusion.eval.search import Search, policy_of, settings
 from latefusion.models.attach import attach
-from latefusion.models.build import check_base, compute_dtype, load_base
+from latefusion.models.base import check_base, compute_dtype, load_base
 from latefusion.models.schedule import VisionSchedule
 
 

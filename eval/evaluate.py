@@ -117,9 +117,10 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
     from latefusion.eval.comparison import evaluate_run
     from latefusion.eval.systems import System, checkpoint_system, fingerprint, policies_of
     from latefusion.models.attach import attach
-    from latefusion.models.build import check_base, compute_dtype, load_base, load_student
+    from latefusion.models.base import check_base, compute_dtype, load_base
+    from latefusion.models.saved import load_student
     from latefusion.models.schedule import VisionSchedule
-    from latefusion.training.run import visipruner
+    from latefusion.training.parts import visipruner
 
     more = policies_of(chosen.policies)
     tasks = tasks_of(chosen, config)

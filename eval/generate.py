@@ -27,7 +27,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.eval.memory import kv_cache_bytes
 from latefusion.eval.predict import prompt_inputs
 from latefusion.models.attach import attach
-from latefusion.models.build import check_base, compute_dtype, load_base
+from latefusion.models.base import check_base, compute_dtype, load_base
 from latefusion.models.explain import explain
 from latefusion.models.policies import RECIPES, named
 from latefusion.models.policies.base import Policy

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from latefusion.eval.systems import System, running
 from latefusion.models.attach import attach
-from latefusion.models.build import load_base, load_student
+from latefusion.models.base import load_base
 from latefusion.models.policies import named
+from latefusion.models.saved import load_student
 
 MANIFEST = ModelManifest(model_id="latefusion", chat_class_path=f"{__name__}.LateFusion")
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
@@ -162,7 +163,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    from latefusion.models.build import compute_dtype
+    from latefusion.models.base import compute_dtype
 
     kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name is not None and name not in kinds:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from latefusion.models.build import ADAPTER_WEIGHTS, Student, load_student
+from latefusion.models.build import Student
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
+from latefusion.models.saved import ADAPTER_WEIGHTS, load_student
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:

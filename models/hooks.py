@@ -146,6 +146,7 @@ class Hooks:
                     watched={layer.self_attn: i for i, layer in enumerate(self.layers)},
                     decision=decision,
                     indices=forward.indices,
+                    plain=forward.plain,
                     replayed=torch.is_grad_enabled() and any(map(_checkpoints, self.layers)),
                 )
         elif past == 0:
@@ -177,14 +178,11 @@ class Hooks:
     # ---------------------------------------------------------------- what a policy may know
 
     def _prompt(self, batch: int, length: int, device: torch.device) -> Prompt | None:
-        """The prompt of this forward, None if it brings no vision tokens. The only host sync of a prefill."""
+        """The prompt of this forward, None if it brings no vision tokens. The only host sync, whatever the policy."""
         if self._vision is None:
             return None
         real = self._real(batch, length, device)
         vision = self._vision.to(device) & real
-        n_vision, n_real = torch.stack([vision.sum(1), real.sum(1)]).tolist()
-        if not any(n_vision):
-            return None
         queries = self._queries
         if queries is None:
             queries = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
@@ -195,13 +193,22 @@ class Hooks:
         text &= torch.arange(length, device=device) <= queries.amax(1, keepdim=True)
         if self._answers is not None:
             text &= ~self._answers.to(device)
+        answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
+        tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
+        numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail)]).tolist()
+        n_vision, n_real, n_text, n_answer, tails = map(tuple, numbers)
+        if not any(n_vision):
+            return None
         return Prompt(
             vision=vision,
             real=real,
             queries=queries,
             text=text,
-            n_vision=tuple(n_vision),
-            n_real=tuple(n_real),
+            n_vision=n_vision,
+            n_real=n_real,
+            n_text=n_text,
+            n_answer=n_answer,
+            tail=min(tails),
             num_layers=len(self.layers),
         )
 

@@ -25,6 +25,7 @@ class Probe:
         watched: attention module -> its layer.
         decision: whose `attended` is called.
         indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
+        plain: masks hold nothing but causal order and padding.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
     """
 
@@ -35,10 +36,11 @@ class Probe:
         watched: Mapping[nn.Module, int],
         decision: Decision,
         indices: Callable[[int], tuple[Tensor, Tensor]],
+        plain: bool,
         replayed: bool,
     ):
         self.implementation, self.watched, self.decision = implementation, watched, decision
-        self.indices, self.replayed = indices, replayed
+        self.indices, self.plain, self.replayed = indices, plain, replayed
         # eager attention is not registered: each model file has its own
         self.stock = ALL_ATTENTION_FUNCTIONS.get(implementation)
         ALL_ATTENTION_FUNCTIONS[implementation] = self.attend
@@ -56,36 +58,50 @@ class Probe:
         attention = self.stock
         if attention is None:
             attention = sys.modules[type(module).__module__].eager_attention_forward
-        output, weights = attention(module, query, key, value, mask, **kwargs)
         layer = self.watched.get(module)
         if layer is None or layer not in self.decision.watch:
-            return output, weights
+            return attention(module, query, key, value, mask, **kwargs)
         query_index, key_index = self.indices(key.shape[2])
-        rows = _Rows(module, query, key, mask, kwargs)
+        few = _Rows(module, query, key, mask, kwargs)
+        cut = self._can_be_cut(few)
+        weights: Any = None  # of the attention, where the implementation gives them
+
+        def run(value: Tensor, rows: Tensor | int | None) -> Tensor:
+            nonlocal weights
+            if isinstance(rows, Tensor):
+                return few.output(value, rows)
+            if rows is not None and cut:
+                seen = None if mask is None else mask[:, :, :rows, :rows]
+                first = (states[:, :, :rows] for states in (query, key, value))
+                return attention(module, *first, seen, **kwargs)[0]
+            output, weights = attention(module, query, key, value, mask, **kwargs)
+            return output if rows is None else output[:, :rows]
+
         call = AttentionCall(
             query=query,
             key=key,
             value=value,
             query_index=query_index,
             key_index=key_index,
-            output=output,
-            scaling=rows.scaling,
-            weights=rows.weights,
-            rerun=lambda value, index: (
-                attention(module, query, key, value, mask, **kwargs)[0]
-                if index is None
-                else rows.output(value, index)
-            ),
+            scaling=few.scaling,
+            run=run,
+            weights=few.weights,
         )
         replaced = self.decision.attended(layer, call)
         if replaced is None:
-            return output, weights
+            return call.output, weights
         if self.replayed:
             raise ValueError(
                 f"the policy replaces the attention output of layer {layer}, which gradient checkpointing "
                 "cannot repeat: run it under torch.no_grad() or turn checkpointing off."
             )
         return replaced, weights
+
+    def _can_be_cut(self, rows: _Rows) -> bool:
+        """Whether the first query rows can be computed without the keys after them."""
+        if self.implementation != "sdpa" or rows.query.shape[2] != rows.key.shape[2]:
+            return False
+        return rows.causal if rows.mask is None else self.plain and isinstance(rows.mask, Tensor)
 
 
 class _Rows:

@@ -10,18 +10,12 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from latefusion.data import sources
 from latefusion.models.attach import attach
-from latefusion.models.build import (
-    build_student,
-    decoder_linears,
-    load,
-    load_base,
-    load_student,
-    merge,
-    save_student,
-)
+from latefusion.models.base import load_base
+from latefusion.models.build import build_student, decoder_linears
 from latefusion.models.entry import EntryAdapter, entry_of, install_entry
+from latefusion.models.saved import load, load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training import run
+from latefusion.training import parts
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +30,7 @@ def base(tmp_path_factory):
 
 
 def inputs_of(student, samples):
-    batch = run.collator_of(student)(samples)
+    batch = parts.collator_of(student)(samples)
     return {k: v for k, v in batch.items() if k not in ("labels", "queries")}
 
 
@@ -107,7 +101,7 @@ def test_a_schedule_beyond_the_model_is_refused():
 def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projector):
     options = (f"model.path={base}", "model.attention=sdpa", f"lora.train_projector={str(projector).lower()}")
     config = configured(*BAND, *SMALL, *options)
-    student = run.student_of(config)
+    student = parts.student_of(config)
     shake(student, 0.1)
     inputs = inputs_of(student, samples)
     expected = logits(student.model, inputs)
@@ -126,7 +120,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     assert saved["architectures"] == ["LlavaForConditionalGeneration"]
     merged, _ = load(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(logits(run.student_of(config).model, inputs), expected, rtol=1e-2)
+    assert not torch.allclose(logits(parts.student_of(config).model, inputs), expected, rtol=1e-2)
 
     plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert (
@@ -138,7 +132,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
 
 
 def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
-    student = run.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
+    student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
     save_student(student, tmp_path)
     loaded = load_student(tmp_path, dtype=torch.float32)
     loaded.model.generate(**inputs_of(loaded, samples[:1]), max_new_tokens=2)
@@ -160,7 +154,7 @@ def test_what_is_not_there_is_one_sentence(tmp_path, base, monkeypatch):
     def unreachable(self, repo, **kwargs):
         raise ConnectionError("no route to the hub\nand more")
 
-    monkeypatch.setattr("latefusion.models.build.HfApi.model_info", unreachable)
+    monkeypatch.setattr("latefusion.models.base.HfApi.model_info", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         load_base("someone/llava-never-cached", dtype=torch.float32)
     assert "\n" not in str(error.value) and "(no route to the hub)" in str(error.value)
@@ -174,7 +168,7 @@ def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(LlavaConfig(), dtype=torch.bfloat16)
         _, processor = tiny_base()
-        student = run.student_from(config, model, processor)
+        student = parts.student_from(config, model, processor)
     tokens = student.schedule.vision_tokens(32, 576)
     assert sum(tokens) / 32 == pytest.approx(64, abs=0.5)
     trainable, total = student.model.get_nb_trainable_parameters()

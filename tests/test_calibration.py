@@ -15,7 +15,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, calibration, chosen
 from latefusion.eval.search import Search, ended, policy_of
 from latefusion.models.attach import attach
-from latefusion.models.build import load_base
+from latefusion.models.base import load_base
 from latefusion.models.flops import decoder_flops
 from latefusion.models.policies import named
 from latefusion.models.policies.visipruner import VisiPruner

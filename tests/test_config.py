@@ -8,7 +8,8 @@ import pytest
 from tiny import composed, configured
 
 from latefusion.training import run
-from latefusion.training.config import RECIPES, explain, read
+from latefusion.training.checks import explain, read
+from latefusion.training.config import RECIPES
 
 TRAIN = Path(run.__file__).with_name("train.py")
 

@@ -9,8 +9,8 @@ from tiny import BAND, SMALL, configured, save_tiny_base, shake
 from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
-from latefusion.models.build import load, save_student
-from latefusion.training import export, run
+from latefusion.models.saved import load, save_student
+from latefusion.training import export, parts
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     base = save_tiny_base(folder / "base")
     options = ("model.attention=sdpa", "entry.init=identity", "lora.train_projector=true")
-    student = run.student_of(configured(*BAND, *SMALL, f"model.path={base}", *options))
+    student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}", *options))
     shake(student, 0.1)
     save_student(student, folder / "student")
     (folder / "student" / "config.yaml").write_text(

@@ -11,13 +11,13 @@ from tiny import BAND, SMALL, composed, configured, save_tiny_base, tiny_base
 
 from latefusion.data import validate
 from latefusion.data.collate import Collator
+from latefusion.data.config import OnError
 from latefusion.data.guard import SKIPPED_FILE, Bad, Checked, Guard, skipped
 from latefusion.data.load import training_data
 from latefusion.data.messages import BadSample
 from latefusion.data.mixing import Lazy
 from latefusion.models.embedded.vocabulary import IMAGE
 from latefusion.training import run
-from latefusion.training.config import OnError
 
 SKIP, RAISE = OnError["skip"], OnError["raise"]
 LONG = {"role": "user", "content": "is there a red circle left of the blue star?"}

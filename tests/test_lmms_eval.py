@@ -64,7 +64,9 @@ def test_a_base_under_a_policy(task: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_under_its_own_schedule(task: Path, tmp_path: Path) -> None:
     from tiny import save_tiny_base
 
-    from latefusion.models.build import build_student, load_base, save_student
+    from latefusion.models.base import load_base
+    from latefusion.models.build import build_student
+    from latefusion.models.saved import save_student
     from latefusion.models.schedule import VisionSchedule
 
     base = str(save_tiny_base(tmp_path / "base"))

@@ -7,10 +7,10 @@ from test_build import inputs_of, logits
 from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
 
 from latefusion.data import sources
-from latefusion.models.build import fingerprints, load, load_student, merge, save_student
 from latefusion.models.entry import entry_of
+from latefusion.models.saved import fingerprints, load, load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training import run
+from latefusion.training import parts
 from latefusion.training.estimate import activation_bytes, logit_bytes, weight_bytes
 
 
@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 def student_on(base, *overrides):
     options = (f"model.path={base}", "model.attention=sdpa", "entry.init=identity")
-    return run.student_of(configured(*BAND, *SMALL, *options, *overrides))
+    return parts.student_of(configured(*BAND, *SMALL, *options, *overrides))
 
 
 def trainable(student) -> set[str]:
@@ -74,7 +74,7 @@ def test_what_each_variant_trains():
     assert factors == [8.0, 16.0]
     aligned = trainable(tiny_student("tune=align")[1])
     assert aligned and all("vision_entry" in name or "multi_modal_projector" in name for name in aligned)
-    for kind, parts in (
+    for kind, wanted in (
         ("none", set()),
         ("scale", {"scale"}),
         ("low_rank", {"scale", "down.weight", "up.weight"}),
@@ -83,7 +83,7 @@ def test_what_each_variant_trains():
         found = (
             set() if entry is None else {n for n, _ in entry.modules_to_save["default"].named_parameters()}
         )
-        assert found == parts
+        assert found == wanted
 
 
 def test_nothing_to_align_is_a_sentence():
@@ -129,9 +129,9 @@ def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, s
     assert torch.equal(logits(loaded, inputs), logits(student.model, inputs))
     assert entry_of(loaded) is not None
     config = configured(*BAND, *SMALL, "tune=full", "teacher=none")
-    batch = run.collator_of(student)(samples)
+    batch = parts.collator_of(student)(samples)
     student.model.zero_grad()
-    run.objective_of(config, student)(student.model, batch, count=3)[0].backward()
+    parts.objective_of(config, student)(student.model, batch, count=3)[0].backward()
     missing = {n for n, p in student.model.named_parameters() if p.requires_grad and p.grad is None}
     assert missing == set()
 
@@ -174,14 +174,14 @@ def test_the_band_narrows_from_all_layers_to_the_schedule():
     for p in range(100):
         target.widened(p / 100, 12).validate(12)
     config, student = tiny_student("train.narrow=0.5")
-    objective = run.objective_of(config, student)
+    objective = parts.objective_of(config, student)
     seen = []
     for moment in (0.0, 0.25, 0.5, 0.9):
         objective.at(moment)
         seen.append(student.attachment.policy.vision_tokens(6, 4))
     assert seen == [[4] * 6, [0, 4, 4, 4, 4, 4], [0, 0, 4, 4, 2, 0], [0, 0, 4, 4, 2, 0]]
     config, student = tiny_student()
-    run.objective_of(config, student).at(0.0)
+    parts.objective_of(config, student).at(0.0)
     assert student.attachment.policy is student.schedule
 
 
@@ -239,9 +239,9 @@ def test_a_decoder_in_four_bits_trains_and_merges(tmp_path, samples):
     if torch.cuda.is_available():
         student.model.cuda()
     device = next(student.model.parameters()).device
-    batch = {name: value.to(device) for name, value in run.collator_of(student)(samples).items()}
+    batch = {name: value.to(device) for name, value in parts.collator_of(student)(samples).items()}
     config = configured(*BAND, *SMALL, "teacher=dense")
-    run.objective_of(config, student)(student.model, batch, count=3)[0].backward()
+    parts.objective_of(config, student)(student.model, batch, count=3)[0].backward()
     assert all(p.grad is not None for p in student.model.parameters() if p.requires_grad)
     shake(student, 0.1)
     save_student(student, tmp_path / "adapter")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, composed, save_tiny_base
 
-from latefusion.training import checkpoints, guard, run
+from latefusion.training import checkpoints, guard, parts, run
+from latefusion.training.checks import read
 from latefusion.training.monitor import Monitor, line, trackers
 from latefusion.training.nonfinite import MOST_SKIPS, NonFinite, Watch, replay
 from latefusion.training.objective import Objective
@@ -309,8 +310,8 @@ def test_the_named_samples_are_those_of_the_step(base, tmp_path, monkeypatch):
     (folder,) = tmp_path.glob("nonfinite-*")
     batches = json.loads((folder / "rows.json").read_text())["batches"]
     assert [b["loss"] == "nan" for b in batches] == [False, True]
-    config = run.read(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", "output_dir=x"))
-    rows, tokenizer = run.samples(config.data), run.student_of(config).processor.tokenizer
+    config = read(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", "output_dir=x"))
+    rows, tokenizer = parts.samples(config.data), parts.student_of(config).processor.tokenizer
     saved = torch.load(folder / "batches.pt", weights_only=True)["batches"]
     for named, inputs in zip(batches, saved, strict=True):
         for row, ids in zip(named["rows"], inputs["input_ids"], strict=True):

@@ -9,8 +9,8 @@ from processors import PROCESSORS, STOP, processor, vision_id
 from test_sources import IMG, turn, written
 from tiny import composed
 
-from latefusion.models import build
-from latefusion.models.build import load_student
+from latefusion.models import base
+from latefusion.models.saved import load_student
 from latefusion.training import run
 from latefusion.training.config import RECIPES
 
@@ -66,9 +66,7 @@ def hub(monkeypatch, tmp_path):
 
     def put(family: str, layers: int) -> str:
         shrunk(family, layers).save_pretrained(tmp_path / "base")
-        monkeypatch.setattr(
-            build.AutoProcessor, "from_pretrained", lambda path, **settings: processor(family)
-        )
+        monkeypatch.setattr(base.AutoProcessor, "from_pretrained", lambda path, **settings: processor(family))
         monkeypatch.setattr(processor(family), "save_pretrained", lambda folder: None, raising=False)
         return str(tmp_path / "base")
 

@@ -8,7 +8,7 @@ from tiny import shake, tiny_base, tiny_student
 from latefusion.data import sources
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training import run
+from latefusion.training import parts
 from latefusion.training.objective import IGNORE, distillation, label_columns
 
 
@@ -18,7 +18,7 @@ def rows():
 
 
 def batch_of(student, rows, indices):
-    collate = run.collator_of(student)
+    collate = parts.collator_of(student)
     return collate([rows[i] for i in indices])
 
 
@@ -45,11 +45,11 @@ def test_loss_is_cross_entropy_plus_kl_over_all_logits(rows):
     config, student = tiny_student("kl.weight=0.7", "kl.temperature=1.5", "model.visipruner.boundary=1")
     shake(student)
     batch = batch_of(student, rows, range(5))
-    loss, terms = run.objective_of(config, student)(student.model, batch, count=11)
+    loss, terms = parts.objective_of(config, student)(student.model, batch, count=11)
 
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     base, _ = tiny_base()
-    teacher = attach(base, run.visipruner(config.model.visipruner))
+    teacher = attach(base, parts.visipruner(config.model.visipruner))
     asked = (batch["queries"], batch["labels"] != IGNORE)
     with torch.no_grad(), student.attachment.queries(*asked), teacher.queries(*asked):
         s, t = student.model(**inputs).logits, base(**inputs).logits
@@ -72,7 +72,7 @@ def test_teacher_is_the_base_under_its_policy_whatever_was_trained(rows, teacher
     )
     shake(student)
     student.model.train()
-    objective = run.objective_of(config, student)
+    objective = parts.objective_of(config, student)
     batch = batch_of(student, rows, range(4))
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     learnt = torch.ones_like(batch["labels"], dtype=torch.bool)
@@ -101,8 +101,8 @@ def test_a_new_student_is_the_base_under_the_schedule(rows):
 def test_gradient_does_not_depend_on_how_a_step_is_cut_into_batches(rows):
     config, student = tiny_student("teacher=dense")
     shake(student)
-    objective = run.objective_of(config, student)
-    collate = run.collator_of(student)
+    objective = parts.objective_of(config, student)
+    collate = parts.collator_of(student)
     samples = [rows[i] for i in range(8)]
     count = sum(int((collate([s])["labels"] != -100).sum()) for s in samples)
     found = []
@@ -121,7 +121,7 @@ def test_sharing_image_features_changes_nothing(rows):
     config, student = tiny_student("teacher=dense")
     shake(student)
     batch = batch_of(student, rows, range(4))
-    objective = run.objective_of(config, student)
+    objective = parts.objective_of(config, student)
     assert objective.share_images
     shared, _ = objective(student.model, batch, count=8)
     objective.share_images = False
@@ -132,7 +132,7 @@ def test_sharing_image_features_changes_nothing(rows):
 def test_entry_adapter_and_projector_learn_where_vision_enters_late(rows):
     config, student = tiny_student("teacher=none", "lora.train_projector=true")
     batch = batch_of(student, rows, range(4))
-    run.objective_of(config, student)(student.model, batch, count=8)[0].backward()
+    parts.objective_of(config, student)(student.model, batch, count=8)[0].backward()
     grads = gradients(student)
     for part in (
         "vision_entry.modules_to_save.default.scale",
@@ -148,18 +148,18 @@ def test_a_batch_of_text_alone_still_gives_every_weight_a_gradient(projector):
     config, student = tiny_student("model.visipruner.boundary=1", f"lora.train_projector={projector}")
     content = [{"type": "text", "text": "how many?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
-    batch = run.collator_of(student)(
+    batch = parts.collator_of(student)(
         [{"messages": [{"role": "user", "content": content}, answer], "images": []}]
     )
-    run.objective_of(config, student)(student.model, batch, count=2)[0].backward()
+    parts.objective_of(config, student)(student.model, batch, count=2)[0].backward()
     missing = [n for n, p in student.model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []  # DDP and ZeRO wait for each of them
 
 
 def test_no_teacher_and_no_weight_mean_no_second_forward():
     config, student = tiny_student("teacher=none")
-    assert run.objective_of(config, student).teacher is None
+    assert parts.objective_of(config, student).teacher is None
     config.kl.weight, config.teacher = 0.0, type(config.teacher).dense
-    assert run.objective_of(config, student).teacher is None
+    assert parts.objective_of(config, student).teacher is None
     config.kl.weight = 1.0
-    assert run.objective_of(config, student).teacher == VisionSchedule()
+    assert parts.objective_of(config, student).teacher == VisionSchedule()

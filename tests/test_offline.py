@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import BAND, SMALL, composed, save_tiny_base, tiny_student
 
-from latefusion.training import run
+from latefusion.training import parts, run
+from latefusion.training.checks import read
 from latefusion.training.objective import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
 from latefusion.training.teaching import teach
@@ -59,7 +60,7 @@ def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys):
 
 def test_no_teacher_runs(base, cache):
     config, student = tiny_student(f"kl.cache={cache}")
-    assert run.objective_of(config, student).teacher is None
+    assert parts.objective_of(config, student).teacher is None
 
 
 @pytest.mark.parametrize(
@@ -93,13 +94,13 @@ def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change,
 
 
 def test_a_changed_chat_template_is_noticed(base, cache):
-    config, student = run.read(options(base, cache, "output_dir=x")), None
-    student = run.student_of(config)
-    told = expected(config, student, run.teacher(config))
-    Taught(run.collator_of(student), str(cache), told)
+    config, student = read(options(base, cache, "output_dir=x")), None
+    student = parts.student_of(config)
+    told = expected(config, student, parts.teacher(config))
+    Taught(parts.collator_of(student), str(cache), told)
     student.processor.chat_template += " "
     with pytest.raises(ValueError, match="were written with tokenizer="):
-        Taught(run.collator_of(student), str(cache), expected(config, student, run.teacher(config)))
+        Taught(parts.collator_of(student), str(cache), expected(config, student, parts.teacher(config)))
 
 
 def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
@@ -120,13 +121,13 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         teach(options(base, tmp_path))
     monkeypatch.undo()
-    config = run.read(options(base, cache, "output_dir=x"))
-    student = run.student_of(config)
-    told = expected(config, student, run.teacher(config))
-    isolated = run.collator_of(student, config)
+    config = read(options(base, cache, "output_dir=x"))
+    student = parts.student_of(config)
+    told = expected(config, student, parts.teacher(config))
+    isolated = parts.collator_of(student, config)
     whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
-    rows = run.samples(config.data)
+    rows = parts.samples(config.data)
     samples = [rows[i] for i in (3, 0)]
     a, b = whole(samples), shared(samples)
     assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
+from latefusion.data.config import Group
 from latefusion.data.guard import Checked
-from latefusion.training.config import Group, TrainConfig
+from latefusion.training.config import TrainConfig
 from latefusion.training.order import Order, order_of
 
 

@@ -22,9 +22,10 @@ from transformers import LlamaConfig
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
 from latefusion.models.attach import attach
-from latefusion.models.build import build_student, load, merge, save_student
+from latefusion.models.build import build_student
 from latefusion.models.calibration import fit_entry, installed
 from latefusion.models.entry import CalibratedEntry, entry_of
+from latefusion.models.saved import load, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
 

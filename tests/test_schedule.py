@@ -149,6 +149,9 @@ def test_decisions_agree_with_vision_tokens(schedule: VisionSchedule, seed: int)
         text=~vision & (vision.cumsum(1) > 0),
         n_vision=n_vision,
         n_real=(30, 30, 30),
+        n_text=tuple((~vision & (vision.cumsum(1) > 0)).sum(1).tolist()),
+        n_answer=(0, 0, 0),
+        tail=0,
         num_layers=NUM_LAYERS,
     )
     decision = schedule.begin(prompt)
@@ -181,8 +184,7 @@ def random_call(present: Tensor) -> AttentionCall:
         value=torch.randn(batch, kv_heads, width, dim),
         query_index=index,
         key_index=index,
-        output=torch.randn(batch, width, heads, dim),
         scaling=dim**-0.5,
-        rerun=lambda value, rows: pytest.fail("a schedule changes no attention"),
+        run=lambda value, rows: pytest.fail("a schedule changes no attention"),
         weights=lambda rows: weights[:, :, : rows.shape[1]],
     )

@@ -12,10 +12,10 @@ from test_images import JPEG, PNG
 from torch.utils.data import DataLoader
 
 from latefusion.data import sources
+from latefusion.data.config import DataConfig, PartConfig, Source
 from latefusion.data.load import training_data
 from latefusion.data.messages import BadSample, messages_of
 from latefusion.data.mixing import Mixture, Stream
-from latefusion.training.config import DataConfig, PartConfig, Source
 
 IMG = {"type": "image"}
 

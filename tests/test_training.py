@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, composed, save_tiny_base
 
-from latefusion.models.build import load, load_student
+from latefusion.models.saved import load, load_student
 from latefusion.training import run
 from latefusion.training.config import RECIPES
 
@@ -64,7 +64,7 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
 
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
     """What it does with it is a test for a GPU: `test_lora.py`."""
-    monkeypatch.setattr("latefusion.models.build.find_spec", lambda name: None)
+    monkeypatch.setattr("latefusion.models.base.find_spec", lambda name: None)
     with pytest.raises(
         SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"
     ):
@@ -191,7 +191,7 @@ def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(lla
     def unreachable(self, repo, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("latefusion.models.build.HfApi.model_info", unreachable)
+    monkeypatch.setattr("latefusion.models.base.HfApi.model_info", unreachable)
     with pytest.raises(
         SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
     ):

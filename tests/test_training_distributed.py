@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny_base
 
-from latefusion.models.build import load_student
+from latefusion.models.saved import load_student
 
 pytestmark = pytest.mark.slow
 LOSS = 1e-4  # float32; measured: 2e-7

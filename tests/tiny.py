@@ -12,8 +12,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from latefusion.models.build import Student
 from latefusion.models.embedded.build import build_config, build_model
 from latefusion.models.embedded.vocabulary import build_processor
-from latefusion.training import run
-from latefusion.training.config import RECIPES, Config, read
+from latefusion.training import parts
+from latefusion.training.checks import read
+from latefusion.training.config import RECIPES, Config
 
 VISION = 4  # tokens an image
 
@@ -55,7 +56,7 @@ SMALL = ("train.dtype=float32", "lora.r=4", "entry.rank=4", "entry.init=identity
 def tiny_student(*overrides: str) -> tuple[Config, Student]:
     """A student of 6 layers whose vision tokens live in layers 2 to 4, 2 of them in layer 4."""
     config = configured(*BAND, *SMALL, *overrides)
-    return config, run.student_from(config, *tiny_base())
+    return config, parts.student_from(config, *tiny_base())
 
 
 @torch.no_grad()

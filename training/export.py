@@ -16,8 +16,8 @@ from huggingface_hub import HfApi
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.models.build import ADAPTER_CONFIG, ENTRY_WEIGHTS, load_student, merge, save_student
 from latefusion.models.entry import entry_of
+from latefusion.models.saved import ADAPTER_CONFIG, ENTRY_WEIGHTS, load_student, merge, save_student
 from latefusion.training.card import model_card
 from latefusion.training.config import Dtype
 

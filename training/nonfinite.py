@@ -21,8 +21,10 @@ from torch.utils.data import IterableDataset
 from latefusion.data.guard import Bad
 from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
-from latefusion.training.config import Config, read
+from latefusion.training.checks import read
+from latefusion.training.config import Config
 from latefusion.training.order import Order
+from latefusion.training.parts import dtype_of, objective_of, student_of
 
 BATCHES = "batches.pt"
 WEIGHTS = "weights.pt"
@@ -140,8 +142,6 @@ def replay(folder: str | Path) -> Sequence[float]:
     Raises:
         FileNotFoundError: the folder holds no reproduction.
     """
-    from latefusion.training import run  # which starts the engines, which import this
-
     path = Path(folder)
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(
@@ -149,14 +149,14 @@ def replay(folder: str | Path) -> Sequence[float]:
         )
     schema = OmegaConf.structured(Config)
     config = read(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
-    student = run.student_of(config)
+    student = student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
-    objective = run.objective_of(config, student)
+    objective = objective_of(config, student)
     saved = torch.load(path / BATCHES, weights_only=True)
     count = json.loads((path / ROWS).read_text())["count"]
     student.model.train()
     torch.set_rng_state(saved["random"])
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.dtype_of(config) is torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype_of(config) is torch.bfloat16):
         return [objective(student.model, batch, count=count)[0].item() for batch in saved["batches"]]
 
 

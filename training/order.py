@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from latefusion.data.config import Group
 from latefusion.data.guard import Checked
 from latefusion.data.mixing import Stream
-from latefusion.training.config import Group, TrainConfig
+from latefusion.training.config import TrainConfig
 
 POOL = 50  # steps whose samples are sorted by length together
 

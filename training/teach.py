@@ -15,7 +15,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.training.config import explain
+from latefusion.training.checks import explain
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")

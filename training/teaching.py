@@ -15,9 +15,11 @@ from omegaconf import DictConfig
 
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.guard import Bad
-from latefusion.training import run
-from latefusion.training.config import read
+from latefusion.models.base import check_base
+from latefusion.training import parts
+from latefusion.training.checks import read
 from latefusion.training.offline import TEACHER, expected, rows_of, write
+from latefusion.training.run import settle_threads
 
 
 def teach(cfg: DictConfig) -> None:
@@ -34,10 +36,10 @@ def teach(cfg: DictConfig) -> None:
         config = read(cfg)
         if config.kl.cache is None:
             raise ValueError("kl.cache is not set; name the folder to write with kl.cache=FOLDER.")
-        run.check_base(config.model.path)
-        dataset = run.samples(config.data)
-        run.settle_threads(config)
-        student = run.student_of(config, dataset)
+        check_base(config.model.path)
+        dataset = parts.samples(config.data)
+        settle_threads(config)
+        student = parts.student_of(config, dataset)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     if torch.cuda.is_available():
@@ -49,8 +51,8 @@ def teach(cfg: DictConfig) -> None:
         for old in folder.glob("teacher-*.arrow"):
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
-    collator, pad = run.collator_of(student, config), student.processor.tokenizer.pad_token_id
-    objective = run.objective_of(config, student, offline=False)
+    collator, pad = parts.collator_of(student, config), student.processor.tokenizer.pad_token_id
+    objective = parts.objective_of(config, student, offline=False)
     mine = range(rank, len(dataset), world)
     k = min(config.kl.top_k, student.model.config.get_text_config().vocab_size)
 
@@ -61,7 +63,9 @@ def teach(cfg: DictConfig) -> None:
             if not samples:
                 continue
             moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype_of(config) is torch.bfloat16):
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=parts.dtype_of(config) is torch.bfloat16
+            ):
                 wanted = objective.answers(moved).cpu()  # [N, V]
             temperature = config.kl.temperature
             yield list(rows_of(samples, batch, wanted, pad=pad, k=k, temperature=temperature))
@@ -70,7 +74,7 @@ def teach(cfg: DictConfig) -> None:
 
     count = write(folder, batches(), rank=rank, world=world)
     if rank == 0:
-        told = {**expected(config, student, run.teacher(config)), "files": world}
+        told = {**expected(config, student, parts.teacher(config)), "files": world}
         (folder / TEACHER).write_text(json.dumps(told, indent=1) + "\n")
         size = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
         print(

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.training.config import explain
+from latefusion.training.checks import explain
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
 

@@ -17,7 +17,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.training.config import RECIPES, Config, DataConfig, Dtype, Source, explain, read
+from latefusion.data.config import DataConfig, Source
+from latefusion.training.checks import explain, read
+from latefusion.training.config import RECIPES, Config, Dtype
 
 
 @dataclass
@@ -94,7 +96,7 @@ def named(word: str) -> list[str]:
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     """Profile the model that `config` names on its data."""
     from latefusion.eval.profiling.run import Wishes, profile
-    from latefusion.models.build import check_base, compute_dtype, load_base
+    from latefusion.models.base import check_base, compute_dtype, load_base
 
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)

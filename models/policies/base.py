@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,7 +24,9 @@ class Prompt:
             (repeated to fill the row).
         text: bool `[B, T]`, the prompt's text that can see vision tokens: after the first of them, up to the
             last query, in training without the answers.
-        n_vision, n_real: the same masks counted per sample, on the host.
+        n_vision, n_real, n_text: the same masks counted per sample, on the host.
+        n_answer: real tokens after the first vision token that are neither: in training, the answers'.
+        tail: so many columns at the end are `text` in every sample.
         num_layers: decoder layers.
     """
 
@@ -33,6 +36,9 @@ class Prompt:
     text: Tensor
     n_vision: tuple[int, ...]
     n_real: tuple[int, ...]
+    n_text: tuple[int, ...]
+    n_answer: tuple[int, ...]
+    tail: int
     num_layers: int
 
 
@@ -55,10 +61,9 @@ class AttentionCall:
         query: `[B, H, N, D]`; key, value: `[B, Hkv, K, D]`, with what the cache held before.
         query_index: int64 `[B, N]`, logical position of each query row in this forward, -1 for padding.
         key_index: int64 `[B, K]`, the same for keys; negative for padding and for keys of earlier forwards.
-        output: `[B, N, H, D]`, what the layer's own attention gave.
         scaling: multiplies q·k.
-        rerun: `(value, rows) -> [B, R, H, D]`, the layer's kernel again with other values `[B, Hkv, K, D]`
-            for the query rows `rows` int64 `[B, R]` (compact; None: all rows).
+        run: `(value, rows) -> [B, R, H, D]`, the layer's kernel on these values `[B, Hkv, K, D]` for the query
+            rows `rows`: int64 `[B, R]` (compact), or the first so many, or None: all.
         weights: `rows int64 [B, R] (compact) -> float32 [B, H, R, K]`, attention probabilities of these rows.
     """
 
@@ -67,10 +72,14 @@ class AttentionCall:
     value: Tensor
     query_index: Tensor
     key_index: Tensor
-    output: Tensor
     scaling: float
-    rerun: Callable[[Tensor, Tensor | None], Tensor]
+    run: Callable[[Tensor, Tensor | int | None], Tensor]
     weights: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def output(self) -> Tensor:
+        """`[B, N, H, D]`, what the layer's own attention gives; computed when first asked for."""
+        return self.run(self.value, None)
 
     def compact_rows(self, logical: Tensor) -> Tensor:
         """Where the logical query rows `[B, R]` stand in this layer's compact order, int64 `[B, R]`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.ranking import check_layer, check_ratio, share
+from latefusion.models.policies.ranking import check_layer, check_ratio, on_device, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class _RandomDecision:
         for b, (n, total, k) in enumerate(zip(prompt.n_vision, prompt.n_real, counts, strict=True)):
             stays[b, random.Random(f"{policy.seed}/{n}/{total - n}").sample(range(n), k)] = True
         rank = (prompt.vision.cumsum(1) - 1).clamp(min=0)  # [B, T]
-        return Selection(prompt.vision & stays.to(prompt.vision.device).gather(1, rank), counts)
+        return Selection(prompt.vision & on_device(stays, rank.device).gather(1, rank), counts)
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
         raise AssertionError("watches nothing")

@@ -46,11 +46,10 @@ def best(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.zeros_like(among).scatter(1, order, first) & among
 
 
-def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
-    """int64 `[B]`; the copy does not make the host wait."""
-    if device.type == "cpu":
-        return torch.tensor(counts)
-    return torch.tensor(counts).pin_memory().to(device, non_blocking=True)
+def on_device(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """A tensor of these numbers `[B]`, or one made on the host, where `device` is; the host does not wait."""
+    made = torch.as_tensor(numbers)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
 
 class AttentionRanking:

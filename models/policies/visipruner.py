@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+from latefusion.models.policies.ranking import on_device
+from latefusion.models.policies.shallow import ShallowRule
 
 STAGES = ("shallow", "middle", "deep")
 
@@ -93,8 +95,10 @@ class VisiPruner:
 class VisiPrunerDecision:
     """One prefill under `VisiPruner`.
 
-    Each layer looked at sends three integers per sample to the host. They are awaited only before the next
-    layer, so that the rest of the layer is queued meanwhile. Once all samples are settled, none is looked at.
+    What a layer finds stays on the device until it could change what a later layer computes: before fusion
+    after every layer, then when enough layers have passed. Only then are four integers a sample and layer
+    sent to the host, and awaited only before the next layer, so that the rest of the layer is queued meanwhile.
+    Once all samples are settled, no layer is looked at.
 
     Attributes:
         kept: bool `[B, T]`, the vision tokens that still take part.
@@ -108,17 +112,16 @@ class VisiPrunerDecision:
         self._counts = list(prompt.n_vision)
         self._fusion: list[int | None] = [None] * len(self._counts)
         self._passed = [0] * len(self._counts)  # layers that no longer used vision
-        self._pending: _Findings | None = None
+        self._found: list[_Finding] = []  # not settled yet
+        self._numbers: _OnTheWay | None = None  # the same on their way to the host
 
         shallow = range(min(policy.boundary, prompt.num_layers)) if "shallow" in policy.stages else range(0)
         middle = range(policy.boundary + 1, prompt.num_layers) if "middle" in policy.stages else range(0)
         self.watch = {*shallow, *middle}
 
         self.prunable = prunable(prompt)
-        self._ruled = prompt.text  # bool [B, T]
-        self._max_ruled = max(
-            real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)
-        )
+        self._left_whole = [False] * len(self._counts)  # nothing of it may be removed
+        self._without_vision = ShallowRule(prompt, policy.sink_rule)
 
     @property
     def fusion_layer(self) -> list[int | None]:
@@ -126,6 +129,8 @@ class VisiPrunerDecision:
         return self._fusion
 
     def select(self, layer: int) -> Selection | None:
+        if self._numbers is None:
+            return None
         return Selection(self.kept, tuple(self._counts)) if self._settle() else None
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
@@ -134,38 +139,9 @@ class VisiPrunerDecision:
         self._look(layer, call)
         return None
 
-    def _without_vision(self, layer: int, call: AttentionCall) -> Tensor:
-        """The shallow rule, as the same attention over other values: a zero value is a zeroed weight."""
-        keys = _at(self.prompt.vision, call.key_index)[:, None, :, None]  # [B, 1, K, 1]
-        hidden = call.value.masked_fill(keys, 0)  # [B, Hkv, K, D]
-        ruled = _at(self._ruled, call.query_index)  # [B, N]
-        if layer > 0:
-            return self._replace(call, call.output, hidden, ruled)
-        vision = _at(self.prompt.vision, call.query_index)[:, :, None, None]  # [B, N, 1, 1]
-        output = torch.where(vision, call.rerun(hidden, None), call.output)
-        if self.policy.sink_rule == "first":
-            first = keys.int().argmax(2, keepdim=True)  # [B, 1, 1, 1]
-            sink = call.value.gather(2, first.expand(-1, hidden.shape[1], -1, hidden.shape[3]))
-            text_value = torch.where(keys, sink, call.value)
-        else:
-            rank, total = keys.cumsum(2), keys.sum(2, keepdim=True)
-            text_value = call.value.masked_fill(keys & (rank <= total // 2), 0)
-        return self._replace(call, output, text_value, ruled)
-
-    def _replace(self, call: AttentionCall, output: Tensor, value: Tensor, ruled: Tensor) -> Tensor:
-        """`output` `[B, N, H, D]` with the rows `ruled` (bool `[B, N]`) attending to `value` instead."""
-        if not self._max_ruled:
-            return output
-        rows = ruled.int().argsort(dim=1, descending=True, stable=True)[:, : self._max_ruled]  # [B, R]
-        index = rows[:, :, None, None].expand(-1, -1, *output.shape[2:])
-        rerun = torch.where(
-            ruled.gather(1, rows)[:, :, None, None], call.rerun(value, rows), output.gather(1, index)
-        )
-        return output.scatter(1, index, rerun)
-
     @torch.no_grad()
     def _look(self, layer: int, call: AttentionCall) -> None:
-        self._pending = _Findings(layer, *self.judge(layer, *effect_on_queries(call, self.prompt)))
+        self._add(layer, *self.judge(layer, *effect_on_queries(call, self.prompt)))
 
     def judge(self, layer: int, cosine: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer's removal effects (float32 `[B, T]` each) say.
@@ -182,49 +158,83 @@ class VisiPrunerDecision:
     def fuse(self, layer: int, critical: Tensor) -> None:
         """As if `layer` had just been found to fuse all samples, these tokens (bool `[B, T]`) being critical."""
         everywhere = torch.ones_like(critical[:, 0])  # [B]
-        self._pending = _Findings(layer, critical, everywhere, everywhere)
+        self._add(layer, critical, everywhere, everywhere)
+
+    def _add(self, layer: int, critical: Tensor, fuses: Tensor, used: Tensor) -> None:
+        numbers = torch.stack((fuses, used, self.prunable.any(1), critical.sum(1)), dim=1)  # [B, 4]
+        self._found.append(_Finding(layer, critical, numbers))
+        if layer < self.prompt.num_layers - 1 and self._could_change():
+            self._numbers = _OnTheWay([finding.numbers for finding in self._found])
+
+    def _could_change(self) -> bool:
+        """Whether what was found since the host last knew could change what the next layer computes."""
+        needed = self.policy.exit_patience - len(self._found)
+        return any(
+            self._fusion[i] is None or self._passed[i] >= needed
+            for i in range(len(self._counts))
+            if not self._is_settled(i)
+        )
 
     def _settle(self) -> bool:
-        """Turn what the layer before found into this sample's next tokens; true if any of them changed."""
-        if self._pending is None:
+        """Turn what was found into each sample's next tokens; true if any of them changed."""
+        if not self._found:
             return False
-        layer, critical = self._pending.layer, self._pending.critical
-        fused, left = [], []
-        for i, (fuses, used, count) in enumerate(self._pending.on_host()):
+        numbers = self._numbers or _OnTheWay([finding.numbers for finding in self._found])
+        changed = [
+            self._apply(finding, rows) for finding, rows in zip(self._found, numbers.on_host(), strict=True)
+        ]
+        self._found, self._numbers = [], None
+        if all(self._is_settled(i) for i in range(len(self._counts))):
+            self.watch.clear()
+        return any(changed)
+
+    def _apply(self, finding: _Finding, rows: list[list[int]]) -> bool:
+        fused, left = [False] * len(rows), [False] * len(rows)
+        for i, (fuses, used, may, count) in enumerate(rows):
+            self._left_whole[i] = not may
             if self._fusion[i] is None:
                 if fuses:
-                    self._fusion[i], self._counts[i] = layer, count
-                    fused.append(i)
+                    self._fusion[i], self._counts[i], fused[i] = finding.layer, count, True
             elif self._counts[i] and "deep" in self.policy.stages:
                 self._passed[i] += not used
                 if self._passed[i] >= self.policy.exit_patience:
-                    self._counts[i] = 0
-                    left.append(i)
-        self._pending = None
-        if fused or left:
-            self.kept = self.kept.clone()
-            self.kept[fused] = critical[fused]
-            self.kept[left] = False
-        if all(self._is_settled(i) for i in range(len(self._counts))):
-            self.watch.clear()
-        return bool(fused or left)
+                    self._counts[i], left[i] = 0, True
+        device = self.kept.device
+        if any(fused):
+            self.kept = torch.where(on_device(fused, device)[:, None], finding.critical, self.kept)
+        if any(left):
+            self.kept = self.kept & ~on_device(left, device)[:, None]
+        return any(fused) or any(left)
 
     def _is_settled(self, sample: int) -> bool:
-        return self._counts[sample] == 0 or (
-            self._fusion[sample] is not None and "deep" not in self.policy.stages
-        )
+        fused = self._fusion[sample] is not None
+        done = fused and "deep" not in self.policy.stages
+        return done or self._counts[sample] == 0 or self._left_whole[sample]
 
 
-class _Findings:
-    """What a layer says: `critical` bool `[B, T]`; per sample: it fuses, uses kept tokens, critical count."""
+@dataclass(frozen=True)
+class _Finding:
+    """What a layer says.
 
-    def __init__(self, layer: int, critical: Tensor, fuses: Tensor, used: Tensor):
-        self.layer, self.critical = layer, critical
-        numbers = torch.stack((fuses.long(), used.long(), critical.sum(1)), dim=1)  # [B, 3]
-        self._numbers = numbers.to("cpu", non_blocking=True)  # pinned memory if it comes from a GPU
-        self._copied = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+    Attributes:
+        critical: bool `[B, T]`.
+        numbers: int64 `[B, 4]`: it fuses, it uses kept tokens, any token may be removed, critical tokens.
+    """
 
-    def on_host(self) -> list[list[int]]:
+    layer: int
+    critical: Tensor
+    numbers: Tensor
+
+
+class _OnTheWay:
+    """Layers' numbers `[B, 4]`, on their way to the host; the host waits when it asks for them."""
+
+    def __init__(self, numbers: list[Tensor]):
+        together = torch.stack(numbers)  # [layers, B, 4]
+        self._numbers = together.to("cpu", non_blocking=True)  # pinned memory if it comes from a GPU
+        self._copied = torch.cuda.current_stream(together.device).record_event() if together.is_cuda else None
+
+    def on_host(self) -> list[list[list[int]]]:
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers.tolist()
@@ -266,8 +276,3 @@ def removal_effect(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     rest = (total - 2 * dot + norm_sq).clamp(min=1e-6 * total)
     cosine = (total - dot) / (total * rest).sqrt()
     return cosine, norm_sq.sqrt()
-
-
-def _at(mask: Tensor, index: Tensor) -> Tensor:
-    """The logical mask `[B, T]` in compact order, bool `[B, N]` as `index`, false where that is negative."""
-    return mask.gather(1, index.clamp(min=0)) & (index >= 0)

@@ -16,13 +16,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from latefusion.data.collate import Collator
 from latefusion.data.guard import skipped
-from latefusion.models.build import Student, load_entry, save_student
+from latefusion.models.build import Student
+from latefusion.models.saved import load_entry, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.cost import sample_flops
+from latefusion.training.engines.instruments import monitor_of, watch_of
 from latefusion.training.guard import Preempted, Signals, check_world
 from latefusion.training.monitor import Monitor, trackers
-from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order, order_of
 
@@ -143,27 +144,25 @@ class StudentTrainer(Trainer):
 
     def __init__(self, *, config: Config, student: Student, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
-        args, train = self.args, config.train
+        args = self.args
         self.config, self.student = config, student
         self.objective: Objective = objective
-        self.order = order_of(train, self.train_dataset, args.world_size)
+        self.order = order_of(config.train, self.train_dataset, args.world_size)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
         self.terms: dict[str, Tensor] = {}
         self.staging: Path | None = None
         self.pad = student.processor.tokenizer.pad_token_id
         self.flops = sample_flops(student, objective.teacher, self.train_dataset, self.data_collator)
-        self.watch = Watch(
-            config.output_dir,
-            dataset=self.train_dataset,
-            order=self.order,
+        whole = isinstance(student.model, PeftModel) and not (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        )
+        self.watch = watch_of(
+            config,
+            self.train_dataset,
+            self.order,
             rank=args.process_index,
             world=args.world_size,
-            micro=train.batch_size,
-            skip=train.on_nonfinite is NonFiniteStep.skip,
-            student=student
-            if isinstance(student.model, PeftModel)
-            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            else None,
+            student=student if whole else None,
         )
         self.remove_callback(PrinterCallback)  # `Monitor` prints
         self.life = Life(self)
@@ -255,12 +254,10 @@ class Life(TrainerCallback):
         check_strategy(trainer)
         if trainer.is_fsdp_enabled:  # the objective encodes images outside the student's forward
             register_fsdp_forward_method(student.model, "get_image_features")
-        self.monitor = Monitor(
-            args.output_dir,
-            name=trainer.config.name,
-            steps=state.max_steps,
+        self.monitor = monitor_of(
+            trainer.config,
+            trainer.order,
             first=state.global_step,
-            samples=trainer.order.size,
             flops=trainer.flops,
             main=state.is_world_process_zero,
         )

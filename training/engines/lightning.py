@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
 from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.build import Student, save_student
+from latefusion.models.build import Student
+from latefusion.models.saved import save_student
 from latefusion.training.checkpoints import step_of, writing, writing_result
-from latefusion.training.config import Config, NonFiniteStep
+from latefusion.training.config import Config
 from latefusion.training.cost import sample_flops
+from latefusion.training.engines.instruments import monitor_of, watch_of
 from latefusion.training.guard import Preempted, Signals, check_world
 from latefusion.training.monitor import Monitor, trackers
 from latefusion.training.nonfinite import Watch
@@ -105,22 +107,14 @@ def fit(
     student.model.train()
     train = config.train
     order = order_of(train, dataset, trainer.world_size)
-    watch = Watch(
-        config.output_dir,
-        dataset=dataset,
-        order=order,
-        rank=trainer.global_rank,
-        world=trainer.world_size,
-        micro=train.batch_size,
-        skip=train.on_nonfinite is NonFiniteStep.skip,
-        student=student,
+    first = 0 if resumed is None else step_of(resumed)
+    watch = watch_of(
+        config, dataset, order, rank=trainer.global_rank, world=trainer.world_size, student=student
     )
-    monitor = Monitor(
-        config.output_dir,
-        name=config.name,
-        steps=train.steps,
-        first=0 if resumed is None else step_of(resumed),
-        samples=order.size,
+    monitor = monitor_of(
+        config,
+        order,
+        first=first,
         flops=sample_flops(student, objective.teacher, dataset, collator),
         main=trainer.is_global_zero,
     )
@@ -135,7 +129,7 @@ def fit(
         dataset,
         batch_sampler=Steps(
             order,
-            first=0 if resumed is None else step_of(resumed),
+            first=first,
             rank=trainer.global_rank,
             world=trainer.world_size,
             micro=train.batch_size,

@@ -1,0 +1,105 @@
+"""The model to start from: `embedded`, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from latefusion.models import embedded
+
+EMBEDDED = "embedded"
+
+
+def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """bfloat16 where the hardware multiplies in it, else float32."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    processor: Mapping[str, Any] | None = None,
+    four_bits: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A base model and its processor: `embedded`, a local folder, or a hub id.
+
+    Args:
+        dtype: of the weights, or with `four_bits` of what is computed with them.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        processor: settings that the processor is loaded with (`max_pixels`, ...).
+        four_bits: hold the decoder in NF4 (QLoRA, arXiv 2305.14314); the rest stays as it is.
+        trust_remote_code: run code that comes with the weights.
+
+    Raises:
+        FileNotFoundError: there are no such weights, or they cannot be reached from here.
+        ValueError: 4 bits need a package that is not here.
+    """
+    if path == EMBEDDED:
+        if four_bits:
+            raise ValueError(
+                "model.load_in_4bit=true is for large models; model=embedded has 5 million weights."
+            )
+        return embedded.load_base(dtype)
+    check_base(path)
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
+    return model.eval(), AutoProcessor.from_pretrained(path, **where, **(processor or {}))
+
+
+def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesConfig:
+    """Four bits for the decoder's layers alone: what trains in full cannot be quantised."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
+    decoder = model.get_decoder()
+    parts = {module for module in model.base_model.children() if module is not decoder}
+    others = [
+        name for name, module in model.named_modules() if module in parts
+    ]  # whole names, as it compares them
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*others, "lm_head"],
+    )
+
+
+def check_base(path: str) -> None:
+    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find its weights."""
+    if path == EMBEDDED or (Path(path) / "config.json").is_file():
+        return
+    fix = f"name a folder or hub id with model.path=..., or run `hf download {path}` where there is a network"
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"no model at {path}: it has no config.json; {fix}.")
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(path, timeout=10)
+    except Exception as error:  # every way a network, a hub or a name can fail
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); {fix}."
+        ) from None

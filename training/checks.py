@@ -1,0 +1,182 @@
+"""From the composed configuration to a checked `Config`; what is wrong with it, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from latefusion.data.config import Group, Source
+from latefusion.training.config import (
+    RECIPES,
+    Config,
+    EntryInit,
+    NonFiniteStep,
+    Teacher,
+    Trainer,
+    Tune,
+)
+
+
+def read(cfg: DictConfig) -> Config:
+    """The composed configuration as a checked `Config`.
+
+    Raises:
+        ValueError: a value is missing or out of range.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    _refuse_additions(config)
+    train, lora, kl = config.train, config.lora, config.kl
+    for key, value in (
+        ("train.steps", train.steps),
+        ("train.batch_size", train.batch_size),
+        ("train.accumulation", train.accumulation),
+        ("train.log_every", train.log_every),
+        ("train.save_every", train.save_every),
+        ("train.keep_checkpoints", train.keep_checkpoints),
+        ("lora.r", lora.r),
+        ("lora.alpha", lora.alpha),
+        ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
+        ("data.turns", config.data.turns),
+        ("data.shuffle_buffer", config.data.shuffle_buffer),
+        ("data.max_length", config.data.max_length or 1),
+        ("train.prefetch", train.prefetch),
+        ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
+    ):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1.")
+    for key, number in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.max_grad_norm", train.max_grad_norm),
+        ("kl.temperature", kl.temperature),
+    ):
+        if not number > 0:
+            raise ValueError(f"{key}={number} must be positive.")
+    for key, number in (
+        ("train.weight_decay", train.weight_decay),
+        ("train.workers", train.workers),
+        ("entry.rank", config.entry.rank),
+        ("kl.weight", kl.weight),
+    ):
+        if number < 0:
+            raise ValueError(f"{key}={number} must not be negative.")
+    for key, number in (
+        ("train.warmup", train.warmup),
+        ("train.adam_beta2", train.adam_beta2),
+        ("lora.dropout", lora.dropout),
+        ("train.narrow", 0.0 if train.narrow == 1 else train.narrow),
+    ):
+        if not 0 <= number < 1:
+            raise ValueError(f"{key}={number} must lie in [0, 1).")
+    _check_data(config)
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
+    if config.resume is not False and config.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
+    if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+        raise ValueError(
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+        )
+    if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
+    if config.tune is Tune.full and config.teacher is not Teacher.none and config.kl.weight > 0:
+        raise ValueError(
+            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, or tune=lora."
+        )
+    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if (
+        config.model.load_in_4bit
+        and (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+    ):
+        raise ValueError(
+            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
+        )
+    if lora.train_projector and config.model.projector is None:
+        raise ValueError(
+            "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
+        )
+    return config
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source in (Source.llava, Source.dataset) and data.path is None:
+        raise ValueError(f"data.path is not set; name the {data.source.value} data with data.path=PATH.")
+    if data.source is Source.mixture and not data.parts:
+        raise ValueError("data.parts is empty; name the mixture's sources: data.parts=[{path: PATH}, ...].")
+    for number, part in enumerate(data.parts):
+        if part.source not in (Source.llava, Source.dataset):
+            raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
+        if not part.weight > 0:
+            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.streaming and data.source is Source.scenes:
+        raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
+    if data.streaming and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("data.streaming=true needs engine.trainer=accelerate.")
+    if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
+        raise ValueError(
+            f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "
+            "and data.streaming=false."
+        )
+
+
+def _refuse_additions(node: Any, prefix: str = "") -> None:
+    """Hydra's `+key=value` adds keys even to a typed node."""
+    exists = sorted(f.name for f in fields(node))
+    for name, value in vars(node).items():
+        if name not in exists:
+            raise ValueError(f"{prefix}{name} does not exist; there are {', '.join(exists)}.")
+        if is_dataclass(value):
+            _refuse_additions(value, f"{prefix}{name}.")
+
+
+def explain(overrides: Sequence[str]) -> None:
+    """Compose once with these command-line overrides, only to say in one sentence what is wrong with them.
+
+    Raises:
+        ValueError: names the bad key or value and what exists.
+    """
+    with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
+        try:
+            compose("config", list(overrides))
+        except MissingConfigException as error:
+            options = ", ".join(error.options or ())
+            group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}.") from None
+        except ConfigCompositionException as error:
+            cause = error.__cause__
+            if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+                raise ValueError(_unknown_key(str(cause.full_key))) from None
+            reason = str(cause).splitlines()[0] if cause else str(error)
+            override = str(error).splitlines()[0].removeprefix("Error merging override ")
+            raise ValueError(f"{override}: {reason}.") from None
+
+
+def _unknown_key(key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    root = compose("config")
+    try:
+        keys = {str(k) for k in OmegaConf.select(root, parent)} if parent else {"recipe", *map(str, root)}
+        exists = sorted(keys)
+    except TypeError:  # the parent is itself a value
+        return f"{key} does not exist: {parent} is a value."
+    near = difflib.get_close_matches(name, exists, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key} does not exist{hint}; {parent or 'the top level'} has {', '.join(exists)}."

@@ -1,0 +1,69 @@
+"""The lines a run prints before its first step."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Any
+
+import torch
+
+from latefusion.data.collate import IGNORE
+from latefusion.data.mixing import Stream
+from latefusion.models.build import Student
+from latefusion.models.entry import entry_of
+from latefusion.models.schedule import VisionSchedule
+from latefusion.training.config import Config
+from latefusion.training.estimate import estimated, numel
+from latefusion.training.parts import dtype_of
+
+DESCRIBED = 8  # samples whose sizes the printed lines speak of
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    if isinstance(dataset, Stream):
+        return list(islice(dataset, DESCRIBED))
+    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+
+
+def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
+    """What is about to be trained: parameters, vision tokens by layer, FLOPs against dense."""
+    model, schedule = student.model, student.schedule
+    ids, n = batch["input_ids"], len(batch["input_ids"])
+    prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
+    vision = ids == model.config.image_token_id
+    n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
+    total = sum(numel(p) for p in model.parameters())
+    trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    real = ids != student.processor.tokenizer.pad_token_id
+    masks = (real & ~vision, vision, batch["labels"] != IGNORE)
+    all_text, all_vision, learnt = (round(int(mask.sum()) / n) for mask in masks)
+    layers = model.config.get_text_config().num_hidden_layers
+    entry: Any = entry_of(model)
+    flops = schedule.flops(model.config, n_text, n_vision) + (
+        entry.flops(n_vision) if schedule.enter and entry else 0
+    )
+    dense = VisionSchedule().flops(model.config, n_text, n_vision)
+    train = config.train
+    dtype = str(dtype_of(config)).removeprefix("torch.")
+    return "\n".join(
+        [
+            f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
+            f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
+            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
+            f"{' (offline)' if config.kl.cache else ''}, {dtype}",
+            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
+            f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
+            f"({n_vision} vision + {n_text} text tokens)",
+            estimated(config, model, schedule, (all_text, all_vision, learnt), dtype_of(config)),
+        ]
+    )
+
+
+def runs(tokens: list[int]) -> str:
+    """`[0, 0, 144, 144, 16]` as `0-1: 0, 2-3: 144, 4: 16`."""
+    starts = [i for i, n in enumerate(tokens) if i == 0 or n != tokens[i - 1]]
+    ends = [*(i - 1 for i in starts[1:]), len(tokens) - 1]
+    return ", ".join(
+        f"{a}: {tokens[a]}" if a == b else f"{a}-{b}: {tokens[a]}" for a, b in zip(starts, ends, strict=True)
+    )
