@@ -94,8 +94,8 @@ class NonFiniteStep(Enum):
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
-    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; untyped, so
-    that an override replaces all of it.
+    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`;
+    untyped, so that an override replaces all of it.
     """
 
     enter: int = 0

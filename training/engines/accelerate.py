@@ -119,8 +119,8 @@ def fit(
     if config.engine.fsdp:  # the class names that a Llava gives would be looked for in vain
         layer = student.model.get_base_model().get_decoder().layers[0]
         args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = type(layer).__name__
-        # weights as they are stored, gradients summed in float32: the arithmetic of autocast under DDP. Accelerate would
-        # cast what trains, and sum its gradients, in bfloat16
+        # weights as they are stored, gradients summed in float32: the arithmetic of autocast under DDP.
+        # Accelerate would cast what trains, and sum its gradients, in bfloat16
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         args.fsdp_plugin_args["mixed_precision_policy"] = policy
     trainer = StudentTrainer(
