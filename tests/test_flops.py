@@ -87,7 +87,7 @@ def test_dense_flops_are_exact_without_the_executor() -> None:
 
 @pytest.mark.parametrize("stages", [("middle", "deep"), ("shallow", "middle", "deep")], ids="+".join)
 def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
-    """Deciding reads one row a layer; the shallow rule attends twice: in layer 0 all rows, then text."""
+    """Deciding reads one row a layer; the shallow rule computes the text before the image twice."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(2, "sdpa")).eval()
     inputs_embeds, vision = prompt()
