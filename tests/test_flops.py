@@ -100,8 +100,8 @@ def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
     assert record.exit_layer == 5, "the run should show all stages"
     expected = decoder_flops(model.config, record.tokens)
     if "shallow" in stages:
-        tokens = N_TEXT + N_VISION
-        expected += 4 * model.config.hidden_size * tokens * (tokens + policy.boundary * N_TEXT)
+        twice = int(vision[0].int().argmax())  # text rows before the image
+        expected += policy.boundary * 4 * model.config.hidden_size * (N_TEXT + N_VISION) * twice
     assert expected == pytest.approx(measured, rel=0.01)
 
 
