@@ -145,18 +145,25 @@ def blinded(
     Args:
         vision: bool `[B, T]`.
         padding: the 2-D attention mask, for models whose stock mask is None.
-        still: before each layer up to this one, vision rows are put back to what the decoder was given.
+        still: before each layer up to this one, vision rows are put back to what the decoder was given (and, of
+            deepstack, what the model has added since).
     """
     decoder, state = model.get_decoder(), {}
     after = (vision.cumsum(1) > 0) & ~vision
     cells = after[:, None, :, None] & vision[:, None, None, :]  # [B, 1, T, T]
+
+    def before_decoder(module: Any, args: tuple, kwargs: dict) -> None:
+        state["deepstack"] = kwargs.get("deepstack_visual_embeds") or []
 
     def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
         rows = args[0]
         if i == 0:
             state["inputs"] = rows
         if i <= still:
-            rows = torch.where(vision[..., None], state["inputs"], rows)
+            unmoved = state["inputs"].clone()
+            for extra in state["deepstack"][:i]:
+                unmoved[vision] = unmoved[vision] + extra
+            rows = torch.where(vision[..., None], unmoved, rows)
         if i in hidden:
             mask, length = kwargs.get("attention_mask"), rows.shape[1]
             if mask is None:
@@ -168,7 +175,7 @@ def blinded(
                 kwargs["attention_mask"] = torch.where(cells, torch.finfo(mask.dtype).min, mask)
         return (rows, *args[1:]), kwargs
 
-    handles = []
+    handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))

@@ -31,18 +31,13 @@ def calibrated_entry(
     enter = schedule_of(config.schedule).enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
         return None
-    if config.schedule.profile is not None:
-        entry = read_entry(config.schedule.profile)
-        if entry is None:
-            raise ValueError(
-                f"the profile at {config.schedule.profile} has no {ENTRY}; profile again, or use entry.init=identity."
-            )
+    if config.schedule.profile is not None and (entry := read_entry(config.schedule.profile)) is not None:
         return entry
     stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
     if stage == 3:
         raise ValueError(
-            "entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
-            "and name its folder: schedule.profile=FOLDER."
+            f"entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
+            f"and name its folder, with its {ENTRY}: schedule.profile=FOLDER."
         )
     collator = Collator(
         processor=processor,
