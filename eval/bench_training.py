@@ -28,8 +28,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.eval.bench_executor import build, interleaved, prompt, seconds
+from latefusion.eval.bench_executor import build
 from latefusion.eval.memory import peak_bytes
+from latefusion.eval.timing import interleaved, prompt, seconds
 from latefusion.models.build import Student, build_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import read

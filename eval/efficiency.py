@@ -92,7 +92,7 @@ def compute(
     """
 
     def flops(answer: Answer) -> float:
-        found = float(decoder_flops(config, answer.tokens))
+        found = float(decoder_flops(config, answer.tokens, answer.frozen))
         if isinstance(policy, VisionSchedule):
             found += policy.ranking_flops(config, answer.text_tokens, answer.vision_tokens)
         if entry is not None and not answer.vision_tokens[0]:
@@ -102,8 +102,10 @@ def compute(
     layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
     return Compute(
         flops=fmean(flops(answer) for answer in answers),
-        vision_macs=fmean(vision_macs(config, answer.vision_tokens) for answer in answers),
-        attention_pairs=fmean(vision_pairs(a.text_tokens, a.vision_tokens) for a in answers),
+        vision_macs=fmean(vision_macs(config, a.vision_tokens, frozen=any(a.frozen)) for a in answers),
+        attention_pairs=fmean(
+            vision_pairs(a.text_tokens, a.vision_tokens, a.frozen, a.reads) for a in answers
+        ),
         vision_tokens=[fmean(layer) for layer in layers],
         text_tokens=fmean(answer.text_tokens for answer in answers),
     )

@@ -34,7 +34,7 @@ class Answer:
         prediction: decoded text; score: what the task's scorer gives it, from 0 to 1.
         text_tokens: prompt tokens that are neither vision nor padding.
         tokens: tokens that entered each decoder layer in the prefill, from `Attachment.trace`.
-        fusion_layer, exit_layer: as the trace has them.
+        fusion_layer, exit_layer, frozen, reads: as the trace has them.
     """
 
     system: str
@@ -50,6 +50,8 @@ class Answer:
     tokens: list[int] = field(repr=False)
     fusion_layer: int | None
     exit_layer: int | None
+    frozen: list[int] = field(default_factory=list, repr=False)
+    reads: list[int] = field(default_factory=list, repr=False)
 
     @property
     def correct(self) -> bool:
@@ -64,7 +66,7 @@ class Answer:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Answer:
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
 
 def exact_match(prediction: str, row: dict[str, Any]) -> float:
@@ -276,6 +278,8 @@ def _answer(
         tokens=list(record.tokens),
         fusion_layer=record.fusion_layer,
         exit_layer=record.exit_layer,
+        frozen=list(record.frozen),
+        reads=list(record.reads),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from latefusion.eval import efficiency, metrics
 from latefusion.eval.metrics import normalise
 from latefusion.eval.predict import Answer
-from latefusion.eval.systems import System
+from latefusion.eval.systems import System, config_of
 from latefusion.eval.tasks.base import Task
 from latefusion.models.entry import entry_of
 
@@ -40,7 +40,7 @@ def describe_systems(
 ) -> dict[str, Any]:
     """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
     compute = {
-        key: efficiency.compute(model.config, answers[key], system.policy, _entry(model, system))
+        key: efficiency.compute(config_of(model, system), answers[key], system.policy, _entry(model, system))
         for key, system in systems.items()
     }
     base = compute[reference]

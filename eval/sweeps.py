@@ -102,7 +102,9 @@ def _measure(
                     took = seconds(work, active.device)
                     if repeat == 0:
                         owner = systems[key].student.attachment if systems[key].student else attachment
-                        flops[key] = fmean(decoder_flops(active.config, r.tokens) for r in owner.trace)
+                        flops[key] = fmean(
+                            decoder_flops(active.config, r.tokens, r.frozen) for r in owner.trace
+                        )
                     else:
                         prefill[key].append(took)
                     if answers:

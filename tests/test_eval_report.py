@@ -185,6 +185,25 @@ def test_table_fits_a_terminal_of_80_columns_and_says_what_the_files_say(stored:
         assert system["name"] in many and tables.percent(system["accuracy"]["overall"]["value"]) in many
 
 
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        ((-0.031, -0.05, -0.012), "3.1 points below Dense base [−5.0 to −1.2]"),
+        ((0.02, 0.001, 0.04), "2.0 points above Dense base [+0.1 to +4.0]"),
+        ((0.0, -0.01, 0.01), "0.0 points from Dense base [−1.0 to +1.0]"),
+    ],
+)
+def test_verdict_says_who_is_ahead(
+    stored: dict[str, Any], gap: tuple[float, float, float], said: str
+) -> None:
+    results = copy.deepcopy(stored)
+    results["paired"]["dense"]["difference"] = dict(zip(("value", "low", "high"), gap, strict=True))
+    sentence = tables.headline(results)
+    assert said in sentence and sentence.startswith("Late fusion answers ")
+    cost = tables.percent(stored["systems"]["pruned"]["flops"]["ratio"], 0)
+    assert sentence.endswith(f"which needs {cost}%.")
+
+
 def test_markdown_has_the_verdict_and_a_row_a_method(
     run: tuple[Path, dict[str, Any]], stored: dict[str, Any]
 ) -> None:

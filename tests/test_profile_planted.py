@@ -18,8 +18,8 @@ from latefusion.eval.profiling.causal import Runner, knock_outs
 from latefusion.eval.profiling.cost import expected
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer
-from latefusion.eval.profiling.run import Study, Wishes
 from latefusion.eval.profiling.samples import Batch
+from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
 from latefusion.models.schedule import VisionSchedule

@@ -79,6 +79,13 @@ def read(cfg: DictConfig) -> Config:
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
+    if config.schedule.cross is not None and (
+        train.narrow > 0 or config.schedule.auto or config.schedule.profile
+    ):
+        raise ValueError(
+            "schedule.cross leaves no band for train.narrow to narrow or a profile to choose: use train.narrow=0 and "
+            "schedule=given."
+        )
     if kl.cache is not None and config.teacher is Teacher.none:
         raise ValueError(
             "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
