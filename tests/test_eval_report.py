@@ -62,7 +62,7 @@ def test_page_has_every_section_and_needs_no_network(run: tuple[Path, dict[str, 
     sections = {"verdict", "methods", "figures", "accuracy", "latency", "disagreements", "next", "method"}
     assert sections <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 5 and "img" in page.tags
+    assert page.tags.count("svg") == 6 and "img" in page.tags
     assert all(re.match(r"data:(image/(png|jpeg);base64)?,", reference) for reference in page.refers)
     assert "iframe" not in page.tags and page.tags.count("script") == 1
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
