@@ -66,8 +66,9 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     if best is None:
         nearest = rows[int(partial.argmin())]
         raise ValueError(
-            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} prompts), at "
-            f"boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower tokens_thresholds."
+            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} "
+            f"prompts), at boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower "
+            "tokens_thresholds."
         )
     header = HEADER + (LABELLED if correct is not None else ())
     bold = shown.index(best)
