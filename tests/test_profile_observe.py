@@ -93,6 +93,12 @@ def test_even_attention_has_the_greatest_entropy_and_no_sink() -> None:
     assert found.tokens in (9, 10) and found.sink == 0.0
 
 
+def test_vision_out_of_reach_draws_no_attention() -> None:
+    """Behind the window of local attention: numbers, not NaN."""
+    found = look(torch.zeros(5), torch.rand(5), torch.ones(5), torch.zeros(5))
+    assert (found.share, found.entropy, found.tokens, found.sink) == (0.0, 0.0, 0, 0.0)
+
+
 def test_the_fusion_layer_is_the_first_below_the_threshold(seen) -> None:
     looks = [layer[0] for layer in seen[2].looks]
     minima = [found.cosine[0] for found in looks]
