@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,10 @@ def test_report_json_holds_every_number_and_says_where_it_comes_from(
     assert set(stored["against"]) == set(stored["systems"]) - {"dense"}
     assert stored["systems"]["student"]["policy"]["keep"] == {"2": 5}
     assert {"torch", "transformers", "latefusion"} <= set(stored["environment"]["versions"])
+    first = evaluated.questions()[0]["question"]
+    prompt = stored["settings"]["prompts"]["scenes"]
+    assert first in prompt and prompt.count("<image>") == 1 and prompt != first
+    assert f"<code>{escape(prompt)}</code>" in (run[0] / "report.html").read_text()
 
 
 def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]) -> None:
