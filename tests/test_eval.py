@@ -128,7 +128,7 @@ def test_time_of_an_answer_separates_the_first_token(monkeypatch):
             streamer.put(None)
 
     monkeypatch.setattr(efficiency, "generate", generate)
-    assert efficiency.time_answer(None, {}, 4) == (8.0, 2.0)
+    assert efficiency.time_answer(SimpleNamespace(device=torch.device("cpu")), {}, 4) == (8.0, 2.0)
 
 
 def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, student, processor):

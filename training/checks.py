@@ -133,6 +133,8 @@ def _check_data(config: Config) -> None:
             raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
         if not part.weight > 0:
             raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.pack and data.isolate:
+        raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
     if data.streaming and data.source is Source.scenes:
         raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
     if data.streaming and config.engine.trainer is not Trainer.accelerate:

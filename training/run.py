@@ -31,6 +31,7 @@ from latefusion.training.parts import (
     dtype_of,
     guarded,
     objective_of,
+    packing,
     samples,
     student_of,
     training_collator,
@@ -59,6 +60,7 @@ def run(cfg: DictConfig) -> None:
             student = student_of(config, dataset)
             collator = guarded(config, training_collator(config, student), dataset)
             some = collator(first_samples(dataset))
+            collator = packing(config, student, collator)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
