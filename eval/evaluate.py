@@ -236,6 +236,7 @@ def config_of(checkpoint: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the folder or its configuration is not there.
+        ValueError: the configuration is none of a run.
     """
     from latefusion.training.config import Config
 
@@ -249,8 +250,14 @@ def config_of(checkpoint: str | Path) -> Config:
             f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
             "baseline is; name a folder that training/train.py wrote."
         )
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{folder / CONFIG} is no configuration of a run ({str(error).splitlines()[0]}); name a folder that "
+            "training/train.py wrote."
+        ) from None
 
 
 def read_report(path: str | Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from latefusion.models.saved import load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 
 SCHEDULES = (VisionSchedule(enter=1, exit=5, keep={3: 2}), VisionSchedule(enter=2, exit=4))
+REST = {"data": {"source": "scenes"}, "engine": {"trainer": "accelerate"}, "output_dir": "outputs/whole"}
 ROW = {"question": "what colour is the red circle ?", "images": []}
 
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_without_adapters_is_compared_with_its_base(
     whole = tmp_path / "whole"
     merge(first, whole, dtype=torch.float32)
     (whole / "config.yaml").write_text(
-        yaml.safe_dump({"name": "whole", "model": {"path": str(base), "visipruner": {"boundary": 1}}})
+        yaml.safe_dump({"name": "whole", "model": {"path": str(base), "visipruner": {"boundary": 1}}} | REST)
     )
     asked = [f"checkpoint={whole}", f"checkpoints=[{first}]", "tasks=[scenes]", "samples=4", "controls=false"]
     main([*asked, "batches=[2]", "lengths=[]", f"output={tmp_path / 'out'}"])
