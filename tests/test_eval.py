@@ -196,6 +196,13 @@ def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     assert not folder.exists()
 
 
+def test_a_broken_configuration_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
+    with pytest.raises(SystemExit, match="is no configuration of a run") as error:
+        main([f"checkpoint={tmp_path}"])
+    assert "colour" in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
