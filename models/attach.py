@@ -98,6 +98,11 @@ class Attachment(Hooks):
         """What happened in the last prefill, one record a sample."""
         return [] if self._last is None else self._last.records()
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Tokens, text and vision, that each layer computed in the last prefill, by sample; cheaper than `trace`."""
+        return [] if self._last is None else self._last.tokens()
+
     def __enter__(self) -> Attachment:
         return self
 

@@ -40,9 +40,12 @@ class TextTrace:
     num_layers: int
 
     def records(self) -> list[TraceRecord]:
-        counts = self.real.sum(1).tolist()
         layers = self.num_layers
-        return [TraceRecord(None, None, None, [int(n)] * layers, [0] * layers, 0) for n in counts]
+        return [TraceRecord(None, None, None, tokens, [0] * layers, 0) for tokens in self.tokens()]
+
+    def tokens(self) -> list[list[int]]:
+        """Tokens that enter each layer, by sample."""
+        return [[int(n)] * self.num_layers for n in self.real.sum(1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,22 @@ class PrefillTrace:
         fusion = [None] * len(self.prompt.n_real) if found is None else list(found)
         return [self._record(sample, layer) for sample, layer in enumerate(fusion)]
 
+    def tokens(self) -> list[list[int]]:
+        """Tokens that enter each layer, by sample; known on the host."""
+        sizes = enumerate(zip(self.prompt.n_real, self.prompt.n_vision, strict=True))
+        return [[real - total + n for n in self._vision(sample)] for sample, (real, total) in sizes]
+
+    def _vision(self, sample: int) -> list[int]:
+        """Vision tokens of each layer."""
+        starts = {
+            layer: chosen.counts[sample] for layer, chosen in self.selections if chosen.counts is not None
+        }
+        vision, now = [], self.prompt.n_vision[sample]
+        for layer in range(self.prompt.num_layers):
+            now = starts.get(layer, now)
+            vision.append(now)
+        return vision
+
     def _record(self, sample: int, fusion_layer: int | None) -> TraceRecord:
         total, layers = self.prompt.n_vision[sample], self.prompt.num_layers
         steps = [
@@ -65,11 +84,7 @@ class PrefillTrace:
             for layer, selection in self.selections
             if selection.counts is not None
         ]
-        vision, now = [], total
-        starts = {layer: count for layer, count, _ in steps}
-        for layer in range(layers):
-            now = starts.get(layer, now)
-            vision.append(now)
+        vision = self._vision(sample)
         seeing = [layer for layer, count in enumerate(vision) if count]
         exit_layer = seeing[-1] + 1 if seeing and seeing[-1] + 1 < layers else None
         text = self.prompt.n_real[sample] - total

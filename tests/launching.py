@@ -13,6 +13,7 @@ from tiny import BAND, SMALL
 from latefusion.training import run
 
 TRAIN = Path(run.__file__).with_name("train.py")
+ON_CPU = Path(__file__).with_name("fsdp_on_cpu.py")
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
     "accelerate": [
@@ -36,7 +37,8 @@ def start(launcher: str, base: Path, output: Path, *overrides: str) -> subproces
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")
     command = [part.format(port=port) for part in LAUNCHERS[launcher]]
-    command += [str(TRAIN), *quick, *fixed, *SMALL, *BAND, *where, *overrides]
+    scripts = [str(ON_CPU), str(TRAIN)] if "engine=fsdp2" in overrides else [str(TRAIN)]
+    command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
     return subprocess.Popen(

@@ -81,6 +81,22 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
     assert student.schedule.exit == 5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fsdp2_trains_as_ddp(base, tmp_path, dtype):
+    """Bit for bit, also in the norm of the gradients: the same arithmetic, in shards."""
+    options = ("train.batch_size=4", f"train.dtype={dtype}", "lora.train_projector=true")
+    for engine in ("accelerate", "fsdp2"):
+        launch("torchrun", base, tmp_path / engine, f"engine={engine}", *options)
+    found, expected = (
+        [json.loads(line) for line in (tmp_path / engine / "metrics.jsonl").read_text().splitlines()]
+        for engine in ("fsdp2", "accelerate")
+    )
+    for name in ("loss", "ce", "kl", "grad_norm"):
+        values = [entry[name] for entry in found if name in entry]
+        assert len(values) == 3 and values == [entry[name] for entry in expected if name in entry], name
+    assert_same_student(tmp_path / "fsdp2", tmp_path / "accelerate")
+
+
 @pytest.mark.parametrize(
     ("engine", "projector"),
     [("deepspeed_zero3", "false"), ("deepspeed_zero3", "true"), ("accelerate", "true")],
