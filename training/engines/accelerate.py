@@ -200,7 +200,7 @@ class StudentTrainer(Trainer):
             sums = dict(zip(self.terms, total.tolist(), strict=True))
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
             assert self.life.monitor is not None
-            logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
+            logs |= self.life.monitor.rates(self.state.global_step, sums["read"], sums.get("flops", 0.0))
             self.terms = {}
             if left_out := skipped(self.args.output_dir):
                 logs["skipped_rows"] = left_out
