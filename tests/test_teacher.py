@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from families import CONFIGS, build_from, prompt, text_tokens
-from launching import launch
 from safetensors import safe_open
 from tiny import BAND, SMALL, composed, save_tiny_base, shake, tiny_base, tiny_student
 
@@ -191,22 +190,5 @@ def test_online_and_offline_it_teaches_the_same_and_stays_out_of_the_checkpoints
     for path in written:
         with safe_open(path, framework="pt") as weights:
             assert not any(f"layers.{LAYERS - 1}." in name for name in weights.keys())  # noqa: SIM118
-    said = refused(base, tmp_path, cache, "kl.top_k=10000", "kl.model=null")
-    assert f"were written with model={larger}, but this run has {base}" in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["accelerate", "deepspeed_zero3", "fsdp2"])
-def test_two_processes_are_taught_as_one(base, larger, tmp_path, engine):
-    options = (f"kl.model={larger}", "kl.visipruner.boundary=2")
-    launch("alone", base, tmp_path / "one", "train.batch_size=8", *options)
-    launch("torchrun", base, tmp_path / "two", "train.batch_size=4", f"engine={engine}", *options)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    )
-    for name in ("loss", "ce", "kl"):
-        assert [e[name] for e in two if name in e] == pytest.approx(
-            [e[name] for e in one if name in e], rel=LOSS
-        )
-    assert sum(f.stat().st_size for f in tmp_path.glob("two/checkpoint-3/*.safetensors")) < 2**17
+    with pytest.raises(SystemExit, match=f"were written with model={larger}, but this run has {base}"):
+        run.run(options(cache, "kl.top_k=10000", "kl.model=null", f"output_dir={tmp_path / 'stale'}"))

@@ -168,9 +168,12 @@ class Objective:
     def teach(self, inputs: dict[str, Any], learnt: Tensor) -> Tensor:
         """The teacher's logits where labels are, float32 `[N, V]`."""
         if self.other is not None:
-            if self.other.sharded and self.idles(inputs):
-                self.encode_blank(learnt.device, self.other.model)
-            return self.other.forward(**fresh(inputs)).logits[learnt][:, : self.vocabulary].float()
+            with torch.autocast(
+                learnt.device.type, enabled=False
+            ):  # in the dtype of its weights, as at inference
+                if self.other.sharded and self.idles(inputs):
+                    self.encode_blank(learnt.device, self.other.model)
+                return self.other.forward(**fresh(inputs)).logits[learnt][:, : self.vocabulary].float()
         training = self.model.training
         self.model.eval()
         try:

@@ -31,6 +31,8 @@ def zero3(config: Config, model: Any) -> Any:
     """A ZeRO-3 engine without an optimizer around an already partitioned model."""
     import deepspeed  # slow to import, and only this engine needs it
 
+    if not all(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise RuntimeError("ZeRO-3 was asked for, but the teacher's weights are whole in each process.")
     assert config.engine.deepspeed is not None
     given = config.engine.deepspeed["zero_optimization"]
     settings = {  # of the student's engine; the optimizer's, and what it chooses by the student's size, do not matter
