@@ -22,6 +22,12 @@ LAUNCHERS = {
     ],
     "alone": [sys.executable],
 }
+for node in (0, 1):  # one process each
+    LAUNCHERS[f"node {node}"] = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2"),
+        *("--num_processes=2", f"--machine_rank={node}", "--main_process_ip=127.0.0.1"),
+        "--main_process_port={port}",
+    ]
 
 
 def free_port() -> int:
@@ -30,9 +36,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(launcher: str, base: Path, output: Path, *overrides: str) -> subprocess.Popen:
-    """A run of 3 steps on the tiny model, in a process group of its own."""
-    port = str(free_port())
+def start(
+    launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None
+) -> subprocess.Popen:
+    """A run of 3 steps on the tiny model, in a process group of its own; `at`: the port where its processes meet."""
+    port = str(at or free_port())
     quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")

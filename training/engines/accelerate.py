@@ -227,7 +227,7 @@ class StudentTrainer(Trainer):
             states = len(list(folder.glob("rng_state*")))
             if self.is_world_process_zero() and states < self.args.world_size:
                 raise OSError(
-                    f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
+                    f"{states} of {self.args.world_size} processes write into this folder: all nodes must share it"
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
