@@ -142,7 +142,8 @@ class Bench:
 
     def flops(self, schedule: VisionSchedule, teacher: str = "none") -> int:
         text, vision = self.args.text, self.args.vision
-        return training_flops(self.config, schedule, text, vision, teacher=teacher == "online")
+        taught = self.config if teacher == "online" else None
+        return training_flops(self.config, schedule, text, vision, answers=ANSWER, teacher=taught)
 
 
 def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
