@@ -79,7 +79,7 @@ def test_paper_shape_of_llava_7b() -> None:
     assert cost.flops_saved == pytest.approx(0.53, abs=0.01)
     assert cost.attention_saved == pytest.approx(0.59, abs=0.01)
     assert cost.attention_saved_after == pytest.approx(0.998, abs=0.001)
-    dense = TraceRecord(None, None, None, [640] * 32, [576] * 32, 576)
+    dense = TraceRecord(None, None, None, [640] * 32, [576] * 32, 576, [0] * 32, [0] * 32)
     assert account(config, [dense]).attention_saved_after == 0.0
 
 
