@@ -6,17 +6,26 @@ from itertools import islice
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig
 
 from latefusion.data.collate import Collator
 from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
+from latefusion.models.entry import entry_of
+from latefusion.models.flops import decoder_flops
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 
 
 def training_flops(
-    config: PretrainedConfig, schedule: VisionSchedule, n_text: int, n_vision: int, *, teacher: bool = False
+    config: PretrainedConfig,
+    schedule: VisionSchedule,
+    n_text: int,
+    n_vision: int,
+    *,
+    teacher: bool = False,
+    first: int = 0,
 ) -> int:
     """FLOPs of the decoder for one sample's step of LoRA training.
 
@@ -26,9 +35,29 @@ def training_flops(
     Args:
         config: the model's.
         n_text, n_vision: tokens of the sample.
+        first: the layer at which the backward pass ends (`backward_ends`).
     """
-    step = 2 * schedule.flops(config, n_text, n_vision)
+    vision = schedule.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)[:first]
+    spared = decoder_flops(config, [n_text + n for n in vision], vision if schedule.cross else ())
+    step = 2 * schedule.flops(config, n_text, n_vision) - spared
     return step + teacher * VisionSchedule().flops(config, n_text, n_vision)
+
+
+def backward_ends(model: Any) -> int:
+    """The first decoder layer with something to train, below which no gradient is computed; 0 if the projector trains.
+
+    Args:
+        model: a student's, or the Hugging Face model itself.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = inner.get_decoder().layers
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    after = {
+        id(p) for p in (entry_of(model) or torch.nn.Module()).parameters()
+    }  # runs where vision tokens enter
+    if any(p.requires_grad and id(p) not in inside | after for p in model.parameters()):
+        return 0
+    return next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
 
 
 def sample_flops(student: Student, teacher: Policy | None, dataset: Any, collator: Collator) -> float:
@@ -44,4 +73,11 @@ def sample_flops(student: Student, teacher: Policy | None, dataset: Any, collato
     ids, config = collator(samples)["input_ids"], student.model.config
     vision = int((ids == config.image_token_id).sum()) // len(samples)
     real = int((ids != student.processor.tokenizer.pad_token_id).sum()) // len(samples)
-    return training_flops(config, student.schedule, real - vision, vision, teacher=teacher is not None)
+    return training_flops(
+        config,
+        student.schedule,
+        real - vision,
+        vision,
+        teacher=teacher is not None,
+        first=backward_ends(student.model),
+    )
