@@ -61,9 +61,9 @@ def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account
         full = [layer for layer, n in enumerate(record.vision) if n == n_vision]
         after = record.vision[full[-1] + 1 :] if full else record.vision
         row = (
-            decoder_flops(config, record.tokens),
+            decoder_flops(config, record.tokens, record.frozen),
             decoder_flops(config, [n_text + n for n in every]),
-            vision_pairs(n_text, record.vision),
+            vision_pairs(n_text, record.vision, record.frozen, record.reads),
             vision_pairs(n_text, every),
             vision_pairs(n_text, after),
             vision_pairs(n_text, every[: len(after)]),
@@ -74,9 +74,16 @@ def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account
     return Account(*totals)
 
 
-def vision_pairs(n_text: int, vision: Sequence[int]) -> int:
-    """Causal pairs with a vision token in them: all pairs but those of text alone, wherever the tokens stand."""
-    return sum(pairs(n_text + n) - pairs(n_text) for n in vision)
+def vision_pairs(
+    n_text: int, vision: Sequence[int], frozen: Sequence[int] = (), reads: Sequence[int] = ()
+) -> int:
+    """Causal pairs with a vision token in them: all pairs but those of text alone, wherever the tokens stand.
+
+    Args:
+        frozen, reads: as in `TraceRecord`; frozen tokens are keys alone. Empty: there are none.
+    """
+    computed = [n - f for n, f in zip(vision, frozen or [0] * len(vision), strict=True)]
+    return sum(pairs(n_text + n) - pairs(n_text) for n in computed) + sum(reads)
 
 
 def pairs(n: int) -> int:

@@ -63,6 +63,8 @@ class Sample:
             for (first, count), end in zip(steps, ends, strict=True)
         ]
         said.append(f"Vision tokens: {', '.join(runs)}.")
+        if any(record.frozen):
+            said.append("They are only read there: keys and values are computed, their states never change.")
         said.append(
             f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs, "
             f"{self.account.attention_saved:.1%} of the attention with vision tokens in it"

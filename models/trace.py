@@ -22,6 +22,8 @@ class TraceRecord:
         tokens: tokens that enter each layer, padding not counted.
         vision: how many of them are vision tokens.
         n_vision: vision tokens of the prompt.
+        frozen: how many of `vision` are only read in each layer.
+        reads: pairs of a text token and a frozen one before it, in each layer.
     """
 
     fusion_layer: int | None
@@ -30,6 +32,8 @@ class TraceRecord:
     tokens: list[int]
     vision: list[int]
     n_vision: int
+    frozen: list[int]
+    reads: list[int]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class TextTrace:
 
     def records(self) -> list[TraceRecord]:
         counts = self.real.sum(1).tolist()
-        layers = self.num_layers
-        return [TraceRecord(None, None, None, [int(n)] * layers, [0] * layers, 0) for n in counts]
+        none = [0] * self.num_layers
+        return [
+            TraceRecord(None, None, None, [int(n)] * self.num_layers, none, 0, none, none) for n in counts
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,32 +67,40 @@ class PrefillTrace:
     def _record(self, sample: int, fusion_layer: int | None) -> TraceRecord:
         total, layers = self.prompt.n_vision[sample], self.prompt.num_layers
         steps = [
-            (layer, selection.counts[sample], selection.vision[sample])
+            (layer, selection.counts[sample], selection)
             for layer, selection in self.selections
             if selection.counts is not None
         ]
-        vision, now = [], total
-        starts = {layer: count for layer, count, _ in steps}
-        for layer in range(layers):
-            now = starts.get(layer, now)
-            vision.append(now)
+        starts = {layer: (count, self._reads(sample, selection)) for layer, count, selection in steps}
+        now: tuple[int, int | None] = total, None
+        runs = [now := starts.get(layer, now) for layer in range(layers)]
+        vision = [count for count, _ in runs]
         seeing = [layer for layer, count in enumerate(vision) if count]
         exit_layer = seeing[-1] + 1 if seeing and seeing[-1] + 1 < layers else None
         text = self.prompt.n_real[sample] - total
         return TraceRecord(
             fusion_layer=fusion_layer,
-            kept=self._kept(steps, total, fusion_layer),
+            kept=self._kept(sample, steps, total, fusion_layer),
             exit_layer=exit_layer,
             tokens=[text + count for count in vision],
             vision=vision,
             n_vision=total,
+            frozen=[0 if reads is None else count for count, reads in runs],
+            reads=[reads or 0 for _, reads in runs],
         )
 
-    def _kept(self, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
+    def _reads(self, sample: int, selection: Selection) -> int | None:
+        """Pairs of a text token and a frozen one before it; None if the selection's tokens are not frozen."""
+        if not selection.frozen:
+            return None
+        text = self.prompt.real[sample] & ~self.prompt.vision[sample]
+        return int(selection.vision[sample].cumsum(0)[text].sum())
+
+    def _kept(self, sample: int, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
         if fusion_layer is not None:
             steps = [step for step in steps if step[0] > fusion_layer]
             chosen = steps[0][2] if steps else None  # what went on from the fusion layer
         else:
-            some = [mask for _, count, mask in steps if 0 < count < total]
+            some = [selection for _, count, selection in steps if 0 < count < total]
             chosen = some[-1] if some else None
-        return None if chosen is None else chosen.nonzero().flatten().tolist()
+        return None if chosen is None else chosen.vision[sample].nonzero().flatten().tolist()

@@ -74,7 +74,7 @@ def test_paper_shape_of_llava_7b() -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
     vision = [576] * 13 + [10] * 11 + [0] * 8
-    record = TraceRecord(12, list(range(10)), 24, [64 + n for n in vision], vision, 576)
+    record = TraceRecord(12, list(range(10)), 24, [64 + n for n in vision], vision, 576, [0] * 32, [0] * 32)
     cost = account(config, [record])
     assert cost.flops_saved == pytest.approx(0.53, abs=0.01)
     assert cost.attention_saved == pytest.approx(0.59, abs=0.01)

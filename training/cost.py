@@ -40,8 +40,8 @@ def sample_flops(student: Student, teacher: Policy | None, dataset: Any, collato
         if isinstance(dataset, Stream)
         else map(dataset.__getitem__, range(min(8, len(dataset))))
     )
-    batch = collator(list(first))
-    ids, config = batch["input_ids"], student.model.config
-    vision = int((ids == config.image_token_id).sum()) // len(ids)
-    real = int((ids != student.processor.tokenizer.pad_token_id).sum()) // len(ids)
+    samples = list(first)
+    ids, config = collator(samples)["input_ids"], student.model.config
+    vision = int((ids == config.image_token_id).sum()) // len(samples)
+    real = int((ids != student.processor.tokenizer.pad_token_id).sum()) // len(samples)
     return training_flops(config, student.schedule, real - vision, vision, teacher=teacher is not None)

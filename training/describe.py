@@ -52,7 +52,8 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
             f"{' (offline)' if config.kl.cache else ''}, {dtype}",
-            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
+            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
+            f"{', frozen: keys and values alone' if schedule.cross else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
             estimated(config, model, schedule, (all_text, all_vision, learnt), dtype_of(config)),

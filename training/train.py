@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from latefusion.training.checks import explain
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # ours starts there
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")

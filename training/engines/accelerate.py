@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -119,6 +119,10 @@ def fit(
     if config.engine.fsdp:  # the class names that a Llava gives would be looked for in vain
         layer = student.model.get_base_model().get_decoder().layers[0]
         args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = type(layer).__name__
+        # weights as they are stored, gradients summed in float32: the arithmetic of autocast under DDP.
+        # Accelerate would cast what trains, and sum its gradients, in bfloat16
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy
     trainer = StudentTrainer(
         config=config,
         model=student.model,
@@ -177,7 +181,10 @@ class StudentTrainer(Trainer):
     ) -> Tensor:
         assert num_items_in_batch is not None
         self.objective.at(self.state.global_step / self.args.max_steps)
-        loss, terms = self.objective(model, inputs, count=num_items_in_batch)
+        # accelerate puts no autocast around a model in FSDP2's shards, as it does around any other
+        mixed = self.args.bf16 and self.is_fsdp_enabled
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=mixed):
+            loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)
         terms["read"] = (inputs["input_ids"] != self.pad).sum()
         for name, value in terms.items():
