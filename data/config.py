@@ -58,6 +58,8 @@ class DataConfig:
         turns: how many questions about one image a training sample holds at most (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention.
+        pack: let the samples of a batch without images share rows, each seeing itself alone, so that no padding is
+            computed; `group=modality` makes such batches.
         seed: of rendered scenes, mixtures and streams.
         max_length: the most tokens, vision included, that a sample may have; None: any number.
         too_long: what a longer sample means: `skip` (another takes its place, and it is counted) or `raise`.
@@ -77,6 +79,7 @@ class DataConfig:
     scenes: int | None = None
     turns: int = 1
     isolate: bool = False
+    pack: bool = False
     seed: int = 0
     max_length: int | None = None
     too_long: OnError = OnError.skip

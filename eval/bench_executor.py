@@ -21,7 +21,6 @@ import contextlib
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion import VisionSchedule, attach
+from latefusion.eval.timing import interleaved, llava, parser, prompt, seconds, setting, spread
 
-IMAGE_TOKEN = 1
 MOST_PREFILL, MOST_DECODE, LEAST_SAVED = 1.01, 1.02, 0.9
 
 
@@ -52,42 +49,15 @@ def schedules(layers: int) -> dict[str, VisionSchedule]:
     }
 
 
-def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        ),
-        text_config=LlamaConfig(
-            hidden_size=args.hidden,
-            intermediate_size=args.hidden * 11 // 4,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64,
-            num_key_value_heads=args.hidden // 64,
-            vocab_size=1024,
-            head_dim=64,
-            attention_dropout=0.0,
-        ),
-        image_token_id=IMAGE_TOKEN,  # type: ignore[call-arg]
+def build(args: argparse.Namespace) -> Any:
+    return llava(
+        layers=args.layers,
+        hidden=args.hidden,
+        mlp=args.hidden * 11 // 4,
+        heads=args.hidden // 64,
+        device=args.device,
+        dtype=args.dtype,
     )
-    model: Any = LlavaForConditionalGeneration(config)
-    return model.to(device=args.device, dtype=getattr(torch, args.dtype)).eval()
-
-
-def prompt(args: argparse.Namespace) -> dict[str, Any]:
-    """One image before the question in every row; what the vision tower would give is made up."""
-    before = args.text // 2
-    ids = torch.randint(2, 1024, (args.batch, args.text + args.vision), device=args.device)
-    ids[:, before : before + args.vision] = IMAGE_TOKEN
-    rows = torch.randn(
-        args.batch, args.vision, args.hidden, device=args.device, dtype=getattr(torch, args.dtype)
-    )
-    features: Any = list(rows)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)},
-    }
 
 
 @contextlib.contextmanager
@@ -95,34 +65,6 @@ def under(model: torch.nn.Module, schedule: VisionSchedule | None) -> Iterator[N
     """The model with a schedule attached, or without any hook."""
     with contextlib.nullcontext() if schedule is None else attach(model, schedule):
         yield
-
-
-def seconds(work: Callable[[], Any], args: argparse.Namespace) -> float:
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    work()
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def interleaved(
-    variants: dict[str, VisionSchedule | None],
-    run: Callable[[VisionSchedule | None], float],
-    rounds: int,
-) -> dict[str, list[float]]:
-    """Times of every variant in every round; the first round warms up and is dropped."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for i in range(rounds + 1):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            elapsed = run(variants[name])
-            if i:
-                times[name].append(elapsed)
-    return times
 
 
 def prefill(
@@ -188,8 +130,8 @@ def summarise(
     """A row a variant: median ratio to stock and its quartiles; the target is `most`, or a saving."""
     rows = []
     for name in list(times)[1:]:
-        ratios = [t / stock for t, stock in zip(times[name], times["stock"], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        found = spread(times[name], times["stock"])
+        ratio = found["ratio"]
         promised = predicted.get(name)
         saved = None if promised is None else (1 - ratio) / (1 - promised)
         met = saved >= LEAST_SAVED if saved is not None else most is None or ratio <= most
@@ -198,9 +140,9 @@ def summarise(
                 "what": what,
                 "policy": name,
                 "stock_ms": 1e3 * statistics.median(times["stock"]),
-                "ms": 1e3 * statistics.median(times[name]),
+                "ms": found["ms"],
                 "ratio": ratio,
-                "quartiles": [low, high],
+                "quartiles": [found["low"], found["high"]],
                 "fastest_ratio": min(times[name]) / min(times["stock"]),
                 "predicted_ratio": promised,
                 "saved_of_predicted": saved,
@@ -243,24 +185,15 @@ def report(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vision", type=int, default=576, help="vision tokens a row")
-    parser.add_argument("--text", type=int, default=64, help="text tokens a row")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9, help="prefills; decode steps are ten times as many")
-    parser.add_argument("--train-rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: this process alone, if others run"
-    )
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=16)
+    options.add_argument("--hidden", type=int, default=1024)
+    options.add_argument("--text", type=int, default=64, help="text tokens a row")
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--rounds", type=int, default=9, help="prefills; decode steps are ten times as many")
+    options.add_argument("--train-rounds", type=int, default=5)
+    options.add_argument("--json", type=Path, help="also write the rows here")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
 
     model, inputs = build(args), prompt(args)
@@ -280,10 +213,8 @@ def main() -> None:
     gc.collect()
     training = interleaved({**everything, **bands}, train(model, inputs, args), args.train_rounds)
     rows += summarise("LoRA step", training, predicted, None)
-    title = (
-        f"{args.layers} layers x {args.hidden}, {args.batch} x ({args.vision} + {args.text}) tokens, "
-        f"{args.dtype}, {args.device}, {args.threads} threads, {args.clock} time"
-    )
+    tokens = f"{args.batch} x ({args.vision} + {args.text}) tokens"
+    title = f"{args.layers} layers x {args.hidden}, {tokens}, {setting(args)}"
     report(rows, title)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

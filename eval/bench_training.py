@@ -22,6 +22,7 @@ import gc
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.eval.bench_executor import build, interleaved, prompt, seconds
+from latefusion.eval.bench_executor import build
 from latefusion.eval.memory import peak_bytes
+from latefusion.eval.timing import interleaved, prompt, seconds
 from latefusion.models.build import Student, build_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import read
@@ -72,6 +74,8 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
         return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
 
     keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
+    if schedule.cross:
+        return replace(schedule, enter=0, exit=None, keep=keep, cross=[layer(i) for i in schedule.cross])
     leaves = None if schedule.exit is None else layer(schedule.exit)
     return VisionSchedule(enter=layer(schedule.enter), exit=leaves, keep=keep)
 

@@ -40,7 +40,7 @@ class Arguments:
 
     Attributes:
         checkpoint: folder that `training/train.py` wrote; or model: a base alone (`embedded`, a hub id, a folder).
-        checkpoints: further folders to compare, each with a model of its own in memory.
+        checkpoints: further folders to compare; those of one base share its weights in memory.
         policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
         tasks: benchmarks (see docs/evaluation.md); none: the questions the checkpoint was trained for, else `scenes`.
         data: a JSONL file of {"image", "question", "answers"} to ask instead.
@@ -113,37 +113,43 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
     stored = None if chosen.reference is None else read_report(chosen.reference)
 
     import torch
+    from peft import PeftModel
 
     from latefusion.eval.comparison import evaluate_run
-    from latefusion.eval.systems import System, checkpoint_system, fingerprint, policies_of
+    from latefusion.eval.systems import Students, System, fingerprint, further, policies_of
     from latefusion.models.attach import attach
-    from latefusion.models.base import check_base, compute_dtype, load_base
-    from latefusion.models.saved import load_student
+    from latefusion.models.base import check_base, compute_dtype, load_base, twin
     from latefusion.models.schedule import VisionSchedule
     from latefusion.training.parts import visipruner
 
     more = policies_of(chosen.policies)
     tasks = tasks_of(chosen, config)
+    last: System | None
     systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
     if config is not None:
         assert chosen.checkpoint is not None
-        student = load_student(chosen.checkpoint)
+        students = Students()
+        student = students.load(chosen.checkpoint)
         model, processor, attachment = student.model, student.processor, student.attachment
+        last = System(name=config.name, policy=student.schedule, adapters=True)
+        if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
+            model = students.base(config.model.path)
+            attachment = attach(model, VisionSchedule())
+            last = System(name=config.name, policy=student.schedule, student=student)
         systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
         systems |= more
-        last = System(name=config.name, policy=student.schedule, adapters=True)
         title, source = config.name, fingerprint(chosen.checkpoint)
     else:
         assert chosen.model is not None
         check_base(chosen.model)
-        model, processor = load_base(chosen.model, dtype=compute_dtype())
+        base, processor = load_base(chosen.model, dtype=compute_dtype())
+        students, model = Students({chosen.model: base}), twin(base)
         attachment = attach(model, VisionSchedule())
         systems |= {key: system for key, system in more.items() if key != "dense"}
         last, title, source = None, Path(chosen.model).name, chosen.model
     if torch.cuda.is_available():
         model.cuda()
-    for folder in chosen.checkpoints:
-        systems[str(folder)] = checkpoint_system(folder)
+    systems |= further(students, chosen.checkpoints, processor, taken="" if last is None else last.name)
     if last is not None:
         systems["student"] = last
     others = [key for key in systems if key != "dense"]
@@ -230,6 +236,7 @@ def config_of(checkpoint: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the folder or its configuration is not there.
+        ValueError: the configuration is none of a run.
     """
     from latefusion.training.config import Config
 
@@ -243,8 +250,14 @@ def config_of(checkpoint: str | Path) -> Config:
             f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
             "baseline is; name a folder that training/train.py wrote."
         )
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{folder / CONFIG} is no configuration of a run ({str(error).splitlines()[0]}); name a folder that "
+            "training/train.py wrote."
+        ) from None
 
 
 def read_report(path: str | Path) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ class Answer:
         prediction: decoded text; score: what the task's scorer gives it, from 0 to 1.
         text_tokens: prompt tokens that are neither vision nor padding.
         tokens: tokens that entered each decoder layer in the prefill, from `Attachment.trace`.
-        fusion_layer, exit_layer: as the trace has them.
+        fusion_layer, exit_layer, frozen, reads: as the trace has them.
     """
 
     system: str
@@ -50,6 +50,8 @@ class Answer:
     tokens: list[int] = field(repr=False)
     fusion_layer: int | None
     exit_layer: int | None
+    frozen: list[int] = field(default_factory=list, repr=False)
+    reads: list[int] = field(default_factory=list, repr=False)
 
     @property
     def correct(self) -> bool:
@@ -64,7 +66,7 @@ class Answer:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Answer:
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
 
 def exact_match(prediction: str, row: dict[str, Any]) -> float:
@@ -116,12 +118,14 @@ def without_image(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "messages": messages, "images": []}
 
 
+def prompt_text(processor: Any, row: dict[str, Any]) -> str:
+    """A question exactly as it is put to the model."""
+    return processor.apply_chat_template(prompt_of(row), add_generation_prompt=True, tokenize=False)
+
+
 def prompt_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tensors of several prompts, padded on the left: `input_ids` `[B, T]`, `pixel_values`, ..."""
-    texts = [
-        processor.apply_chat_template(prompt_of(row), add_generation_prompt=True, tokenize=False)
-        for row in rows
-    ]
+    texts = [prompt_text(processor, row) for row in rows]
     images = [images_of(row) for row in rows] if any(images_of(row) for row in rows) else None
     inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     return dict(inputs.to(model.device, dtype=model.dtype))
@@ -276,6 +280,8 @@ def _answer(
         tokens=list(record.tokens),
         fusion_layer=record.fusion_layer,
         exit_layer=record.exit_layer,
+        frozen=list(record.frozen),
+        reads=list(record.reads),
     )
 
 

@@ -11,12 +11,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from latefusion.models.attach import attached
+from latefusion.models.base import check_base, compute_dtype, load_base, twin
 from latefusion.models.build import Student
+from latefusion.models.entry import entry_of
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
-from latefusion.models.saved import ADAPTER_WEIGHTS, load_student
+from latefusion.models.saved import ADAPTER_CONFIG, load, load_student
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:
@@ -41,10 +45,10 @@ class System:
     Attributes:
         name: what tables and figures call it.
         policy: which vision tokens each layer sees (`VisionSchedule()` is dense).
-        adapters: LoRA and entry adapter active (the student) or disabled (the base).
+        adapters: LoRA and entry adapter active (the student) or disabled (the base, or a student without adapters).
         blind: asked without the image.
         control: shows what the tokens are worth, and is not timed.
-        student: a further checkpoint, which brings its own model; None: the model at hand.
+        student: a further checkpoint, whose model is another; None: the model at hand.
         source: what was loaded, for the record.
     """
 
@@ -101,19 +105,93 @@ def policies_of(chosen: Sequence[Any]) -> dict[str, System]:
     return systems
 
 
-def checkpoint_system(folder: str | Path) -> System:
-    """A further checkpoint on its own base model, which stays in memory beside the others.
+class Students:
+    """Trained checkpoints; those of one base share its weights in memory.
+
+    Args:
+        bases: base models by the name that checkpoints know them by; they are not run themselves.
+    """
+
+    def __init__(self, bases: dict[str, PreTrainedModel] | None = None):
+        self.bases = dict(bases or {})
+
+    def load(self, folder: str | Path) -> Student:
+        """The student in a folder, with modules of its own over its base's weights.
+
+        Raises:
+            FileNotFoundError: the folder holds no student, or its base is not there.
+        """
+        if (Path(folder) / ADAPTER_CONFIG).is_file():
+            name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            student = load_student(folder, base=self.base(name))
+        else:  # all its weights were trained, or adapters merged into them
+            model, processor = load(folder)
+            attachment = attached(model)
+            assert attachment is not None and isinstance(attachment.policy, VisionSchedule)
+            student = Student(
+                model=model, processor=processor, attachment=attachment, schedule=attachment.policy
+            )
+        if torch.cuda.is_available():
+            student.model.cuda()
+        return student
+
+    def base(self, name: str) -> PreTrainedModel:
+        """A model of one's own over the weights of a base."""
+        if name not in self.bases:
+            check_base(name)
+            self.bases[name], _ = load_base(name, dtype=compute_dtype())
+        return twin(self.bases[name])
+
+
+def further(
+    students: Students, folders: Sequence[str | Path], processor: ProcessorMixin, taken: str = ""
+) -> dict[str, System]:
+    """A system for each further checkpoint, named as its folder is (and those above it, where that is not enough).
+
+    Args:
+        processor: of the model at hand; taken: a name that another system has.
 
     Raises:
-        FileNotFoundError: the folder holds no student.
+        FileNotFoundError: a folder holds no student, or its base is not there.
+        ValueError: its prompts are made otherwise than those of the model at hand.
     """
-    student = load_student(folder)
-    if torch.cuda.is_available():
-        student.model.cuda()
-    name = Path(folder).resolve().name
-    return System(
-        name=name, policy=student.schedule, adapters=True, student=student, source=fingerprint(folder)
-    )
+    paths = [Path(folder).resolve() for folder in folders]
+    found = {}
+    for folder, path in zip(folders, paths, strict=True):
+        ends = [taken, *("/".join(other.parts) for other in set(paths) - {path})]
+        depth = 1
+        while any(f"/{end}".endswith("/" + "/".join(path.parts[-depth:])) for end in ends):
+            depth += 1
+        student = students.load(folder)
+        if _prompts_of(student.processor) != _prompts_of(processor):
+            raise ValueError(
+                f"the base of {folder} reads prompts in another way than this run's; compare it in a run of its own."
+            )
+        found[str(folder)] = System(
+            name="/".join(path.parts[-depth:]),
+            policy=student.schedule,
+            adapters=isinstance(student.model, PeftModel),
+            student=student,
+            source=fingerprint(folder),
+        )
+    return found
+
+
+def _prompts_of(processor: Any) -> tuple[Any, ...]:
+    """What makes a prompt: vocabulary, chat template, size of images."""
+    images = processor.image_processor.to_dict()
+    return processor.tokenizer.get_vocab(), processor.chat_template, images
+
+
+def model_of(model: Any, system: System) -> Any:
+    """The model that a system runs."""
+    return model if system.student is None else system.student.model
+
+
+def entry_adapter(model: Any, system: System) -> Any:
+    """The entry adapter that a system runs, or None; a base inside PEFT has its own switched off."""
+    found = model_of(model, system)
+    return entry_of(found) if system.adapters or not isinstance(found, PeftModel) else None
 
 
 def controls(
@@ -141,6 +219,8 @@ def _tokens(answers: list[Answer]) -> float:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash of a checkpoint's adapter weights."""
-    weights = Path(folder) / ADAPTER_WEIGHTS
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    """A short hash of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def load_base(
     more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
     return model.eval(), AutoProcessor.from_pretrained(path, **where, **(processor or {}))
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model over the very same weights, with modules (and hooks, and adapters to come) of its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latefusion.models.cache import ScheduledLayer, ScheduledSlidingLayer, Track, scheduled_layer, stored
+from latefusion.models.frozen import TEXT_ROWS, narrows
 from latefusion.models.layout import Layout
-from latefusion.models.masks import compact_mask, needs_no_mask
+from latefusion.models.masks import compact_mask, needs_no_mask, reading_mask
 from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
+from latefusion.models.positions import Gaps, RotaryCall, moved, positions_of
+from latefusion.models.returns import Returns
 
 
 class Forward:
@@ -54,6 +58,10 @@ class Forward:
         self.deepstack, self.record = deepstack, record
         self.layout: Layout | None = None
         self.full: Tensor | None = None  # [B, T, D]
+        self.freezes = False  # the policy has frozen tokens, or will
+        self.text: Layout | None = None  # the segment's text rows, if its vision tokens are frozen
+        self.gaps: Gaps | None = None  # if the segment's positions are re-indexed
+        self.rotary: list[RotaryCall] = []  # of this forward
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.entered = False  # the entry adapter has run
         self.unseen: tuple[Tensor, Sequence[int]] | None = (
@@ -61,6 +69,7 @@ class Forward:
         )
         if prompt is not None and entry is not None:
             self.unseen = prompt.vision, prompt.n_vision
+        self.returns = None if prompt is None else Returns(prompt)
         self.name = object()
         self.start = Track(tail=past, length=past)
         self.selections: list[tuple[int, Selection]] = []  # (layer, selection with counts)
@@ -95,10 +104,14 @@ class Forward:
             return None if hidden_states is args[0] else ((hidden_states, *args[1:]), kwargs)
 
         kwargs = dict(kwargs)
+        earlier = None if cache is None else scheduled_layer(cache, i, self.start).track.free
+        if self.layout is not None or earlier is not None:
+            kwargs["position_embeddings"] = self._rope(kwargs["position_embeddings"], earlier)
         kwargs["attention_mask"] = self._mask(i, layer, kwargs.get("attention_mask"), cache, hidden_states)
         if self.layout is not None:
-            kwargs["position_embeddings"] = self._rope(kwargs["position_embeddings"])
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
+        if self.text is not None:
+            kwargs[TEXT_ROWS] = self.text
         return (hidden_states, *args[1:]), kwargs
 
     def leave_layer(self, i: int, output: Tensor) -> Tensor | None:
@@ -132,10 +145,12 @@ class Forward:
         """Start a segment with the selection's tokens."""
         prompt = self.prompt
         assert prompt is not None
-        known = selection.counts
+        known, frozen = selection.counts, selection.frozen
         counts = tuple((selection.vision & prompt.vision).sum(1).tolist() if known is None else known)
-        self.selections.append((i, Selection(selection.vision, counts)))
-        everything = counts == prompt.n_vision
+        assert self.returns is not None
+        self.returns.check(i, selection, counts)
+        self.selections.append((i, replace(selection, counts=counts)))
+        everything = counts == prompt.n_vision and not frozen
         entering = self._entering(i, selection.vision, counts)
         if everything and self.layout is None and entering is None:
             return hidden_states
@@ -145,12 +160,19 @@ class Forward:
             full = entering.put(full, self.entry(entering.take(full), order))
             self.entered = True
         self._memo.clear()
+        self.text, self.gaps, self.freezes = None, None, self.freezes or frozen
         if everything:
             self.layout, self.full = None, None
             return full
         active = prompt.real & (selection.vision | ~prompt.vision)
-        totals = [r - v + c for r, v, c in zip(prompt.n_real, prompt.n_vision, counts, strict=True)]
+        texts = [r - v for r, v in zip(prompt.n_real, prompt.n_vision, strict=True)]
+        totals = [text + c for text, c in zip(texts, counts, strict=True)]
         self.layout, self.full = Layout.build(active, totals), full
+        if frozen and any(counts):
+            text = (prompt.real & ~prompt.vision).gather(1, self.layout.index)  # [B, n]
+            self.text = Layout.build(text, texts)
+        if selection.reindexed and counts != prompt.n_vision:
+            self.gaps = Gaps.of(positions_of(self.rotary, prompt), self.layout, prompt.real)
         return self.layout.take(full)
 
     def _entering(self, i: int, vision: Tensor, counts: Sequence[int]) -> Layout | None:
@@ -168,12 +190,18 @@ class Forward:
 
     # ---------------------------------------------------------------- what a layer is handed
 
-    def _rope(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        key = ("rope", id(embeddings))
+    def _rope(self, embeddings: tuple[Tensor, Tensor], earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The layer's `(cos, sin)`; `earlier`: positions that its cache has freed, int64 `[B]`."""
+        key = ("rope", id(embeddings), id(earlier))
         if key not in self._memo:
-            assert self.layout is not None
             cos, sin = embeddings  # [B|1, T, D]
-            self._memo[key] = embeddings, (self.layout.take(cos), self.layout.take(sin))
+            if self.gaps is not None or earlier is not None:
+                call = next(call for call in self.rotary if call.embeddings[0] is cos)
+                cos, sin = moved(call, self.layout, self.gaps, earlier)
+            else:
+                assert self.layout is not None
+                cos, sin = self.layout.take(cos), self.layout.take(sin)
+            self._memo[key] = (embeddings, earlier), (cos, sin)
         return self._memo[key][1]
 
     def _mask(
@@ -185,7 +213,8 @@ class Forward:
         if cache is not None:
             store = scheduled_layer(cache, i, self.start)
             before, offset, keys = store.track, store.get_mask_sizes(self.length)[1], stored(store, n)
-        track = before.append(self.layout, self.length, self.name)
+        free = None if self.gaps is None else self.gaps.free
+        track = before.append(self.layout, self.length, self.name, free)
         if cache is not None:
             store.track = track
         if track.complete and self.layout is None:
@@ -193,7 +222,8 @@ class Forward:
         padded = track.ragged or offset > 0
         causal = getattr(layer.self_attn, "is_causal", True)  # as transformers decides for its kernels
         plain = self.plain and self.layout is not None and causal
-        if needs_no_mask(mask, padded=padded, plain=plain, config=self.config):
+        reading = self.text is not None and narrows(self.config)
+        if not reading and needs_no_mask(mask, padded=padded, plain=plain, config=self.config):
             return None
         key = ("mask", id(mask), id(track), keys, offset)
         if key not in self._memo:
@@ -202,17 +232,26 @@ class Forward:
                 query_index = torch.arange(self.length, device=device).expand(batch, -1)
             else:
                 query_index = self.layout.index
-            positions = track.positions(batch, device)[:, track.size - keys :]  # [B, K]
-            translated = compact_mask(
-                mask,
-                hidden_states,
-                query_index,
-                positions - offset,
-                causal=causal,
-                config=self.config,
-            )
+            columns = track.positions(batch, device)[:, track.size - keys :] - offset  # [B, K]
+            if reading and mask is None:
+                first = self.past - offset  # column of this forward's first token
+                translated = reading_mask(self._text_index() + first, columns, causal=causal)
+            else:
+                translated = compact_mask(
+                    mask,
+                    hidden_states,
+                    self._text_index() if reading else query_index,
+                    columns,
+                    causal=causal,
+                    config=self.config,
+                )
             self._memo[key] = (mask, track), translated
         return self._memo[key][1]
+
+    def _text_index(self) -> Tensor:
+        """Logical position of each text row of a frozen segment, int64 `[B, n]`."""
+        assert self.layout is not None and self.text is not None
+        return self.layout.index.gather(1, self.text.index)
 
     # ---------------------------------------------------------------- for the policy
 
@@ -225,7 +264,11 @@ class Forward:
             real = self.prompt.real
             index = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
         earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
-        return index, torch.cat([earlier, index], dim=1)
+        key_index = torch.cat([earlier, index], dim=1)
+        if self.text is not None and narrows(self.config):
+            index = self._text_index()
+            index = index if self.text.valid is None else torch.where(self.text.valid, index, -1)
+        return index, key_index
 
     def expand_recorded(
         self, states: tuple[Tensor | None, ...], last_hidden_state: Tensor

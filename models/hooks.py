@@ -18,8 +18,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from latefusion.models.cache import check_cache, is_scheduled
 from latefusion.models.entry import entry_of
 from latefusion.models.executor import Forward
+from latefusion.models.frozen import ReadingLayer
 from latefusion.models.masks import attention_window
 from latefusion.models.policies.base import Policy, Prompt
+from latefusion.models.positions import RotaryCall
 from latefusion.models.probe import Probe
 from latefusion.models.trace import PrefillTrace, TextTrace
 from latefusion.models.vision import VisionMask, find_vision, given_vision
@@ -53,16 +55,17 @@ class Hooks:
         self._last: PrefillTrace | TextTrace | None = None
         # of the running forward; None between forwards
         self._vision: Tensor | None = None  # bool [B, T]
-        self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T]
+        self._padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns
         self._forward: Forward | None = None
         self._probe: Probe | None = None
+        self._reading: list[ReadingLayer] = []  # once a policy freezes
         self._handles = list(self._install())
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        for handle in self._handles:
+        for handle in [*self._handles, *(handle for layer in self._reading for handle in layer.handles)]:
             handle.remove()
-        self._handles = []
+        self._handles, self._reading = [], []
 
     def _install(self) -> Iterator[RemovableHandle]:
         decoder = self.decoder
@@ -75,6 +78,10 @@ class Hooks:
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
                 yield layer.register_forward_hook(partial(self._after_layer, i))
+        if "rotary_emb" in decoder._modules:
+            yield decoder.get_submodule("rotary_emb").register_forward_hook(
+                self._after_rotary, with_kwargs=True
+            )
         yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
@@ -87,8 +94,7 @@ class Hooks:
             self._vision = given_vision(self.vision_mask, arguments)
         else:
             self._vision = find_vision(self.multimodal, arguments)
-        mask = arguments.get("attention_mask")
-        self._padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._padding = padding_of(arguments.get("attention_mask"))
         if self._vision is not None:
             check_cache(arguments.get("past_key_values"))
 
@@ -113,7 +119,7 @@ class Hooks:
         tokens = arguments["input_ids"] if tokens is None else tokens
         batch, length = tokens.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        prompt = self._prompt(batch, length, tokens.device)
+        prompt = self._prompt(batch, length, past, tokens.device)
         window = attention_window(self.decoder.config)
         local = window is not None and past + length > window
         config = self.decoder.config
@@ -153,8 +159,17 @@ class Hooks:
             self._last = TextTrace(self._real(batch, length, tokens.device), len(self.layers))
         self._forward = forward
 
+    def _after_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._forward is not None:
+            self._forward.rotary.append(RotaryCall(module, _named(module, args, kwargs), output))
+
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return None if self._forward is None else self._forward.enter_layer(i, layer, args, kwargs)
+        if self._forward is None:
+            return None
+        changed = self._forward.enter_layer(i, layer, args, kwargs)
+        if self._forward.freezes and not self._reading:
+            self._reading = [ReadingLayer(layer, self.decoder.config) for layer in self.layers]
+        return changed
 
     def _after_layer(self, i: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return None if self._forward is None else self._forward.leave_layer(i, output)
@@ -177,16 +192,15 @@ class Hooks:
 
     # ---------------------------------------------------------------- what a policy may know
 
-    def _prompt(self, batch: int, length: int, device: torch.device) -> Prompt | None:
+    def _prompt(self, batch: int, length: int, past: int, device: torch.device) -> Prompt | None:
         """The prompt of this forward, None if it brings no vision tokens. The only host sync, whatever the policy."""
         if self._vision is None:
             return None
         real = self._real(batch, length, device)
         vision = self._vision.to(device) & real
-        queries = self._queries
-        if queries is None:
-            queries = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
-        elif queries.shape[0] != batch:
+        last = length - 1 - real.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
+        queries = last if self._queries is None else self._queries
+        if queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         queries = queries.to(device)
         text = real & ~vision & (vision.cumsum(1) > 0)
@@ -195,8 +209,11 @@ class Hooks:
             text &= ~self._answers.to(device)
         answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
         tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
-        numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail)]).tolist()
-        n_vision, n_real, n_text, n_answer, tails = map(tuple, numbers)
+        cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
+        if self._queries is None:
+            cut |= vision.gather(1, last)  # or ends there
+        numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail, cut)]).tolist()
+        n_vision, n_real, n_text, n_answer, tails, cuts = map(tuple, numbers)
         if not any(n_vision):
             return None
         return Prompt(
@@ -210,13 +227,28 @@ class Hooks:
             n_answer=n_answer,
             tail=min(tails),
             num_layers=len(self.layers),
+            piece=any(cuts),
         )
 
     def _real(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Which tokens of this forward are no padding, bool `[B, T]`; all, under a 4-D mask of the user's."""
+        """Which tokens of this forward are no padding, bool `[B, T]`."""
         if self._padding is None:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
-        return self._padding[:, -length:].to(device=device, dtype=torch.bool)
+        return self._padding[:, -length:].to(device=device, dtype=torch.bool).expand(batch, -1)
+
+
+def padding_of(mask: Any) -> Tensor | None:
+    """The 2-D attention mask that a forward is given, or that its 4-D one implies; None if it has neither.
+
+    Padding is what no token sees, itself included: under a 4-D mask `[B|1, H|1, T, L]` (bool or additive), the tokens
+    whose own cell is hidden.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    own = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
+    return own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own
 
 
 def _checkpoints(layer: nn.Module) -> bool:

@@ -94,6 +94,20 @@ def compact_mask(
     return cells.masked_fill(hidden, False if cells.dtype == torch.bool else torch.finfo(cells.dtype).min)
 
 
+def reading_mask(query_index: Tensor, key_index: Tensor, *, causal: bool) -> Tensor:
+    """Of some rows of a segment, where the stock model has no mask: bool `[B, 1, n, K]`.
+
+    Args:
+        query_index: int64 `[B, n]`, positions of the rows.
+        key_index: int64 `[B, K]`, positions of the keys; negative: not to be seen.
+        causal: no row sees a key after it.
+    """
+    seen = (key_index >= 0)[:, None, None, :]
+    if not causal:
+        return seen.expand(-1, -1, query_index.shape[1], -1)
+    return seen & (key_index[:, None, None, :] <= query_index[:, None, :, None])
+
+
 def _compact_block_mask(mask: BlockMask, query_index: Tensor, columns: Tensor, seen: Tensor) -> BlockMask:
     stock = mask.mask_mod
 

@@ -17,6 +17,36 @@ from latefusion.models.policies.base import AttentionCall, Decision
 Mask = Tensor | BlockMask | None
 
 
+class StandIn:
+    """`attend` in place of an attention implementation, until `remove`.
+
+    Args:
+        implementation: its name ("sdpa", "eager", ...).
+        attend: called as the implementation is.
+    """
+
+    def __init__(self, implementation: str, attend: Callable[..., tuple[Tensor, Any]]):
+        self.implementation = implementation
+        # eager attention is not registered: each model file has its own
+        self._stock = ALL_ATTENTION_FUNCTIONS.get(implementation)
+        ALL_ATTENTION_FUNCTIONS[implementation] = attend
+
+    def stock(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """What this stands in for."""
+        attention = self._stock
+        if attention is None:
+            attention = sys.modules[type(module).__module__].eager_attention_forward
+        return attention(module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put the stock implementation back."""
+        del ALL_ATTENTION_FUNCTIONS[self.implementation]
+        if (
+            ALL_ATTENTION_FUNCTIONS.get(self.implementation) is not self._stock
+        ):  # an override of somebody else
+            ALL_ATTENTION_FUNCTIONS[self.implementation] = self._stock
+
+
 class Probe:
     """Stands in for an attention implementation while a forward runs whose policy watches layers.
 
@@ -41,23 +71,17 @@ class Probe:
     ):
         self.implementation, self.watched, self.decision = implementation, watched, decision
         self.indices, self.plain, self.replayed = indices, plain, replayed
-        # eager attention is not registered: each model file has its own
-        self.stock = ALL_ATTENTION_FUNCTIONS.get(implementation)
-        ALL_ATTENTION_FUNCTIONS[implementation] = self.attend
+        self._stand_in = StandIn(implementation, self.attend)
 
     def close(self) -> None:
         """Put the stock implementation back."""
-        del ALL_ATTENTION_FUNCTIONS[self.implementation]
-        if ALL_ATTENTION_FUNCTIONS.get(self.implementation) is not self.stock:  # an override of somebody else
-            ALL_ATTENTION_FUNCTIONS[self.implementation] = self.stock
+        self._stand_in.remove()
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """The stock attention; a watched layer's goes by the decision, which may replace its output."""
-        attention = self.stock
-        if attention is None:
-            attention = sys.modules[type(module).__module__].eager_attention_forward
+        attention = self._stand_in.stock
         layer = self.watched.get(module)
         if layer is None or layer not in self.decision.watch:
             return attention(module, query, key, value, mask, **kwargs)

@@ -55,8 +55,14 @@ def _save_whole(
         save_file({name: w.contiguous().cpu() for name, w in entry.items()}, Path(folder) / ENTRY_WEIGHTS)
 
 
-def load_student(path: str | Path, *, dtype: torch.dtype | None = None) -> Student:
+def load_student(
+    path: str | Path, *, dtype: torch.dtype | None = None, base: PreTrainedModel | None = None
+) -> Student:
     """A student from the adapter folder that `save_student` wrote, for inference.
+
+    Args:
+        dtype: of the base's weights; None: bfloat16 where the hardware has it, else float32.
+        base: the model to put the adapters on, used by nobody else (`twin`); None: loaded as they name it.
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
@@ -67,8 +73,10 @@ def load_student(path: str | Path, *, dtype: torch.dtype | None = None) -> Stude
             raise FileNotFoundError(
                 f"no student at {path}: it has no {name}; name a folder that training wrote."
             )
-    config = PeftConfig.from_pretrained(str(folder))
-    model, _ = load_base(config.base_model_name_or_path, dtype=dtype or compute_dtype())
+    model = base
+    if model is None:
+        config = PeftConfig.from_pretrained(str(folder))
+        model, _ = load_base(config.base_model_name_or_path, dtype=dtype or compute_dtype())
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     entries = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
 
 SCHEDULE_FILE = "vision_schedule.json"
+POSITIONS = ("original", "reindexed")
 ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
 
 
@@ -30,6 +31,14 @@ class VisionSchedule:
     that some attention head of some text token of the prompt has read most of so far, in any layer since they
     entered (`reading_share`): no single layer, and not the last token, knows all that the question will need.
 
+    `cross` names layers instead of a band, after ViCA (arXiv 2602.07574): vision tokens bypass attention and MLPs
+    altogether, stay what the projector made them, and are read by the text in these layers alone, where only their
+    keys and values are computed, with the layer's own weights. That much is the paper's abstract; which layers, that
+    reading shares the text's softmax, original positions, and `keep` among them are choices made here.
+
+    `positions` says what RoPE counts in a layer that lacks some vision tokens: `"original"`, the places that the model
+    gave, gaps left open, or `"reindexed"`, the tokens that are there, gaps closed (`models/positions.py`).
+
     Raises:
         ValueError: the numbers contradict each other.
     """
@@ -37,10 +46,15 @@ class VisionSchedule:
     enter: int = 0
     exit: int | None = None
     keep: Mapping[int, int] = field(default_factory=dict)
+    cross: Sequence[int] = ()
+    positions: str = "original"
 
     def __post_init__(self) -> None:
         keep = dict(sorted((int(layer), int(k)) for layer, k in self.keep.items()))
         object.__setattr__(self, "keep", keep)
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions={self.positions!r} is unknown; use {' or '.join(POSITIONS)}.")
+        self._settle_cross()
         if self.enter < 0:
             raise ValueError(f"enter={self.enter} must not be negative; layers count from 0.")
         if self.exit is not None and self.enter >= self.exit:
@@ -67,6 +81,27 @@ class VisionSchedule:
                 )
             previous = k
 
+    def _settle_cross(self) -> None:
+        cross = tuple(sorted({int(layer) for layer in self.cross}))
+        object.__setattr__(self, "cross", cross)
+        if not cross:
+            return
+        if cross[0] < 0:
+            raise ValueError(f"cross={list(cross)} names layer {cross[0]}; layers count from 0.")
+        enter, exit_layer = cross[0], cross[-1] + 1
+        if self.enter not in (0, enter) or self.exit not in (None, exit_layer):
+            raise ValueError(
+                f"cross={list(cross)} says where vision tokens are read, and contradicts enter={self.enter}, "
+                f"exit={self.exit}: leave those out."
+            )
+        object.__setattr__(self, "enter", enter)
+        object.__setattr__(self, "exit", exit_layer)
+        for layer in self.keep:
+            if layer not in cross:
+                raise ValueError(
+                    f"keep names layer {layer}, which cross={list(cross)} does not read; name one of its layers."
+                )
+
     def validate(self, num_layers: int) -> None:
         for name, layer in (("enter", self.enter), ("exit", self.exit), *(("keep", i) for i in self.keep)):
             limit = num_layers if name == "exit" else num_layers - 1
@@ -77,6 +112,11 @@ class VisionSchedule:
                 )
 
     def begin(self, prompt: Prompt) -> _ScheduleDecision:
+        if self.keep and prompt.piece:
+            raise ValueError(
+                f"keep={self.keep} ranks vision tokens by the text that follows them, but this forward begins or ends "
+                "inside an image: prefill the prompt at once, or use a schedule without keep."
+            )
         return _ScheduleDecision(self, prompt)
 
     def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:
@@ -86,14 +126,20 @@ class VisionSchedule:
         tokens, now = [], n_vision
         for layer in range(num_layers):
             now = min(now, self.keep.get(layer, now))
-            tokens.append(now if self.enter <= layer < exit_layer else 0)
+            there = layer in self.cross if self.cross else self.enter <= layer < exit_layer
+            tokens.append(now if there else 0)
         return tokens
 
     def widened(self, progress: float, num_layers: int) -> VisionSchedule:
         """The schedule on the way from all layers (`progress` 0) to this one (1 and beyond).
 
         Enter and exit move in step; the `k` of a keep is `k / progress`, so that it begins by keeping everything.
+
+        Raises:
+            ValueError: there is no way from computed to frozen tokens.
         """
+        if self.cross:
+            raise ValueError(f"cross={list(self.cross)} has no band that could narrow; use train.narrow=0.")
         if progress >= 1:
             return self
         exit_layer = num_layers if self.exit is None else self.exit
@@ -103,6 +149,7 @@ class VisionSchedule:
             enter=round(self.enter * progress),
             exit=None if wide_exit == num_layers and self.exit is None else wide_exit,
             keep=keep,
+            positions=self.positions,
         )
 
     def flops(
@@ -118,11 +165,12 @@ class VisionSchedule:
         """
         vision = self.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)
         if convention == "computed":
-            return decoder_flops(config, [n_text + n for n in vision]) + self.ranking_flops(
+            tokens = [n_text + n for n in vision]
+            return decoder_flops(config, tokens, vision if self.cross else ()) + self.ranking_flops(
                 config, n_text, vision
             )
         if convention == "vision_only":
-            return vision_macs(config, vision)
+            return vision_macs(config, vision, frozen=bool(self.cross))
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
 
     def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
@@ -130,22 +178,33 @@ class VisionSchedule:
         return sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
 
     @property
-    def watched(self) -> range:
+    def watched(self) -> Sequence[int]:
         """The layers whose attention ranks vision tokens."""
-        return range(self.enter, max(self.keep, default=0))
+        last = max(self.keep, default=0)
+        return [i for i in self.cross if i < last] if self.cross else range(self.enter, last)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"enter": self.enter, "exit": self.exit, "keep": {str(i): k for i, k in self.keep.items()}}
+        """Plain values; what says nothing beyond the default is left out, but for enter, exit and keep."""
+        values: dict[str, Any] = {"enter": self.enter, "exit": self.exit}
+        values["keep"] = {str(i): k for i, k in self.keep.items()}
+        if self.cross:
+            values["cross"] = list(self.cross)
+        if self.positions != "original":
+            values["positions"] = self.positions
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionSchedule:
-        unknown = sorted(set(values) - {"enter", "exit", "keep"})
+        names = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(names))
         if unknown:
-            raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has enter, exit and keep.")
+            raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has {', '.join(names)}.")
         return cls(
             enter=values.get("enter", 0),
             exit=values.get("exit"),
             keep={int(i): int(k) for i, k in (values.get("keep") or {}).items()},
+            cross=values.get("cross") or (),
+            positions=values.get("positions", "original"),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -166,22 +225,33 @@ class _ScheduleDecision:
     def __init__(self, schedule: VisionSchedule, prompt: Prompt):
         self.schedule, self.prompt = schedule, prompt
         self.watch = schedule.watched
-        self.kept = prompt.vision  # bool [B, T]
+        self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
         self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
+        self.here = True  # they take part now
 
     def select(self, layer: int) -> Selection | None:
-        schedule, prompt = self.schedule, self.prompt
-        if layer == schedule.exit or (layer == 0 and schedule.enter > 0):
-            return Selection(torch.zeros_like(prompt.vision), (0,) * len(prompt.n_vision))
-        if layer in schedule.keep:
+        schedule = self.schedule
+        if schedule.cross:
+            here = layer in schedule.cross
+        else:
+            here = layer >= schedule.enter and (schedule.exit is None or layer < schedule.exit)
+        chooses = layer in schedule.keep
+        if chooses:
             assert self.scores is not None, "the layer before was not watched"
-            counts = tuple(min(schedule.keep[layer], n) for n in prompt.n_vision)
-            self.kept = best(self.scores, self.kept, counts)
-            return Selection(self.kept, counts)
-        if layer == schedule.enter and layer > 0:
-            return Selection(prompt.vision, prompt.n_vision)
-        return None
+            self.counts = tuple(min(schedule.keep[layer], n) for n in self.prompt.n_vision)
+            self.kept = best(self.scores, self.kept, self.counts)
+        begins = layer == 0 and bool(schedule.cross)  # also says that they are frozen
+        if here == self.here and not chooses and not begins:
+            return None
+        self.here = here
+        if here:
+            return self._selection(self.kept, self.counts)
+        return self._selection(torch.zeros_like(self.kept), (0,) * len(self.counts))
+
+    def _selection(self, vision: Tensor, counts: tuple[int, ...]) -> Selection:
+        schedule = self.schedule
+        return Selection(vision, counts, bool(schedule.cross), schedule.positions == "reindexed")
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
         shares = [

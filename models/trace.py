@@ -22,6 +22,8 @@ class TraceRecord:
         tokens: tokens that enter each layer, padding not counted.
         vision: how many of them are vision tokens.
         n_vision: vision tokens of the prompt.
+        frozen: how many of `vision` are only read in each layer.
+        reads: pairs of a text token and a frozen one before it, in each layer.
     """
 
     fusion_layer: int | None
@@ -30,6 +32,8 @@ class TraceRecord:
     tokens: list[int]
     vision: list[int]
     n_vision: int
+    frozen: list[int]
+    reads: list[int]
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,13 @@ class TextTrace:
     num_layers: int
 
     def records(self) -> list[TraceRecord]:
-        layers = self.num_layers
-        return [TraceRecord(None, None, None, tokens, [0] * layers, 0) for tokens in self.tokens()]
+        none = [0] * self.num_layers
+        return [TraceRecord(None, None, None, tokens, none, 0, none, none) for tokens, _ in self.sizes()]
 
-    def tokens(self) -> list[list[int]]:
-        """Tokens that enter each layer, by sample."""
-        return [[int(n)] * self.num_layers for n in self.real.sum(1).tolist()]
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample the tokens that enter each layer, and how many of them are only read."""
+        none = [0] * self.num_layers
+        return [([int(n)] * self.num_layers, none) for n in self.real.sum(1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -61,47 +66,67 @@ class PrefillTrace:
         fusion = [None] * len(self.prompt.n_real) if found is None else list(found)
         return [self._record(sample, layer) for sample, layer in enumerate(fusion)]
 
-    def tokens(self) -> list[list[int]]:
-        """Tokens that enter each layer, by sample; known on the host."""
-        sizes = enumerate(zip(self.prompt.n_real, self.prompt.n_vision, strict=True))
-        return [[real - total + n for n in self._vision(sample)] for sample, (real, total) in sizes]
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample the tokens that enter each layer, and how many of them are only read; known on the host."""
+        found = []
+        for sample, (real, total) in enumerate(zip(self.prompt.n_real, self.prompt.n_vision, strict=True)):
+            runs = self._runs(sample)
+            tokens = [real - total + count for count, _ in runs]
+            found.append(
+                (tokens, [count if selection and selection.frozen else 0 for count, selection in runs])
+            )
+        return found
 
-    def _vision(self, sample: int) -> list[int]:
-        """Vision tokens of each layer."""
+    def _runs(self, sample: int) -> list[tuple[int, Selection | None]]:
+        """Vision tokens of each layer, and the selection that set them."""
         starts = {
-            layer: chosen.counts[sample] for layer, chosen in self.selections if chosen.counts is not None
+            layer: (selection.counts[sample], selection)
+            for layer, selection in self.selections
+            if selection.counts is not None
         }
-        vision, now = [], self.prompt.n_vision[sample]
-        for layer in range(self.prompt.num_layers):
-            now = starts.get(layer, now)
-            vision.append(now)
-        return vision
+        now: tuple[int, Selection | None] = self.prompt.n_vision[sample], None
+        return [now := starts.get(layer, now) for layer in range(self.prompt.num_layers)]
 
     def _record(self, sample: int, fusion_layer: int | None) -> TraceRecord:
         total, layers = self.prompt.n_vision[sample], self.prompt.num_layers
         steps = [
-            (layer, selection.counts[sample], selection.vision[sample])
+            (layer, selection.counts[sample], selection)
             for layer, selection in self.selections
             if selection.counts is not None
         ]
-        vision = self._vision(sample)
+        runs = self._runs(sample)
+        vision = [count for count, _ in runs]
         seeing = [layer for layer, count in enumerate(vision) if count]
         exit_layer = seeing[-1] + 1 if seeing and seeing[-1] + 1 < layers else None
         text = self.prompt.n_real[sample] - total
         return TraceRecord(
             fusion_layer=fusion_layer,
-            kept=self._kept(steps, total, fusion_layer),
+            kept=self._kept(sample, steps, total, fusion_layer),
             exit_layer=exit_layer,
             tokens=[text + count for count in vision],
             vision=vision,
             n_vision=total,
+            frozen=[count if selection and selection.frozen else 0 for count, selection in runs],
+            reads=self._reads(sample, runs),
         )
 
-    def _kept(self, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
+    def _reads(self, sample: int, runs: list[tuple[int, Selection | None]]) -> list[int]:
+        """Pairs of a text token and a frozen one before it, in each layer."""
+        text = self.prompt.real[sample] & ~self.prompt.vision[sample]
+        pairs = {
+            layer: int(selection.vision[sample].cumsum(0)[text].sum())
+            for layer, selection in self.selections
+            if selection.frozen and selection.counts is not None
+        }
+        frozen = [selection is not None and selection.frozen for _, selection in runs]
+        now = 0
+        return [(now := pairs.get(layer, now)) if is_frozen else 0 for layer, is_frozen in enumerate(frozen)]
+
+    def _kept(self, sample: int, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
         if fusion_layer is not None:
             steps = [step for step in steps if step[0] > fusion_layer]
             chosen = steps[0][2] if steps else None  # what went on from the fusion layer
         else:
-            some = [mask for _, count, mask in steps if 0 < count < total]
+            some = [selection for _, count, selection in steps if 0 < count < total]
             chosen = some[-1] if some else None
-        return None if chosen is None else chosen.nonzero().flatten().tolist()
+        return None if chosen is None else chosen.vision[sample].nonzero().flatten().tolist()

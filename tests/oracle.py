@@ -24,6 +24,7 @@ def masked(
     *,
     padding: Tensor | None = None,
     entry: Callable[[Tensor], Tensor] | None = None,
+    frozen: bool = False,
 ) -> Iterator[None]:
     """The model as it would be under a policy, for uncached forwards inside.
 
@@ -32,9 +33,13 @@ def masked(
         seen: per layer, the vision tokens that take part, bool `[B, T]`.
         padding: the 2-D attention mask, for models whose stock mask is None.
         entry: maps the rows `[N, D]` of vision tokens that enter late.
+        frozen: every layer's output at vision tokens is overwritten by its input.
     """
     decoder = model.get_decoder()
     state: dict[str, Any] = {}
+
+    def after_layer(layer: Any, args: tuple, output: Tensor) -> Tensor:
+        return torch.where(vision[..., None], args[0], output)
 
     def before_decoder(module: Any, args: tuple, kwargs: dict) -> None:
         state["inputs"] = kwargs["inputs_embeds"]
@@ -73,6 +78,52 @@ def masked(
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if frozen:
+            handles.append(layer.register_forward_hook(after_layer))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def reindexed(model: Any, vision: Tensor, seen: Sequence[Tensor], padding: Tensor) -> Iterator[None]:
+    """The model with positions closed up in every layer, token by token in loops; inside `masked`."""
+    decoder = model.get_decoder()
+    calls: list[tuple[tuple, dict, tuple]] = []
+
+    def after_rotary(module: Any, args: tuple, kwargs: dict, output: tuple) -> None:
+        calls.append((args, kwargs, output))
+
+    def closed(ids: Tensor, layer: int) -> Tensor:
+        axes = ids if ids.dim() == 3 else ids[None]
+        new = axes.expand(-1, *vision.shape).clone()
+        for b in range(vision.shape[0]):
+            there, gone = set(), set()
+            for t in range(vision.shape[1]):
+                if padding[b, t]:
+                    absent = bool(vision[b, t]) and not bool(seen[layer][b, t])
+                    (gone if absent else there).update(new[:, b, t].tolist())
+            free = sorted(gone - there)
+            for a in range(new.shape[0]):
+                for t in range(vision.shape[1]):
+                    value = new[a, b, t].item()
+                    new[a, b, t] = value - sum(f < value for f in free)
+        return new if ids.dim() == 3 else new[0]
+
+    def before_layer(i: int, kwargs: dict) -> dict:
+        args, named, _ = next(call for call in calls if call[2][0] is kwargs["position_embeddings"][0])
+        if "position_ids" in named:
+            named = {**named, "position_ids": closed(named["position_ids"], i)}
+        else:
+            args = (args[0], closed(args[1], i), *args[2:])
+        return {**kwargs, "position_embeddings": decoder.rotary_emb.forward(*args, **named)}
+
+    handles = [decoder.rotary_emb.register_forward_hook(after_rotary, with_kwargs=True)]
+    for i, layer in enumerate(decoder.layers):
+        hook = lambda module, args, kwargs, i=i: (args, before_layer(i, kwargs))  # noqa: E731
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -94,18 +145,25 @@ def blinded(
     Args:
         vision: bool `[B, T]`.
         padding: the 2-D attention mask, for models whose stock mask is None.
-        still: before each layer up to this one, vision rows are put back to what the decoder was given.
+        still: before each layer up to this one, vision rows are put back to what the decoder was given (and, of
+            deepstack, what the model has added since).
     """
     decoder, state = model.get_decoder(), {}
     after = (vision.cumsum(1) > 0) & ~vision
     cells = after[:, None, :, None] & vision[:, None, None, :]  # [B, 1, T, T]
+
+    def before_decoder(module: Any, args: tuple, kwargs: dict) -> None:
+        state["deepstack"] = kwargs.get("deepstack_visual_embeds") or []
 
     def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
         rows = args[0]
         if i == 0:
             state["inputs"] = rows
         if i <= still:
-            rows = torch.where(vision[..., None], state["inputs"], rows)
+            unmoved = state["inputs"].clone()
+            for extra in state["deepstack"][:i]:
+                unmoved[vision] = unmoved[vision] + extra
+            rows = torch.where(vision[..., None], unmoved, rows)
         if i in hidden:
             mask, length = kwargs.get("attention_mask"), rows.shape[1]
             if mask is None:
@@ -117,7 +175,7 @@ def blinded(
                 kwargs["attention_mask"] = torch.where(cells, torch.finfo(mask.dtype).min, mask)
         return (rows, *args[1:]), kwargs
 
-    handles = []
+    handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))

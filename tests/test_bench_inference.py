@@ -18,7 +18,7 @@ from latefusion.models.policies.visipruner import removal_effect
 
 def arguments(**more: Any) -> argparse.Namespace:
     known = {"shape": "tiny", "vision": 24, "device": "cpu", "dtype": "float32", "clock": "cpu"}
-    return argparse.Namespace(**{**known, "rounds": 1, "decode_rounds": 1, **more})
+    return argparse.Namespace(**{**known, "rounds": 1, "steps": 1, **more})
 
 
 @pytest.fixture
@@ -61,9 +61,7 @@ def test_the_command_writes_its_rows(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.json"
-    words = (
-        "bench --shape tiny --vision 24 --batch 1 --text 6 --rounds 1 --decode-rounds 1 --threads 1 --json"
-    )
+    words = "bench --shape tiny --vision 24 --batch 1 --text 6 --rounds 1 --steps 1 --threads 1 --json"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(file)])
     bench.main()
     found = json.loads(file.read_text())
@@ -79,4 +77,37 @@ def test_the_command_writes_its_rows(
     assert all(row["kv_bytes"] == (4 * 30 + 2 * 16 + 2 * 6) * 2 * 32 * 4 for row in others)
     assert all(row["peak_bytes"] > 0 and row["tpot"]["ms"] > 0 for row in found["rows"])
     assert len(found["decision"]) == 2 and "% of the host's time" in found["decision"][0]
+    table = file.with_suffix(".md").read_text().splitlines()
+    assert len(table) == 6 and "VisiPruner, all stages" in table[-1]
     assert "VisiPruner, all stages" in capsys.readouterr().out
+
+
+def test_a_shape_that_is_done_is_not_measured_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, measured, run = tmp_path / "rows.json", [], bench.Bench.run
+    monkeypatch.setattr(bench.Bench, "run", lambda self, v: (measured.append(self.text), run(self, v))[1])
+    words = [
+        "bench",
+        "--shape",
+        "tiny",
+        "--vision",
+        "24",
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    for text in (["4"], ["4", "6"]):
+        monkeypatch.setattr(sys, "argv", [*words.split(), str(file), "--text", *text])
+        bench.main()
+    assert measured == [4, 6]
+    assert [row["text"] for row in json.loads(file.read_text())["rows"]] == [4] * 4 + [6] * 4
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(file), "--text", "4", "--steps", "2"])
+    bench.main()  # other rounds are another measurement
+    assert measured == [4, 6, 4]

@@ -24,7 +24,7 @@ TRAIN = Path(run.__file__).with_name("train.py")
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be align, dense, late_fusion, late_fusion_no_",
+            "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, late_fusion, ",
         ),
         ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
         (
@@ -54,6 +54,11 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
         (["+train.lr=1"], "train.lr does not exist; there are accumulation, "),
         (["engine=deepspeed_zero2", "engine.trainer=lightning"], "needs engine.trainer=accelerate"),
         (["lora.train_projector=true", "model.projector=null"], "needs model.projector=NAME"),
+        (
+            ["schedule.cross=[2]", "train.narrow=0.5"],
+            "schedule.cross leaves no band for train.narrow to narrow",
+        ),
+        (["recipe=cross_only", "schedule.profile=x"], "or a profile to choose: use train.narrow=0 and sched"),
     ],
 )
 def test_a_bad_value_is_a_sentence(overrides, sentence):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_page_has_every_section_and_needs_no_network(run: tuple[Path, dict[str, 
     sections = {"verdict", "methods", "figures", "accuracy", "latency", "disagreements", "next", "method"}
     assert sections <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 5 and "img" in page.tags
+    assert page.tags.count("svg") == 6 and "img" in page.tags
     assert all(re.match(r"data:(image/(png|jpeg);base64)?,", reference) for reference in page.refers)
     assert "iframe" not in page.tags and page.tags.count("script") == 1
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
@@ -116,6 +117,10 @@ def test_report_json_holds_every_number_and_says_where_it_comes_from(
     assert set(stored["against"]) == set(stored["systems"]) - {"dense"}
     assert stored["systems"]["student"]["policy"]["keep"] == {"2": 5}
     assert {"torch", "transformers", "latefusion"} <= set(stored["environment"]["versions"])
+    first = evaluated.questions()[0]["question"]
+    prompt = stored["settings"]["prompts"]["scenes"]
+    assert first in prompt and prompt.count("<image>") == 1 and prompt != first
+    assert f"<code>{escape(prompt)}</code>" in (run[0] / "report.html").read_text()
 
 
 def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]) -> None:
@@ -183,6 +188,25 @@ def test_table_fits_a_terminal_of_80_columns_and_says_what_the_files_say(stored:
     assert max(map(len, many.splitlines())) <= 80
     for system in stored["systems"].values():
         assert system["name"] in many and tables.percent(system["accuracy"]["overall"]["value"]) in many
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        ((-0.031, -0.05, -0.012), "3.1 points below Dense base [−5.0 to −1.2]"),
+        ((0.02, 0.001, 0.04), "2.0 points above Dense base [+0.1 to +4.0]"),
+        ((0.0, -0.01, 0.01), "0.0 points from Dense base [−1.0 to +1.0]"),
+    ],
+)
+def test_verdict_says_who_is_ahead(
+    stored: dict[str, Any], gap: tuple[float, float, float], said: str
+) -> None:
+    results = copy.deepcopy(stored)
+    results["paired"]["dense"]["difference"] = dict(zip(("value", "low", "high"), gap, strict=True))
+    sentence = tables.headline(results)
+    assert said in sentence and sentence.startswith("Late fusion answers ")
+    cost = tables.percent(stored["systems"]["pruned"]["flops"]["ratio"], 0)
+    assert sentence.endswith(f"which needs {cost}%.")
 
 
 def test_markdown_has_the_verdict_and_a_row_a_method(

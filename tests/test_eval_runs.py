@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from launching import free_port
+from tiny import save_tiny_base
 
 from latefusion.eval import energy
 from latefusion.eval.ledger import Ledger, Processes
@@ -105,6 +107,8 @@ def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not reproduce .*\(at most 0\.5 points"):
         evaluated.evaluate(tmp_path / "drift", stored=other)
     assert not (tmp_path / "drift/report.json").exists()
+    kept = (tmp_path / "drift/unfinished/0.jsonl").read_text().splitlines()
+    assert {json.loads(line)["system"] for line in kept if line} == {"dense"}  # nobody else was asked
     other["data"]["fingerprint"] = "0"
     with pytest.raises(ValueError, match="asked other questions"):
         evaluated.evaluate(tmp_path / "data", stored=other)
@@ -209,6 +213,43 @@ def test_energy_of_a_gpu_is_nvml_s_counter_in_joules() -> None:
     joules = energy._nvml_counter(nvml, "1234")
     assert joules is not None and joules() == pytest.approx(5.007)
     assert energy._nvml_counter(nvml, "other") is None
+
+
+TIMED = {"ttft", "tpot", "joules", "peak_bytes", "vision_seconds", "seconds", "command", "date"}
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMED}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
+    """`kill -9` in the middle of the questions."""
+    base = save_tiny_base(tmp_path / "base")
+    asked = [sys.executable, str(ROOT / "eval/evaluate.py"), f"model={base}", "policies=[{vtw: {layer: 3}}]"]
+    asked += ["samples=240", "batch_size=2", "batches=[]", "lengths=[]"]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    whole = subprocess.run([*asked, f"output={tmp_path / 'whole'}"], timeout=900, **quiet)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = subprocess.Popen([*asked, f"output={tmp_path / 'killed'}"], **quiet)
+    kept = tmp_path / "killed/unfinished/0.jsonl"
+    while not kept.is_file() or kept.read_text().count("\n") < 100:
+        assert killed.poll() is None, "it finished before it could be killed"
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = kept.read_text().count("{")
+    again = subprocess.run(
+        [*asked, f"output={tmp_path / 'killed'}"], timeout=900, **{**quiet, "stdout": subprocess.PIPE}
+    )
+    assert again.returncode == 0 and "answers of an interrupted run" in again.stdout, again.stderr[-3000:]
+    assert 100 <= before < 2 * 240
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert without_times(reports[0]) == without_times(reports[1])
+    said = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "killed")]
+    assert said[0] == said[1]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
 from latefusion.models.saved import load, save_student
+from latefusion.models.schedule import VisionSchedule
 from latefusion.training import export, parts
 
 
@@ -78,6 +79,27 @@ def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_
     assert done[0] == ("me/student", True) and done[1]["repo_id"] == "me/student"
     assert "Published: https://hub/me/student" in capsys.readouterr().out
     assert 'lf.load("me/student")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
+    """Saved, loaded, merged, loaded: the same logits, and not those of a band."""
+    base = save_tiny_base(tmp_path / "base")
+    options = ("recipe=cross_only", "model.cross=[2,4]", f"model.path={base}", "model.attention=sdpa")
+    student = parts.student_of(configured(*SMALL, *options))
+    shake(student, 0.1)
+    rows = sources.scenes("validation", n_scenes=1)
+    inputs = inputs_of(student, [rows[i] for i in range(3)])
+    expected = logits(student.model, inputs)
+    save_student(student, tmp_path / "student")
+    export.main(
+        [f"checkpoint={tmp_path / 'student'}", f"output={tmp_path / 'out'}", "merge=true", "dtype=float32"]
+    )
+    for folder in ("student", "out"):
+        model, _ = load(tmp_path / folder, dtype=torch.float32)
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert "text reads them in the layers 2, 4 only" in (tmp_path / "out" / "README.md").read_text()
+    with student.attachment.using(VisionSchedule(enter=2, exit=5)):
+        assert not torch.allclose(logits(student.model, inputs), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_dense_flops_are_exact_without_the_executor() -> None:
 
 @pytest.mark.parametrize("stages", [("middle", "deep"), ("shallow", "middle", "deep")], ids="+".join)
 def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
-    """Deciding reads one row a layer; the shallow rule attends twice: in layer 0 all rows, then text."""
+    """Deciding reads one row a layer; the shallow rule computes the text before the image twice."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(2, "sdpa")).eval()
     inputs_embeds, vision = prompt()
@@ -100,8 +100,8 @@ def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
     assert record.exit_layer == 5, "the run should show all stages"
     expected = decoder_flops(model.config, record.tokens)
     if "shallow" in stages:
-        tokens = N_TEXT + N_VISION
-        expected += 4 * model.config.hidden_size * tokens * (tokens + policy.boundary * N_TEXT)
+        twice = int(vision[0].int().argmax())  # text rows before the image
+        expected += policy.boundary * 4 * model.config.hidden_size * (N_TEXT + N_VISION) * twice
     assert expected == pytest.approx(measured, rel=0.01)
 
 

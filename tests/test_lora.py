@@ -7,6 +7,7 @@ from test_build import inputs_of, logits
 from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
 
 from latefusion.data import sources
+from latefusion.models.attach import attach
 from latefusion.models.entry import entry_of
 from latefusion.models.saved import fingerprints, load, load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
@@ -188,8 +189,9 @@ def test_the_band_narrows_from_all_layers_to_the_schedule():
 # ---------------------------------------------------------------------------- estimates
 
 
+@pytest.mark.parametrize("cross", [(), (1, 2, 4)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing, cross):
     """Within a factor of 1.7, on a Llama-like decoder in float32, where embeddings and vision do not count."""
     model = build("llava").train()
     model.requires_grad_(True)
@@ -204,16 +206,21 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    schedule, vision = VisionSchedule(cross=cross), (torch.arange(200) // 150 == 0)[None]
+    with (
+        attach(model, schedule, vision_mask=vision),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         output = model.model(input_ids=ids, use_cache=False).last_hidden_state
     found = sum(size for pointer, size in kept.items() if pointer not in weights)
-    tokens = [200] * 6
+    tokens = [50 + n for n in schedule.vision_tokens(6, 150)]
+    frozen = schedule.vision_tokens(6, 150) if cross else [0] * 6
     wanted = activation_bytes(
-        model.config, tokens, dtype=torch.float32, checkpointing=checkpointing, eager=False
+        model.config, tokens, frozen, dtype=torch.float32, checkpointing=checkpointing, eager=False
     )
     if checkpointing:
         wanted -= activation_bytes(
-            model.config, tokens[:1], dtype=torch.float32, checkpointing=False, eager=False
+            model.config, tokens[:1], frozen[:1], dtype=torch.float32, checkpointing=False, eager=False
         )
     assert 1 / 1.7 < found / wanted < 1.7, (found, wanted)
     assert output.requires_grad

@@ -12,7 +12,9 @@ from tiny import composed
 from latefusion.models import base
 from latefusion.models.saved import load_student
 from latefusion.training import run
+from latefusion.training.checks import read
 from latefusion.training.config import RECIPES
+from latefusion.training.schedule import schedule_of
 
 FAMILY = {
     "llava_1_5_7b": "llava",
@@ -105,6 +107,23 @@ def trained(model: str, base: str, folder, *overrides: str):
     cfg = OmegaConf.merge(cfg, settings, {"output_dir": str(folder / "out")})
     run.run(cfg)
     return load_student(folder / "out", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model", FAMILY)
+def test_the_layers_that_read_frozen_tokens_fit_the_model(model):
+    config = read(composed(f"model={model}", "recipe=cross_only"))
+    schedule = schedule_of(config.schedule)
+    schedule.validate(16 if model == "embedded" else LAYERS[model])
+    band = schedule_of(config.model.schedule)
+    assert schedule.cross and band.enter == schedule.enter and schedule.exit <= band.exit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llava_1_5_7b", "qwen3_vl_4b", "gemma3_4b", "qwen2_5_vl_3b"])
+def test_frozen_tokens_train_in_the_families_that_are_different(hub, tmp_path, model, capsys):
+    student = trained(model, hub(FAMILY[model], LAYERS[model]), tmp_path, "recipe=cross_only")
+    assert list(student.schedule.cross) == composed(f"model={model}").model.cross
+    assert "frozen: keys and values alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 import torch
 from families import LAYERS, prompt, shared, vision_tokens
-from oracle import band, blinded, masked
+from oracle import band, masked
+from oracle import blinded as blinded_oracle
 
-from latefusion.eval.profiling.causal import KINDS, Answers, Continued, Runner, knock_outs, positions_of
+from latefusion.eval.profiling.answers import Answers
+from latefusion.eval.profiling.causal import KINDS, Runner, knock_outs
+from latefusion.eval.profiling.continued import Continued, positions_of
 from latefusion.eval.profiling.knockout import KnockOut
+from latefusion.eval.profiling.paths import bands, blinded
 from latefusion.eval.profiling.samples import Batch
+from latefusion.eval.profiling.whole import Whole
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -39,7 +44,7 @@ def judged(model: Any, batch: Batch, kind: str, layer: int) -> Answers:
     else:
         hidden = range(*spans.get(kind, (0, 0)))
         still = layer if kind == "frozen" else 0
-        context = blinded(model, vision, hidden, padding=padding, still=still)
+        context = blinded_oracle(model, vision, hidden, padding=padding, still=still)
     with torch.no_grad(), context:
         logits = model(**batch.fresh(), use_cache=False).logits
     return Answers.of(batch, logits[:, batch.columns], batch.columns)
@@ -49,25 +54,39 @@ def close(a: Answers, b: Answers) -> bool:
     return (a.log_probs - b.log_probs).abs().max().item() < 2e-5
 
 
+def every(way: Any) -> dict[tuple[str, int], Answers]:
+    wanted = knock_outs(LAYERS)
+    found = dict(blinded(way, wanted))
+    found.update(way.entering(wanted))
+    assert sorted(found) == sorted(wanted)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("family", "attention"), [("llava", "sdpa"), ("llava", "eager"), ("qwen2_vl", "sdpa"), ("gemma3", "sdpa")]
+    ("family", "attention"),
+    [
+        ("llava", "sdpa"),
+        ("llava", "eager"),
+        ("qwen2_vl", "sdpa"),
+        ("qwen3_vl", "sdpa"),
+        ("gemma3", "sdpa"),
+        ("paligemma", "sdpa"),
+    ],
 )
 def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, attention: str) -> None:
-    model, batch = shared(family, attention), batch_of(family, MIXED)
+    """Text between images, rows of different length; what Qwen3-VL's tower adds between layers."""
+    rows = ["I tt I ttt", "I I ttt"] if family == "paligemma" else MIXED
+    model, batch = shared(family, attention), batch_of(family, rows)
     with attach(model, VisionSchedule()) as attachment:
-        found = {
-            key: Runner(model, attachment, batch).whole(*key)
-            for key in knock_outs(LAYERS)
-            if key[1] in (1, 3)
-        }
-        found["prefix", LAYERS] = Runner(model, attachment, batch).whole("prefix", LAYERS)
+        found = every(Whole(Runner(model, attachment, batch)))
     dense = judged(model, batch, "frozen", 0)
     for (kind, layer), answers in found.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
         assert not close(answers, dense), (kind, layer)
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "internvl", "gemma3"])
 def test_knock_outs_continued_on_a_cache_equal_the_masked_oracle(family: str) -> None:
     model, batch = shared(family), batch_of(family, ONE_IMAGE)
     with attach(model, VisionSchedule()) as attachment:
@@ -77,27 +96,45 @@ def test_knock_outs_continued_on_a_cache_equal_the_masked_oracle(family: str) ->
         split = Continued.of(runner, positions)
         assert split is not None
         assert close(split.dense(), judged(model, batch, "frozen", 0))
-        found = dict(split.run(knock_outs(LAYERS)))
-    assert sorted(found) == sorted(knock_outs(LAYERS))
+        found = every(split)
     for (kind, layer), answers in found.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
 
 
-def test_what_cannot_be_continued_runs_whole() -> None:
-    """Text between images, heads that differ, local attention, a prefix that sees ahead: the same effects."""
-    for family, rows in (
-        ("llava", ["tt I t I tt"]),
-        ("llava", ["tt I ttt", "t I ttt"]),
-        ("gemma3", ONE_IMAGE),
-        ("paligemma", ONE_IMAGE),
-    ):
-        model, batch = shared(family), batch_of(family, rows)
-        with attach(model, VisionSchedule()) as attachment:
-            runner = Runner(model, attachment, batch)
-            _, found = runner.effects([("prefix", 2), ("late", 2)])
-            dense = runner.answers(VisionSchedule())
-            for key, effect in found.items():
-                assert effect.kl == pytest.approx(dense.effect(runner.whole(*key)).kl, rel=1e-3)
+@pytest.mark.parametrize(("family", "rows"), [("llava", ONE_IMAGE), ("llava", MIXED), ("gemma3", ONE_IMAGE)])
+def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
+    model, batch = shared(family), batch_of(family, rows)
+    pairs = [(0, 4), (0, 6), (2, 3), (2, 5), (3, 5), (3, 6)]
+    with attach(model, VisionSchedule()) as attachment:
+        _, _, way = Runner(model, attachment, batch).way()
+        assert isinstance(way, Whole if rows is MIXED else Continued)
+        found = dict(bands(way, pairs))
+    assert sorted(found) == pairs
+    for (a, b), answers in found.items():
+        hidden = [i for i in range(LAYERS) if not a <= i < b]
+        with (
+            torch.no_grad(),
+            blinded_oracle(model, batch.vision, hidden, padding=batch.inputs["attention_mask"]),
+        ):
+            logits = model(**batch.fresh(), use_cache=False).logits
+        assert close(answers, Answers.of(batch, logits[:, batch.columns], batch.columns)), (a, b)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows", "way"),
+    [
+        ("llava", ["tt I t I tt"], Whole),
+        ("llava", ["tt I ttt", "t I ttt"], Whole),
+        ("paligemma", ONE_IMAGE, Whole),  # images see the text behind them
+        ("gemma3", ["tt I I tttt"], Whole),  # longer than the window of its local attention
+        ("gemma3", ONE_IMAGE, Continued),
+        ("llava", ["tt I I tttt"], Continued),
+    ],
+)
+def test_prompts_are_continued_where_that_gives_the_same(family: str, rows: list[str], way: type) -> None:
+    model, batch = shared(family), batch_of(family, rows)
+    with attach(model, VisionSchedule()) as attachment:
+        assert type(Runner(model, attachment, batch).way()[2]) is way
 
 
 def test_effects_are_kl_and_exact_match_by_hand() -> None:

@@ -88,7 +88,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]
@@ -97,7 +97,8 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
-    assert files.read_schedule(folder).to_dict() == found["chosen"]["schedule"]
+    for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
+        assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
 
 
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
@@ -156,26 +157,6 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
     with pytest.raises(SystemExit, match=r"error: no schedule.yaml at .*nowhere"):
         run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
-
-
-@pytest.mark.slow
-def test_schedule_auto_profiles_first(base, tmp_path, monkeypatch) -> None:
-    small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
-    small += [
-        "eval.enabled=false",
-        "model.visipruner.boundary=1",
-        "lora.r=2",
-        "entry.rank=2",
-        f"model.path={base}",
-    ]
-    small += ["schedule=auto", f"output_dir={tmp_path}"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="one process"):
-        run.run(composed(*small))
-    monkeypatch.delenv("WORLD_SIZE")
-    run.run(composed(*small, "schedule.samples=4", "schedule.bound=0.02", "entry.images=16"))
-    schedule = json.loads((tmp_path / "vision_schedule.json").read_text())
-    assert schedule == files.read_schedule(tmp_path / "profile").to_dict()
 
 
 # ---------------------------------------------------------------- calibrated entry

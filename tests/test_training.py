@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import BAND, SMALL, composed, save_tiny_base
 
-from latefusion.models.saved import load, load_student
+from latefusion.models.attach import attached
+from latefusion.models.saved import load, load_student, merge
 from latefusion.training import run
 from latefusion.training.config import RECIPES
 
@@ -49,7 +50,8 @@ ALL_RECIPES = sorted(path.stem for path in (RECIPES / "recipe").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", [name for name in ALL_RECIPES if name != "late_fusion_qlora"])
 def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsys):
-    train(base, tmp_path, f"recipe={recipe}", band=() if recipe == "dense" else BAND)
+    band = {"dense": (), "cross_only": ("model.cross=[2,4]",)}.get(recipe, BAND)
+    train(base, tmp_path, f"recipe={recipe}", band=band)
     model, processor = load(tmp_path)
     prompt = processor(
         text="<image><user>how many?<assistant>", images=Image.new("RGB", (16, 16)), return_tensors="pt"
@@ -59,7 +61,27 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     assert f"{recipe}: 0.0" in printed and "vision tokens by layer: 0-" in printed
     assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
     schedule = load_student(tmp_path).schedule
-    assert schedule.vision_tokens(6, 4) == ([4] * 6 if recipe == "dense" else [0, 0, 4, 4, 2, 0])
+    wanted = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
+    assert schedule.vision_tokens(6, 4) == wanted
+    assert bool(schedule.cross) == (recipe == "cross_only") == ("frozen: keys and values alone" in printed)
+
+
+def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: schedule\.cross=\[\] names no layer; say which layers"):
+        train(base, tmp_path, "recipe=cross_only", "model.cross=[]", band=())
+
+
+def test_positions_are_the_students(base, tmp_path):
+    """Trained, saved, loaded and merged with its positions; they make a difference."""
+    for positions in ("original", "reindexed"):
+        train(base, tmp_path / positions, f"schedule.positions={positions}")
+        assert load_student(tmp_path / positions).schedule.positions == positions
+    first, second = (weights(tmp_path / positions) for positions in ("original", "reindexed"))
+    assert any(not torch.equal(weight, second[name]) for name, weight in first.items())
+    merge(tmp_path / "reindexed", tmp_path / "merged", dtype=torch.float32)
+    model, _ = load(tmp_path / "merged", dtype=torch.float32)
+    attachment = attached(model)
+    assert attachment is not None and attachment.policy == load_student(tmp_path / "reindexed").schedule
 
 
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit
+from latefusion.training.schedule import schedule_of
 
 IMAGES_AT_ONCE = 32
 
@@ -27,21 +28,16 @@ def calibrated_entry(
     Raises:
         ValueError: the data has too few images, or weights are sharded, so that nothing can be fitted here.
     """
-    enter = config.schedule.enter
+    enter = schedule_of(config.schedule).enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
         return None
-    if config.schedule.profile is not None:
-        entry = read_entry(config.schedule.profile)
-        if entry is None:
-            raise ValueError(
-                f"the profile at {config.schedule.profile} has no {ENTRY}; profile again, or use entry.init=identity."
-            )
+    if config.schedule.profile is not None and (entry := read_entry(config.schedule.profile)) is not None:
         return entry
     stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
     if stage == 3:
         raise ValueError(
-            "entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
-            "and name its folder: schedule.profile=FOLDER."
+            f"entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
+            f"and name its folder, with its {ENTRY}: schedule.profile=FOLDER."
         )
     collator = Collator(
         processor=processor,

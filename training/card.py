@@ -71,12 +71,17 @@ def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool
     config: Any = (
         OmegaConf.load(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
     )
-    exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
+    if schedule.cross:
+        layers = ", ".join(map(str, schedule.cross))
+        band = f"stay what the projector made them, and text reads them in the layers {layers} only"
+    else:
+        exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
+        band = f"are computed from layer {schedule.enter} to {exit_layer} only"
     kind = MERGED.format(entry=" and the entry adapter beside it" if entry else "") if merged else ADAPTER
     return _TEXT.format(
         name=OmegaConf.select(config, "name") or path.name,
         base=OmegaConf.select(config, "model.path") or "unknown",
-        band=f"are computed from layer {schedule.enter} to {exit_layer} only",
+        band=band,
         kind=kind,
         use=USE.format(folder=folder),
         schedule=json.dumps(schedule.to_dict(), indent=2),

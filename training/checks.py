@@ -79,6 +79,13 @@ def read(cfg: DictConfig) -> Config:
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     _check_data(config)
+    if config.schedule.cross is not None and (
+        train.narrow > 0 or config.schedule.auto or config.schedule.profile
+    ):
+        raise ValueError(
+            "schedule.cross leaves no band for train.narrow to narrow or a profile to choose: use train.narrow=0 and "
+            "schedule=given."
+        )
     if kl.cache is not None and config.teacher is Teacher.none:
         raise ValueError(
             "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
@@ -133,6 +140,8 @@ def _check_data(config: Config) -> None:
             raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
         if not part.weight > 0:
             raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.pack and data.isolate:
+        raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
     if data.streaming and data.source is Source.scenes:
         raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
     if data.streaming and config.engine.trainer is not Trainer.accelerate:

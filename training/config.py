@@ -48,6 +48,13 @@ class Layers(Enum):
     busy = "busy"
 
 
+class Positions(Enum):
+    """What RoPE counts where vision tokens are missing: the model's own positions, or the tokens that are there."""
+
+    original = "original"
+    reindexed = "reindexed"
+
+
 class EntryKind(Enum):
     """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
 
@@ -87,12 +94,15 @@ class NonFiniteStep(Enum):
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
-    `keep` is `{layer: k}`; untyped, so that an override replaces all of it.
+    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
+    untyped, so that an override replaces all of it.
     """
 
     enter: int = 0
     exit: int | None = None
     keep: Any = None
+    cross: Any = None
+    positions: Positions = Positions.original
 
 
 @dataclass
@@ -140,6 +150,7 @@ class ModelConfig:
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
         pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
+        cross: layers that read frozen vision tokens, for `recipe=cross_only`.
         visipruner: its calibrated thresholds.
     """
 
@@ -152,6 +163,7 @@ class ModelConfig:
     projector: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     pyramid: ScheduleConfig = field(default_factory=ScheduleConfig)
+    cross: list[int] = field(default_factory=list)
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
 
 

@@ -49,4 +49,5 @@ def computed_flops(attachment: Attachment, config: PretrainedConfig, scored: int
         config: the model's.
         scored: tokens that the head scored.
     """
-    return sum(decoder_flops(config, tokens) for tokens in attachment.tokens) + head_flops(config, scored)
+    decoder = sum(decoder_flops(config, tokens, frozen) for tokens, frozen in attachment.sizes)
+    return decoder + head_flops(config, scored)

@@ -55,7 +55,8 @@ def describe(
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
             f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
-            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}",
+            f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
+            f"{', frozen: keys and values alone' if schedule.cross else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
             estimated(

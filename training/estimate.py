@@ -25,16 +25,23 @@ def numel(parameter: torch.nn.Parameter) -> int:
 
 
 def activation_bytes(
-    config: PretrainedConfig, tokens: list[int], *, dtype: torch.dtype, checkpointing: bool, eager: bool
+    config: PretrainedConfig,
+    tokens: list[int],
+    frozen: list[int],
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    eager: bool,
 ) -> int:
     """What the decoder keeps of one sample for its backward pass.
 
     Counted as the inputs that the projections, norms, attention and gated MLP of a layer save: 6 vectors of the hidden
     size (two of them float32, in the norms), 4 of the MLP's, and queries, keys, values and attention output; with
-    eager attention twice its probabilities. Checkpointing keeps a layer's input alone, and one whole layer.
+    eager attention twice its probabilities. Frozen tokens go through the norms, and have keys and values.
+    Checkpointing keeps a layer's input alone, and one whole layer.
 
     Args:
-        tokens: that each layer computes.
+        tokens: that enter each layer; frozen: how many of them are only read.
     """
     text = config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
@@ -42,7 +49,11 @@ def activation_bytes(
     attention = 2 * head_dim * (heads + (text.num_key_value_heads or heads))
     size = torch.finfo(dtype).bits // 8
     vector = size * (4 * hidden + 4 * text.intermediate_size + attention) + 4 * 2 * hidden
-    layers = [n * vector + (2 * size * heads * n * n if eager else 0) for n in tokens]
+    read = size * (4 * hidden + 2 * head_dim * (text.num_key_value_heads or heads)) + 4 * 2 * hidden
+    layers = [
+        (n - f) * vector + f * read + (2 * size * heads * n * (n - f) if eager else 0)
+        for n, f in zip(tokens, frozen, strict=True)
+    ]
     if checkpointing:
         return sum(n * hidden * size for n in tokens) + max(layers)
     return sum(layers)
@@ -89,9 +100,11 @@ def estimated(
     n_text, n_vision, answers = shape
     train, known = config.train, model.config
     layers = known.get_text_config().num_hidden_layers
+    vision = schedule.vision_tokens(layers, n_vision)
     each = activation_bytes(
         known,
-        [n_text + n for n in schedule.vision_tokens(layers, n_vision)],
+        [n_text + n for n in vision],
+        vision if schedule.cross else [0] * layers,
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
         eager=known._attn_implementation == "eager",

@@ -15,6 +15,7 @@ from latefusion.data.config import DataConfig
 from latefusion.data.guard import Guard, usable
 from latefusion.data.load import training_data
 from latefusion.data.mixing import Stream
+from latefusion.data.padding_free import Packed, check_isolation
 from latefusion.models.base import compute_dtype, load_base
 from latefusion.models.build import Student, build_full, build_student
 from latefusion.models.entry import CalibratedEntry
@@ -167,6 +168,16 @@ def guarded(config: Config, collator: Collator | Taught, dataset: Any) -> Guard:
         dataset=None if isinstance(dataset, Stream) else dataset,
         folder=config.output_dir,
     )
+
+
+def packing(config: Config, student: Student, collator: Guard) -> Guard | Packed:
+    """The collator, its samples without images packed if the configuration says so and the model can take it."""
+    if not config.data.pack:
+        return collator
+    model = student.attachment.model
+    if not (config.engine.deepspeed or config.engine.fsdp):  # there weights may be in shards already
+        check_isolation(model)
+    return Packed.of(model, collator)
 
 
 def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:

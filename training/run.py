@@ -31,6 +31,7 @@ from latefusion.training.parts import (
     dtype_of,
     guarded,
     objective_of,
+    packing,
     samples,
     student_of,
     teacher,
@@ -53,14 +54,15 @@ def run(cfg: DictConfig) -> None:
             config = read(cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             resumed = check(config)
-            settle_schedule(config, cfg)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
+            settle_schedule(config, cfg, resumed)
             settle(config, resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
             collator = guarded(config, training_collator(config, student), dataset)
             some = collator(first_samples(dataset))
+            collator = packing(config, student, collator)
             objective = objective_of(config, student)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None

@@ -29,7 +29,7 @@ class Arguments:
     Attributes:
         samples: prompts to measure on, as many different images as there are.
         split: of the data; null: validation of scenes, else the data's own.
-        bound: nats of KL per answer token that the band may cost, and the keeps once more.
+        bound: nats of KL per answer token that the schedule may cost, its entry and keeps included.
         budget: decoder FLOPs to stay below, in parts of dense; null: as few as the bound allows.
         images: that calibrate the entry; none of them is a sample's.
         output: folder; null: outputs/profile_MODEL.
@@ -95,7 +95,8 @@ def named(word: str) -> list[str]:
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     """Profile the model that `config` names on its data."""
-    from latefusion.eval.profiling.run import Wishes, profile
+    from latefusion.eval.profiling.run import profile
+    from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
 
     check_base(config.model.path)

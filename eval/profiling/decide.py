@@ -10,10 +10,13 @@ from typing import Any
 from latefusion.models.schedule import VisionSchedule
 
 NEAR = 3  # layers that the joint band may be wider than each end alone asks for, on either side
+BANDS = (NEAR + 1) ** 2  # measured jointly at most
 KEEP_LAYERS = 6  # of the band, evenly spread, where a keep may begin
 KEEP_SHARES = (2, 4, 8, 16, 32)  # parts of the vision tokens that a keep may be one of
 STEPS = 3  # keeps in a pyramid at most
-VERIFIED = 8  # pyramids that are measured, of those that promise most
+SPREAD = 4  # pyramids measured along the front of those that promise most, whatever the bound
+PROBES = 6  # and more of it where the bound or the budget is met
+TRIES = 3  # bands within the bound whose calibrated entry is measured
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,15 @@ def near_bands(enter: int, exit_layer: int, layers: int) -> list[tuple[int, int]
     return [(a, b) for a, b in product(enters, exits) if a < b]
 
 
-def choose_band(
+def cheapest_bands(
     kl: Mapping[tuple[int, int], float], bound: float, flops: Callable[[VisionSchedule], float], layers: int
-) -> tuple[int, int]:
-    """The cheapest band within the bound, or, if none is, the one of least KL."""
+) -> list[tuple[int, int]]:
+    """The bands within the bound, cheapest first, TRIES at most; or, if none is, the one of least KL."""
     within = [band for band, value in kl.items() if value <= bound]
     if not within:
-        return min(kl, key=lambda band: (kl[band], band))
-    return min(within, key=lambda band: (flops(band_schedule(band[0], band[1], layers)), kl[band], band))
+        return [min(kl, key=lambda band: (kl[band], band))]
+    within.sort(key=lambda band: (flops(band_schedule(band[0], band[1], layers)), kl[band], band))
+    return within[:TRIES]
 
 
 def band_schedule(
@@ -78,10 +82,10 @@ def band_schedule(
     return VisionSchedule(enter=enter, exit=None if exit_layer == layers else exit_layer, keep=keep or {})
 
 
-def keep_layers(enter: int, exit_layer: int) -> list[int]:
-    """Layers of the band where a keep may begin, at most KEEP_LAYERS; none in a band of one layer."""
+def keep_layers(enter: int, exit_layer: int, most: int = KEEP_LAYERS) -> list[int]:
+    """Layers of the band where a keep may begin, at most `most`; none in a band of one layer."""
     inside = list(range(enter + 1, exit_layer))
-    n = min(KEEP_LAYERS, len(inside))
+    n = min(most, len(inside))
     return sorted({inside[round(i * (len(inside) - 1) / max(n - 1, 1))] for i in range(n)})
 
 
@@ -92,15 +96,15 @@ def keep_sizes(n_vision: int) -> list[int]:
 
 def pyramids(
     table: Mapping[tuple[int, int], float], flops: Callable[[Mapping[int, int]], float]
-) -> list[dict[int, int]]:
-    """Pyramids of up to STEPS keeps worth measuring, cheapest first.
+) -> list[tuple[float, float, dict[int, int]]]:
+    """Pyramids of up to STEPS keeps that no other beats in both FLOPs and expected cost, cheapest first.
 
     Args:
         table: what `{layer: k}` alone costs in nats; a pyramid is expected to cost the sum of its keeps.
         flops: of a pyramid.
 
     Returns:
-        VERIFIED of those that no other pyramid beats in both FLOPs and expected cost, evenly spread.
+        FLOPs, expected cost, and the pyramid.
     """
     layers = sorted({layer for layer, _ in table})
     found: list[tuple[float, float, dict[int, int]]] = []
@@ -113,12 +117,28 @@ def pyramids(
                     found.append((flops(keep), sum(table[step] for step in keep.items()), keep))
     found.sort(key=lambda entry: (entry[0], entry[1], tuple(entry[2].items())))
     front, least = [], float("inf")
-    for _, cost, keep in found:
-        if cost < least:
-            front.append(keep)
-            least = cost
-    n = min(VERIFIED, len(front))
-    return [front[round(i * (len(front) - 1) / max(n - 1, 1))] for i in range(n)]
+    for entry in found:
+        if entry[1] < least:
+            front.append(entry)
+            least = entry[1]
+    return front
+
+
+def spread(n: int, most: int = SPREAD) -> list[int]:
+    """At most `most` of n, evenly spread, both ends among them."""
+    most = min(most, n)
+    return sorted({round(i * (n - 1) / max(most - 1, 1)) for i in range(most)})
+
+
+def bisect(n: int, guess: int, within: Callable[[int], bool]) -> int:
+    """The least index of `range(n)` that is within, if those after it are, too; n if none is. PROBES tries at most."""
+    low, high, at = -1, n, min(guess, n - 1)
+    for _ in range(PROBES):
+        if high - low <= 1:
+            break
+        low, high = (low, at) if within(at) else (at, high)
+        at = (low + high) // 2
+    return high
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -137,22 +157,21 @@ def choose(points: Sequence[Point], limit: float, budget: float | None) -> tuple
 
     Args:
         points: the band and its pyramids, as they would be used.
-        limit: nats; without a budget the cheapest point within it is taken.
+        limit: the bound, nats; without a budget the cheapest point within it is taken.
         budget: parts of dense FLOPs; given, the point of least KL within it is taken.
     """
     if budget is None:
         within = [p for p in points if p.kl <= limit]
         if within:
             point = min(within, key=lambda p: (p.flops, p.kl))
-            return point, f"the fewest FLOPs at a KL of at most {limit:.4f} nats"
-        return min(
-            points, key=lambda p: (p.kl, p.flops)
-        ), "the least KL, as no schedule stays within the bound"
+            return point, f"the fewest FLOPs at a KL of at most {limit:g} nats"
+        point = min(points, key=lambda p: (p.kl, p.flops))
+        return point, f"the least KL, as no schedule stays within the bound of {limit:g} nats"
     within = [p for p in points if p.flops <= budget]
     if within:
-        return min(
-            within, key=lambda p: (p.kl, p.flops)
-        ), f"the least KL at no more than {budget:.0%} of dense FLOPs"
+        point = min(within, key=lambda p: (p.kl, p.flops))
+        beyond = "" if point.kl <= limit else f", though beyond the bound of {limit:g} nats"
+        return point, f"the least KL at no more than {budget:.0%} of dense FLOPs{beyond}"
     return (
         min(points, key=lambda p: (p.flops, p.kl)),
         f"the fewest FLOPs, as no schedule of this band meets the budget of {budget:.0%}; raise the bound",

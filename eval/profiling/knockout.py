@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from latefusion.models.cache import ScheduledLayer, Track
+from latefusion.models.cache import SUPPORTED, ScheduledLayer, ScheduledSlidingLayer, Track
 from latefusion.models.policies.base import AttentionCall, Prompt
 
 
@@ -76,18 +76,18 @@ def _rows(ruled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def frozen(layers: Sequence[Any], vision: Tensor, until: int) -> Iterator[None]:
-    """Vision tokens skip attention and MLP of the layers before `until`; text still sees them as they are.
+def frozen(layers: Sequence[Any], vision: Tensor) -> Iterator[None]:
+    """Vision tokens skip attention and MLP of these layers; text still sees them as they are.
 
     Args:
-        layers: of the decoder, which runs them over all tokens (no policy that removes any).
+        layers: some of the decoder's, which runs them over all tokens (no policy that removes any).
         vision: bool `[B, T]`.
     """
 
     def keep(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return torch.where(vision[..., None], args[0], output)
 
-    handles = [layer.register_forward_hook(keep) for layer in layers[:until]]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
         yield
     finally:
@@ -95,11 +95,12 @@ def frozen(layers: Sequence[Any], vision: Tensor, until: int) -> Iterator[None]:
             handle.remove()
 
 
-def without_vision(layer: DynamicLayer, track: Track) -> ScheduledLayer:
-    """A cache layer that holds only what `track` names of `layer`; nothing else is copied."""
+def without_vision(layer: DynamicLayer, track: Track) -> ScheduledLayer | ScheduledSlidingLayer:
+    """A cache layer that holds only what `track` names of `layer`, which holds all; nothing else is copied."""
     assert track.head is not None and layer.keys is not None and layer.values is not None
-    held = ScheduledLayer()
-    held.lazy_initialization(layer.keys, layer.values)
+    kind = SUPPORTED[type(layer)]
+    held = kind.__new__(kind)
+    held.__dict__.update(layer.__dict__)
     held.keys, held.values = layer.keys[:, :, track.head[0]], layer.values[:, :, track.head[0]]
     held.track = track
     return held

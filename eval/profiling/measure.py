@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latefusion.eval.profiling import lenses
-from latefusion.eval.profiling.causal import Answers, Continued, Effect, Runner, knock_outs, positions_of
+from latefusion.eval.profiling.answers import Answers
+from latefusion.eval.profiling.causal import Runner, knock_outs
 from latefusion.eval.profiling.decide import Point
-from latefusion.eval.profiling.knockout import KnockOut
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.observe import Watch
 from latefusion.eval.profiling.samples import Batch
@@ -36,7 +36,7 @@ class Measurer:
 
     Args:
         sources: `(numbers of the samples, what makes the batch)`.
-        advance: called with the prefills that a step took.
+        advance: called with the prefills that a step took; shares: those of knock-outs and of bands.
     """
 
     model: PreTrainedModel
@@ -44,6 +44,7 @@ class Measurer:
     sources: Sequence[tuple[tuple[int, ...], Callable[[], Batch]]]
     ledger: Ledger
     advance: Callable[[float], None] = lambda share: None
+    shares: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         self.layers = len(self.attachment.layers)
@@ -59,31 +60,19 @@ class Measurer:
         wanted = knock_outs(self.layers)
 
         def measure(batch: Batch) -> dict[str, Any]:
-            dense, found = self._runner(batch).effects(wanted, lambda: None)
+            dense, found = self._runner(batch).effects(wanted)
             named = {f"{kind} {layer}": asdict(effect) for (kind, layer), effect in found.items()}
             return {"dense": asdict(dense), **named}
 
-        return self._gathered("effects", measure, 1.0 + 1.2 * self.layers)
+        return self._gathered("effects", measure, self.shares[0])
 
     def bands(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Text sees vision in the layers [a, b) alone: per band `a b`, as `effects`."""
 
         def measure(batch: Batch) -> dict[str, Any]:
-            runner, found = self._runner(batch), {}
-            with positions_of(self.model.get_decoder()) as positions:
-                dense = runner.answers(VisionSchedule())
-            split = Continued.of(runner, positions)
-            base = None if split is None else split.dense()
-            for a, b in pairs:
-                hidden = [i for i in range(self.layers) if not a <= i < b]
-                if split is not None and base is not None and runner.agree(dense, base):
-                    effect = base.effect(split.blind(hidden))
-                else:
-                    effect = dense.effect(runner.answers(KnockOut(hidden)))
-                found[f"{a} {b}"] = asdict(effect)
-            return found
+            return {f"{a} {b}": asdict(effect) for (a, b), effect in self._runner(batch).bands(pairs)}
 
-        return self._gathered(f"bands {list(pairs)}", measure, 2.0 + 0.1 * len(pairs))
+        return self._gathered(f"bands {list(pairs)}", measure, self.shares[1])
 
     def schedule(
         self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float
@@ -281,4 +270,4 @@ def _rounded(values: Tensor, digits: int = 4) -> Any:
     ]
 
 
-__all__ = ["Effect", "Measurer", "interval", "point"]
+__all__ = ["Measurer", "interval", "point"]

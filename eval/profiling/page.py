@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from latefusion.eval.profiling import figures
+from latefusion.eval.profiling.style import ORANGE
 
 SIDE = 168  # pixels of an image with its map
 
@@ -156,7 +157,7 @@ def _masked(image: Image.Image, tokens: Sequence[int], side: int) -> Image.Image
         row, column = divmod(token, side)
         left, top, right, bottom = (round(v * step) for v in (column, row, column + 1, row + 1))
         shown.paste(base.crop((left, top, right, bottom)), (left, top))
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=figures.ORANGE)
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=ORANGE)
     return shown
 
 

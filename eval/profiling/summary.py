@@ -157,5 +157,5 @@ def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) 
         "covered": float(
             np.mean([a >= schedule["enter"] and b <= leave for a, b in zip(enters, exits, strict=True)])
         ),
-        "within": float(np.mean([kl <= 2 * bound for kl in found["kept"]["kl"]])),
+        "within": float(np.mean([kl <= bound for kl in found["kept"]["kl"]])),
     }

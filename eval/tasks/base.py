@@ -74,11 +74,10 @@ class Files:
 
     @property
     def local(self) -> bool:
-        """The files are in a folder (else: on the hub or a data set saved to disk)."""
+        """The files are in a folder as the benchmark distributes them (else: on the hub, or a copy of that)."""
         folder = Path(self.where)
-        return folder.is_dir() and not any(
-            (folder / n).is_file() for n in ("dataset_dict.json", "state.json")
-        )
+        saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return folder.is_dir() and not saved and next(folder.rglob("*.parquet"), None) is None
 
     def check(self) -> None:
         """Raise FileNotFoundError, in one sentence, if a folder lacks a file or is no folder at all."""
@@ -91,7 +90,9 @@ class Files:
             wanted = ", ".join(
                 name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs)
             )
-            hub = f", or name a hub id with sources.{self.task}={self.hub}" if self.hub else ""
+            hub = (
+                f", or name a hub id or a copy of it with sources.{self.task}={self.hub}" if self.hub else ""
+            )
             raise FileNotFoundError(
                 f"no data for task {self.task} in {self.where}: put {wanted} there (from {self.come_from}){hub}."
             )
@@ -109,7 +110,7 @@ class Files:
         return [json.loads(line) for line in self.path(name).read_text().splitlines() if line.strip()]
 
     def hub_rows(self, split: str, config: str | None = None) -> datasets.Dataset:
-        """The hub's data set (or one saved to disk), read lazily."""
+        """The hub's data set, its files in a folder, or one saved to disk; read lazily."""
         return read(self.where, split=split) if config is None else read_config(self.where, config, split)
 
     def _first(self, name: str) -> Path | None:
@@ -148,10 +149,14 @@ def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
 
 
 def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str, Any]]) -> datasets.Dataset:
-    """A hub data set whose column `image` holds the picture, in the form of `rows_of`; the picture is not copied."""
-    pictures = "image" if "image" in rows.column_names else "images"
-    kept = rows.select_columns([pictures])
-    plain = rows.remove_columns([pictures])
+    """A hub data set whose column `image` holds the picture, or a list of them, in the form of `rows_of`.
+
+    Pictures are not decoded.
+    """
+    kept = rows.select_columns(["image"])
+    if isinstance(rows.features["image"], datasets.List):
+        kept = kept.rename_column("image", "images")
+    plain = rows.remove_columns(["image"])
     fields: dict[str, list[Any]] = {}
     for number, row in enumerate(plain):
         for name, value in question({"row": number, **row}).items():

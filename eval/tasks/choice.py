@@ -23,6 +23,16 @@ from latefusion.eval.tasks.base import LETTER, Files, Task, mapped, rows_of
 LETTERS = "ABCDEFGH"
 CIRCULAR = "circular accuracy"
 ROTATION = 1_000_000  # MMBench numbers rotation r of question i as i + r * ROTATION
+SEED_KINDS = dict(
+    enumerate(
+        (
+            "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location",
+            "Instances Counting", "Spatial Relation", "Instance Interaction", "Visual Reasoning",
+            "Text Understanding",
+        ),
+        1,
+    )
+)  # fmt: skip
 LETTER_ALONE = re.compile(r"^\(?([A-Z])(?:[.,:)]|\)\.)?$")
 
 
@@ -174,29 +184,28 @@ def seed_image(where: str, split: str) -> Task:
     )
     files.check()
 
-    def question(row: dict[str, Any], kinds: dict[Any, str]) -> dict[str, Any]:
+    def question(row: dict[str, Any]) -> dict[str, Any]:
         choices = [row[f"choice_{letter}"] for letter in "abcd"]
         kind = row["question_type_id"]
         return {
             **_choices(str(row["question_id"]), row["question"], choices, row["answer"]),
-            "type": kinds.get(kind, f"type {kind}"),
+            "type": SEED_KINDS.get(kind, f"type {kind}"),
             "scene": str(row["data_id"]),
         }
 
     if files.local:
         content = files.json("SEED-Bench.json")
-        kinds = {number: name for name, number in content["question_type"].items()}
         folder = files.path("SEED-Bench-image")
         rows = rows_of(
             [
-                {**question(r, kinds), "images": [folder / str(r["data_id"])]}
+                {**question(r), "images": [folder / str(r["data_id"])]}
                 for r in content["questions"]
                 if r["data_type"] == "image"
             ]
         )
     else:
         still = files.hub_rows("test").filter(lambda kind: kind == "image", input_columns="data_type")
-        rows = mapped(still, lambda r: question(r, {}))
+        rows = mapped(still, question)
     return Task(
         name="seed_image",
         rows=rows,

@@ -28,6 +28,7 @@ class Prompt:
         n_answer: real tokens after the first vision token that are neither: in training, the answers'.
         tail: so many columns at the end are `text` in every sample.
         num_layers: decoder layers.
+        piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
     """
 
     vision: Tensor
@@ -40,17 +41,25 @@ class Prompt:
     n_answer: tuple[int, ...]
     tail: int
     num_layers: int
+    piece: bool = False
 
 
 @dataclass(frozen=True)
 class Selection:
     """The vision tokens that take part from a layer on: a bool mask `[B, T]` and its count per sample.
 
-    `counts=None` means that only the device knows them; the executor then asks once (a host sync).
+    Attributes:
+        counts: None means that only the device knows them; the executor then asks once (a host sync).
+        frozen: they are only read: their keys and values are computed, their states stay as they are. A token that
+            was never but frozen may leave and return.
+        reindexed: RoPE counts the tokens that take part, as if the others had never been there; else every token
+            keeps the position that the model gave it.
     """
 
     vision: Tensor
     counts: tuple[int, ...] | None = None
+    frozen: bool = False
+    reindexed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ class Decision(Protocol):
         """The vision tokens seen from `layer` on, asked before each layer; None: as in the layer before.
 
         Before layer 0 all vision tokens take part. A selection may only bring back tokens that never took
-        part (late entry); a token that left does not return.
+        part (late entry) or were frozen; a token that was computed and left does not return. One that does is an
+        error: always on a CPU, elsewhere where the counts show it.
         """
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
