@@ -88,7 +88,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]
@@ -286,6 +286,15 @@ def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) ->
     with pytest.raises(SystemExit) as error:
         command.main(words, "usage")
     assert says in str(error.value) and (words == ["--help"] or len(str(error.value).splitlines()) == 1)
+
+
+def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -> None:
+    _, config = command.parsed(["model=embedded"])
+    deep, shallow = tiny_base(layers=16)[0], tiny_base(layers=4)[0]
+    held = config.model.schedule
+    assert command.by_hand(config, deep) == VisionSchedule(enter=held.enter, exit=held.exit, keep=held.keep)
+    assert command.by_hand(config, shallow) is None  # another model under that name
+    assert command.by_hand(command.parsed([f"model={base}"])[1], deep) is None
 
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
