@@ -91,7 +91,10 @@ def named(word: str) -> list[str]:
         return [word]
     if "/" not in value and not Path(value).exists():
         return [word]  # a mistyped name: `explain` lists what there is
-    return [f"model.path={value}"] if key == "model" else ["data=dataset", f"data.path={value}"]
+    if key == "data":
+        return ["data=dataset", f"data.path={value}"]
+    nobodys = ("model.schedule.enter=0", "model.schedule.exit=null", "model.schedule.keep=null")
+    return [f"model.path={value}", *nobodys]  # the rest is the default model's
 
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
