@@ -84,6 +84,8 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_goes_on(tmp_path: Pat
         ledger.write_text("".join(lines[:3]) + lines[3][:20])
         resumed, _ = study(model, attachment, ledger)
         assert resumed == first and ledger.read_text() == whole
+        fresh, _ = study(model, attachment, tmp_path / "fresh.jsonl")
+        assert fresh == first, "the same measurements should come out, and the same decision"
         Ledger(ledger, {"about": 2})
         assert len(ledger.read_text().splitlines()) == 1
 
