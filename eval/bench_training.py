@@ -20,6 +20,7 @@ import gc
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
         return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
 
     keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
+    if schedule.cross:
+        return replace(schedule, enter=0, exit=None, keep=keep, cross=[layer(i) for i in schedule.cross])
     leaves = None if schedule.exit is None else layer(schedule.exit)
     return VisionSchedule(enter=layer(schedule.enter), exit=leaves, keep=keep)
 
@@ -139,7 +142,8 @@ class Bench:
 
     def flops(self, schedule: VisionSchedule, teacher: str = "none") -> int:
         text, vision = self.args.text, self.args.vision
-        return training_flops(self.config, schedule, text, vision, teacher=teacher == "online")
+        taught = self.config if teacher == "online" else None
+        return training_flops(self.config, schedule, text, vision, answers=ANSWER, teacher=taught)
 
 
 def ratios(times: list[float], reference: list[float]) -> dict[str, float]:

@@ -31,7 +31,8 @@ from latefusion.data import sources
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import chosen
 from latefusion.eval.predict import images_of
-from latefusion.eval.search import Search, policy_of, settings
+from latefusion.eval.prompts import policy_of, settings
+from latefusion.eval.search import Search
 from latefusion.models.attach import attach
 from latefusion.models.base import check_base, compute_dtype, load_base
 from latefusion.models.schedule import VisionSchedule

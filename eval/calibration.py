@@ -122,12 +122,6 @@ class Recorded:
     least: NDArray[np.float64]
     norms: list[Tensor]
 
-    def fusion(self, boundary: int, layer_threshold: float) -> NDArray[np.int64]:
-        """Each prompt's fusion layer, the number of layers if there is none."""
-        fuses = self.least < layer_threshold
-        fuses[: boundary + 1] = False
-        return np.where(fuses.any(0), fuses.argmax(0), len(fuses))
-
 
 def record(batch: Batch, attachment: Attachment, boundary: int, sink_rule: str) -> Recorded:
     """Run a batch once, dense, or with the shallow rule below `boundary` if that is above 0."""

@@ -27,7 +27,8 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     asked, columns, correct = results["arguments"], results["columns"], results["correct"]
     dense, number = columns["dense_flops"].mean(), (~np.isnan(columns["kl"])).sum(1)  # [settings]
     kl, flops = np.nanmean(columns["kl"], 1), np.nanmean(columns["flops"] / columns["dense_flops"], 1)
-    complete = number == number.max()
+    prompts = columns["kl"].shape[1]
+    complete = number == prompts  # the others were ruled out before
     rows = [
         {
             **setting,
@@ -42,13 +43,13 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         }
         for i, setting in enumerate(results["settings"])
     ]
-    kl = np.where(complete, kl, np.inf)
+    partial, kl = kl, np.where(complete, kl, np.inf)
     best = cheapest(kl, flops, asked["kl"])
     shown = [] if best is None else around(front(kl, flops), best, ROWS)
     lines = [line(rows[i], results, i) for i in shown]
     out = {
         "arguments": asked,
-        "prompts": int(number.max()),
+        "prompts": prompts,
         "seconds": results["seconds"],
         "dense": {
             "flops": float(dense),
@@ -63,10 +64,11 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").write_text(json.dumps(out, indent=1) + "\n")
     if best is None:
-        nearest = rows[int(kl.argmin())]
+        nearest = rows[int(partial.argmin())]
         raise ValueError(
-            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g}, at boundary "
-            f"{nearest['boundary']}; raise kl, or try higher boundaries or lower tokens_thresholds."
+            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} "
+            f"prompts), at boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower "
+            "tokens_thresholds."
         )
     header = HEADER + (LABELLED if correct is not None else ())
     bold = shown.index(best)
@@ -155,7 +157,11 @@ def report(
 ) -> None:
     row, dense = out["chosen"], out["dense"]["accuracy"]
     of_dense = "" if dense is None else f"; dense answers {dense:.1%} right"
-    table = Table(title=f"Best settings of {len(out['settings'])}, on {out['prompts']} prompts{of_dense}")
+    ran = sum(row["prompts"] == out["prompts"] for row in out["settings"])
+    title = (
+        f"Best of {len(out['settings'])} settings, {ran} of them on all {out['prompts']} prompts{of_dense}"
+    )
+    table = Table(title=title)
     narrow = [
         n for n, name in enumerate(header) if name not in ("stages", LABELLED[1])
     ]  # the rest is in table.md

@@ -12,7 +12,7 @@ from typing import Any
 from latefusion.eval import efficiency, metrics, sweeps
 from latefusion.eval import results as found
 from latefusion.eval.ledger import Ledger, Processes
-from latefusion.eval.predict import Answer, answer_questions, check, progress_bar, prompt_inputs
+from latefusion.eval.predict import Answer, answer_questions, check, progress_bar, prompt_inputs, prompt_text
 from latefusion.eval.report.markdown import write_markdown
 from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
@@ -155,6 +155,7 @@ def evaluate_run(
         "sweeps": sweep,
         "settings": {
             "decoding": "greedy",
+            "prompts": {task.name: prompt_text(processor, task.rows[0]) for task in tasks},
             "batch_size": batch_size,
             "latency_prompts": len(rows),
             "latency_repeats": latency_repeats,

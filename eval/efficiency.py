@@ -127,9 +127,12 @@ class TokenClock(BaseStreamer):
 def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token and median seconds of each further one, of one `generate` call.
 
-    Tokens reach the clock through `.cpu()`, so a GPU has finished them by then. `new_tokens` are always
-    generated (an early end token is ruled out), so that all systems do the same number of decode steps.
+    Tokens reach the clock through `.cpu()`, so a GPU has finished them by then; before the start, what others left
+    on it. `new_tokens` are always generated (an early end token is ruled out), so that all systems do the same number
+    of decode steps.
     """
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     clock = TokenClock()
     start = time.perf_counter()
     generate(model, inputs, new_tokens, streamer=clock)
@@ -137,17 +140,25 @@ def time_answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[fl
     return tokens[0] - start, median(np.diff(tokens))
 
 
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock time of `work`; on CUDA between two events, once the device has finished."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1000
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def vision_seconds(model: Any, prompts: Sequence[dict[str, Any]]) -> float:
     """Median seconds that vision tower and projector take for one prompt; no policy changes them."""
-    seconds = []
     with torch.no_grad():
-        for prompt in prompts:
-            start = time.perf_counter()
-            encode_images(model, prompt)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            seconds.append(time.perf_counter() - start)
-    return median(seconds)
+        return median(seconds(partial(encode_images, model, prompt), model.device) for prompt in prompts)
 
 
 def measure(

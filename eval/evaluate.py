@@ -113,6 +113,7 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
     stored = None if chosen.reference is None else read_report(chosen.reference)
 
     import torch
+    from peft import PeftModel
 
     from latefusion.eval.comparison import evaluate_run
     from latefusion.eval.systems import Students, System, fingerprint, further, policies_of
@@ -123,15 +124,20 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
 
     more = policies_of(chosen.policies)
     tasks = tasks_of(chosen, config)
+    last: System | None
     systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
     if config is not None:
         assert chosen.checkpoint is not None
         students = Students()
         student = students.load(chosen.checkpoint)
         model, processor, attachment = student.model, student.processor, student.attachment
+        last = System(name=config.name, policy=student.schedule, adapters=True)
+        if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
+            model = students.base(config.model.path)
+            attachment = attach(model, VisionSchedule())
+            last = System(name=config.name, policy=student.schedule, student=student)
         systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
         systems |= more
-        last = System(name=config.name, policy=student.schedule, adapters=True)
         title, source = config.name, fingerprint(chosen.checkpoint)
     else:
         assert chosen.model is not None
@@ -230,6 +236,7 @@ def config_of(checkpoint: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the folder or its configuration is not there.
+        ValueError: the configuration is none of a run.
     """
     from latefusion.training.config import Config
 
@@ -243,8 +250,14 @@ def config_of(checkpoint: str | Path) -> Config:
             f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
             "baseline is; name a folder that training/train.py wrote."
         )
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{folder / CONFIG} is no configuration of a run ({str(error).splitlines()[0]}); name a folder that "
+            "training/train.py wrote."
+        ) from None
 
 
 def read_report(path: str | Path) -> Mapping[str, Any]:

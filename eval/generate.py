@@ -126,7 +126,8 @@ def answer(
         one.validate(model.config.get_text_config().num_hidden_layers)
     inputs = prompt_inputs(model, processor, [row])
     table = Table(title=f"{asked.model}: {row['question']}", title_justify="left")
-    for name in ("policy", "answer", "vision tokens a layer", "FLOPs saved", "attention saved", "KV cache"):
+    numbers = ("vision tokens a layer", "FLOPs saved", "attention saved", "after fusion", "KV cache")
+    for name in ("policy", "answer", *numbers):
         table.add_column(name, justify="left" if name in ("policy", "answer") else "right")
     told = {}
     with attach(model, VisionSchedule()) as attachment:
@@ -149,6 +150,7 @@ def answer(
                 f"{cost.vision / len(sample.record.tokens):.1f} of {sample.record.n_vision}",
                 f"{cost.flops_saved:.1%}",
                 f"{cost.attention_saved:.1%}",
+                f"{cost.attention_saved_after:.1%}",
                 f"{kv_cache_bytes(out.past_key_values) / 1e6:.2f} MB",
             )
             told[name] = found

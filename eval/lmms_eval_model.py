@@ -23,7 +23,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
-from latefusion.eval.lmms_eval_parts import Chat, Until, chat_of, cut, dtype_of, generation, user
+from latefusion.eval.lmms_eval_parts import Chat, Pair, Until, chat_of, cut, dtype_of, generation, user
 from latefusion.eval.systems import System, running
 from latefusion.models.attach import attach
 from latefusion.models.base import load_base
@@ -128,7 +128,7 @@ class LateFusion(lmms):
             number += 1
         return said
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Pair]:
         """Of each given answer its mean negative log-likelihood a token (nats), and whether it is the greedy one.
 
         lmms-eval calls the first a log-likelihood, but takes the choice with the least of it, so it is a loss, as its
@@ -230,7 +230,7 @@ class LateFusion(lmms):
         ]
 
     @torch.no_grad()
-    def _rank_given(self, chats: list[Chat], answers: list[str]) -> list[tuple[float, bool]]:
+    def _rank_given(self, chats: list[Chat], answers: list[str]) -> list[Pair]:
         prompts = self._prompts(chats)
         whole = self._inputs(
             [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], chats
@@ -254,7 +254,7 @@ class LateFusion(lmms):
         loss = -logits.log_softmax(-1).gather(-1, given[..., None])[..., 0]  # [B, A]
         mean = (loss * answer).sum(1) / answer.sum(1)
         greedy = ((logits.argmax(-1) == given) | ~answer).all(1)
-        return list(zip(mean.tolist(), greedy.tolist(), strict=True))
+        return [Pair(*pair) for pair in zip(mean.tolist(), greedy.tolist(), strict=True)]
 
 
 class LateFusionSimple(LateFusion):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from torch import Tensor
@@ -17,6 +18,20 @@ GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None
 Chat = tuple[
     list[dict[str, Any]], list[Image.Image]
 ]  # messages as chat templates take them, and their pictures
+
+
+class Pair(GenerationResult):
+    """A loss, and whether the answer is the greedy one; unpacks as the two.
+
+    The evaluator of lmms-eval 0.7 takes what `loglikelihood` returns for generated text, and makes a text of a plain
+    pair; of this it takes the pair out.
+    """
+
+    def __init__(self, loss: float, greedy: bool):
+        super().__init__(text=(loss, greedy))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
 
 
 class Until(StoppingCriteria):

@@ -118,12 +118,14 @@ def without_image(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "messages": messages, "images": []}
 
 
+def prompt_text(processor: Any, row: dict[str, Any]) -> str:
+    """A question exactly as it is put to the model."""
+    return processor.apply_chat_template(prompt_of(row), add_generation_prompt=True, tokenize=False)
+
+
 def prompt_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tensors of several prompts, padded on the left: `input_ids` `[B, T]`, `pixel_values`, ..."""
-    texts = [
-        processor.apply_chat_template(prompt_of(row), add_generation_prompt=True, tokenize=False)
-        for row in rows
-    ]
+    texts = [prompt_text(processor, row) for row in rows]
     images = [images_of(row) for row in rows] if any(images_of(row) for row in rows) else None
     inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
     return dict(inputs.to(model.device, dtype=model.dtype))

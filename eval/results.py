@@ -21,9 +21,8 @@ import torch
 from latefusion.eval import efficiency, metrics
 from latefusion.eval.metrics import normalise
 from latefusion.eval.predict import Answer
-from latefusion.eval.systems import System, config_of
+from latefusion.eval.systems import System, entry_adapter, model_of
 from latefusion.eval.tasks.base import Task
-from latefusion.models.entry import entry_of
 
 VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
 
@@ -40,7 +39,9 @@ def describe_systems(
 ) -> dict[str, Any]:
     """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
     compute = {
-        key: efficiency.compute(config_of(model, system), answers[key], system.policy, _entry(model, system))
+        key: efficiency.compute(
+            model_of(model, system).config, answers[key], system.policy, entry_adapter(model, system)
+        )
         for key, system in systems.items()
     }
     base = compute[reference]
@@ -60,12 +61,6 @@ def describe_systems(
         }
         for key, system in systems.items()
     }
-
-
-def _entry(model: Any, system: System) -> Any:
-    """The entry adapter that a system runs, or None."""
-    owner = model if system.student is None else system.student.model
-    return entry_of(owner) if system.adapters else None
 
 
 def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:

@@ -1,254 +1,208 @@
-"""Tries all settings of VisiPruner on all prompts, batch by batch; a batch that is done is kept on disk."""
+"""Finds the setting of VisiPruner of least FLOPs whose KL to dense stays under a bound, on all prompts.
+
+The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
+out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
+more than all prompts together may have. And a prefill of each prompt says what a setting computes at least
+(`survey.floor`), so nothing dearer than a setting known to be under the bound need run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from latefusion.eval import calibration
 from latefusion.eval.calibration import Batch, Outcome
-from latefusion.eval.metrics import normalise
-from latefusion.eval.predict import encode_images, progress_bar, prompt_inputs
+from latefusion.eval.predict import progress_bar
+from latefusion.eval.prompts import Prompts, Setting, policy_of, prefix, settings
+from latefusion.eval.survey import floor
 from latefusion.models.attach import Attachment
 from latefusion.models.flops import decoder_flops
-from latefusion.models.policies.visipruner import VisiPruner
 
 if TYPE_CHECKING:
     from latefusion.eval.calibrate import Arguments
 
-TRIAL = 2  # batches that all settings run on
-DEARER = 1.5  # times the FLOPs of the cheapest setting that is well under the bound: not worth going on with
-FALLBACK = 20  # settings that go on if none is near
+PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
-
-
-def settings(
-    asked: Arguments, boundaries: Sequence[int], tokens_thresholds: Sequence[float]
-) -> list[dict[str, Any]]:
-    """All that are tried, in an order of their own; the shallow rule needs a layer below the boundary."""
-    return [
-        {
-            "stages": tuple(stages),
-            "boundary": boundary,
-            "layer_threshold": layer_threshold,
-            "tokens_threshold": tokens_threshold,
-        }
-        for stages in asked.stages
-        for boundary in boundaries
-        if boundary > 0 or "shallow" not in stages
-        for layer_threshold in asked.layer_thresholds
-        for tokens_threshold in tokens_thresholds
-    ]
-
-
-def policy_of(setting: dict[str, Any], asked: Arguments) -> VisiPruner:
-    return VisiPruner(
-        **setting,
-        exit_threshold=asked.exit_threshold,
-        exit_patience=asked.exit_patience,
-        sink_rule=asked.sink_rule,
-    )
+EXACT = 1e-9  # relative; sums of floats in another order are equal
 
 
 class Search:
-    """All settings on all prompts, batch by batch; a batch that is done is kept on disk."""
+    """All settings on as many prompts as it takes, batch by batch; what is done is kept on disk."""
 
     def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Dataset):
-        self.asked, self.attachment, self.processor, self.rows = asked, attachment, processor, rows
-        self.model: Any = attachment.model
-        self.labelled = "answer" in rows.column_names
-        plain = rows.with_format(None).remove_columns([c for c in rows.column_names if c.startswith("image")])
-        lengths = [len(str(row)) for row in plain]
-        order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-        batches = [order[i : i + asked.batch_size] for i in range(0, len(order), asked.batch_size)]
-        trial = sorted({len(batches) // 4, 3 * len(batches) // 4})  # shorter ones, longer ones
-        self.batches = [batches[i] for i in trial] + [b for i, b in enumerate(batches) if i not in trial]
+        self.asked, self.attachment, self.rows = asked, attachment, rows
+        self.prompts = Prompts(asked, attachment, processor, rows)
+        self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
         layers = len(attachment.layers)
         boundaries = list(range(layers - 1)) if asked.boundaries is None else asked.boundaries
-        self.first, _ = self.dense_batch(self.batches[0])
-        recorded = calibration.record(self.first, attachment, 0, asked.sink_rule)
-        tokens = asked.tokens_thresholds or scale(recorded)
-        self.limit = self.shallow_limit(boundaries, recorded.logits)
+        first, _ = self.prompts.dense_batch(self.prompts.batches[0])
+        recorded = calibration.record(first, attachment, 0, asked.sink_rule)
+        self.longest = max(attachment.trace, key=lambda record: record.tokens[0])
+        self.thresholds = asked.tokens_thresholds or scale(recorded)
+        self.limit = self.shallow_limit(boundaries, first, recorded.logits)
         self.settings = [
             setting
-            for setting in settings(asked, boundaries, tokens)
+            for setting in settings(asked, boundaries, self.thresholds)
             if "shallow" not in setting["stages"] or setting["boundary"] <= self.limit
         ]
         for setting in self.settings:
             policy_of(setting, asked).validate(layers)
+        self.prefixes = sorted({0, *map(prefix, self.settings)})
+        self.folder = Path(asked.output) / "batches" / self.fingerprint()
+        self.sweeps = 0
 
     def cost(self) -> str:
         """What the search will compute, said before it does."""
-        config, layers = self.model.config, len(self.attachment.layers)
-        record = max(self.attachment.trace, key=lambda record: record.tokens[0])
-        text, vision = record.tokens[0] - record.vision[0], record.vision[0]
-        dense = decoder_flops(config, record.tokens)
-        prefixes = {self.prefix(s) for s in self.settings}
+        config, layers = self.attachment.model.config, len(self.attachment.layers)
+        text, vision = self.longest.tokens[0] - self.longest.vision[0], self.longest.vision[0]
+        dense = decoder_flops(config, self.longest.tokens)
         passes, resumed = 0, 0.0
-        for prefix in prefixes:
-            mine = [s for s in self.settings if self.prefix(s) == prefix]
+        for shallow in {prefix(s) for s in self.settings}:
+            mine = [s for s in self.settings if prefix(s) == shallow]
             fusions = range(min(s["boundary"] for s in mine) + 1, layers - 1)
-            kinds = len({(s["tokens_threshold"], "deep" in s["stages"]) for s in mine})
-            passes += kinds * len(fusions)
-            left = text + vision // 10
-            resumed += kinds * sum(decoder_flops(config, [left] * (layers - 1 - f)) for f in fusions) / dense
-        most, least = 1 + len(prefixes) + resumed, 2 + resumed * min(1, TRIAL / len(self.batches))
+            kinds = {(s["tokens_threshold"], "deep" in s["stages"]) for s in mine}
+            passes += len(kinds) * len(fusions)
+            left = text + vision // 4
+            resumed += (
+                sum(decoder_flops(config, [left] * (layers - 1 - f)) for f in fusions) * len(kinds) / dense
+            )
+        first, prefills = self.ends[1] / self.ends[-1], 1 + len(self.prefixes)
         return (
-            f"{len(self.rows)} prompts in {len(self.batches)} batches, {len(self.settings)} settings. Each batch: "
-            f"the dense answer, {len(prefixes)} recorded prefill{'s' * (len(prefixes) > 1)}, and at most {passes} "
-            f"short passes over what is left after fusion, in all batches but the first {TRIAL} for settings still "
-            f"in the race alone. Together like {least:.0f} to {most:.0f} dense prefills of every prompt "
-            f"({dense / 1e9:.2g} GFLOPs each)."
+            f"{len(self.rows)} prompts in {len(self.prompts.batches)} batches, {len(self.settings)} settings. Each "
+            f"prompt: the dense answer and {prefills - 1} recorded prefill{'s' * (prefills > 2)}. Then all settings on "
+            f"the first batch, {passes} short passes over what is left after fusion at most; on the others those that "
+            "are not ruled out yet, the most promising first, after one more recorded prefill each time. Together at "
+            f"least like {prefills + 1 + resumed * first:.1f} dense prefills of every prompt "
+            f"({dense / 1e9:.2g} GFLOPs each), {prefills + 2 + resumed:.0f} or more if nothing can be ruled out."
         )
 
     def run(self) -> dict[str, Any]:
-        """Every setting's numbers on every prompt; NaN where it did not run."""
-        folder = Path(self.asked.output) / "batches" / self.fingerprint()
-        folder.mkdir(parents=True, exist_ok=True)
-        found: list[dict[str, Any]] = []
+        """Every setting's numbers on every prompt that it ran on; NaN elsewhere."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batches = self.prompts.batches
         with progress_bar() as progress:
-            task = progress.add_task("Prompts", total=len(self.rows))
-            for number, rows in enumerate(self.batches):
-                file = folder / f"{number:05d}.npz"
-                if not file.exists():
-                    self.save(file, self.try_on(rows, self.near(found) if number >= TRIAL else None))
-                with np.load(file) as arrays:
-                    found.append(dict(arrays))
+            task, done = progress.add_task("Survey", total=len(self.rows)), []
+            for number, rows in enumerate(batches):
+                work = partial(self.prompts.survey, rows, self.prefixes, self.thresholds)
+                done.append(self.kept(f"survey_{number:05d}", work))
                 progress.advance(task, len(rows))
-            columns = joined(found)
-            order = [i for rows in self.batches for i in rows]
-            if not self.labelled:
-                return self.results(order, columns, None)
-            correct = columns["same"] * columns["right"]  # [settings, N]
-            wrong = np.flatnonzero(columns["right"] == 0)
-            ran = ~np.isnan(columns["kl"]).any(1)
-            if len(wrong):
-                task = progress.add_task("Labels", total=len(wrong))
-            for start in range(0, len(wrong), self.asked.batch_size):
-                at = wrong[start : start + self.asked.batch_size]
-                correct[np.ix_(ran, at)] = self.try_labels(
-                    [order[i] for i in at], np.flatnonzero(ran).tolist()
-                )
-                progress.advance(task, len(at))
-        return self.results(order, columns, correct)
+            self.dense = joined(done)
+            self.floors = np.stack([self.floor(setting) for setting in self.settings])  # [settings, N]
+            empty = partial(np.full, self.floors.shape, np.nan)
+            self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
+            self.sweep(self.alive(), 1, progress)
+            while not np.isfinite(self.best()) and self.alive().any():
+                self.sweep(self.promising(), len(batches), progress)
+            self.sweep(self.alive(), len(batches), progress)
+            return self.results(self.correct(progress))
 
-    def near(self, done: list[dict[str, Any]]) -> list[int]:
-        """The settings still in the race: not surely above the bound, and not much dearer than need be.
+    # ---------------------------------------------------------------- what can be ruled out
 
-        A few prompts make the KL, so both leave room: two standard errors, and `DEARER`.
-        """
-        columns = joined(done)
-        kl, flops = columns["kl"].mean(1), columns["flops"].mean(1)  # NaN: given up before
-        error = columns["kl"].std(1) / np.sqrt(columns["kl"].shape[1])
-        under = flops[kl + 2 * error <= self.asked.kl]
-        most = DEARER * under.min() if len(under) else np.inf
-        found = np.flatnonzero((kl - 2 * error <= self.asked.kl) & (flops <= most))
-        return [int(i) for i in (found if len(found) else np.sort(np.argsort(kl, kind="stable")[:FALLBACK]))]
+    def ran(self) -> NDArray[np.bool_]:
+        """Which settings ran on which prompts, bool `[settings, N]`."""
+        return ~np.isnan(self.columns["kl"])
 
-    # ---------------------------------------------------------------- one batch
+    def best(self) -> float:
+        """The FLOPs, against dense, of the cheapest setting that ran on all prompts and is under the bound."""
+        whole = self.ran().all(1) & (np.nansum(self.columns["kl"], 1) <= self.most)
+        return min(self.least_flops()[whole], default=np.inf)
 
-    def dense_batch(self, rows: Sequence[int]) -> tuple[Batch, list[bool]]:
-        """These prompts with the dense model's answers behind them, and which answers are the labels."""
-        asked, samples = self.asked, [self.rows[i] for i in rows]
-        inputs = self.encoded(samples)
-        with torch.no_grad():
-            written = self.model.generate(
-                **{**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])},
-                max_new_tokens=asked.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-            )[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [ended(ids, self.stops) for ids in written]
-        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
-        right = [
-            self.labelled and normalise(text) == normalise(row["answer"])
-            for text, row in zip(texts, samples, strict=True)
-        ]
-        return Batch.build(self.model, inputs, answers), right
+    @property
+    def most(self) -> float:
+        """What the KL of all prompts may add up to."""
+        return self.asked.kl * len(self.rows) * (1 + EXACT)
 
-    def try_on(self, rows: Sequence[int], which: Sequence[int] | None) -> dict[str, Any]:
-        """A batch's numbers; `which` settings (None: all) run, the others' are NaN."""
-        batch, right = self.dense_batch(rows)
-        recorded = calibration.record(batch, self.attachment, 0, self.asked.sink_rule)
-        dense = calibration.judge(batch, self.attachment, recorded.logits, recorded.logits)
-        which = range(len(self.settings)) if which is None else which
-        arrays = {name: np.full((len(self.settings), len(rows)), np.nan) for name in vars(dense)}
-        for number, outcome in zip(which, self.outcomes(batch, recorded.logits, which), strict=True):
-            for name, values in vars(outcome).items():
-                arrays[name][number] = values
-        return arrays | {
-            "right": np.array(right, float),
-            "dense_flops": dense.flops,
-            "dense_vision": dense.vision,
-        }
+    def least_flops(self) -> NDArray:
+        """What each setting computes at least, against dense: exact where it ran."""
+        flops = np.where(self.ran(), self.columns["flops"], self.floors)
+        return (flops / self.dense["dense_flops"]).mean(1)
 
-    def try_labels(self, rows: Sequence[int], which: Sequence[int]) -> Any:
-        """Which settings write the label where the dense model does not, `[settings, rows]`."""
-        samples = [self.rows[i] for i in rows]
-        labels = self.processor.tokenizer(
-            [row["answer"] for row in samples], add_special_tokens=False
-        ).input_ids
-        batch = Batch.build(self.model, self.encoded(samples), [[*ids, self.stops[0]] for ids in labels])
-        dense = calibration.record(batch, self.attachment, 0, self.asked.sink_rule).logits
-        return np.stack([outcome.same for outcome in self.outcomes(batch, dense, which)])
+    def alive(self) -> NDArray[np.bool_]:
+        """The settings that are neither known to the end nor ruled out."""
+        under = np.nansum(self.columns["kl"], 1) <= self.most
+        return ~self.ran().all(1) & under & (self.least_flops() <= self.best() * (1 + EXACT))
 
-    def outcomes(self, batch: Batch, dense: torch.Tensor, which: Sequence[int]) -> list[Outcome]:
-        """Of these settings, in their order; prefills are shared by all that agree so far."""
-        done: dict[int, Outcome] = {}
-        for prefix in sorted({self.prefix(self.settings[i]) for i in which}):
-            recorded = calibration.record(batch, self.attachment, prefix, self.asked.sink_rule)
-            unpruned = calibration.judge(batch, self.attachment, recorded.logits, dense)
-            layers, short = len(recorded.states), dict[Any, Outcome]()
-            for number in which:
-                setting = self.settings[number]
-                if self.prefix(setting) != prefix:
-                    continue
-                fusion = recorded.fusion(setting["boundary"], setting["layer_threshold"])
-                outcome = unpruned
-                for layer in sorted({int(f) for f in fusion if f < layers - 1}):
-                    key = layer, setting["tokens_threshold"], "deep" in setting["stages"]
-                    if key not in short:
-                        policy = policy_of(setting, self.asked)
-                        logits = calibration.resume(batch, self.attachment, recorded, layer, policy)
-                        short[key] = calibration.judge(batch, self.attachment, logits, dense)
-                    outcome = short[key].where(fusion == layer, outcome)
-                done[number] = outcome
-        return [done[number] for number in which]
+    def promising(self) -> NDArray[np.bool_]:
+        """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""
+        alive = np.flatnonzero(self.alive())
+        kl = np.nanmean(self.columns["kl"][alive], 1)
+        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.asked.kl)))[:PROBES]
+        return np.isin(np.arange(len(self.settings)), alive[first])
 
-    def encoded(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        with torch.no_grad():
-            return encode_images(self.model, prompt_inputs(self.model, self.processor, samples))
+    def floor(self, setting: Setting) -> NDArray:
+        shallow = prefix(setting)
+        return floor(
+            self.attachment.model.config,
+            setting,
+            least=self.dense[f"least_{shallow}"],
+            kept=self.dense[f"kept_{shallow}"][:, self.thresholds.index(setting["tokens_threshold"])],
+            text=self.dense["text"],
+            vision=self.dense["vision"],
+            patience=self.asked.exit_patience,
+        )
+
+    # ---------------------------------------------------------------- passes over the prompts
+
+    def sweep(self, which: NDArray[np.bool_], batches: int, progress: Any) -> None:
+        """Run these settings on so many batches, as long as any of them is not ruled out."""
+        self.sweeps += 1
+        task = progress.add_task(f"{which.sum()} settings", total=int(self.ends[batches]))
+        for number, rows in enumerate(self.prompts.batches[:batches]):
+            here = slice(self.ends[number], self.ends[number + 1])
+            left = np.flatnonzero(which & self.alive() & ~self.ran()[:, here].any(1))
+            if len(left):
+                mine, written = [self.settings[i] for i in left], self.dense["answers"][:, here]
+                work = partial(self.prompts.try_on, rows, written, mine)
+                found = self.kept(f"sweep{self.sweeps}_{number:05d}", work)
+                for name, column in self.columns.items():
+                    column[left, here] = found[name]
+            progress.advance(task, len(rows))
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives, from disk if it was computed before."""
+        file = self.folder / f"{name}.npz"
+        if not file.exists():
+            part = file.with_suffix(".part.npz")
+            np.savez(part, **compute())
+            part.replace(file)  # whole or not at all
+        with np.load(file) as arrays:
+            return dict(arrays)
+
+    def correct(self, progress: Any) -> NDArray | None:
+        """Which settings that ran on all prompts write which label, `[settings, N]`; None without labels."""
+        if not self.prompts.labelled:
+            return None
+        right = self.dense["right"]
+        correct = self.columns["same"] * right
+        wrong, whole = np.flatnonzero(right == 0), np.flatnonzero(self.ran().all(1))
+        task = progress.add_task("Labels", total=len(wrong))
+        for start in range(0, len(wrong) if len(whole) else 0, self.asked.batch_size):
+            at = wrong[start : start + self.asked.batch_size]
+            rows, mine = [self.prompts.order[i] for i in at], [self.settings[i] for i in whole]
+            correct[np.ix_(whole, at)] = self.prompts.try_labels(rows, mine)
+            progress.advance(task, len(at))
+        return correct
 
     # ---------------------------------------------------------------- around it
 
-    @staticmethod
-    def prefix(setting: dict[str, Any]) -> int:
-        """Settings with the same one run alike up to their fusion: the layers under the shallow rule."""
-        return setting["boundary"] if "shallow" in setting["stages"] else 0
-
-    @property
-    def stops(self) -> list[int]:
-        """Tokens that end an answer."""
-        stop = self.model.generation_config.eos_token_id
-        return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-
-    def shallow_limit(self, boundaries: Sequence[int], dense: torch.Tensor) -> int:
+    def shallow_limit(self, boundaries: Sequence[int], first: Batch, dense: torch.Tensor) -> int:
         """The last boundary up to which the shallow rule alone stays under the bound, on one batch."""
         limit = 0
         if any("shallow" in stages for stages in self.asked.stages):
             for boundary in sorted(b for b in boundaries if b > 0):
-                logits = calibration.record(
-                    self.first, self.attachment, boundary, self.asked.sink_rule
-                ).logits
-                outcome = calibration.judge(self.first, self.attachment, logits, dense)
+                logits = calibration.record(first, self.attachment, boundary, self.asked.sink_rule).logits
+                outcome = calibration.judge(first, self.attachment, logits, dense)
                 if outcome.kl.mean() > self.asked.kl:
                     break
                 limit = boundary
@@ -258,26 +212,21 @@ class Search:
         """Of all that a batch's numbers depend on."""
         known = {k: v for k, v in asdict(self.asked).items() if k != "output"}
         described = json.dumps(
-            [known, self.settings, self.rows._fingerprint, str(self.model.dtype)], sort_keys=True
+            [known, self.settings, self.rows._fingerprint, str(self.attachment.model.dtype)], sort_keys=True
         )
         return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
 
-    @staticmethod
-    def save(file: Path, arrays: dict[str, Any]) -> None:
-        part = file.with_suffix(".part.npz")
-        np.savez(part, **arrays)
-        part.replace(file)  # whole or not at all
-
-    def results(self, order: list[int], columns: dict[str, Any], correct: Any) -> dict[str, Any]:
+    def results(self, correct: NDArray | None) -> dict[str, Any]:
         clusters = self.rows["scene"] if "scene" in self.rows.column_names else range(len(self.rows))
         clusters = list(clusters)
+        dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         return {
             "arguments": asdict(self.asked),
             "settings": self.settings,
             "shallow_limit": self.limit,
-            "columns": columns,
+            "columns": self.columns | dense,
             "correct": correct,
-            "scenes": [str(clusters[i]) for i in order],
+            "scenes": [str(clusters[i]) for i in self.prompts.order],
         }
 
 
@@ -294,9 +243,3 @@ def scale(recorded: calibration.Recorded) -> list[float]:
         norms.double().cpu()[:: max(1, len(norms) // 1_000_000)], 1 - torch.tensor(SHARES).double()
     )
     return sorted({float(f"{value:.1g}") for value in at.tolist()})
-
-
-def ended(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """An answer up to and with the token that ends it."""
-    at = next((i for i, token in enumerate(ids) if token in stops), len(ids) - 1)
-    return list(ids[: at + 1])

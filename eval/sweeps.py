@@ -6,36 +6,18 @@ tokens that entered each layer predict for it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from latefusion.eval.efficiency import Spread, generate, spread
+from latefusion.eval.efficiency import Spread, generate, seconds, spread
 from latefusion.eval.predict import encode_images, prompt_inputs, prompt_of
 from latefusion.eval.systems import System, running
 from latefusion.models.flops import decoder_flops
 
 Row = dict[str, Any]
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of `work`; on CUDA between two events, once the device has finished."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def against_batch(

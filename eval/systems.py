@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from latefusion.models.base import compute_dtype, load_base, twin
+from latefusion.models.attach import attached
+from latefusion.models.base import check_base, compute_dtype, load_base, twin
 from latefusion.models.build import Student
+from latefusion.models.entry import entry_of
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
-from latefusion.models.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_student
+from latefusion.models.saved import ADAPTER_CONFIG, load, load_student
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class System:
     Attributes:
         name: what tables and figures call it.
         policy: which vision tokens each layer sees (`VisionSchedule()` is dense).
-        adapters: LoRA and entry adapter active (the student) or disabled (the base).
+        adapters: LoRA and entry adapter active (the student) or disabled (the base, or a student without adapters).
         blind: asked without the image.
         control: shows what the tokens are worth, and is not timed.
         student: a further checkpoint, whose model is another; None: the model at hand.
@@ -119,15 +121,26 @@ class Students:
         Raises:
             FileNotFoundError: the folder holds no student, or its base is not there.
         """
-        if not (Path(folder) / ADAPTER_CONFIG).is_file():
-            return load_student(folder)  # says what is missing
-        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        if name not in self.bases:
-            self.bases[name], _ = load_base(name, dtype=compute_dtype())
-        student = load_student(folder, base=twin(self.bases[name]))
+        if (Path(folder) / ADAPTER_CONFIG).is_file():
+            name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            student = load_student(folder, base=self.base(name))
+        else:  # all its weights were trained, or adapters merged into them
+            model, processor = load(folder)
+            attachment = attached(model)
+            assert attachment is not None and isinstance(attachment.policy, VisionSchedule)
+            student = Student(
+                model=model, processor=processor, attachment=attachment, schedule=attachment.policy
+            )
         if torch.cuda.is_available():
             student.model.cuda()
         return student
+
+    def base(self, name: str) -> PreTrainedModel:
+        """A model of one's own over the weights of a base."""
+        if name not in self.bases:
+            check_base(name)
+            self.bases[name], _ = load_base(name, dtype=compute_dtype())
+        return twin(self.bases[name])
 
 
 def further(
@@ -157,7 +170,7 @@ def further(
         found[str(folder)] = System(
             name="/".join(path.parts[-depth:]),
             policy=student.schedule,
-            adapters=True,
+            adapters=isinstance(student.model, PeftModel),
             student=student,
             source=fingerprint(folder),
         )
@@ -170,9 +183,15 @@ def _prompts_of(processor: Any) -> tuple[Any, ...]:
     return processor.tokenizer.get_vocab(), processor.chat_template, images
 
 
-def config_of(model: Any, system: System) -> PretrainedConfig:
-    """The configuration of the model that a system runs."""
-    return (model if system.student is None else system.student.model).config
+def model_of(model: Any, system: System) -> Any:
+    """The model that a system runs."""
+    return model if system.student is None else system.student.model
+
+
+def entry_adapter(model: Any, system: System) -> Any:
+    """The entry adapter that a system runs, or None; a base inside PEFT has its own switched off."""
+    found = model_of(model, system)
+    return entry_of(found) if system.adapters or not isinstance(found, PeftModel) else None
 
 
 def controls(
@@ -200,6 +219,8 @@ def _tokens(answers: list[Answer]) -> float:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash of a checkpoint's adapter weights."""
-    weights = Path(folder) / ADAPTER_WEIGHTS
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    """A short hash of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

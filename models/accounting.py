@@ -22,6 +22,8 @@ class Account:
         flops, dense_flops: of the decoder layers (`decoder_flops`).
         attention, dense_attention: pairs of a query and a key it may see (causal order), at least one of them a
             vision token, summed over layers: "vision-related attention".
+        attention_after, dense_attention_after: the same in the layers after the last that computes all vision
+            tokens (for VisiPruner: after the fusion layer).
         vision, dense_vision: vision tokens, summed over layers.
     """
 
@@ -29,6 +31,8 @@ class Account:
     dense_flops: int
     attention: int
     dense_attention: int
+    attention_after: int
+    dense_attention_after: int
     vision: int
     dense_vision: int
 
@@ -42,18 +46,27 @@ class Account:
         """Share of the vision-related attention; 0 without vision tokens."""
         return 1 - self.attention / self.dense_attention if self.dense_attention else 0.0
 
+    @property
+    def attention_saved_after(self) -> float:
+        """The same share in the layers after the last that computes all vision tokens; 0 if there are none."""
+        return 1 - self.attention_after / self.dense_attention_after if self.dense_attention_after else 0.0
+
 
 def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account:
     """What the prompts of these records cost and would have cost, all together."""
-    totals = [0] * 6
+    totals = [0] * 8
     for record in records:
         n_text, n_vision = record.tokens[0] - record.vision[0], record.n_vision
         every = [n_vision] * len(record.tokens)
+        full = [layer for layer, n in enumerate(record.vision) if n == n_vision]
+        after = record.vision[full[-1] + 1 :] if full else record.vision
         row = (
             decoder_flops(config, record.tokens, record.frozen),
             decoder_flops(config, [n_text + n for n in every]),
             vision_pairs(n_text, record.vision, record.frozen, record.reads),
             vision_pairs(n_text, every),
+            vision_pairs(n_text, after),
+            vision_pairs(n_text, every[: len(after)]),
             sum(record.vision),
             sum(every),
         )

@@ -98,6 +98,12 @@ class Attachment(Hooks):
         """What happened in the last prefill, one record a sample."""
         return [] if self._last is None else self._last.records()
 
+    @property
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample of the last prefill the tokens, text and vision, that enter each layer, and how many of
+        them are only read; cheaper than `trace`."""
+        return [] if self._last is None else self._last.sizes()
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -132,6 +138,20 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
         and "norm" in decoder._modules
         and not model.config.is_encoder_decoder
     )
+    root = next((name for name, module in model.named_modules() if module is layers), "")
+    placed = vars(model).get(
+        "hf_device_map", {}
+    )  # module -> where accelerate computes it, or keeps its weights
+    devices = {
+        str(device)
+        for name, device in placed.items()
+        if (root.startswith(name) or name.startswith(root)) and device not in ("cpu", "disk")
+    }
+    if len(devices) > 1:
+        raise ValueError(
+            f"the decoder's layers are on several devices ({', '.join(sorted(devices))}), where no policy can follow: "
+            'load the model on one, with device_map={"": 0}; weights on "cpu" or "disk" are fine.'
+        )
     for layer in layers if fits else ():  # type: ignore[union-attr]
         takes = inspect.signature(layer.forward).parameters
         fits = fits and "self_attn" in layer._modules and "position_embeddings" in takes

@@ -53,7 +53,7 @@ def fit_entry(
         enter: at least 1.
 
     Raises:
-        ValueError: there are fewer vision tokens than the map has inputs.
+        ValueError: there are fewer vision tokens than the map has inputs, or they are all alike.
     """
     model = attachment.model
     if entry_of(model) is not None:
@@ -132,6 +132,11 @@ class _Sums:
         xx = self.xx - x.T @ mean_x
         xy = self.xy - x.T @ mean_y
         ridge = RIDGE * xx.diagonal().mean()
+        if not ridge > 0:
+            raise ValueError(
+                "the projector gives all images the same vision tokens, so no map can be fitted to them; check that "
+                "the model's weights are loaded."
+            )
         weight = torch.linalg.solve(xx + ridge * torch.eye(width, dtype=xx.dtype, device=xx.device), xy)
         total = self.yy - (y * mean_y).sum()
         left = total - 2 * (weight * xy).sum() + (weight * (xx @ weight)).sum()

@@ -18,7 +18,7 @@ from latefusion.models.frozen import TEXT_ROWS, narrows
 from latefusion.models.layout import Layout
 from latefusion.models.masks import compact_mask, needs_no_mask, reading_mask
 from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
-from latefusion.models.positions import Gaps, RotaryCall, moved
+from latefusion.models.positions import Gaps, RotaryCall, moved, positions_of
 from latefusion.models.returns import Returns
 
 
@@ -172,23 +172,8 @@ class Forward:
             text = (prompt.real & ~prompt.vision).gather(1, self.layout.index)  # [B, n]
             self.text = Layout.build(text, texts)
         if selection.reindexed and counts != prompt.n_vision:
-            self.gaps = Gaps.of(self._positions(), self.layout, prompt.real)
+            self.gaps = Gaps.of(positions_of(self.rotary, prompt), self.layout, prompt.real)
         return self.layout.take(full)
-
-    def _positions(self) -> Tensor:
-        """The positions that the model gave, int64 `[A, B|1, T]`."""
-        if not self.rotary:
-            raise ValueError(
-                "positions=reindexed needs a decoder that makes its RoPE with `rotary_emb`; use positions=original."
-            )
-        position_ids = self.rotary[0].position_ids
-        assert self.prompt is not None
-        if len(position_ids) > 1 and self.prompt.piece:
-            raise ValueError(
-                "positions=reindexed cannot prefill an image in pieces where its tokens share positions (M-RoPE): "
-                "prefill the prompt at once, or use positions=original."
-            )
-        return position_ids
 
     def _entering(self, i: int, vision: Tensor, counts: Sequence[int]) -> Layout | None:
         """The tokens that take part for the first time, after layer 0; None if there are none."""

@@ -63,9 +63,16 @@ class Sample:
             for (first, count), end in zip(steps, ends, strict=True)
         ]
         said.append(f"Vision tokens: {', '.join(runs)}.")
+        if any(record.frozen):
+            said.append("They are only read there: keys and values are computed, their states never change.")
         said.append(
             f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs, "
-            f"{self.account.attention_saved:.1%} of the attention with vision tokens in it."
+            f"{self.account.attention_saved:.1%} of the attention with vision tokens in it"
+            + (
+                f" ({self.account.attention_saved_after:.1%} after the last layer with all of them)."
+                if len(steps) > 1
+                else "."
+            )
         )
         return " ".join(said)
 
@@ -80,6 +87,7 @@ class Sample:
             "vision": record.vision,
             "flops_saved": self.account.flops_saved,
             "attention_saved": self.account.attention_saved,
+            "attention_saved_after": self.account.attention_saved_after,
         }
 
     def picture(self) -> str:

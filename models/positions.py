@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latefusion.models.layout import Layout
+from latefusion.models.policies.base import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,25 @@ class RotaryCall:
         position_ids = position_ids[0] if given else position_ids
         found: tuple[Tensor, Tensor] = self.module.forward(**{**self.arguments, "position_ids": position_ids})
         return found
+
+
+def positions_of(rotary: Sequence[RotaryCall], prompt: Prompt) -> Tensor:
+    """The positions that the model gave a forward, int64 `[A, B|1, T]`.
+
+    Raises:
+        ValueError: they are not known, or say too little of what comes in pieces.
+    """
+    if not rotary:
+        raise ValueError(
+            "positions=reindexed needs a decoder that makes its RoPE with `rotary_emb`; use positions=original."
+        )
+    position_ids = rotary[0].position_ids
+    if len(position_ids) > 1 and prompt.piece:
+        raise ValueError(
+            "positions=reindexed cannot prefill an image in pieces where its tokens share positions (M-RoPE): "
+            "prefill the prompt at once, or use positions=original."
+        )
+    return position_ids
 
 
 @dataclass(frozen=True, eq=False)

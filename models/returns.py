@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from latefusion.models.policies.base import Prompt, Selection
+
+
+def looking_is_free(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 class Returns:
@@ -17,7 +23,7 @@ class Returns:
 
     def __init__(self, prompt: Prompt):
         self.prompt = prompt
-        self._looks = prompt.vision.device.type == "cpu"
+        self._looks = looking_is_free(prompt.vision)
         self._now = Selection(prompt.vision, prompt.n_vision)  # of the running segment
         self._computed = torch.zeros_like(prompt.vision)  # bool [B, T]
         self._most = [0] * len(prompt.n_vision)  # tokens that were computed in one segment

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion import VisionSchedule
+from latefusion.models import returns
 from latefusion.models.attach import attach, attached
 from latefusion.models.entry import install_entry
 from latefusion.models.policies.visipruner import VisiPruner
@@ -378,6 +379,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [MIXED, ["tt I ttt", "t I tttt"]], ids=["ragged", "even"])
 def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypatch: Any) -> None:
     """One look per prefill (the counts), none per decode step beyond those of the stock model."""
+    monkeypatch.setattr(returns, "looking_is_free", lambda tensor: False)  # as on a GPU
     model, inputs = build(family), prompt(family, rows)
     lists: list[int] = []
     tolist = torch.Tensor.tolist
@@ -401,7 +403,8 @@ def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypa
         return waits, listed
 
     stock_waits, stock_lists = looks()
-    for policy in (VisionSchedule(), BAND, KEEPS):
+    cross = VisionSchedule(cross=(1, 3), positions="reindexed")
+    for policy in (VisionSchedule(), BAND, KEEPS, cross):
         with attach(model, policy):
             waits, listed = looks()
         assert waits == stock_waits

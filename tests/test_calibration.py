@@ -13,7 +13,9 @@ from tiny import save_tiny_base
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, calibration, chosen
-from latefusion.eval.search import Search, ended, policy_of
+from latefusion.eval.prompts import Prompts, ended, policy_of, settings
+from latefusion.eval.search import Search
+from latefusion.eval.survey import fusion_layers
 from latefusion.models.attach import attach
 from latefusion.models.base import load_base
 from latefusion.models.flops import decoder_flops
@@ -65,7 +67,7 @@ def test_shared_prefills_give_what_a_setting_alone_gives(family: str, stages: tu
                     alone = calibration.judge(batch, attachment, logits, dense)
                     layers = [record.fusion_layer for record in attachment.trace]
                     tokens = [record.tokens for record in attachment.trace]
-                fusion = recorded.fusion(boundary, policy.layer_threshold)
+                fusion = fusion_layers(recorded.least, boundary, policy.layer_threshold)
                 assert [None if f == len(recorded.states) else f for f in fusion] == layers
                 shared = unpruned
                 for layer in {int(f) for f in fusion if f < len(recorded.states) - 1}:
@@ -131,19 +133,19 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
 ) -> None:
     grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
     whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
-    batches, run = [], Search.try_on
+    batches, run = [], Prompts.try_on
 
-    def stopping(self: Any, rows: Any, which: Any) -> Any:
-        batches.append(rows)
+    def stopping(self: Any, rows: Any, written: Any, settings: Any) -> Any:
+        batches.append((rows, settings))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return run(self, rows, which)
+        return run(self, rows, written, settings)
 
-    monkeypatch.setattr(Search, "try_on", stopping)
+    monkeypatch.setattr(Prompts, "try_on", stopping)
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
     again = calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
-    assert len(batches) == 4, "a finished batch was run again"
+    assert batches[2] == batches[3] and batches[3] not in batches[:2], "a finished batch was run again"
     for found in (whole, again):
         found["seconds"] = found["arguments"]["output"] = None
     assert again == whole
@@ -158,26 +160,76 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     assert table.startswith("| boundary |") and f"**{best['boundary']}**" in table
 
 
+GRID = {
+    "boundaries": [0, 2],
+    "layer_thresholds": [0.9, 0.999],
+    "tokens_thresholds": [0.3, 3.0],
+    "stages": [["middle", "deep"], ["middle"]],
+    "exit_threshold": 0.9,
+}
+
+
+@torch.no_grad()
+def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> None:
+    """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
+    model, processor = load_base(base, dtype=torch.float32)
+    given = asked(base, tmp_path, prompts=15, batch_size=5, **GRID)
+    rows = calibrate.read(given)
+    with attach(model, VisionSchedule()) as attachment:
+        prompts = Prompts(given, attachment, processor, rows)
+        alone: dict[int, list[tuple[Any, Any]]] = {}
+        for batch in (prompts.dense_batch(batch)[0] for batch in prompts.batches):
+            dense, unpruned = calibration.dense(batch, attachment)
+            for number, setting in enumerate(settings(given, GRID["boundaries"], GRID["tokens_thresholds"])):
+                with attachment.using(policy_of(setting, given)):
+                    outcome = calibration.judge(batch, attachment, batch.logits(attachment), dense)
+                alone.setdefault(number, []).append((outcome.kl, outcome.flops / unpruned.flops))
+        kl, cost = (
+            np.array([np.concatenate(c).mean() for c in column])
+            for column in zip(*(zip(*found, strict=True) for found in alone.values()), strict=True)
+        )
+        ruled_out = 0
+        for bound in (kl.min() / 2, *np.quantile(kl, [0.1, 0.5, 1.0]) + 1e-4):
+            search = Search(
+                asked(base, tmp_path, kl=float(bound), prompts=15, batch_size=5, **GRID),
+                attachment,
+                processor,
+                rows,
+            )
+            columns = search.run()["columns"]
+            ran, floors = search.ran().all(1), (search.floors / search.dense["dense_flops"]).mean(1)
+            assert (floors <= cost + 1e-9).all() and floors.max() <= 1
+            np.testing.assert_allclose(columns["kl"].mean(1)[ran], kl[ran], atol=1e-5)
+            np.testing.assert_allclose(search.least_flops()[ran], cost[ran])
+            wanted = chosen.cheapest(kl, cost, bound)
+            found = chosen.cheapest(np.where(ran, columns["kl"].mean(1), np.inf), search.least_flops(), bound)
+            assert (found is None) == (wanted is None)
+            if found is not None and wanted is not None:
+                assert (cost[found], kl[found]) == pytest.approx((cost[wanted], kl[wanted]))
+            ruled_out += int((~ran).sum())
+    assert ruled_out > len(kl), "hardly anything was ruled out"
+
+
 def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) -> None:
     """Which settings write a given answer, as accuracy counts it, against what each of them generates."""
     rows = load_scenes("validation", n_scenes=2)
     model, processor = load_base(base, dtype=torch.float32)
     with attach(model, VisionSchedule()) as attachment:
-        search = Search(
-            asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0]), attachment, processor, rows
-        )
-        inputs = search.encoded([rows[i] for i in range(len(rows))])
+        given = asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])
+        search = Search(given, attachment, processor, rows)
+        inputs = search.prompts.encoded([rows[i] for i in range(len(rows))])
         written = {}
         for number, setting in enumerate([None, *search.settings]):
-            policy = VisionSchedule() if setting is None else policy_of(setting, search.asked)
+            policy = VisionSchedule() if setting is None else policy_of(setting, given)
             with attachment.using(policy), torch.no_grad():
                 kwargs = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
                 ids = model.generate(**kwargs, max_new_tokens=3, do_sample=False)[
                     :, inputs["input_ids"].shape[1] :
                 ]
-            written[number] = [ended(row, search.stops) for row in ids.tolist()]
+            written[number] = [ended(row, search.prompts.stops) for row in ids.tolist()]
         batch = calibration.Batch.build(model, inputs, written[2])
-        outcomes = search.outcomes(batch, batch.logits(attachment), range(len(search.settings)))
+        recorded = calibration.record(batch, attachment, 0, "first")
+        outcomes = search.prompts.outcomes(batch, recorded, search.settings)
     for number, outcome in enumerate(outcomes, 1):
         assert outcome.same.tolist() == [a == b for a, b in zip(written[number], written[2], strict=True)]
     assert outcomes[1].same.all() and not outcomes[0].same.all()

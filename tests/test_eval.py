@@ -128,7 +128,7 @@ def test_time_of_an_answer_separates_the_first_token(monkeypatch):
             streamer.put(None)
 
     monkeypatch.setattr(efficiency, "generate", generate)
-    assert efficiency.time_answer(None, {}, 4) == (8.0, 2.0)
+    assert efficiency.time_answer(SimpleNamespace(device=torch.device("cpu")), {}, 4) == (8.0, 2.0)
 
 
 def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, student, processor):
@@ -194,6 +194,13 @@ def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     attach(plain, VisionSchedule())
     assert "adapters" in refused(folder, model=plain)
     assert not folder.exists()
+
+
+def test_a_broken_configuration_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
+    with pytest.raises(SystemExit, match="is no configuration of a run") as error:
+        main([f"checkpoint={tmp_path}"])
+    assert "colour" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,14 @@ const pick = (select, value) => { select.value = value; select.dispatchEvent(new
 pick(system, "student");
 const students = shown();
 pick(kind, "lost");
+const lost = shown();
+pick(system, ""); pick(kind, "");
+const pages = [shown().length];
+while (!document.querySelector("#more").hidden) { document.querySelector("#more").click(); pages.push(shown().length); }
 const found = {
-  before, flops, turned, back, first: sorted("first token"), all, students, lost: shown(),
-  count: document.querySelector("#shown").textContent,
+  before, flops, turned, back, first: sorted("first token"), all, students, lost, pages,
+  cards: document.querySelectorAll(".example").length,
+  count: document.querySelector("#shown").textContent, of: document.querySelector("#fitting").textContent,
   wide: document.documentElement.scrollWidth - window.innerWidth,
   fetched: performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !n.startsWith("data:")),
   background: getComputedStyle(document.body).backgroundColor,
@@ -93,7 +98,9 @@ def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
     assert len(found["students"]) < len(found["all"]) or all("student:" in k for k in found["all"])
     assert all("student:" in kinds for kinds in found["students"]) and found["students"]
     assert all("student:lost" in kinds for kinds in found["lost"])
-    assert found["count"] == str(len(found["lost"]))
+    pages, cards = found["pages"], found["cards"]
+    assert pages == [min(12 * (i + 1), cards) for i in range(len(pages))] and pages[-1] == cards > 12
+    assert found["count"] == found["of"] == str(cards)
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import save_tiny_base, tiny_base
 
 from latefusion.eval.evaluate import main
@@ -15,10 +16,11 @@ from latefusion.eval.predict import prompt_inputs
 from latefusion.eval.systems import Students, System, further, running
 from latefusion.models.base import load_base, twin
 from latefusion.models.build import Student, build_student
-from latefusion.models.saved import load_student, save_student
+from latefusion.models.saved import load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 
 SCHEDULES = (VisionSchedule(enter=1, exit=5, keep={3: 2}), VisionSchedule(enter=2, exit=4))
+REST = {"data": {"source": "scenes"}, "engine": {"trainer": "accelerate"}, "output_dir": "outputs/whole"}
 ROW = {"question": "what colour is the red circle ?", "images": []}
 
 
@@ -130,3 +132,26 @@ def test_names_do_not_collide_and_other_prompts_are_refused(
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         further(students, [tmp_path], processor)
+
+
+def test_a_checkpoint_without_adapters_is_compared_with_its_base(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Merged here; a run that trains all weights writes the same kind of folder."""
+    base, first, _ = folders
+    whole = tmp_path / "whole"
+    merge(first, whole, dtype=torch.float32)
+    (whole / "config.yaml").write_text(
+        yaml.safe_dump({"name": "whole", "model": {"path": str(base), "visipruner": {"boundary": 1}}} | REST)
+    )
+    asked = [f"checkpoint={whole}", f"checkpoints=[{first}]", "tasks=[scenes]", "samples=4", "controls=false"]
+    main([*asked, "batches=[2]", "lengths=[]", f"output={tmp_path / 'out'}"])
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(report["systems"]) == ["dense", "pruned", str(first), "student"]
+    merged, adapted = report["systems"]["student"], report["systems"][str(first)]
+    assert merged["name"] == "whole" and not merged["adapters"] and adapted["adapters"]
+    for name in ("flops", "vision_tokens", "kv_bytes"):  # the entry adapter's work counts for both
+        assert merged[name] == adapted[name]
+    assert report["systems"]["dense"]["vision_tokens"]["per_layer"] == [4.0] * 6
+    agreed = report["paired"][str(first)]["agreement"]["value"]
+    assert agreed == 1 and report["paired"]["dense"]["agreement"]["value"] < 1

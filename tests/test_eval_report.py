@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_page_has_every_section_and_needs_no_network(run: tuple[Path, dict[str, 
     sections = {"verdict", "methods", "figures", "accuracy", "latency", "disagreements", "next", "method"}
     assert sections <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 5 and "img" in page.tags
+    assert page.tags.count("svg") == 6 and "img" in page.tags
     assert all(re.match(r"data:(image/(png|jpeg);base64)?,", reference) for reference in page.refers)
     assert "iframe" not in page.tags and page.tags.count("script") == 1
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
@@ -116,6 +117,10 @@ def test_report_json_holds_every_number_and_says_where_it_comes_from(
     assert set(stored["against"]) == set(stored["systems"]) - {"dense"}
     assert stored["systems"]["student"]["policy"]["keep"] == {"2": 5}
     assert {"torch", "transformers", "latefusion"} <= set(stored["environment"]["versions"])
+    first = evaluated.questions()[0]["question"]
+    prompt = stored["settings"]["prompts"]["scenes"]
+    assert first in prompt and prompt.count("<image>") == 1 and prompt != first
+    assert f"<code>{escape(prompt)}</code>" in (run[0] / "report.html").read_text()
 
 
 def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from oracle import Fixed
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
+from latefusion.models.policies.divprune import DivPrune
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.random import Random
 from latefusion.models.policies.visipruner import VisiPruner
 
 pytestmark = [
@@ -31,7 +34,12 @@ POLICIES = {
     "dense": VisionSchedule(),
     "band": VisionSchedule(enter=2, exit=4),
     "keeps": VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}),
+    "cross": VisionSchedule(cross=(1, 3)),
+    "reindexed": VisionSchedule(enter=2, exit=4, positions="reindexed"),
     "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
+    "fastv": FastV(),
+    "random": Random(layer=3),
+    "divprune": DivPrune(),
 }
 
 
@@ -95,9 +103,9 @@ def test_a_policy_that_keeps_everything_changes_no_bit(dtype: torch.dtype) -> No
             assert torch.equal(model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("policy", ["band", "keeps"])
+@pytest.mark.parametrize("policy", ["band", "keeps", "visipruner", "fastv", "random", "divprune"])
 def test_layers_never_wait_for_the_device(policy: str) -> None:
-    """CUDA itself raises at a wait inside a layer."""
+    """CUDA itself raises at a wait inside a layer, but for those that VisiPruner asks for by name (an event)."""
     model, inputs = on_gpu("sdpa", torch.bfloat16), to_gpu(prompt("llava", MIXED), torch.bfloat16)
     allowed = torch.cuda.get_sync_debug_mode()
     layers = model.get_decoder().layers

@@ -277,6 +277,12 @@ def flash() -> Iterator[str]:
     del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
 
 
+RANKED = (
+    VisionSchedule(enter=1, exit=5, keep={2: 3, 3: 1}),
+    VisionSchedule(cross=(1, 3), keep={3: 2}, positions="reindexed"),
+)
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "internvl", "qwen3_vl"])
 def test_flash_attention_gets_lengths_not_masks(family: str, flash: str) -> None:
     for side in ("left", "right"):
@@ -286,7 +292,7 @@ def test_flash_attention_gets_lengths_not_masks(family: str, flash: str) -> None
             model, text = build(family), text_tokens(inputs)
             run = lambda: model(**inputs).logits[text]  # noqa: B023, E731
             write = lambda: model.generate(**inputs, max_new_tokens=4, do_sample=False)  # noqa: B023, E731
-            for policy in (BAND, Fixed(seen), VisionSchedule(enter=1, exit=5, keep={2: 3, 3: 1})):
+            for policy in (BAND, Fixed(seen), *RANKED):
                 with torch.no_grad(), attach(model, policy):
                     model.set_attn_implementation({"text_config": "sdpa"})
                     expected, expected_tokens = run(), write()

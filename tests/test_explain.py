@@ -59,6 +59,8 @@ def test_accounting_counts_pairs_one_by_one() -> None:
     assert (cost.dense_attention, cost.attention) == (6 * dense, 2 * dense + 2 * two)
     assert (cost.dense_vision, cost.vision) == (24, 12)
     assert cost.attention_saved == pytest.approx(1 - (2 * dense + 2 * two) / (6 * dense))
+    assert (cost.dense_attention_after, cost.attention_after) == (4 * dense, 2 * two)  # layers 2 to 5
+    assert cost.attention_saved_after == pytest.approx(1 - 2 * two / (4 * dense))
     assert 0 < cost.flops_saved < 1
 
 
@@ -76,6 +78,9 @@ def test_paper_shape_of_llava_7b() -> None:
     cost = account(config, [record])
     assert cost.flops_saved == pytest.approx(0.53, abs=0.01)
     assert cost.attention_saved == pytest.approx(0.59, abs=0.01)
+    assert cost.attention_saved_after == pytest.approx(0.998, abs=0.001)
+    dense = TraceRecord(None, None, None, [640] * 32, [576] * 32, 576, [0] * 32, [0] * 32)
+    assert account(config, [dense]).attention_saved_after == 0.0
 
 
 def test_a_batch_with_text_and_late_entry() -> None:

@@ -245,7 +245,7 @@ def test_given_answers_cost_what_decoding_them_costs(
     for (i, answer), (loss, greedy) in zip(given, mine, strict=True):
         wanted, is_greedy = step_by_step(found, rows[i], answer)
         assert loss == pytest.approx(wanted, abs=1e-4) and greedy is is_greedy
-    assert mine[0][1] and not mine[4][1]  # what the model says is greedy
+    assert [*mine[0]][1] and not [*mine[4]][1]  # what the model says is greedy
     with pytest.raises(ValueError, match="has no token"):
         found.loglikelihood(Fake("loglikelihood", rows).given([(0, "")]))
 

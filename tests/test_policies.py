@@ -7,7 +7,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from latefusion.models.policies import RECIPES, named, names
+from latefusion.models.policies.divprune import DivPrune
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.pyramiddrop import PyramidDrop
 from latefusion.models.policies.visipruner import VisiPruner
+from latefusion.models.policies.vtw import VTW
 from latefusion.models.schedule import VisionSchedule
 
 
@@ -22,6 +26,11 @@ def test_recipes_hold_the_papers_values() -> None:
     assert named("dense") == VisionSchedule()
     assert named("visipruner") == VisiPruner()
     assert named("visipruner_13b") == VisiPruner(sink_rule="half")
+    assert named("fastv") == FastV() == FastV(layer=2, keep_ratio=0.5)
+    assert named("vtw") == VTW() == VTW(layer=15)
+    assert named("divprune") == DivPrune() == DivPrune(keep_ratio=0.098)
+    stages = {8: 0.5, 16: 0.25, 24: 0.125}
+    assert named("pyramiddrop") == PyramidDrop() == PyramidDrop(keep_ratios=stages)
 
 
 def test_overrides_replace_single_arguments() -> None:

@@ -93,6 +93,12 @@ def test_even_attention_has_the_greatest_entropy_and_no_sink() -> None:
     assert found.tokens in (9, 10) and found.sink == 0.0
 
 
+def test_vision_out_of_reach_draws_no_attention() -> None:
+    """Behind the window of local attention: numbers, not NaN."""
+    found = look(torch.zeros(5), torch.rand(5), torch.ones(5), torch.zeros(5))
+    assert (found.share, found.entropy, found.tokens, found.sink) == (0.0, 0.0, 0, 0.0)
+
+
 def test_the_fusion_layer_is_the_first_below_the_threshold(seen) -> None:
     looks = [layer[0] for layer in seen[2].looks]
     minima = [found.cosine[0] for found in looks]
@@ -166,12 +172,14 @@ def test_bands_are_wider_by_a_few_layers_and_hold_at_least_one() -> None:
     assert all(a < b <= 6 for a, b in decide.near_bands(5, 3, 6))
     kl = {(0, 4): 0.0, (1, 4): 0.03, (2, 4): 0.5, (1, 5): 0.01}
     cheap = lambda s: (s.exit or 5) - s.enter  # noqa: E731
-    assert decide.choose_band(kl, 0.03, cheap, 5) == (1, 4)
-    assert decide.choose_band(kl, -1, cheap, 5) == (0, 4)
+    assert decide.cheapest_bands(kl, 0.03, cheap, 5) == [(1, 4), (0, 4), (1, 5)]
+    assert decide.cheapest_bands({**kl, (2, 5): 0.0}, 0.03, cheap, 5)[0] == (2, 5)
+    assert decide.cheapest_bands(kl, -1, cheap, 5) == [(0, 4)]
 
 
 def test_keeps_begin_inside_the_band() -> None:
     assert decide.keep_layers(2, 3) == [] and decide.keep_layers(2, 4) == [3]
+    assert decide.keep_layers(0, 32, 1) == [1] and decide.keep_layers(0, 32, 2) == [1, 31]
     found = decide.keep_layers(0, 32)
     assert len(found) == decide.KEEP_LAYERS and found[0] == 1 and found[-1] == 31
     assert decide.keep_sizes(144) == [72, 36, 18, 9, 5] and decide.keep_sizes(1) == []
@@ -187,12 +195,28 @@ def test_pyramids_are_those_that_no_other_beats() -> None:
             down = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(steps))
             if down:
                 every.append((flops(dict(steps)), sum(table[s] for s in steps), dict(steps)))
-    for keep in found:
-        mine = flops(keep), sum(table[s] for s in keep.items())
-        assert not any(f <= mine[0] and c < mine[1] for f, c, _ in every)
-    assert [flops(keep) for keep in found] == sorted(flops(keep) for keep in found) and len(
-        found
-    ) <= decide.VERIFIED
+    for fewer, cost, keep in found:
+        assert (fewer, cost) == pytest.approx((flops(keep), sum(table[s] for s in keep.items())))
+        assert not any(f <= fewer and c < cost for f, c, _ in every)
+    for f, c, _ in every:
+        assert any(fewer <= f and cost <= c for fewer, cost, _ in found)
+    assert [f for f, *_ in found] == sorted(f for f, *_ in found)
+
+
+def test_the_cheapest_within_the_bound_is_found_by_few_probes() -> None:
+    for n, border in itertools.product((1, 2, 7, 40), range(41)):
+        for guess in {0, n // 3, border, n}:
+            asked: list[int] = []
+
+            def within(i: int, asked=asked, border=border) -> bool:
+                asked.append(i)
+                return i >= border
+
+            found = decide.bisect(n, guess, within)
+            assert len(asked) <= decide.PROBES and len(asked) == len(set(asked)) and found >= min(border, n)
+            if n <= 32 or guess == border:
+                assert found == min(border, n)
+    assert decide.spread(0) == [] and decide.spread(1) == [0] and decide.spread(30) == [0, 10, 19, 29]
 
 
 def test_the_front_and_the_choice() -> None:
@@ -211,5 +235,6 @@ def test_the_front_and_the_choice() -> None:
     assert decide.choose(points, 0.05, None)[0].flops == 0.3
     assert decide.choose(points, -1.0, None)[0].kl == 0.0
     assert decide.choose(points, 0.05, 0.55)[0].flops == 0.5
+    assert "beyond the bound" in decide.choose(points, 0.005, 0.55)[1]
     small, why = decide.choose(points, 0.05, 0.1)
     assert small.flops == 0.2 and "no schedule" in why

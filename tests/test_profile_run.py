@@ -88,7 +88,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]
@@ -97,7 +97,8 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
-    assert files.read_schedule(folder).to_dict() == found["chosen"]["schedule"]
+    for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
+        assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
 
 
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:

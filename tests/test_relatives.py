@@ -198,6 +198,26 @@ def test_the_token_that_answers_is_never_dropped() -> None:
 
 
 @torch.no_grad()
+def test_what_one_of_several_queries_attends_to_stays() -> None:
+    """With two prompts' ends in a row, tokens are ranked by the most that either pays them."""
+    inputs = prompt("llava", ["t I I ttt"])
+    vision, length = vision_tokens(inputs)[0].nonzero().flatten().tolist(), inputs["input_ids"].shape[1]
+    rows = [length - 2, length - 1]
+    maps = (
+        shared("llava", "eager")(**inputs, use_cache=False, output_attentions=True).attentions[1][0].mean(0)
+    )
+
+    def best(queries: list[int]) -> list[int]:
+        most = {i: max(maps[row, i].item() for row in queries) for i in vision}
+        return sorted(sorted(vision, key=lambda i: -most[i])[:5])
+
+    assert best(rows) not in (best(rows[:1]), best(rows[1:])), "either alone would keep the same"
+    with attach(shared("llava"), FastV(layer=2, keep_ratio=0.6)) as att, att.queries(torch.tensor([rows])):
+        att.model(**inputs)
+        assert att.trace[0].kept == best(rows)
+
+
+@torch.no_grad()
 def test_bfloat16_ranks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     from latefusion.models.policies import divprune, ranking
 

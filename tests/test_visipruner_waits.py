@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion.models.attach import attach
+from latefusion.models.policies import visipruner
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
@@ -60,16 +61,20 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: pytest.MonkeyPatch) -> int:
-    """Of one prefill beyond those of the stock model."""
+    """Of one prefill beyond those of the stock model; whatever is sent to the host is also waited for."""
     model, batch = build(), collate(samples, "left")
-    counts = []
-    for chosen in (None, policy):
-        attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)
-        with torch.no_grad(), counted(patch) as found:
-            model(**batch.inputs, use_cache=True)
-        counts.append(len(found))
-        if attachment is not None:
-            attachment.detach()
+    counts, sent = [], []
+    on_the_way = visipruner._OnTheWay
+    with patch.context() as inside, torch.no_grad():
+        inside.setattr(visipruner, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
+        for chosen in (None, policy):
+            attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)
+            with counted(patch) as found:
+                model(**batch.inputs, use_cache=True)
+            counts.append(len(found))
+            if attachment is not None:
+                attachment.detach()
+    assert counts[1] - counts[0] == 1 + len(sent)
     return counts[1] - counts[0]
 
 

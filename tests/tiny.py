@@ -33,8 +33,8 @@ def tiny_base(*, layers: int = 6, seed: int = 0) -> tuple[LlavaForConditionalGen
     return model.eval(), build_processor(image_size=16, patch_size=8)
 
 
-def save_tiny_base(folder: Path, *, layers: int = 6) -> Path:
-    model, processor = tiny_base(layers=layers)
+def save_tiny_base(folder: Path, *, layers: int = 6, seed: int = 0) -> Path:
+    model, processor = tiny_base(layers=layers, seed=seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

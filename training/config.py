@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class Teacher(Enum):
-    """The policy of the teacher (the same weights, adapters off); `none`: no distillation."""
+    """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
 
     visipruner = "visipruner"
     dense = "dense"
@@ -26,7 +26,7 @@ class Teacher(Enum):
 class Tune(Enum):
     """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
     `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
-    and so no base to teach (`teacher=none`)."""
+    and so no base to teach (`teacher=none`, or `kl.model`)."""
 
     lora = "lora"
     align = "align"
@@ -94,7 +94,7 @@ class NonFiniteStep(Enum):
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
-    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`;
+    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
     untyped, so that an override replaces all of it.
     """
 
@@ -247,6 +247,10 @@ class KLConfig:
     """Distillation: `weight` times KL(teacher || student) at this temperature.
 
     Attributes:
+        model: another model to be the teacher, frozen, of the same tokenizer and with the same number of vision
+            tokens an image: a hub id or folder; None: the student's own base.
+        revision: of `model`.
+        visipruner: thresholds of `model`; `model.visipruner` are those of the student's base.
         cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
         top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
             is matched too.
@@ -254,6 +258,9 @@ class KLConfig:
 
     weight: float = 1.0
     temperature: float = 1.0
+    model: str | None = None
+    revision: str | None = None
+    visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
     cache: str | None = None
     top_k: int = 32
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -28,8 +29,7 @@ def first_says(work: Callable[[], Any]) -> Any:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return work()
-    store, rank, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore("latefusion/first", store)
+    store, rank = _rendezvous()
     if rank == 0:
         try:
             said = {"value": work()}
@@ -47,8 +47,15 @@ def first_says(work: Callable[[], Any]) -> Any:
     return said["value"]
 
 
+@cache
+def _rendezvous() -> tuple[dist.Store, int]:
+    """Kept: where no launcher holds the store, the first process does, and an engine will share it later."""
+    store, rank, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore("latefusion/first", store), rank
+
+
 def _say(store: dist.Store, world: int, said: dict[str, Any]) -> None:
-    """The first process may hold the store itself, so it stays until all have heard."""
+    """A process that ends at once may take the store with it, so it stays until all have heard."""
     store.set("said", json.dumps(said))
     while store.add("heard", 0) < world - 1:
         time.sleep(PAUSE)

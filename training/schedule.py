@@ -17,6 +17,8 @@ PROFILE = "profile"  # in the run's folder
 
 def schedule_of(config: ScheduleConfig) -> VisionSchedule:
     """Raises ValueError if its values contradict each other."""
+    if config.cross is not None and not isinstance(config.cross, list):
+        raise ValueError(f"schedule.cross={config.cross} must be a list of layers: schedule.cross=[8,12].")
     if config.cross is not None and not config.cross:
         raise ValueError(
             "schedule.cross=[] names no layer; say which layers of this model read vision tokens: model.cross=[8,12]."

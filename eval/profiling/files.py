@@ -49,12 +49,14 @@ def schedule_yaml(found: dict[str, Any]) -> str:
 
 
 def read_schedule(path: str | Path) -> VisionSchedule:
-    """The schedule of a profile: its folder, or its `schedule.yaml`.
+    """The schedule of a profile: its folder, or its `schedule.yaml` or `profile.json`.
 
     Raises:
         FileNotFoundError, ValueError: there is none, in one sentence.
     """
     file = Path(path) / SCHEDULE if Path(path).is_dir() else Path(path)
+    if file.name == PROFILE:
+        file = file.with_name(SCHEDULE)
     if not file.is_file():
         raise FileNotFoundError(
             f"no {SCHEDULE} at {path}; name the folder that eval/profile.py wrote: schedule.profile=FOLDER."

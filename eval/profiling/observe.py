@@ -25,8 +25,9 @@ class Look:
 
     Attributes:
         share: of its attention, mean over heads, that falls on vision tokens (FastV, arXiv 2403.06764).
-        entropy: of that attention among vision tokens, nats; log K if it is even.
-        tokens: the fewest vision tokens that 90% of it falls on.
+        entropy: of that attention among vision tokens, nats; log K if it is even, 0 if none falls on vision (which
+            local attention may not reach).
+        tokens: the fewest vision tokens that 90% of it falls on; 0 if none falls on vision.
         sink: Spearman's correlation of attention received with the L1 norm of the value vector (mean over heads).
             Attention sinks have small values (arXiv 2309.17453, 2510.17205): a negative number.
         cosine: VisiPruner's removal cosine (arXiv 2510.17205), minimum and 1%, 10%, 50% quantiles over vision tokens:
@@ -100,7 +101,7 @@ class _Watching:
 def look(attention: Tensor, values: Tensor, cosine: Tensor, norm: Tensor) -> Look:
     """Args: attention, L1 norm of the values, removal cosine and l2 norm of a sample's vision tokens, `[K]` each."""
     share = attention.sum()
-    p = (attention / share).double()
+    p = (attention / share).double() if share > 0 else torch.zeros_like(attention).double()
     ranked = p.sort(descending=True).values.cumsum(0)
     levels = torch.tensor(QUANTILES, dtype=cosine.dtype, device=cosine.device)
     flat = len(attention) < 3 or bool((attention == attention[0]).all()) or bool((values == values[0]).all())
@@ -108,7 +109,7 @@ def look(attention: Tensor, values: Tensor, cosine: Tensor, norm: Tensor) -> Loo
     return Look(
         share=float(share),
         entropy=float(torch.special.entr(p).sum()),
-        tokens=int((ranked < MASS).sum()) + 1,
+        tokens=int((ranked < MASS).sum()) + 1 if share > 0 else 0,
         sink=float(sink),
         cosine=[float(cosine.min()), *cosine.quantile(levels).tolist()],
         norm=[float(norm.max()), *norm.quantile(1 - levels).tolist()],

@@ -117,7 +117,7 @@ def pareto(found: dict[str, Any]) -> Figure:
         [max(chosen["kl"], FLOOR)],
         yerr=[
             [max(chosen["kl"], FLOOR) - max(chosen["low"], FLOOR)],
-            [chosen["high"] - max(chosen["kl"], FLOOR)],
+            [max(chosen["high"], FLOOR) - max(chosen["kl"], FLOOR)],
         ],
         fmt="*",
         ms=13,

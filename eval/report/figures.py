@@ -120,12 +120,36 @@ def prefill_against(results: dict[str, Any], sweep: str) -> str:
     points: Sequence[dict[str, Any]] = results["sweeps"][sweep]
     key, label = ("batch", "questions a batch") if sweep == "batch" else ("text_tokens", "text tokens")
     what = "ms a question, decoder prefill" if sweep == "batch" else "ms, decoder prefill of one prompt"
+    factors = [1000 / (point["batch"] if sweep == "batch" else 1) for point in points]
+    return _against(results, f"sweep-{sweep}", "prefill", points, key, factors, label, what, "ms")
+
+
+def throughput(results: dict[str, Any]) -> str:
+    """Answers a second against batch size, with quartiles; 0 is on the axis."""
+    points: Sequence[dict[str, Any]] = results["sweeps"]["batch"]
+    label, what = "questions a batch", "answers a second, decoder alone"
+    return _against(
+        results, "throughput", "per_second", points, "batch", [1.0] * len(points), label, what, "a second"
+    )
+
+
+def _against(
+    results: dict[str, Any],
+    name: str,
+    quantity: str,
+    points: Sequence[dict[str, Any]],
+    key: str,
+    factors: Sequence[float],
+    label: str,
+    what: str,
+    unit: str,
+) -> str:
+    """A line a system through the medians of `quantity` times a point's factor, bars from quartile to quartile."""
     keys = list(results["systems"])
     series = [(i, s) for i, s in series_of(results, controls=False) if keys[i] in points[0]["systems"]]
-    share = [point["batch"] if sweep == "batch" else 1 for point in points]
     most = max(
-        1000 * p["systems"][keys[i]]["prefill"]["q75"] / n
-        for p, n in zip(points, share, strict=True)
+        p["systems"][keys[i]][quantity]["q75"] * f
+        for p, f in zip(points, factors, strict=True)
         for i, _ in series
     )
     top, left, right, height = ROW * len(series) + 34, 42, 20, 170
@@ -140,17 +164,16 @@ def prefill_against(results: dict[str, Any], sweep: str) -> str:
         body += svg.text(x(place), bottom + 16, f"{point[key]}", anchor="middle", muted=True)
     body += svg.text((left + WIDTH - right) / 2, bottom + 34, label, anchor="middle")
     for i, system in series:
-        found = [point["systems"][keys[i]]["prefill"] for point in points]
-        at = [(x(n), y(1000 * f["median"] / share[n])) for n, f in enumerate(found)]
+        found = [point["systems"][keys[i]][quantity] for point in points]
+        at = [(x(n), y(f["median"] * factors[n])) for n, f in enumerate(found)]
         number = i % svg.SERIES
         dash = "" if keys[i] == results["roles"]["candidate"] else svg.DASHES[number]
         body += f'<path class="line c{number}" stroke-dasharray="{dash}" d="{svg.path(at)}"/>'
         for n, f in enumerate(found):
-            low, high = (y(1000 * f[q] / share[n]) for q in ("q25", "q75"))
-            hint = f"{system['name']}, {points[n][key]} {label}: {1000 * f['median'] / share[n]:.3g} ms"
+            low, high = (y(f[q] * factors[n]) for q in ("q25", "q75"))
+            hint = f"{system['name']}, {points[n][key]} {label}: {f['median'] * factors[n]:.3g} {unit}"
             body += svg.bar(at[n][0], low, at[n][0], high, i) + svg.mark(*at[n], i, hint=hint)
-    title = f"Decoder prefill against {label}"
-    return svg.svg(f"sweep-{sweep}", title, "Medians; bars: quartiles.", bottom + 42, body)
+    return svg.svg(name, f"{what} against {label}", "Medians; bars: quartiles.", bottom + 42, body)
 
 
 def _by_type(system: dict, name: str) -> dict:

@@ -13,7 +13,7 @@ from latefusion.eval.predict import Answer, images_of
 from latefusion.eval.tasks.base import Task
 
 THUMBNAIL = 224  # pixels, longest side
-EACH = 12  # of a system
+EACH = 40  # of a system
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ for (const button of document.querySelectorAll("#methods th button")) {
     body.append(...rows);
   });
 }
-// Show the disagreements of one system, of one kind.
+// Show the disagreements of one system, of one kind, a page at a time.
 const filters = document.querySelectorAll("#disagreements select");
+const more = document.querySelector("#more");
+const page = 12;
+let room = page;
 const show = () => {
   const [system, kind] = [...filters].map((filter) => filter.value);
   let count = 0;
@@ -30,10 +33,15 @@ const show = () => {
       const at = k.lastIndexOf(":");
       return (!system || k.slice(0, at) === system) && (!kind || k.slice(at + 1) === kind);
     });
-    card.hidden = !fits;
     count += fits;
+    card.hidden = !fits || count > room;
   }
-  document.querySelector("#shown").textContent = count;
+  document.querySelector("#shown").textContent = Math.min(count, room);
+  document.querySelector("#fitting").textContent = count;
+  more.hidden = count <= room;
 };
-filters.forEach((filter) => filter.addEventListener("change", show));
-if (filters.length) show();
+filters.forEach((filter) => filter.addEventListener("change", () => { room = page; show(); }));
+if (more) {
+  more.addEventListener("click", () => { room += page; show(); });
+  show();
+}

@@ -54,11 +54,7 @@ def write_report(
         picture=Markup(figures.accuracy_against_flops(results)),
         steps=Markup(figures.tokens_per_layer(results)),
         types=Markup(figures.accuracy_by_type(results)),
-        sweeps={
-            name: Markup(figures.prefill_against(results, name))
-            for name, points in results["sweeps"].items()
-            if points
-        },
+        sweeps=_sweeps(results),
         peak_prompts=min(PEAK_PROMPTS, results["settings"]["latency_prompts"]),
         style=Markup((HERE / "page.css").read_text() + svg.STYLE),
         script=Markup((HERE / "page.js").read_text()),
@@ -67,3 +63,17 @@ def write_report(
         counts=counts,
     )
     Path(path).write_text(page)
+
+
+def _sweeps(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Title, drawing and caption of each figure of times that was measured."""
+    found, sweeps = [], results["sweeps"]
+    if sweeps["batch"]:
+        drawing = Markup(figures.prefill_against(results, "batch"))
+        found.append(("Latency against batch", drawing, "A batch's time divided by its questions."))
+        drawing = Markup(figures.throughput(results))
+        found.append(("Throughput against batch", drawing, "Up is better; images were encoded before."))
+    if sweeps["text"]:
+        drawing = Markup(figures.prefill_against(results, "text"))
+        found.append(("Latency against text length", drawing, "The question repeated; the image is one."))
+    return [{"title": title, "drawing": drawing, "caption": text} for title, drawing, text in found]

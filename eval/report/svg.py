@@ -36,7 +36,7 @@ STYLE = """
 .figure .c3 { --c: var(--s3); } .figure .c4 { --c: var(--s4); } .figure .c5 { --c: var(--s5); }
 .figure .c6 { --c: var(--s6); } .figure .c7 { --c: var(--s7); }
 """
-DASHES = ("", "7 3", "", "2 3", "9 3 2 3", "1 2", "12 3", "5 2 1 2")
+DASHES = ("", "7 3", "14 4", "2 3", "9 3 2 3", "1 2", "12 3", "5 2 1 2")
 
 
 def _star(points: int, outer: float, inner: float) -> list[tuple[float, float]]:

@@ -19,7 +19,12 @@ class DivPrune:
 
     The greedy solution of the max-min diversity problem: first the token whose nearest neighbour is farthest,
     then, one by one, the token farthest from those chosen; ties to the earlier one. A sample's images are
-    one set. The default is the paper's ratio.
+    one set. The default is the ratio of the official README (github.com/vbdi/divprune, `SUBSET_RATIO` 0.098).
+
+    The official `DivPrune` (read in copies of its LLaVA's `llava_arch.py` that other repositories hold; the original
+    file was not at hand) starts and goes on in the same way, in the model's dtype, and takes `round(ratio n)`
+    tokens. It does not rule out those it has: where the rest equal a chosen patch it can name one twice, and then
+    keeps fewer. Ours computes in float32 and names none twice.
 
     Args:
         keep_ratio: share of the vision tokens that stays.

@@ -12,8 +12,11 @@ from latefusion.models.policies.ranking import AttentionRanking, check_layer, ch
 class FastV:
     """From `layer` on, the vision tokens stay to which the last prompt token paid most attention in the layer before.
 
-    The defaults are the paper's K = 2 and R = 50%. Positions stay those of the full prompt, as in the
-    official code.
+    The defaults are the paper's K = 2 and R = 50%. As in the official code (github.com/pkunlp-icler/FastV,
+    `fastv_forward` in `src/FastV/llava-hf/.../llama/modeling_llama.py`): tokens leave before the layer of index K,
+    counted from 0; they are ranked by the weights of layer K - 1, mean over heads, of the last prompt token alone;
+    `round(n (1 - R))` of them stay, at the positions of the full prompt. That code ranks all samples by a batch's
+    first and needs eager attention in layer K - 1; ours ranks each sample, on any attention.
 
     Args:
         layer: first layer that computes fewer vision tokens.

@@ -15,9 +15,14 @@ PAPER = {8: 0.5, 16: 0.25, 24: 0.125}  # LLaVA-1.5-7B, 32 layers
 class PyramidDrop:
     """At the start of each stage, the vision tokens stay to which the last prompt token pays most attention.
 
-    The defaults are the paper's four stages for LLaVA-1.5-7B, each with half the tokens of the one before.
-    We rank by the attention of the stage's last layer, which is there anyway; the official code projects
-    queries and keys once more with the next layer's weights.
+    The defaults are the paper's four stages for LLaVA-1.5-7B, each with half the tokens of the one before (the
+    official README's `layer_list` [8,16,24], `image_token_ratio_list` [1.0,0.5,0.25,0.125]); shares are of all vision
+    tokens. As in the official code (github.com/Cooperx521/PyramidDrop, `pdrop_rank_drop` in
+    `llava/model/modeling_llama_pdrop.py`), the last prompt token's attention ranks them, mean over heads. It differs
+    in three things. It ranks by the next layer's norm, queries and keys, projected once more for all tokens; we by
+    the attention of the stage's last layer, which is there anyway. It numbers what is left anew, so RoPE moves tokens
+    together, and shifts the positions of generated tokens layer by layer; ours keep the prompt's positions. It cuts a
+    share down (`int`), which we round. It knows one image a sample and right padding.
 
     Args:
         keep_ratios: {first layer of a stage: share of all vision tokens that stays from there on}.

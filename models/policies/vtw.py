@@ -11,7 +11,12 @@ from latefusion.models.schedule import VisionSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class VTW:
-    """All vision tokens leave at `layer`; the default is the paper's K = 16 for LLaVA-1.5-7B's 32 layers.
+    """All vision tokens leave at `layer`; the default is that of the official code for LLaVA-1.5-7B's 32 layers.
+
+    That code (github.com/lzhxmu/VTW, `llava/model/language_model/VTW.py`) drops them before the layer of index
+    `k = 15`, counted from 0, and keeps the text's positions, as we do (`pe_type="keep"`, its default). It drops
+    columns 35 to 610 of a batch; ours drops each sample's own vision tokens. Its search for k (the first layer whose
+    mean KL to dense is at most 0.003) is not part of this policy.
 
     Args:
         layer: first layer that no longer sees vision tokens.
@@ -20,7 +25,7 @@ class VTW:
         ValueError: the layer is out of its range.
     """
 
-    layer: int = 16
+    layer: int = 15
 
     def __post_init__(self) -> None:
         if self.layer < 1:
