@@ -138,12 +138,13 @@ def measured(config: Config, *, workers: list[int], steps: int) -> dict[str, Any
     }
 
 
-def shown(found: dict[str, Any]) -> Table:
-    title = (
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=100)
+    console.print(
         f"{found['name']} on {found['data']}: {found['training']:.2f} steps/s of {found['batch_size']} samples "
         f"without loading, {found['threads']} thread(s)"
     )
-    table = Table("workers", "batches/s, loading alone", "steps/s", "waits for its batch", title=title)
+    table = Table("workers", "batches/s, loading alone", "steps/s", "waits for its batch")
     for row in found["workers"]:
         table.add_row(
             str(row["workers"]),
@@ -151,7 +152,7 @@ def shown(found: dict[str, Any]) -> Table:
             f"{row['both']:.2f}",
             f"{row['waits']:.1%} of the time",
         )
-    return table
+    console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = measured(config, workers=[int(n) for n in args.workers.split(",")], steps=args.steps)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    Console(width=100).print(shown(found))
+    show(found)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")

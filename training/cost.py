@@ -75,5 +75,7 @@ def computed_flops(attachment: Attachment, config: PretrainedConfig, scored: int
         scored: tokens that the head scored.
         first: the decoder counts from this layer on.
     """
-    decoder = sum(decoder_flops(config, tokens[first:], frozen[first:]) for tokens, frozen in attachment.sizes)
+    decoder = sum(
+        decoder_flops(config, tokens[first:], frozen[first:]) for tokens, frozen in attachment.sizes
+    )
     return decoder + head_flops(config, scored)
