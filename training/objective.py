@@ -212,7 +212,10 @@ class Objective:
         """Zero, by way of the vision tower and the projector (of `owner`; None: the student's)."""
         assert self.blank is not None
         moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
-        return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
+        # a projector that trains is float32 in a bfloat16 model, and this is not the engine's autocast around `forward`
+        mixed = (owner or self.model).dtype is torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
 
 
 def label_columns(labels: Tensor) -> Tensor:
