@@ -81,10 +81,12 @@ def test_killed_at_a_random_step_and_resumed_it_is_the_same_run(base, whole, tmp
     print(f"killed {delay:.3f} s after step {at}")
     process = started_and_at(at, kind, base, tmp_path)
     time.sleep(delay)
+    workers = psutil.Process(process.pid).children(recursive=True)  # in groups of their own
     os.killpg(process.pid, signal.SIGKILL)
-    for child in psutil.Process().children(recursive=True):  # torchrun gives its workers groups of their own
-        child.kill()
+    for worker in workers:
+        worker.kill()
     process.wait()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     assert not (tmp_path / "adapter_model.safetensors").exists(), "it had finished"
     time.sleep(0.5)
     launcher, *options = KINDS[kind]
