@@ -126,9 +126,10 @@ def answer(
         one.validate(model.config.get_text_config().num_hidden_layers)
     inputs = prompt_inputs(model, processor, [row])
     table = Table(title=f"{asked.model}: {row['question']}", title_justify="left")
-    numbers = ("vision tokens a layer", "FLOPs saved", "attention saved", "after fusion", "KV cache")
-    for name in ("policy", "answer", *numbers):
-        table.add_column(name, justify="left" if name in ("policy", "answer") else "right")
+    for name in ("policy", "answer"):
+        table.add_column(name)
+    for name in ("vision\na layer", "FLOPs\nsaved", "attention\nsaved", "after\nfusion", "KV cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     told = {}
     with attach(model, VisionSchedule()) as attachment:
         for name, one in policies.items():

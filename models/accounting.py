@@ -59,14 +59,14 @@ def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account
         n_text, n_vision = record.tokens[0] - record.vision[0], record.n_vision
         every = [n_vision] * len(record.tokens)
         full = [layer for layer, n in enumerate(record.vision) if n == n_vision]
-        after = record.vision[full[-1] + 1 :] if full else record.vision
+        after = slice(full[-1] + 1 if full else 0, None)
         row = (
             decoder_flops(config, record.tokens, record.frozen),
             decoder_flops(config, [n_text + n for n in every]),
             vision_pairs(n_text, record.vision, record.frozen, record.reads),
             vision_pairs(n_text, every),
-            vision_pairs(n_text, after),
-            vision_pairs(n_text, every[: len(after)]),
+            vision_pairs(n_text, record.vision[after], record.frozen[after], record.reads[after]),
+            vision_pairs(n_text, every[after]),
             sum(record.vision),
             sum(every),
         )

@@ -64,5 +64,5 @@ def shake(student: Student, scale: float = 0.3) -> None:
     """Random trainable weights: fresh LoRA and entry adapters change nothing."""
     generator = torch.Generator().manual_seed(1)
     for weight in student.model.parameters():
-        if weight.requires_grad:
-            weight.normal_(0, scale, generator=generator)
+        if weight.requires_grad:  # drawn on the CPU, wherever the weight is
+            weight.copy_(torch.empty(weight.shape).normal_(0, scale, generator=generator))

@@ -42,7 +42,7 @@ class Variant(Enum):
 
 
 class Layers(Enum):
-    """Decoder layers with LoRA: `all`, or the `busy` ones, which see vision tokens under the schedule."""
+    """Decoder layers with LoRA: the `busy` ones, in which vision tokens take part under the schedule, or `all`."""
 
     all = "all"
     busy = "busy"
@@ -221,7 +221,7 @@ class LoraConfig:
     """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
 
     variant: Variant = Variant.lora
-    layers: Layers = Layers.all
+    layers: Layers = Layers.busy
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0

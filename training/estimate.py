@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from latefusion.training.cost import training_flops
+from latefusion.training.cost import backward_ends, training_flops
 
 PROBE_S = 0.1  # how long the matrix products run that the speed is taken from
 OPTIMIZER_BYTES = 12  # a trained weight's gradient and two Adam moments, float32
@@ -100,11 +100,11 @@ def estimated(
     n_text, n_vision, answers = shape
     train, known = config.train, model.config
     layers = known.get_text_config().num_hidden_layers
-    vision = schedule.vision_tokens(layers, n_vision)
+    vision, first = schedule.vision_tokens(layers, n_vision), backward_ends(model)
     each = activation_bytes(
         known,
-        [n_text + n for n in vision],
-        vision if schedule.cross else [0] * layers,
+        [n_text + n for n in vision[first:]],
+        vision[first:] if schedule.cross else [0] * (layers - first),
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
         eager=known._attn_implementation == "eager",
@@ -121,6 +121,7 @@ def estimated(
             n_vision,
             answers=answers,
             teacher=None if teacher is None else teacher.config,
+            first=first,
         )
     )
     seconds = step / flops_per_second(min(2048, max(256, known.get_text_config().hidden_size)), dtype)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
 from latefusion.models.policies.base import Policy
-from latefusion.training.cost import computed_flops
+from latefusion.training.cost import backward_ends, computed_flops
 from latefusion.training.teacher import OtherTeacher
 
 IGNORE = -100
@@ -134,11 +134,13 @@ class Objective:
     def student_cost(self, scored: int) -> float:
         """FLOPs of the student's pass, which has just run, and of its backward pass.
 
-        As many again as forward; twice as many where the weights themselves train. What gradient checkpointing computes
-        again does not count.
+        As many again as forward, in the layers that the backward pass reaches; twice as many where the weights
+        themselves train. What gradient checkpointing computes again does not count.
         """
-        passes = 2 if isinstance(self.model, PeftModel) else 3
-        return float(passes * computed_flops(self.attachment, self.model.config, scored))
+        config, backward = self.model.config, 1 if isinstance(self.model, PeftModel) else 2
+        forward = computed_flops(self.attachment, config, scored)
+        first = backward_ends(self.model)
+        return float(forward + backward * computed_flops(self.attachment, config, scored, first=first))
 
     @contextmanager
     def asked(self, queries: Tensor, answers: Tensor) -> Iterator[None]:
