@@ -4,10 +4,12 @@
     python eval/bench_training.py --shape llava-1.5-7b --device cuda --dtype bfloat16 --batch 8
 
 A step is the product's own: student, objective and optimizer of `training/`, on random weights and made-up vision
-features (the frozen vision tower costs every recipe the same). The schedules are those that the recipes give
-LLaVA-1.5-7B, stretched to the shape's layers. Three tables:
+features (the frozen vision tower costs every recipe the same, and is neither run nor predicted). The schedules are
+those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Three tables:
 
-* step time of each recipe without a teacher, in turn within every round (`bench_executor` says why);
+* step time of each recipe without a teacher, in turn within every round (`bench_executor` says why), beside what its
+  FLOPs say, and what this machine allows: products of few rows run at a lower speed than those of many, so steps on
+  text alone are timed too, at the numbers of tokens that the layers have, and each layer is given its share of those;
 * peak memory of a step beyond weights and optimizer;
 * what the teacher adds: online (a dense one, which `VisiPruner` costs at most, or nearly so) and offline (its answers
   read from a cache).
@@ -19,11 +21,12 @@ import argparse
 import gc
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -46,6 +49,7 @@ PUBLISHED_LAYERS, PUBLISHED_VISION = 32, 576
 NO_LATE_FUSION = ("align",)  # a stage before it
 ANSWER = 8  # label tokens
 TOP_K = 32  # of the offline teacher
+APART = 1.25  # numbers of tokens nearer to each other than this are not all timed
 
 
 def recipes(layers: int, n_vision: int) -> dict[str, VisionSchedule]:
@@ -101,11 +105,7 @@ class Bench:
         self.student.model.train()
         trained = [p for p in self.student.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        inputs = prompt(args)
-        labels = torch.full_like(inputs["input_ids"], -100)
-        labels[:, -ANSWER:] = inputs["input_ids"][:, -ANSWER:]
-        queries = torch.full_like(labels[:, :1], labels.shape[1] - ANSWER - 1)
-        self.batch = {**inputs, "labels": labels, "queries": queries}
+        self.batch = with_answers(prompt(args))
         n = args.batch * ANSWER
         vocabulary = self.config.text_config.vocab_size
         logprobs, tokens = torch.randn(n, vocabulary, device=args.device).log_softmax(-1).topk(TOP_K)
@@ -122,6 +122,25 @@ class Bench:
             share_images=True,
         )
         batch = {**self.batch, **self.answers} if teacher == "offline" else self.batch
+        return self.work(objective, schedule, batch)
+
+    def on_text(self, tokens: int) -> Callable[[], None]:
+        """A training step of the same model on so many text tokens a sample."""
+        ids = torch.randint(2, 1024, (self.args.batch, tokens), device=self.args.device)
+        objective = Objective(
+            model=self.student.model,
+            attachment=self.student.attachment,
+            teacher=None,
+            weight=0.0,
+            temperature=1.0,
+            share_images=True,
+        )
+        batch = with_answers({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return self.work(objective, VisionSchedule(), batch)
+
+    def work(
+        self, objective: Objective, schedule: VisionSchedule, batch: dict[str, Any]
+    ) -> Callable[[], None]:
         count = self.args.batch * ANSWER
         bf16 = self.args.dtype == "bfloat16"
 
@@ -135,14 +154,49 @@ class Bench:
 
         return work
 
-    def rounds(self, variants: dict[str, tuple[VisionSchedule, str]]) -> dict[str, list[float]]:
-        """Seconds of every variant in every round."""
-        works: dict[str, Any] = {name: self.step(*variant) for name, variant in variants.items()}
-        return interleaved(works, lambda work: seconds(work, self.args), self.args.rounds)  # type: ignore[arg-type]
+    def rounds(self, works: dict[str, Any]) -> dict[str, list[float]]:
+        """Seconds of every step in every round."""
+        return interleaved(works, lambda work: seconds(work, self.args), self.args.rounds)
+
+    def tokens(self, schedule: VisionSchedule) -> list[int]:
+        """Text and vision tokens of each layer."""
+        layers = self.config.text_config.num_hidden_layers
+        return [self.args.text + n for n in schedule.vision_tokens(layers, self.args.vision)]
 
     def flops(self, schedule: VisionSchedule, teacher: str = "none") -> int:
         text, vision = self.args.text, self.args.vision
-        return training_flops(self.config, schedule, text, vision, teacher=teacher == "online")
+        taught = self.config if teacher == "online" else None
+        return training_flops(self.config, schedule, text, vision, answers=ANSWER, teacher=taught)
+
+
+def with_answers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose last tokens are to be learnt."""
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -ANSWER:] = inputs["input_ids"][:, -ANSWER:]
+    queries = torch.full_like(labels[:, :1], labels.shape[1] - ANSWER - 1)
+    return {**inputs, "labels": labels, "queries": queries}
+
+
+def sizes(tokens: Iterable[int]) -> list[int]:
+    """Of these numbers of tokens, ascending, those to time; the others lie between two of them."""
+    chosen: list[int] = []
+    for n in sorted(set(tokens)):
+        if not chosen or n >= APART * chosen[-1] or n == max(tokens):
+            chosen.append(n)
+    return chosen
+
+
+def allowed(tokens: list[int], times: dict[int, list[float]], dense: list[float]) -> float:
+    """The ratio to the dense step's time that a step with `tokens` in its layers could have on this machine.
+
+    Args:
+        times: seconds of a step on text, by tokens and round; dense: of the dense step.
+    """
+    each = []
+    for i, whole in enumerate(dense):
+        at = [times[n][i] for n in times]
+        each.append(float(np.interp(tokens, list(times), at).mean()) / whole)
+    return statistics.median(each)
 
 
 def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
@@ -154,7 +208,10 @@ def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
 
 def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, Any]]:
     """Step time and peak memory of each recipe against dense LoRA, without a teacher."""
-    times = bench.rounds({name: (schedule, "none") for name, schedule in schedules.items()})
+    timed = sizes([n for schedule in schedules.values() for n in bench.tokens(schedule)])
+    works = {name: bench.step(schedule, "none") for name, schedule in schedules.items()}
+    times = bench.rounds({**works, **{str(n): bench.on_text(n) for n in timed}})
+    plain = {n: times.pop(str(n)) for n in timed}
     peaks = {
         n: peak_bytes(bench.step(s, "none"), torch.device(bench.args.device)) for n, s in schedules.items()
     }
@@ -169,6 +226,8 @@ def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, 
                 "speedup": 1 / time["ratio"],
                 "predicted_speedup": 1 / promised,
                 "share_of_prediction": promised / time["ratio"],
+                "allowed_speedup": 1 / (limit := allowed(bench.tokens(schedule), plain, times["dense"])),
+                "share_of_allowed": limit / time["ratio"],
                 "peak_bytes": peaks[name],
                 "peak_ratio": peaks[name] / peaks["dense"],
                 "schedule": schedule.to_dict(),
@@ -182,8 +241,9 @@ def teachers(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[st
     cheapest = min(schedules, key=lambda name: bench.flops(schedules[name]))
     rows = []
     for name in ("dense", cheapest):
-        variants = {teacher: (schedules[name], teacher) for teacher in ("none", "online", "offline")}
-        times = bench.rounds(variants)
+        times = bench.rounds(
+            {teacher: bench.step(schedules[name], teacher) for teacher in ("none", "online", "offline")}
+        )
         for teacher in ("online", "offline"):
             promised = bench.flops(schedules[name], teacher) / bench.flops(schedules[name])
             rows.append(
@@ -198,9 +258,10 @@ def teachers(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[st
 
 
 def show(rows: list[dict[str, Any]], taught: list[dict[str, Any]], title: str) -> None:
-    console = Console(width=118)
+    console = Console(width=132)
     table = Table(title=title)
-    for column in ("recipe", "step", "speed-up (quartiles)", "FLOPs say", "share", "peak memory", "of dense"):
+    columns = ("recipe", "step", "speed-up (quartiles)", "FLOPs say", "share", "machine allows", "share")
+    for column in (*columns, "peak memory", "of dense"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     for row in rows:
         table.add_row(
@@ -209,6 +270,8 @@ def show(rows: list[dict[str, Any]], taught: list[dict[str, Any]], title: str) -
             f"{row['speedup']:.2f}x ({1 / row['high']:.2f} to {1 / row['low']:.2f})",
             f"{row['predicted_speedup']:.2f}x",
             f"{row['share_of_prediction']:.0%}",
+            f"{row['allowed_speedup']:.2f}x",
+            f"{row['share_of_allowed']:.0%}",
             f"{row['peak_bytes'] / 1e6:,.0f} MB",
             f"{row['peak_ratio']:.0%}",
         )

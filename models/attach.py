@@ -98,6 +98,12 @@ class Attachment(Hooks):
         """What happened in the last prefill, one record a sample."""
         return [] if self._last is None else self._last.records()
 
+    @property
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample of the last prefill the tokens, text and vision, that enter each layer, and how many of
+        them are only read; cheaper than `trace`."""
+        return [] if self._last is None else self._last.sizes()
+
     def __enter__(self) -> Attachment:
         return self
 

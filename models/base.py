@@ -53,7 +53,7 @@ def load_base(
 
     Raises:
         FileNotFoundError: there are no such weights, or they cannot be reached from here.
-        ValueError: 4 bits need a package that is not here.
+        ValueError: 4 bits, or the processor, need a package that is not here.
     """
     if path == EMBEDDED:
         if four_bits:
@@ -64,8 +64,13 @@ def load_base(
     check_base(path)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
+    try:
+        found = AutoProcessor.from_pretrained(path, **where, **(processor or {}))
+    except ImportError as error:  # SmolVLM's needs num2words, PIL's relatives need torchvision
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the processor of {path} needs a package that is not here: {reason}") from None
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
-    return model.eval(), AutoProcessor.from_pretrained(path, **where, **(processor or {}))
+    return model.eval(), found
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -80,18 +85,20 @@ def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesCo
         raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
-    decoder = model.get_decoder()
-    parts = {module for module in model.base_model.children() if module is not decoder}
-    others = [
-        name for name, module in model.named_modules() if module in parts
-    ]  # whole names, as it compares them
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*others, "lm_head"],
+        llm_int8_skip_modules=unquantised(model),
     )
+
+
+def unquantised(model: PreTrainedModel) -> list[str]:
+    """What 4 bits leave alone, by whole names, as transformers compares them: vision tower, projector, output head."""
+    decoder = model.get_decoder()
+    parts = {module for module in model.base_model.children() if module is not decoder}
+    return [*(name for name, module in model.named_modules() if module in parts), "lm_head"]
 
 
 def check_base(path: str) -> None:

@@ -126,11 +126,23 @@ def start_from(student: Student, folder: str | Path) -> None:
         raise ValueError(f"the student at {folder} trained {unknown[0]}, which this one does not have.")
 
 
+def _entry_weights(folder: Path) -> dict[str, Tensor]:
+    """Beside the checkpoint, or in it: stock `save_pretrained` of a loaded model writes them among the others."""
+    if (folder / ENTRY_WEIGHTS).is_file():
+        return load_file(folder / ENTRY_WEIGHTS)
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{ENTRY}.")]  # noqa: SIM118
+            found.update({name.removeprefix(f"{ENTRY}."): weights.get_tensor(name) for name in names})
+    return found
+
+
 def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
-    """The entry adapter that lies beside a plain checkpoint, if one does, installed in its model."""
-    if not (Path(folder) / ENTRY_WEIGHTS).is_file():
+    """The entry adapter of a plain checkpoint, if it has one, installed in its model."""
+    weights = _entry_weights(Path(folder))
+    if not weights:
         return
-    weights = load_file(Path(folder) / ENTRY_WEIGHTS)
     entry = entry_of(model)
     if entry is None:
         shapes = {name: weight.shape for name, weight in weights.items()}

@@ -44,11 +44,13 @@ class TextTrace:
     num_layers: int
 
     def records(self) -> list[TraceRecord]:
-        counts = self.real.sum(1).tolist()
         none = [0] * self.num_layers
-        return [
-            TraceRecord(None, None, None, [int(n)] * self.num_layers, none, 0, none, none) for n in counts
-        ]
+        return [TraceRecord(None, None, None, tokens, none, 0, none, none) for tokens, _ in self.sizes()]
+
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample the tokens that enter each layer, and how many of them are only read."""
+        none = [0] * self.num_layers
+        return [([int(n)] * self.num_layers, none) for n in self.real.sum(1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,27 @@ class PrefillTrace:
         fusion = [None] * len(self.prompt.n_real) if found is None else list(found)
         return [self._record(sample, layer) for sample, layer in enumerate(fusion)]
 
+    def sizes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sample the tokens that enter each layer, and how many of them are only read; known on the host."""
+        found = []
+        for sample, (real, total) in enumerate(zip(self.prompt.n_real, self.prompt.n_vision, strict=True)):
+            runs = self._runs(sample)
+            tokens = [real - total + count for count, _ in runs]
+            found.append(
+                (tokens, [count if selection and selection.frozen else 0 for count, selection in runs])
+            )
+        return found
+
+    def _runs(self, sample: int) -> list[tuple[int, Selection | None]]:
+        """Vision tokens of each layer, and the selection that set them."""
+        starts = {
+            layer: (selection.counts[sample], selection)
+            for layer, selection in self.selections
+            if selection.counts is not None
+        }
+        now: tuple[int, Selection | None] = self.prompt.n_vision[sample], None
+        return [now := starts.get(layer, now) for layer in range(self.prompt.num_layers)]
+
     def _record(self, sample: int, fusion_layer: int | None) -> TraceRecord:
         total, layers = self.prompt.n_vision[sample], self.prompt.num_layers
         steps = [
@@ -71,9 +94,7 @@ class PrefillTrace:
             for layer, selection in self.selections
             if selection.counts is not None
         ]
-        starts = {layer: (count, self._reads(sample, selection)) for layer, count, selection in steps}
-        now: tuple[int, int | None] = total, None
-        runs = [now := starts.get(layer, now) for layer in range(layers)]
+        runs = self._runs(sample)
         vision = [count for count, _ in runs]
         seeing = [layer for layer, count in enumerate(vision) if count]
         exit_layer = seeing[-1] + 1 if seeing and seeing[-1] + 1 < layers else None
@@ -85,16 +106,21 @@ class PrefillTrace:
             tokens=[text + count for count in vision],
             vision=vision,
             n_vision=total,
-            frozen=[0 if reads is None else count for count, reads in runs],
-            reads=[reads or 0 for _, reads in runs],
+            frozen=[count if selection and selection.frozen else 0 for count, selection in runs],
+            reads=self._reads(sample, runs),
         )
 
-    def _reads(self, sample: int, selection: Selection) -> int | None:
-        """Pairs of a text token and a frozen one before it; None if the selection's tokens are not frozen."""
-        if not selection.frozen:
-            return None
+    def _reads(self, sample: int, runs: list[tuple[int, Selection | None]]) -> list[int]:
+        """Pairs of a text token and a frozen one before it, in each layer."""
         text = self.prompt.real[sample] & ~self.prompt.vision[sample]
-        return int(selection.vision[sample].cumsum(0)[text].sum())
+        pairs = {
+            layer: int(selection.vision[sample].cumsum(0)[text].sum())
+            for layer, selection in self.selections
+            if selection.frozen and selection.counts is not None
+        }
+        frozen = [selection is not None and selection.frozen for _, selection in runs]
+        now = 0
+        return [(now := pairs.get(layer, now)) if is_frozen else 0 for layer, is_frozen in enumerate(frozen)]
 
     def _kept(self, sample: int, steps: list, total: int, fusion_layer: int | None) -> list[int] | None:
         if fusion_layer is not None:

@@ -13,6 +13,7 @@ from tiny import BAND, SMALL
 from latefusion.training import run
 
 TRAIN = Path(run.__file__).with_name("train.py")
+ON_CPU = Path(__file__).with_name("fsdp_on_cpu.py")
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
     "accelerate": [
@@ -21,6 +22,12 @@ LAUNCHERS = {
     ],
     "alone": [sys.executable],
 }
+for node in (0, 1):  # one process each
+    LAUNCHERS[f"node {node}"] = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2"),
+        *("--num_processes=2", f"--machine_rank={node}", "--main_process_ip=127.0.0.1"),
+        "--main_process_port={port}",
+    ]
 
 
 def free_port() -> int:
@@ -29,14 +36,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(launcher: str, base: Path, output: Path, *overrides: str) -> subprocess.Popen:
-    """A run of 3 steps on the tiny model, in a process group of its own."""
-    port = str(free_port())
+def start(
+    launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None
+) -> subprocess.Popen:
+    """A run of 3 steps on the tiny model, in a process group of its own; `at`: the port where its processes meet."""
+    port = str(at or free_port())
     quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")
     command = [part.format(port=port) for part in LAUNCHERS[launcher]]
-    command += [str(TRAIN), *quick, *fixed, *SMALL, *BAND, *where, *overrides]
+    scripts = [str(ON_CPU), str(TRAIN)] if "engine=fsdp2" in overrides else [str(TRAIN)]
+    command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
     return subprocess.Popen(

@@ -20,6 +20,14 @@ def test_recipes_are_compared_on_the_schedules_they_give_the_published_model():
     assert len({json.dumps(s.to_dict()) for s in published.values()}) == len(published)
 
 
+def test_what_the_machine_allows_is_a_mean_over_layers_of_steps_on_text():
+    pyramid = [64] * 4 + [640, 279, 279, 74, 69, 65, 65, 65] + [64] * 4
+    assert bench_training.sizes(pyramid) == [64, 279, 640]  # 65 to 74 lie between the first two
+    times = {10: [1.0, 2.0, 4.0], 20: [3.0, 6.0, 12.0]}
+    limit = bench_training.allowed([10, 20, 15, 10], times, [3.0, 6.0, 24.0])
+    assert limit == (1 + 3 + 2 + 1) / 4 / 3  # the median round
+
+
 def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     sizes = "--layers 8 --hidden 64 --vision 32 --text 16 --rounds 2 --threads 1 --clock cpu"
     monkeypatch.setattr(sys, "argv", ["x", *sizes.split(), "--json", str(tmp_path / "found.json")])
@@ -29,6 +37,7 @@ def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     assert rows["dense"]["speedup"] == rows["dense"]["peak_ratio"] == rows["dense"]["predicted_speedup"] == 1
     for name in ("late_fusion", "late_fusion_pyramid"):
         assert rows[name]["predicted_speedup"] > 1.3 and 0.2 < rows[name]["peak_ratio"] < 0.9
+        assert rows[name]["allowed_speedup"] > 0 and rows[name]["share_of_allowed"] > 0
     assert [(r["recipe"], r["teacher"]) for r in found["teachers"]] == [
         (name, teacher) for name in ("dense", "late_fusion_pyramid") for teacher in ("online", "offline")
     ]

@@ -172,7 +172,7 @@ def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
     tokens = student.schedule.vision_tokens(32, 576)
     assert sum(tokens) / 32 == pytest.approx(64, abs=0.5)
     trainable, total = student.model.get_nb_trainable_parameters()
-    assert 7.0e9 < total < 7.2e9 and 39e6 < trainable < 41e6
+    assert 7.0e9 < total < 7.2e9 and 20e6 < trainable < 21e6
     assert isinstance(student.schedule, VisionSchedule) and entry_of(student.model) is not None
 
 

@@ -263,7 +263,16 @@ def test_flops_are_those_of_a_real_run(kv_heads: int, attention: str) -> None:
         assert own.attention == after * sum(record.vision)
 
 
-def test_a_generated_layer_sees_only_keys_of_the_layers_that_read() -> None:
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_chunks_give_the_same(family: str) -> None:
+    model, inputs = build(family), prompt(family, MIXED)
+    with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 3, 4))):
+        whole = generated(model, copy.deepcopy(inputs))
+        parts = generated(model, copy.deepcopy(inputs), prefill_chunk_size=5)
+    assert close(torch.stack(whole.logits), torch.stack(parts.logits))
+
+
+def test_the_cache_holds_keys_in_the_layers_that_read() -> None:
     model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
     with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 4))):
         cache = model(**inputs).past_key_values

@@ -21,7 +21,9 @@ KINDS = {
     "alone": ("alone", "train.batch_size=4"),
     "lightning": ("alone", "train.batch_size=4", "engine=lightning"),
     "two processes": ("torchrun", "train.batch_size=2"),
+    "two processes, Lightning": ("torchrun", "train.batch_size=2", "engine=lightning"),
     "ZeRO-2": ("torchrun", "train.batch_size=2", "engine=deepspeed_zero2"),
+    "ZeRO-3": ("torchrun", "train.batch_size=2", "engine=deepspeed_zero3"),
 }
 
 

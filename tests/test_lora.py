@@ -2,16 +2,21 @@
 
 import pytest
 import torch
-from families import build
+from families import FAMILIES, build, shared
 from test_build import inputs_of, logits
 from tiny import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from latefusion.data import sources
 from latefusion.models.attach import attach
+from latefusion.models.base import unquantised
 from latefusion.models.entry import entry_of
+from latefusion.models.flops import decoder_flops
 from latefusion.models.saved import fingerprints, load, load_student, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import parts
+from latefusion.training.config import Layers, LoraConfig
+from latefusion.training.cost import backward_ends, training_flops
 from latefusion.training.estimate import activation_bytes, logit_bytes, weight_bytes
 
 
@@ -85,6 +90,46 @@ def test_what_each_variant_trains():
             set() if entry is None else {n for n, _ in entry.modules_to_save["default"].named_parameters()}
         )
         assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        (("lora.layers=busy",), 2),
+        (("lora.layers=busy", "schedule.enter=0"), 0),
+        (("lora.layers=busy", "lora.train_projector=true"), 0),
+        (("lora.layers=all",), 0),
+    ],
+)
+def test_the_backward_pass_ends_where_nothing_below_trains(samples, options, ends):
+    _, student = tiny_student(*options)
+    assert backward_ends(student.model) == ends
+    learns = []
+    layers = student.model.get_base_model().get_decoder().layers
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: learns.append(output.requires_grad))
+        for layer in layers
+    ]
+    batch = parts.collator_of(student)(samples)
+    with student.attachment.queries(batch["queries"]):
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
+        student.model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert learns == [False] * ends + [True] * (6 - ends)
+    known, schedule = student.model.config, student.schedule
+    dense, spared = (training_flops(known, schedule, 10, 4, first=first) for first in (0, ends))
+    assert dense - spared == decoder_flops(known, [10] * ends)
+
+
+def test_lora_goes_to_the_busy_layers_unless_told_otherwise():
+    assert LoraConfig().layers is Layers.busy
+    assert configured("model=llava_1_5_7b").lora.layers is Layers.busy
+    assert configured("model=embedded").lora.layers is Layers.all
+    schedule = VisionSchedule(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})
+    config = configured("model=llava_1_5_7b")
+    assert parts.adapted_layers(config, schedule, 32) == list(range(8, 24))
+    assert parts.adapted_layers(config, VisionSchedule(), 32) == list(range(32))  # recipe=dense
 
 
 def test_nothing_to_align_is_a_sentence():
@@ -233,6 +278,18 @@ def test_the_other_estimates_are_counts():
     assert weight_bytes(student.model) == 4 * everything + 12 * learning
     vocabulary = student.model.config.get_text_config().vocab_size
     assert logit_bytes(student.model.config, 5, teacher=False) == 3 * 4 * 5 * vocabulary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_bits_are_for_the_decoders_layers_alone(family):
+    """By the function with which transformers picks the layers that bitsandbytes replaces."""
+    model = shared(family)
+    kept = unquantised(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    replaced = {name for name in linear if should_convert_module(name, kept)}
+    inside = {id(module) for module in model.get_decoder().layers.modules()}
+    assert replaced == {name for name, m in model.named_modules() if id(m) in inside and name in linear}
+    assert any("vision" in name or "visual" in name for name in linear - replaced)
 
 
 @pytest.mark.gpu

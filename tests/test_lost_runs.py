@@ -395,13 +395,13 @@ def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path,
 def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("latefusion.training.monitor.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("latefusion.training.monitor.peak_flops", lambda: 1e12)
+    monkeypatch.setattr("latefusion.training.monitor.peak_flops", lambda dtype: 1e12)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monitor = Monitor(tmp_path, name="x", steps=10, first=2, samples=8, flops=1e10, main=True)
+    monitor = Monitor(tmp_path, name="x", steps=10, first=2, samples=8, dtype=torch.float32, main=True)
     clock[0] += 4
-    rates = monitor.rates(4, 1000)
+    rates = monitor.rates(4, 1000, 16e10)
     assert rates["tokens_per_second"] == 250 and rates["samples_per_second"] == 4
-    assert rates["eta_seconds"] == 12 and rates["mfu"] == pytest.approx(4 * 1e10 / 2e12)
+    assert rates["eta_seconds"] == 12 and rates["mfu"] == pytest.approx(16e10 / 4 / 2e12)
     text = line(
         4, 10, {"loss": 1.5, "ce": 1.25, "kl": 0.0, **rates, "tokens_per_second": 2500.0, "memory_gb": 3.0}
     )

@@ -156,6 +156,23 @@ def test_a_batch_of_text_alone_still_gives_every_weight_a_gradient(projector):
     assert missing == []  # DDP and ZeRO wait for each of them
 
 
+def test_a_batch_of_text_alone_runs_in_bfloat16_where_the_projector_trains():
+    """As on hardware with bfloat16: frozen weights in it, those that train in float32, autocast around the forward."""
+    config, student = tiny_student("teacher=none", "lora.train_projector=true")
+    for weight in student.model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+    content = [{"type": "text", "text": "how many?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
+    batch = parts.collator_of(student)(
+        [{"messages": [{"role": "user", "content": content}, answer], "images": []}]
+    )
+    forward = torch.autocast("cpu", torch.bfloat16)(student.model)
+    loss, _ = parts.objective_of(config, student)(forward, batch, count=2)
+    loss.backward()
+    found = [p.grad for n, p in student.model.named_parameters() if "projector" in n and p.requires_grad]
+    assert loss.isfinite() and all(grad is not None and not grad.any() for grad in found) and found
+
+
 def test_no_teacher_and_no_weight_mean_no_second_forward():
     config, student = tiny_student("teacher=none")
     assert parts.objective_of(config, student).teacher is None

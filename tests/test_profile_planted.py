@@ -84,6 +84,8 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_goes_on(tmp_path: Pat
         ledger.write_text("".join(lines[:3]) + lines[3][:20])
         resumed, _ = study(model, attachment, ledger)
         assert resumed == first and ledger.read_text() == whole
+        fresh, _ = study(model, attachment, tmp_path / "fresh.jsonl")
+        assert fresh == first, "the same measurements should come out, and the same decision"
         Ledger(ledger, {"about": 2})
         assert len(ledger.read_text().splitlines()) == 1
 
@@ -98,6 +100,30 @@ def test_a_budget_is_kept(tmp_path: Path) -> None:
     flops = [p["flops"] for p in found["front"]]
     kl = [p["kl"] for p in found["front"]]
     assert flops == sorted(flops) and kl == sorted(kl, reverse=True)
+
+
+def test_the_bound_holds_for_the_whole_schedule_and_for_each_of_its_parts(tmp_path: Path) -> None:
+    """One that costs something: what is chosen was measured within the bound, and nothing cheaper was."""
+    model = planted("llava", 0, 6)
+    with attach(model, VisionSchedule()) as attachment:
+        free, _ = study(model, attachment, tmp_path / "measured.jsonl")
+        bound = sorted(p["kl"] for p in free["points"])[len(free["points"]) // 2]
+        hand = VisionSchedule(enter=1, exit=5)
+        found, measurer = study(model, attachment, tmp_path / "measured.jsonl", bound=bound, given=hand)
+        kl, _ = measurer.schedule(VisionSchedule.from_dict(found["chosen"]["schedule"]), None, 0.0)
+        by_hand, _ = measurer.schedule(hand, None, 0.0)
+    chosen, ends = found["chosen"], found["ends"]
+    assert 0 < chosen["kl"] <= bound and chosen["band_kl"] <= bound
+    if not chosen["calibrated"]:
+        assert chosen["kl"] == pytest.approx(sum(kl) / len(kl))
+    band = chosen["schedule"]["enter"], chosen["schedule"]["exit"], chosen["calibrated"]
+    for p in found["points"]:
+        if (p["schedule"]["enter"], p["schedule"]["exit"], p["calibrated"]) == band:
+            assert p["kl"] > bound or p["flops"] >= chosen["flops"]
+    curves = found["effects"]
+    assert sum(curves[f"prefix {ends['enter'] + 1}"]["kl"]) / 12 > bound
+    assert found["beside"]["by hand"]["schedule"] == hand.to_dict()
+    assert found["beside"]["by hand"]["kl"] <= sum(by_hand) / len(by_hand) * 1.5  # calibrated
 
 
 def test_a_model_that_needs_no_image_is_told_so(tmp_path: Path) -> None:

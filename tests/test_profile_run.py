@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,12 +17,14 @@ import yaml
 from datasets import Dataset
 from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import composed, save_tiny_base, shake, tiny_base
 from transformers import LlamaConfig
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
+from latefusion.eval.profiling.measure import Measurer
 from latefusion.models.attach import attach
 from latefusion.models.build import build_student
 from latefusion.models.calibration import fit_entry, installed
@@ -88,7 +92,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 1 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]
@@ -99,6 +103,23 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
         assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+
+
+def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
+    def spent(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Measurer, "looks", spent)
+    words = [f"model={base}", "samples=3", "images=4", "dtype=float32", f"output={tmp_path}"]
+    own, config = command.parsed(words)
+    said = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        command.run(own, config, console=Console(file=said, width=200))
+    first = said.getvalue().splitlines()[0]
+    found = re.match(r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first)
+    assert found is not None, first
+    total, each = (int(number.replace(",", "")) for number in found.groups())
+    assert 2 * 4 <= each <= 2 * 4 + 40 and abs(total - 3 * each) <= 3
 
 
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
@@ -287,6 +308,15 @@ def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) ->
     with pytest.raises(SystemExit) as error:
         command.main(words, "usage")
     assert says in str(error.value) and (words == ["--help"] or len(str(error.value).splitlines()) == 1)
+
+
+def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -> None:
+    _, config = command.parsed(["model=embedded"])
+    deep, shallow = tiny_base(layers=16)[0], tiny_base(layers=4)[0]
+    held = config.model.schedule
+    assert command.by_hand(config, deep) == VisionSchedule(enter=held.enter, exit=held.exit, keep=held.keep)
+    assert command.by_hand(config, shallow) is None  # another model under that name
+    assert command.by_hand(command.parsed([f"model={base}"])[1], deep) is None
 
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:

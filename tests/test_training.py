@@ -84,6 +84,18 @@ def test_positions_are_the_students(base, tmp_path):
     assert attachment is not None and attachment.policy == load_student(tmp_path / "reindexed").schedule
 
 
+def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch):
+    def missing(path, **settings):
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.\nInstall it.")
+
+    monkeypatch.setattr("latefusion.models.base.AutoProcessor.from_pretrained", missing)
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: the processor of .* needs a package that is not here: Package `num2words` .* Install it\.$",
+    ):
+        train(base, tmp_path)
+
+
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
     """What it does with it is a test for a GPU: `test_lora.py`."""
     monkeypatch.setattr("latefusion.models.base.find_spec", lambda name: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TRAIN, launch
+from launching import TRAIN, free_port, launch, start
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny_base
@@ -68,7 +68,8 @@ def test_a_batch_may_be_divided_among_processes_and_accumulation(base, alone, tm
 
 
 @pytest.mark.parametrize(
-    ("stage", "launcher"), [("zero2", "torchrun"), ("zero3", "torchrun"), ("zero3", "alone")]
+    ("stage", "launcher"),
+    [("zero2", "torchrun"), ("zero3", "torchrun"), ("zero3_offload", "torchrun"), ("zero3", "alone")],
 )
 def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
     size = 8 if launcher == "alone" else 4
@@ -112,6 +113,31 @@ def test_lightning_ddp_trains_as_lightning_alone(base, alone, tmp_path):
     assert_same_student(tmp_path / "torchrun", tmp_path / "alone")
     assert metrics(tmp_path / "torchrun") == pytest.approx(metrics(tmp_path / "alone"), rel=LOSS)
     assert_same_student(tmp_path / "alone", alone)  # the other engine's
+
+
+def nodes(base: Path, outputs: list[Path], *options: str) -> list[tuple[int, str, str]]:
+    """What two launchers, each for one node, end with: status, what they printed, what they complained of."""
+    port = free_port()
+    launched = [start(f"node {rank}", base, output, *options, at=port) for rank, output in enumerate(outputs)]
+    found = [process.communicate(timeout=900) for process in launched]
+    return [(process.returncode, *said) for process, said in zip(launched, found, strict=True)]
+
+
+def test_two_nodes_train_as_one(base, alone, tmp_path):
+    """Two `accelerate launch`, as docs/training.md types them, on one machine."""
+    found = nodes(base, [tmp_path, tmp_path], "train.batch_size=4", "engine.processes=2")
+    for status, _, complained in found:
+        assert status == 0, complained[-3000:]
+    assert [said.count("Trained in") for _, said, _ in found] == [1, 0]
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=LOSS)
+    assert_same_student(tmp_path, alone)
+
+
+def test_nodes_that_share_no_folder_are_told_so(base, tmp_path):
+    found = nodes(base, [tmp_path / "a", tmp_path / "b"], "train.batch_size=4", "engine.processes=2")
+    assert all(status != 0 for status, _, _ in found)
+    assert any("all nodes must share it" in complained for _, _, complained in found)
+    assert not list(tmp_path.glob("*/checkpoint-*"))
 
 
 def test_the_whole_line_as_the_readme_types_it(tmp_path):

@@ -33,8 +33,8 @@ def tiny_base(*, layers: int = 6, seed: int = 0) -> tuple[LlavaForConditionalGen
     return model.eval(), build_processor(image_size=16, patch_size=8)
 
 
-def save_tiny_base(folder: Path, *, layers: int = 6) -> Path:
-    model, processor = tiny_base(layers=layers)
+def save_tiny_base(folder: Path, *, layers: int = 6, seed: int = 0) -> Path:
+    model, processor = tiny_base(layers=layers, seed=seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -64,5 +64,5 @@ def shake(student: Student, scale: float = 0.3) -> None:
     """Random trainable weights: fresh LoRA and entry adapters change nothing."""
     generator = torch.Generator().manual_seed(1)
     for weight in student.model.parameters():
-        if weight.requires_grad:
-            weight.normal_(0, scale, generator=generator)
+        if weight.requires_grad:  # drawn on the CPU, wherever the weight is
+            weight.copy_(torch.empty(weight.shape).normal_(0, scale, generator=generator))

@@ -87,6 +87,8 @@ def _aside(output_dir: str | Path, name: str, *, main: bool, barrier: Callable[[
             shutil.rmtree(staging, ignore_errors=True)
             (staging / name).mkdir(parents=True)
         barrier()
+        if not (staging / name).is_dir():
+            raise OSError("what the first process made there is not seen by another: all nodes must share it")
         yield staging / name
         if main:
             shutil.rmtree(staging)

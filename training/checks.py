@@ -102,9 +102,16 @@ def read(cfg: DictConfig) -> Config:
         raise ValueError(
             "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
         )
-    if config.tune is Tune.full and config.teacher is not Teacher.none and config.kl.weight > 0:
+    taught = config.teacher is not Teacher.none and kl.weight > 0
+    if config.tune is Tune.full and taught and kl.model is None:
         raise ValueError(
-            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, or tune=lora."
+            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, tune=lora, or "
+            "another model as the teacher, kl.model=PATH."
+        )
+    if kl.model is not None and not taught:
+        raise ValueError(
+            f"kl.model={kl.model} would teach nothing; use teacher=visipruner or teacher=dense with kl.weight above "
+            "0, or leave kl.model out."
         )
     if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
         raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")

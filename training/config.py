@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class Teacher(Enum):
-    """The policy of the teacher (the same weights, adapters off); `none`: no distillation."""
+    """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
 
     visipruner = "visipruner"
     dense = "dense"
@@ -26,7 +26,7 @@ class Teacher(Enum):
 class Tune(Enum):
     """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
     `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
-    and so no base to teach (`teacher=none`)."""
+    and so no base to teach (`teacher=none`, or `kl.model`)."""
 
     lora = "lora"
     align = "align"
@@ -42,7 +42,7 @@ class Variant(Enum):
 
 
 class Layers(Enum):
-    """Decoder layers with LoRA: `all`, or the `busy` ones, which see vision tokens under the schedule."""
+    """Decoder layers with LoRA: the `busy` ones, in which vision tokens take part under the schedule, or `all`."""
 
     all = "all"
     busy = "busy"
@@ -221,7 +221,7 @@ class LoraConfig:
     """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
 
     variant: Variant = Variant.lora
-    layers: Layers = Layers.all
+    layers: Layers = Layers.busy
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
@@ -247,6 +247,10 @@ class KLConfig:
     """Distillation: `weight` times KL(teacher || student) at this temperature.
 
     Attributes:
+        model: another model to be the teacher, frozen, of the same tokenizer and with the same number of vision
+            tokens an image: a hub id or folder; None: the student's own base.
+        revision: of `model`.
+        visipruner: thresholds of `model`; `model.visipruner` are those of the student's base.
         cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
         top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
             is matched too.
@@ -254,6 +258,9 @@ class KLConfig:
 
     weight: float = 1.0
     temperature: float = 1.0
+    model: str | None = None
+    revision: str | None = None
+    visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
     cache: str | None = None
     top_k: int = 32
 

@@ -13,9 +13,10 @@ from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config
+from latefusion.training.config import Config, Teacher
 from latefusion.training.estimate import estimated, numel
 from latefusion.training.parts import dtype_of
+from latefusion.training.teacher import OtherTeacher
 
 DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
@@ -26,7 +27,9 @@ def first_samples(dataset: Any) -> list[Any]:
     return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
 
 
-def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
+def describe(
+    config: Config, student: Student, batch: dict[str, Any], other: OtherTeacher | None = None
+) -> str:
     """What is about to be trained: parameters, vision tokens by layer, FLOPs against dense."""
     model, schedule = student.model, student.schedule
     ids, n = batch["input_ids"], len(batch["input_ids"])
@@ -51,14 +54,28 @@ def describe(config: Config, student: Student, batch: dict[str, Any]) -> str:
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
-            f"{' (offline)' if config.kl.cache else ''}, {dtype}",
+            f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
-            estimated(config, model, schedule, (all_text, all_vision, learnt), dtype_of(config)),
+            estimated(
+                config,
+                model,
+                schedule,
+                (all_text, all_vision, learnt),
+                dtype_of(config),
+                teacher_of(config, model, other),
+            ),
         ]
     )
+
+
+def teacher_of(config: Config, model: Any, other: OtherTeacher | None) -> Any:
+    """The model that teaches in every step, if one does."""
+    if config.teacher is Teacher.none or config.kl.weight == 0 or config.kl.cache is not None:
+        return None
+    return model if other is None else other.model
 
 
 def runs(tokens: list[int]) -> str:

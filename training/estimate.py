@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from latefusion.training.cost import training_flops
+from latefusion.training.cost import backward_ends, training_flops
 
 PROBE_S = 0.1  # how long the matrix products run that the speed is taken from
 OPTIMIZER_BYTES = 12  # a trained weight's gradient and two Adam moments, float32
@@ -82,31 +82,47 @@ def flops_per_second(width: int, dtype: torch.dtype) -> float:
     return times * 2 * width**3 / run(times)
 
 
-def estimated(config: Any, model: Any, schedule: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> str:
+def estimated(
+    config: Any,
+    model: Any,
+    schedule: Any,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    teacher: Any = None,
+) -> str:
     """The printed line: peak memory of a device and time of the run.
 
     Args:
         config: of the run; model: the student's.
         shape: text, vision and answer tokens of a sample.
+        teacher: the model that teaches in every step, if one does; `model`, or one with weights of its own.
     """
     n_text, n_vision, answers = shape
     train, known = config.train, model.config
     layers = known.get_text_config().num_hidden_layers
-    teacher = config.teacher.value != "none" and config.kl.weight > 0
-    vision = schedule.vision_tokens(layers, n_vision)
+    vision, first = schedule.vision_tokens(layers, n_vision), backward_ends(model)
     each = activation_bytes(
         known,
-        [n_text + n for n in vision],
-        vision if schedule.cross else [0] * layers,
+        [n_text + n for n in vision[first:]],
+        vision[first:] if schedule.cross else [0] * (layers - first),
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
         eager=known._attn_implementation == "eager",
-    ) + logit_bytes(known, answers, teacher=teacher)
-    peak = weight_bytes(model) + train.batch_size * each
+    ) + logit_bytes(known, answers, teacher=teacher is not None)
+    held = weight_bytes(model) + (0 if teacher is None or teacher is model else weight_bytes(teacher))
+    peak = held + train.batch_size * each
     step = (
         train.batch_size
         * train.accumulation
-        * training_flops(known, schedule, n_text, n_vision, teacher=teacher)
+        * training_flops(
+            known,
+            schedule,
+            n_text,
+            n_vision,
+            answers=answers,
+            teacher=None if teacher is None else teacher.config,
+            first=first,
+        )
     )
     seconds = step / flops_per_second(min(2048, max(256, known.get_text_config().hidden_size)), dtype)
     sharded = " before sharding" if config.engine.deepspeed or config.engine.fsdp else ""

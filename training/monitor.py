@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -18,16 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 METRICS = "metrics.jsonl"
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 REFRESH = 0.5  # seconds
-# dense bfloat16 peak in FLOP/s, from the vendors' data sheets (SXM where there are several)
+# dense peak in FLOP/s, bfloat16 on tensor cores and float32 without: vendors' data sheets, SXM where there are several
 PEAK = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
+    "B200": (2.25e15, 80e12),
+    "GH200": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A40": (150e12, 37.4e12),
+    "L4": (121e12, 30.3e12),
+    "4090": (165e12, 82.6e12),
 }
 
 
@@ -61,14 +63,23 @@ class Monitor:
         steps: of the whole run.
         first: steps that an earlier run has done; what it logged of later ones is removed.
         samples: that a step takes, over all processes.
-        flops: of one sample's training step, for the share of a GPU's peak (MFU).
+        dtype: that is computed in; with the device's name it gives the peak that MFU is a share of.
         main: this process shows and writes; the others only count.
     """
 
     def __init__(
-        self, folder: str | Path, *, name: str, steps: int, first: int, samples: int, flops: float, main: bool
+        self,
+        folder: str | Path,
+        *,
+        name: str,
+        steps: int,
+        first: int,
+        samples: int,
+        dtype: torch.dtype,
+        main: bool,
     ):
-        self.steps, self.first, self.samples, self.flops, self.main = steps, first, samples, flops, main
+        self.steps, self.first, self.samples, self.main = steps, first, samples, main
+        self.peak = peak_flops(dtype)
         self.last, self.since = first, time.perf_counter()
         self.begun = self.since
         self.shown = 0.0
@@ -97,12 +108,13 @@ class Monitor:
             self.bar.update(self.task, completed=done)
             self.bar.refresh()
 
-    def rates(self, done: int, tokens: float) -> dict[str, float]:
+    def rates(self, done: int, tokens: float, flops: float) -> dict[str, float]:
         """Speed since the last call, memory, and the seconds left.
 
         Args:
             done: steps.
             tokens: real (not padding) tokens since the last call, over all processes.
+            flops: that these computed.
         """
         now = time.perf_counter()
         seconds, steps = max(now - self.since, 1e-9), done - self.last
@@ -113,10 +125,8 @@ class Monitor:
             "memory_gb": memory() / 1e9,
             "eta_seconds": (now - self.begun) / max(1, done - self.first) * (self.steps - done),
         }
-        peak = peak_flops()
-        if peak is not None:
-            world = int(os.environ.get("WORLD_SIZE", "1"))
-            rates["mfu"] = rates["samples_per_second"] * self.flops / (peak * world)
+        if self.peak is not None:
+            rates["mfu"] = flops / seconds / (self.peak * int(os.environ.get("WORLD_SIZE", "1")))
         return {key: _significant(value) for key, value in rates.items()}
 
     def log(self, done: int, values: dict[str, Any]) -> None:
@@ -162,12 +172,16 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_flops() -> float | None:
-    """Of this GPU in bfloat16; None: not a GPU that is known."""
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Of this GPU; None: there is none, or not one that is known."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK.items() if key in name), None)
+    words = re.split(r"[^A-Z0-9]+", torch.cuda.get_device_name().upper())  # an L40 is no L4
+    for name, (bfloat16, float32) in PEAK.items():
+        if name in words:
+            tf32 = torch.get_float32_matmul_precision() != "highest"  # at half the speed of bfloat16
+            return bfloat16 if dtype is torch.bfloat16 else bfloat16 / 2 if tf32 else float32
+    return None
 
 
 def _step(entry: str) -> int:

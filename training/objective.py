@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
 from latefusion.models.policies.base import Policy
+from latefusion.training.cost import backward_ends, computed_flops
+from latefusion.training.teacher import OtherTeacher
 
 IGNORE = -100
 
@@ -22,8 +25,9 @@ class Objective:
     """`(sum of cross-entropies + weight * temperature^2 * sum of KL(teacher || student)) / count`.
 
     The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass,
-    no second copy of any weight. Dividing by the token count of the whole optimizer step, rather than of a
-    micro-batch, makes the gradient independent of accumulation and of the number of processes.
+    no second copy of any weight; or it is `other`, a frozen model. Dividing by the token count of the whole
+    optimizer step, rather than of a micro-batch, makes the gradient independent of accumulation and of the
+    number of processes.
 
     Args:
         model: the student, whose adapters `disable_adapter` turns off.
@@ -36,7 +40,14 @@ class Objective:
             on it and drop the result: where weights are sharded, or the projector trains, every process
             must run the same modules.
         narrowing: the student's policy at a moment of the run (0 to 1), where it changes; None: it does not.
+        other: the model that teaches, under its own policy; None: `model` does.
+        vocabulary: token ids that `other` scores too; None: all.
+
+    Attributes:
+        counts: say in the terms how many FLOPs were computed.
     """
+
+    counts = False
 
     def __init__(
         self,
@@ -49,6 +60,8 @@ class Objective:
         share_images: bool,
         blank: Mapping[str, Any] | None = None,
         narrowing: Callable[[float], Policy] | None = None,
+        other: OtherTeacher | None = None,
+        vocabulary: int | None = None,
     ):
         self.model: Any = model
         self.attachment = attachment
@@ -56,6 +69,8 @@ class Objective:
         self.teacher = teacher if weight > 0 else None
         self.weight, self.temperature, self.share_images = weight, temperature, share_images
         self.blank = blank
+        self.other = other if self.teacher is not None else None
+        self.vocabulary = vocabulary
 
     def __call__(
         self, forward: Callable[..., Any], batch: dict[str, Any], *, count: Tensor | int
@@ -78,25 +93,63 @@ class Objective:
         targets = labels[:, columns + 1]  # [B, R]
         learnt = targets != IGNORE  # bool [B, R]
         inputs.update(logits_to_keep=columns, use_cache=False)
-        idle = self.idles(inputs)
+        seen, idle = inputs, self.idles(inputs)
         if self.share_images and "pixel_values_videos" not in inputs:
             inputs = self.encode_images(inputs)
             if idle:
                 with torch.no_grad():
                     self.encode_blank(labels.device)
 
-        with self.attachment.queries(queries, answers=labels != IGNORE):
-            wanted = self.teach(inputs, learnt) if self.teacher is not None else None  # [N, V]
+        with self.asked(queries, labels != IGNORE):
+            wanted = None  # [N, V]
+            if self.teacher is not None:
+                wanted = self.teach(inputs if self.other is None else seen, learnt)
+            cost = self.teacher_cost(columns.numel() * len(labels)) if wanted is not None else 0
             nothing = self.encode_blank(labels.device) if idle and not self.share_images else 0.0
             logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
         loss, kl = ce + nothing, torch.zeros_like(ce)
+        scored = logits[:, : self.vocabulary]
         if wanted is not None:
-            kl = distillation(logits, wanted, self.temperature)
+            kl = distillation(scored, wanted, self.temperature)
         elif self.weight > 0 and tokens is not None:
-            kl = distillation_from(logits, tokens, logprobs, self.temperature)
+            kl = distillation_from(scored, tokens, logprobs, self.temperature)
         loss = loss + self.weight * kl
-        return loss / count, {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+        terms = {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+        if self.counts:
+            terms["flops"] = torch.tensor(
+                cost + self.student_cost(columns.numel() * len(labels)), device=ce.device
+            )
+        return loss / count, terms
+
+    def teacher_cost(self, scored: int) -> float:
+        """FLOPs of the teacher's pass, which has just run; `scored` tokens went through the head."""
+        if not self.counts:
+            return 0.0
+        model, attachment = (
+            (self.model, self.attachment) if self.other is None else (self.other.model, self.other.attachment)
+        )
+        return float(computed_flops(attachment, model.config, scored))
+
+    def student_cost(self, scored: int) -> float:
+        """FLOPs of the student's pass, which has just run, and of its backward pass.
+
+        As many again as forward, in the layers that the backward pass reaches; twice as many where the weights
+        themselves train. What gradient checkpointing computes again does not count.
+        """
+        config, backward = self.model.config, 1 if isinstance(self.model, PeftModel) else 2
+        forward = computed_flops(self.attachment, config, scored)
+        first = backward_ends(self.model)
+        return float(forward + backward * computed_flops(self.attachment, config, scored, first=first))
+
+    @contextmanager
+    def asked(self, queries: Tensor, answers: Tensor) -> Iterator[None]:
+        """Student and teacher know where the prompts end."""
+        with ExitStack() as stack:
+            for attachment in (self.attachment, self.other and self.other.attachment):
+                if attachment is not None:
+                    stack.enter_context(attachment.queries(queries, answers=answers))
+            yield
 
     def at(self, moment: float) -> None:
         """Tell where in the run (0 to 1) the forwards to come are."""
@@ -110,12 +163,19 @@ class Objective:
         labels, queries = inputs.pop("labels"), inputs.pop("queries")
         columns = label_columns(labels)  # [R]
         inputs.update(logits_to_keep=columns, use_cache=False)
-        with self.attachment.queries(queries, answers=labels != IGNORE):
+        with self.asked(queries, labels != IGNORE):
             return self.teach(inputs, labels[:, columns + 1] != IGNORE)
 
     @torch.no_grad()
     def teach(self, inputs: dict[str, Any], learnt: Tensor) -> Tensor:
         """The teacher's logits where labels are, float32 `[N, V]`."""
+        if self.other is not None:
+            with torch.autocast(
+                learnt.device.type, enabled=False
+            ):  # in the dtype of its weights, as at inference
+                if self.other.sharded and self.idles(inputs):
+                    self.encode_blank(learnt.device, self.other.model)
+                return self.other.forward(**fresh(inputs)).logits[learnt][:, : self.vocabulary].float()
         training = self.model.training
         self.model.eval()
         try:
@@ -139,19 +199,23 @@ class Objective:
         given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
         return self.blank is not None and not any(name in inputs for name in given)
 
-    def encode(self, inputs: Mapping[str, Any]) -> Any:
-        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+    def encode(self, inputs: Mapping[str, Any], owner: Any = None) -> Any:
+        owner = owner or self.model
+        model: Any = owner.get_base_model() if isinstance(owner, PeftModel) else owner
         encoder = model.base_model.get_image_features
         names = [name for name in inspect.signature(encoder).parameters if name in inputs]
-        sharded = isinstance(self.model, FSDPModule)  # then the outermost module gathers the weights
-        encode = self.model.get_image_features if sharded else encoder
+        sharded = isinstance(owner, FSDPModule)  # then the outermost module gathers the weights
+        encode = owner.get_image_features if sharded else encoder
         return encode(**{name: inputs[name] for name in names}, return_dict=True)
 
-    def encode_blank(self, device: torch.device) -> Tensor:
-        """Zero, by way of the vision tower and the projector."""
+    def encode_blank(self, device: torch.device, owner: Any = None) -> Tensor:
+        """Zero, by way of the vision tower and the projector (of `owner`; None: the student's)."""
         assert self.blank is not None
         moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
-        return 0.0 * sum(features.sum() for features in self.encode(moved).pooler_output)
+        # a projector that trains is float32 in a bfloat16 model, and this is not the engine's autocast around `forward`
+        mixed = (owner or self.model).dtype is torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
 
 
 def label_columns(labels: Tensor) -> Tensor:

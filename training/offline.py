@@ -22,6 +22,7 @@ from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.build import Student
 from latefusion.models.policies.base import Policy
 from latefusion.training.config import Config
+from latefusion.training.teacher import shared_vocabulary
 
 TEACHER = "teacher.json"
 SCHEMA = pa.schema(
@@ -49,12 +50,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 def expected(config: Config, student: Student, teacher: Policy | None) -> dict[str, Any]:
     """What must be the same when the answers are written and when they are read."""
     tokenizer = student.processor.tokenizer
+    ids = student.model.config.get_text_config().vocab_size
+    ids = ids if config.kl.model is None else shared_vocabulary(config)
     return {
-        "model": config.model.path,
+        "model": config.kl.model or config.model.path,
         "teacher": repr(teacher),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,
-        "k": min(config.kl.top_k, student.model.config.get_text_config().vocab_size),
+        "k": min(config.kl.top_k, ids),
         "tokenizer": fingerprint(tokenizer, student.processor.chat_template or ""),
     }
 

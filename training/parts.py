@@ -38,6 +38,7 @@ from latefusion.training.config import (
 from latefusion.training.objective import Objective
 from latefusion.training.offline import Taught, expected
 from latefusion.training.schedule import schedule_of
+from latefusion.training.teacher import load_teacher, shared_vocabulary
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -180,14 +181,23 @@ def packing(config: Config, student: Student, collator: Guard) -> Guard | Packed
 
 
 def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:
-    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch."""
+    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch.
+
+    Raises:
+        FileNotFoundError: the other model that is to teach is not there.
+    """
     offline = config.kl.cache is not None if offline is None else offline
+    policy, other = None if offline else teacher(config), None
+    if config.kl.model is not None and policy is not None:
+        other = load_teacher(config, policy, dtype=dtype_of(config))
     sharded = config.engine.deepspeed or config.engine.fsdp
     blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
     return Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=None if offline else teacher(config),
+        teacher=policy,
+        other=other,
+        vocabulary=None if config.kl.model is None else shared_vocabulary(config),
         weight=config.kl.weight,
         temperature=config.kl.temperature,
         share_images=not trains_projector(config),
@@ -205,9 +215,11 @@ def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | N
 
 
 def teacher(config: Config) -> Policy | None:
+    """The policy that the teacher runs under."""
     if config.teacher is Teacher.none:
         return None
-    return VisionSchedule() if config.teacher is Teacher.dense else visipruner(config.model.visipruner)
+    thresholds = config.model.visipruner if config.kl.model is None else config.kl.visipruner
+    return VisionSchedule() if config.teacher is Teacher.dense else visipruner(thresholds)
 
 
 def visipruner(config: VisiPrunerConfig) -> VisiPruner:

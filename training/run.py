@@ -34,10 +34,12 @@ from latefusion.training.parts import (
     packing,
     samples,
     student_of,
+    teacher,
     training_collator,
     visipruner,
 )
 from latefusion.training.schedule import schedule_of, settle_schedule
+from latefusion.training.teacher import check_teacher
 
 
 def run(cfg: DictConfig) -> None:
@@ -61,16 +63,15 @@ def run(cfg: DictConfig) -> None:
             collator = guarded(config, training_collator(config, student), dataset)
             some = collator(first_samples(dataset))
             collator = packing(config, student, collator)
+            objective = objective_of(config, student)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
-            print(describe(config, student, some), flush=True)
+            print(describe(config, student, some, objective.other), flush=True)
         try:
-            main = engine.fit(
-                config, context, student, dataset, collator, objective_of(config, student), resumed
-            )
+            main = engine.fit(config, context, student, dataset, collator, objective, resumed)
         except (CannotSave, NonFinite, Stale) as error:
             raise SystemExit(f"error: {error}") from error.__cause__
         except Preempted as stop:
@@ -102,6 +103,9 @@ def check(config: Config) -> Path | None:
     schedule_of(config.schedule)
     visipruner(config.model.visipruner)
     check_base(config.model.path)
+    policy = teacher(config)
+    if config.kl.model is not None and policy is not None:
+        check_teacher(config, policy)
     output, train = Path(config.output_dir), config.train
     if config.resume is not False:
         samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,6 +20,7 @@ from latefusion.training import parts
 from latefusion.training.checks import read
 from latefusion.training.offline import TEACHER, expected, rows_of, write
 from latefusion.training.run import settle_threads
+from latefusion.training.teacher import check_teacher
 
 
 def teach(cfg: DictConfig) -> None:
@@ -37,14 +38,19 @@ def teach(cfg: DictConfig) -> None:
         if config.kl.cache is None:
             raise ValueError("kl.cache is not set; name the folder to write with kl.cache=FOLDER.")
         check_base(config.model.path)
+        policy = parts.teacher(config)
+        if config.kl.model is not None and policy is not None:
+            check_teacher(config, policy)
         dataset = parts.samples(config.data)
         settle_threads(config)
         student = parts.student_of(config, dataset)
+        objective = parts.objective_of(config, student, offline=False)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    runs: Any = student.model if objective.other is None else objective.other.model
     if torch.cuda.is_available():
-        student.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    device = student.model.device
+        runs.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    device = runs.device
     folder = Path(config.kl.cache)
     (folder / TEACHER).unlink(missing_ok=True)  # what was there is no longer whole
     if rank == 0:
@@ -52,9 +58,8 @@ def teach(cfg: DictConfig) -> None:
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
     collator, pad = parts.collator_of(student, config), student.processor.tokenizer.pad_token_id
-    objective = parts.objective_of(config, student, offline=False)
     mine = range(rank, len(dataset), world)
-    k = min(config.kl.top_k, student.model.config.get_text_config().vocab_size)
+    told = expected(config, student, policy)
 
     def batches() -> Iterator[list[dict[str, Any]]]:
         for start in range(0, len(mine), config.train.batch_size):
@@ -68,14 +73,13 @@ def teach(cfg: DictConfig) -> None:
             ):
                 wanted = objective.answers(moved).cpu()  # [N, V]
             temperature = config.kl.temperature
-            yield list(rows_of(samples, batch, wanted, pad=pad, k=k, temperature=temperature))
+            yield list(rows_of(samples, batch, wanted, pad=pad, k=told["k"], temperature=temperature))
             if rank == 0 and sys.stderr.isatty():
                 print(f"\r{start + len(rows)}/{len(mine)} samples", end="", file=sys.stderr)
 
     count = write(folder, batches(), rank=rank, world=world)
     if rank == 0:
-        told = {**expected(config, student, parts.teacher(config)), "files": world}
-        (folder / TEACHER).write_text(json.dumps(told, indent=1) + "\n")
+        (folder / TEACHER).write_text(json.dumps({**told, "files": world}, indent=1) + "\n")
         size = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
         print(
             f"{count} samples taught in {time.perf_counter() - started:.0f} s, {size / 1e6:.0f} MB in {folder}; train "

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latefusion.data.config import DataConfig, Source
+from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
 
@@ -90,7 +91,10 @@ def named(word: str) -> list[str]:
         return [word]
     if "/" not in value and not Path(value).exists():
         return [word]  # a mistyped name: `explain` lists what there is
-    return [f"model.path={value}"] if key == "model" else ["data=dataset", f"data.path={value}"]
+    if key == "data":
+        return ["data=dataset", f"data.path={value}"]
+    nobodys = ("model.schedule.enter=0", "model.schedule.exit=null", "model.schedule.keep=null")
+    return [f"model.path={value}", *nobodys]  # the rest is the default model's
 
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
@@ -133,10 +137,21 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         labelled=labelled,
         about=about,
         output_dir=own.output or f"outputs/profile_{name}",
-        wishes=Wishes(bound=own.bound, budget=own.budget),
+        wishes=Wishes(bound=own.bound, budget=own.budget, given=by_hand(config, model)),
         batch_size=own.batch_size,
         **options,
     )
+
+
+def by_hand(config: Config, model: Any) -> VisionSchedule | None:
+    """The schedule that `recipes/model` holds for the model, if it holds one and the model is one that it fits."""
+    asked = config.model.schedule
+    schedule = VisionSchedule.from_dict({"enter": asked.enter, "exit": asked.exit, "keep": asked.keep})
+    try:
+        schedule.validate(model.config.get_text_config().num_hidden_layers)
+    except ValueError:
+        return None
+    return None if schedule == VisionSchedule() else schedule
 
 
 def chosen_rows(data: DataConfig, own: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -80,7 +80,10 @@ def nearest_words(embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def kinds(rows: Tensor, attention: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     """Sink (0), dead (1) or alive (2), for each of a sample's vision tokens, int64 `[K]`.
 
-    The three kinds are EmbedLens's (arXiv 2603.00510); these rules are ours: a *sink* receives over ten times the mean
+    The three kinds are EmbedLens's (arXiv 2603.00510), the rules are not: its code calls a token a sink or dead if one
+    of three vocabulary entries, which its authors chose by hand for LLaVA-1.5-7B (two for sinks, one for dead tokens),
+    is among the three nearest to it by cosine, and the rest alive. Such entries are not known of another model. So
+    here, without a claim to give the paper's shares: a *sink* receives over ten times the mean
     vision token's attention from the last prompt token (mean over layers); a *dead* token is one whose feature
     says what the average image says there, its squared distance from the mean below a tenth of the average one.
 

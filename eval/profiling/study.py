@@ -26,10 +26,12 @@ class Wishes:
         bound: nats of KL per answer token, mean over samples, that the schedule may cost: where vision enters, where
             it leaves, both at once, and the whole of it with its entry and keeps.
         budget: parts of dense decoder FLOPs; None: as few as the bound allows.
+        given: a schedule chosen by hand, measured beside the one that is decided.
     """
 
     bound: float = 0.05
     budget: float | None = None
+    given: VisionSchedule | None = None
 
 
 @dataclass
@@ -77,13 +79,18 @@ class Study:
         raw = self.measured(band, None) if entry is not None else whole
         keeps = self._keeps(band, entry, whole.kl) if b - a > 1 else []
         chosen, why = decide.choose([whole, *keeps], wishes.bound, wishes.budget)
-        points += [*tried.values(), *keeps, *([raw] if entry is not None else [])]
+        beside = {"chosen, raw entry": self.measured(chosen.schedule, None)} if entry is not None else {}
+        if (given := wishes.given) is not None:
+            if given.enter > 0 and given.enter not in fitted:
+                fitted[given.enter] = calibrate(given.enter)
+            beside["by hand"] = self.measured(given, _entry_of(fitted.get(given.enter)))
+        points += [*tried.values(), *keeps, *([raw] if entry is not None else []), *beside.values()]
         right = effects["dense"]["right"]
         return {
             "layers": layers,
             "labelled": self.labelled,
             "tokens": {"text": self.n_text, "vision": self.n_vision},
-            "wishes": vars(wishes),
+            "wishes": {"bound": wishes.bound, "budget": wishes.budget},
             "dense_accuracy": float(np.mean(right)) if self.labelled else None,
             "effects": effects,
             "looks": looks,
@@ -93,6 +100,7 @@ class Study:
             "kept": self._kept(chosen, entry, right),
             "points": [p.to_dict() for p in points],
             "front": [p.to_dict() for p in decide.pareto(points)],
+            "beside": {name: p.to_dict() for name, p in beside.items()},
             "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl[a, b]},
             "note": ""
             if b - a > 1

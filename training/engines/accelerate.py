@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -20,8 +20,9 @@ from latefusion.models.build import Student
 from latefusion.models.saved import load_entry, save_student
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.config import Config, NonFiniteStep
-from latefusion.training.cost import sample_flops
+from latefusion.training.engines import fsdp
 from latefusion.training.engines.instruments import monitor_of, watch_of
+from latefusion.training.engines.teachers import settle_teacher
 from latefusion.training.guard import Preempted, Signals, check_world
 from latefusion.training.monitor import Monitor, trackers
 from latefusion.training.objective import Objective
@@ -48,10 +49,8 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # Trainer imports DeepSpeed, which would guess, and warn
-    if config.engine.fsdp and cpu:
-        raise ValueError(
-            "engine=fsdp2 needs GPUs: accelerate would run it as DDP; use engine=accelerate on a CPU."
-        )
+    if config.engine.fsdp:
+        fsdp.refuse_cpu()
     if config.engine.deepspeed:
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
@@ -116,13 +115,8 @@ def fit(
         Preempted: a signal stopped the run, after a checkpoint.
         NonFinite, CannotSave: in one sentence.
     """
-    if config.engine.fsdp:  # the class names that a Llava gives would be looked for in vain
-        layer = student.model.get_base_model().get_decoder().layers[0]
-        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = type(layer).__name__
-        # weights as they are stored, gradients summed in float32: the arithmetic of autocast under DDP.
-        # Accelerate would cast what trains, and sum its gradients, in bfloat16
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        args.fsdp_plugin_args["mixed_precision_policy"] = policy
+    if config.engine.fsdp:
+        args.fsdp_plugin_args.update(fsdp.plugin_args(student))
     trainer = StudentTrainer(
         config=config,
         model=student.model,
@@ -132,6 +126,8 @@ def fit(
         student=student,
         objective=objective,
     )
+    if objective.other is not None:
+        settle_teacher(config, objective.other, args.device)
     # under autocast LoRA's products run in bfloat16; PEFT would cast every input to the weights' float32
     with trainer.life, disable_input_dtype_casting(student.model, active=args.bf16):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -156,7 +152,6 @@ class StudentTrainer(Trainer):
         self.terms: dict[str, Tensor] = {}
         self.staging: Path | None = None
         self.pad = student.processor.tokenizer.pad_token_id
-        self.flops = sample_flops(student, objective.teacher, self.train_dataset, self.data_collator)
         whole = isinstance(student.model, PeftModel) and not (
             self.is_deepspeed_enabled or self.is_fsdp_enabled
         )
@@ -181,9 +176,7 @@ class StudentTrainer(Trainer):
     ) -> Tensor:
         assert num_items_in_batch is not None
         self.objective.at(self.state.global_step / self.args.max_steps)
-        # accelerate puts no autocast around a model in FSDP2's shards, as it does around any other
-        mixed = self.args.bf16 and self.is_fsdp_enabled
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=mixed):
+        with fsdp.autocast(self):
             loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)
         terms["read"] = (inputs["input_ids"] != self.pad).sum()
@@ -207,7 +200,7 @@ class StudentTrainer(Trainer):
             sums = dict(zip(self.terms, total.tolist(), strict=True))
             logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
             assert self.life.monitor is not None
-            logs |= self.life.monitor.rates(self.state.global_step, sums["read"])
+            logs |= self.life.monitor.rates(self.state.global_step, sums["read"], sums.get("flops", 0.0))
             self.terms = {}
             if left_out := skipped(self.args.output_dir):
                 logs["skipped_rows"] = left_out
@@ -234,7 +227,7 @@ class StudentTrainer(Trainer):
             states = len(list(folder.glob("rng_state*")))
             if self.is_world_process_zero() and states < self.args.world_size:
                 raise OSError(
-                    f"{states} of {self.args.world_size} processes write into this folder: nodes must share it"
+                    f"{states} of {self.args.world_size} processes write into this folder: all nodes must share it"
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -265,9 +258,10 @@ class Life(TrainerCallback):
             trainer.config,
             trainer.order,
             first=state.global_step,
-            flops=trainer.flops,
+            dtype=torch.bfloat16 if args.bf16 else torch.float32,
             main=state.is_world_process_zero,
         )
+        trainer.objective.counts = self.monitor.peak is not None
         self.signals.listen()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from latefusion.models.build import Student
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.monitor import Monitor
@@ -27,7 +29,7 @@ def watch_of(
     )
 
 
-def monitor_of(config: Config, order: Order, *, first: int, flops: float, main: bool) -> Monitor:
+def monitor_of(config: Config, order: Order, *, first: int, dtype: torch.dtype, main: bool) -> Monitor:
     """See `Monitor`."""
     return Monitor(
         config.output_dir,
@@ -35,6 +37,6 @@ def monitor_of(config: Config, order: Order, *, first: int, flops: float, main: 
         steps=config.train.steps,
         first=first,
         samples=order.size,
-        flops=flops,
+        dtype=dtype,
         main=main,
     )

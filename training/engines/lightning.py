@@ -24,8 +24,8 @@ from latefusion.models.build import Student
 from latefusion.models.saved import save_student
 from latefusion.training.checkpoints import step_of, writing, writing_result
 from latefusion.training.config import Config
-from latefusion.training.cost import sample_flops
 from latefusion.training.engines.instruments import monitor_of, watch_of
+from latefusion.training.engines.teachers import settle_teacher
 from latefusion.training.guard import Preempted, Signals, check_world
 from latefusion.training.monitor import Monitor, trackers
 from latefusion.training.nonfinite import Watch
@@ -115,9 +115,12 @@ def fit(
         config,
         order,
         first=first,
-        flops=sample_flops(student, objective.teacher, dataset, collator),
+        dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32,
         main=trainer.is_global_zero,
     )
+    objective.counts = monitor.peak is not None
+    if objective.other is not None:
+        settle_teacher(config, objective.other, trainer.strategy.root_device)
     module = StudentModule(config, student, objective, watch, monitor)
     life = Life(config, student, order, monitor)
     trainer.callbacks.append(life)  # type: ignore[attr-defined]
@@ -273,7 +276,7 @@ class StudentModule(pl.LightningModule):
         steps = done - self.monitor.last
         logs = {"loss": sums["loss"] / steps, "grad_norm": norm, "learning_rate": rate}
         logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
-        logs |= self.monitor.rates(done, sums["read"])
+        logs |= self.monitor.rates(done, sums["read"], sums.get("flops", 0.0))
         self.log_dict(logs, rank_zero_only=True)
         self.monitor.log(done, logs)
 

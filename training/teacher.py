@@ -1,0 +1,136 @@
+"""A teacher that is another model (`kl.model`): larger, of the student's tokenizer, frozen, on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+from latefusion.models import embedded
+from latefusion.models.attach import Attachment, attach
+from latefusion.models.base import EMBEDDED, check_base, load_base
+from latefusion.models.policies.base import Policy
+from latefusion.training.config import Config
+
+SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
+
+
+@dataclass(kw_only=True)
+class OtherTeacher:
+    """A frozen model under its policy.
+
+    Attributes:
+        model: the Hugging Face model, with `attachment` on it.
+        forward: what is called: the model, or the engine that an engine put around it.
+        sharded: its weights lie in shards, so that all processes must run the same of its modules.
+    """
+
+    model: Any
+    attachment: Attachment
+    forward: Any = None
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        self.forward = self.forward or self.model
+
+
+def load_teacher(config: Config, policy: Policy, *, dtype: torch.dtype) -> OtherTeacher:
+    """The model that `kl.model` names, under `policy`, which `check_teacher` has seen.
+
+    Raises:
+        FileNotFoundError: its weights are not there.
+    """
+    model, _ = load_base(
+        kl_model(config),
+        dtype=dtype,
+        revision=config.kl.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    return OtherTeacher(model=model, attachment=attach(model, policy))
+
+
+def check_teacher(config: Config, policy: Policy) -> None:
+    """Raise, before any weights are loaded, if `kl.model` cannot teach: from processors and configurations alone.
+
+    Teacher and student read the same tokens and pixels, those of the student's processor.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: another vocabulary, another number of vision tokens an image, or other pixels; `policy` does not
+            fit its layers.
+    """
+    path = kl_model(config)
+    check_base(path)
+    try:
+        policy.validate(_config(config, path, config.kl.revision).get_text_config().num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"kl.model={path} cannot run under its policy: {error}") from None
+    mine, its = (_processor(config, *of) for of in _both(config))
+    fix = "choose a teacher of the student's family, or leave kl.model out"
+    vocabulary, others = mine.tokenizer.get_vocab(), its.tokenizer.get_vocab()
+    if vocabulary != others:
+        word = min(
+            (word for word in vocabulary.keys() | others.keys() if vocabulary.get(word) != others.get(word)),
+            key=lambda word: min(vocabulary.get(word, len(vocabulary)), others.get(word, len(others))),
+        )
+        raise ValueError(
+            f"kl.model={path} has another vocabulary: {word!r} is token {others.get(word)} there and "
+            f"{vocabulary.get(word)} in {config.model.path}; {fix}."
+        )
+    if shared_vocabulary(config) < len(vocabulary):
+        raise ValueError(
+            f"kl.model={path} and {config.model.path} both score {shared_vocabulary(config)} tokens, but the "
+            f"tokenizer has {len(vocabulary)}; {fix}."
+        )
+    placeholder, other = (_config(config, *of).image_token_id for of in _both(config))
+    told: list[tuple[str, Any, Any]] = [("image_token_id", placeholder, other)]
+    for size in SIZES:
+        text = mine.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+        image = Image.radial_gradient("L").resize(size).convert("RGB")
+        a, b = (processor(text=text, images=[image], return_tensors="pt") for processor in (mine, its))
+        of = f"an image of {size[0]}x{size[1]} pixels"
+        tokens = [int((inputs["input_ids"] == placeholder).sum()) for inputs in (a, b)]
+        told.append((f"vision tokens of {of}", tokens[0], tokens[1]))
+        told.append((f"shape of {of}", tuple(a["pixel_values"].shape), tuple(b["pixel_values"].shape)))
+        means = [round(float(inputs["pixel_values"].double().mean()), 4) for inputs in (a, b)]
+        told.append((f"mean value of {of}", means[0], means[1]))
+    for what, here, there in told:
+        if here != there:
+            raise ValueError(
+                f"kl.model={path} does not see images as the student does: {what}: {there} there, {here} in "
+                f"{config.model.path}; {fix}."
+            )
+
+
+def shared_vocabulary(config: Config) -> int:
+    """How many token ids both score: models of one tokenizer may pad their output to different sizes."""
+    return min(_config(config, *of).get_text_config().vocab_size for of in _both(config))
+
+
+def kl_model(config: Config) -> str:
+    assert config.kl.model is not None
+    return config.kl.model
+
+
+def _both(config: Config) -> list[tuple[str, str | None]]:
+    return [(config.model.path, config.model.revision), (kl_model(config), config.kl.revision)]
+
+
+def _config(config: Config, path: str, revision: str | None) -> Any:
+    return AutoConfig.from_pretrained(
+        _folder(path), revision=revision, trust_remote_code=config.model.trust_remote_code
+    )
+
+
+def _processor(config: Config, path: str, revision: str | None) -> Any:
+    settings = {} if path == EMBEDDED else config.model.processor
+    where = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
+    return AutoProcessor.from_pretrained(_folder(path), **where, **settings)
+
+
+def _folder(path: str) -> Any:
+    return embedded.WEIGHTS if path == EMBEDDED else path
