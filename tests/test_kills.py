@@ -62,6 +62,13 @@ def started_and_at(step, kind, base, output, *options):
     return process
 
 
+def alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_same_weights(found, expected):
     weights = load_file(expected / "adapter_model.safetensors")
     for name, weight in load_file(found / "adapter_model.safetensors").items():
@@ -81,12 +88,14 @@ def test_killed_at_a_random_step_and_resumed_it_is_the_same_run(base, whole, tmp
     print(f"killed {delay:.3f} s after step {at}")
     process = started_and_at(at, kind, base, tmp_path)
     time.sleep(delay)
+    workers = psutil.Process(process.pid).children(recursive=True)  # in groups of their own
     os.killpg(process.pid, signal.SIGKILL)
-    for child in psutil.Process().children(recursive=True):  # torchrun gives its workers groups of their own
-        child.kill()
+    for worker in workers:
+        worker.kill()
     process.wait()
+    while any(map(alive, workers)):  # they hold the output folder until then
+        time.sleep(0.01)
     assert not (tmp_path / "adapter_model.safetensors").exists(), "it had finished"
-    time.sleep(0.5)
     launcher, *options = KINDS[kind]
     launch(launcher, base, tmp_path, *RUN, *options, "resume=true")
     assert_same_weights(tmp_path, expected)

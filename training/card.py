@@ -98,6 +98,7 @@ def _training(config: DictConfig) -> list[tuple[str, Any]]:
         "mixture": "data.parts",
         "split": "data.split",
         "teacher": "teacher",
+        "teacher's model": "kl.model",
         "what trained": "tune",
         "LoRA rank": "lora.r",
         "KL weight": "kl.weight",
