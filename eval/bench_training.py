@@ -5,7 +5,8 @@
 
 A step is the product's own: student, objective and optimizer of `training/`, on random weights and made-up vision
 features (the frozen vision tower costs every recipe the same, and is neither run nor predicted). The schedules are
-those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Three tables:
+those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Every recipe has LoRA in all layers
+(`lora.layers=all`), so that only the schedule differs. Three tables:
 
 * step time of each recipe without a teacher, in turn within every round (`bench_executor` says why), beside what its
   FLOPs say, and what this machine allows: products of few rows run at a lower speed than those of many, so steps on
