@@ -191,6 +191,8 @@ def test_shallow_rule_equals_edited_weights(layouts: str, layer: int, sink_rule:
                 got[b, rows, h], (torch.from_numpy(edited) @ data.value[b, h])[rows], rtol=0, atol=1e-12
             )
     if last == 10:  # text at the end of all samples is not computed twice
-        assert data.runs == {1: [11, 5], 2: [8, 5], 3: [6, 5]}[1 + list(LAYOUTS).index(layouts)]
-    else:  # answers at the end read the true values, in layer 0 from a run of their own
-        assert data.runs == ([11, 11, 4] if layer == 0 else [11, 4])
+        others, text = {1: (11, 5), 2: (8, 5), 3: (6, 5)}[1 + list(LAYOUTS).index(layouts)]
+    else:
+        others, text = 11, 4
+    unruled = 1 + 10 - last  # text before the image, and answers: in layer 0 in a run of their own
+    assert data.runs == ([others, unruled, text] if layer == 0 else [others, text])

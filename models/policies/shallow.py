@@ -23,7 +23,8 @@ class ShallowRule:
 
     def __init__(self, prompt: Prompt, sink_rule: str):
         self.prompt, self.sink_rule = prompt, sink_rule
-        self._rows: tuple[Tensor, Tensor] | None = None  # text rows int64 [B, R], and which are no filling
+        self._rows: tuple[Tensor, Tensor] | None = None  # of text, as `_first` gives them
+        self._unruled: tuple[Tensor, Tensor] | None = None  # of text before the image and of answers
 
     def __call__(self, layer: int, call: AttentionCall) -> Tensor:
         """The layer's attention output under the rule, `[B, N, H, D]`."""
@@ -33,11 +34,21 @@ class ShallowRule:
         hidden = value.masked_fill(keys, 0)  # [B, Hkv, K, D]
         if layer > 0:
             return self._join(call, self._others(call, value), hidden)
-        if not any(prompt.n_answer):  # what stands before the first vision token has none to see
-            return self._join(call, self._others(call, hidden), self._sink(keys, value))
-        vision = prompt.vision[:, : call.query.shape[2] - prompt.tail, None, None]
-        others = torch.where(vision, self._others(call, hidden), self._others(call, value))
+        others = self._others(call, hidden)  # vision tokens, which read text alone
+        if self._unruled is None:
+            plain = (prompt.real & ~prompt.vision & ~prompt.text)[:, : others.shape[1]]
+            self._unruled = _first(plain, self._most_unruled())
+        rows, valid = self._unruled
+        if rows.shape[1]:
+            others = _put(others, rows, valid, call.run(value, rows))
         return self._join(call, others, self._sink(keys, value))
+
+    def _most_unruled(self) -> int:
+        prompt = self.prompt
+        return max(
+            real - vision - text if vision else 0  # a sample without vision has nothing hidden
+            for real, vision, text in zip(prompt.n_real, prompt.n_vision, prompt.n_text, strict=True)
+        )
 
     def _others(self, call: AttentionCall, value: Tensor) -> Tensor:
         """The rows before the text at the end, `[B, N - tail, H, D]`."""
@@ -57,13 +68,21 @@ class ShallowRule:
         if not most:
             return others
         if self._rows is None:
-            ruled = self.prompt.text
-            rows = ruled.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-            self._rows = rows, ruled.gather(1, rows)
+            self._rows = _first(self.prompt.text, most)
         rows, valid = self._rows
         text = call.run(text_value, rows)  # [B, R, H, D]
         if most == tail:  # the last rows of every sample
             return torch.cat([others, text], 1)
-        output = pad(others, (0, 0, 0, 0, 0, tail))
-        index = rows[:, :, None, None].expand(-1, -1, *output.shape[2:])
-        return output.scatter(1, index, torch.where(valid[:, :, None, None], text, output.gather(1, index)))
+        return _put(pad(others, (0, 0, 0, 0, 0, tail)), rows, valid, text)
+
+
+def _first(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Rows of a mask `[B, N]`, at most so many, int64 `[B, R]`, and which of them are no filling."""
+    rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return rows, mask.gather(1, rows)
+
+
+def _put(output: Tensor, rows: Tensor, valid: Tensor, new: Tensor) -> Tensor:
+    """`output` `[B, N, H, D]` with `new` `[B, R, H, D]` in its rows."""
+    index = rows[:, :, None, None].expand(-1, -1, *output.shape[2:])
+    return output.scatter(1, index, torch.where(valid[:, :, None, None], new, output.gather(1, index)))
