@@ -280,7 +280,7 @@ def test_from_the_hub_s_files_to_a_report(hub: Path, tmp_path: Path) -> None:
     sources = ",".join(f"{name}: {hub / name}" for name in LAYOUTS)
     asked = [
         f"model={base}",
-        "policies=[{vtw: {layer: 3}}]",
+        "policies=[{vtw: {layer: 2}}]",
         f"tasks=[{','.join(LAYOUTS)}]",
         f"output={tmp_path / 'out'}",
     ]
