@@ -87,22 +87,7 @@ def test_a_shape_that_is_done_is_not_measured_again(
 ) -> None:
     file, measured, run = tmp_path / "rows.json", [], bench.Bench.run
     monkeypatch.setattr(bench.Bench, "run", lambda self, v: (measured.append(self.text), run(self, v))[1])
-    words = [
-        "bench",
-        "--shape",
-        "tiny",
-        "--vision",
-        "24",
-        "--batch",
-        "1",
-        "--rounds",
-        "1",
-        "--steps",
-        "1",
-        "--threads",
-        "1",
-        "--json",
-    ]
+    words = "bench --shape tiny --vision 24 --batch 1 --rounds 1 --steps 1 --threads 1 --json"
     for text in (["4"], ["4", "6"]):
         monkeypatch.setattr(sys, "argv", [*words.split(), str(file), "--text", *text])
         bench.main()

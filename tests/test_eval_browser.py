@@ -32,6 +32,9 @@ const students = shown();
 pick(kind, "lost");
 const lost = shown();
 pick(system, ""); pick(kind, "");
+const gallery = document.querySelector(".gallery");
+for (let i = 0; i < 30; i++) gallery.append(gallery.querySelector(".example").cloneNode(true));
+pick(kind, "");
 const pages = [shown().length];
 while (!document.querySelector("#more").hidden) { document.querySelector("#more").click(); pages.push(shown().length); }
 const found = {
@@ -99,7 +102,7 @@ def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
     assert all("student:" in kinds for kinds in found["students"]) and found["students"]
     assert all("student:lost" in kinds for kinds in found["lost"])
     pages, cards = found["pages"], found["cards"]
-    assert pages == [min(12 * (i + 1), cards) for i in range(len(pages))] and pages[-1] == cards > 12
+    assert pages == [min(12 * (i + 1), cards) for i in range(len(pages))] and pages[-1] == cards > 30
     assert found["count"] == found["of"] == str(cards)
 
 

@@ -111,6 +111,14 @@ def test_other_colours_become_rgb(mode):
     assert image.mode == "RGB" and image.size == (32, 24)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_ink_becomes_the_colour_it_prints(kind):
+    """Magenta and yellow ink on white paper are red, black ink is black; a JPEG of Adobe's holds them inverted."""
+    for ink, colour in (((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0,) * 4, (255,) * 3)):
+        seen = load_image(encoded(Image.new("CMYK", (8, 8), ink), kind)).getpixel((4, 4))
+        assert np.abs(np.subtract(seen, colour)).max() < 12
+
+
 def test_palette_with_transparency_becomes_rgb():
     image = noise("L").convert("P")
     image.info["transparency"] = 0

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, MROPE_FAMILIES, prompt, shared
 from PIL import Image
 from test_sources import IMG, turn, written
-from tiny import BAND, SMALL, composed, save_tiny_base, shake, tiny_student
+from tiny import BAND, SMALL, composed, configured, save_tiny_base, shake, tiny_student
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.padding_free import Packed, check_isolation, fitted
@@ -109,6 +109,18 @@ def test_a_model_in_which_samples_see_each_other_is_refused():
     ):
         check_isolation(model)
     check_isolation(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("data.isolate=true", r"data\.pack=true and data\.isolate=true both lay out rows"),
+        ("kl.model=other", r"with kl\.model use kl\.cache, or data\.pack=false"),
+    ],
+)
+def test_what_does_not_go_with_packing_is_refused(option, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        configured("data=dataset", "data.path=x", "data.pack=true", option)
 
 
 @pytest.mark.parametrize("teacher", ["dense", "none"])

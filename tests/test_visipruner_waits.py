@@ -14,6 +14,7 @@ from reference_visipruner import Settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latefusion.models import returns
 from latefusion.models.attach import attach
 from latefusion.models.policies import visipruner
 from latefusion.models.policies.base import Policy
@@ -66,6 +67,7 @@ def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: py
     counts, sent = [], []
     on_the_way = visipruner._OnTheWay
     with patch.context() as inside, torch.no_grad():
+        inside.setattr(returns, "looking_is_free", lambda mask: False)  # as on a GPU
         inside.setattr(visipruner, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
         for chosen in (None, policy):
             attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)

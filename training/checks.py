@@ -140,6 +140,10 @@ def _check_data(config: Config) -> None:
             raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
         if not part.weight > 0:
             raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+    if data.pack and config.kl.model is not None and config.kl.cache is None:
+        raise ValueError(
+            "data.pack=true is for one model's layout of rows: with kl.model use kl.cache, or data.pack=false."
+        )
     if data.pack and data.isolate:
         raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
     if data.streaming and data.source is Source.scenes:
