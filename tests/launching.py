@@ -49,6 +49,9 @@ def start(
     command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    environment["PYTHONWARNINGS"] = (
+        "ignore"  # ZeRO-3's would fill a pipe that nobody reads while a run goes on
+    )
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
