@@ -12,6 +12,7 @@ import sys
 import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with memory already held
 
 import hydra
 from omegaconf import DictConfig
