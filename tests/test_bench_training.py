@@ -38,8 +38,9 @@ def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     for name in ("late_fusion", "late_fusion_pyramid"):
         assert rows[name]["predicted_speedup"] > 1.3 and 0.2 < rows[name]["peak_ratio"] < 0.9
         assert rows[name]["allowed_speedup"] > 0 and rows[name]["share_of_allowed"] > 0
+    cheapest = max(rows, key=lambda name: rows[name]["predicted_speedup"])
     assert [(r["recipe"], r["teacher"]) for r in found["teachers"]] == [
-        (name, teacher) for name in ("dense", "late_fusion_pyramid") for teacher in ("online", "offline")
+        (name, teacher) for name in ("dense", cheapest) for teacher in ("online", "offline")
     ]
     assert found["teachers"][0]["predicted_ratio"] == 1.5 and found["teachers"][1]["predicted_ratio"] == 1
     assert "late_fusion_pyramid" in capsys.readouterr().out
