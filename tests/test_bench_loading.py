@@ -10,6 +10,7 @@ from latefusion.eval import bench_loading
 QUICK = ("data.scenes=4", "train.batch_size=2", "train.threads=1", "model.visipruner.boundary=1")
 
 
+@pytest.mark.slow
 def test_loading_and_training_are_measured_apart_and_together(tmp_path, capsys):
     base, file = save_tiny_base(tmp_path / "base"), tmp_path / "found.json"
     options = (*QUICK, *SMALL, *BAND, f"model.path={base}", f"output_dir={tmp_path}")

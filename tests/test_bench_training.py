@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from latefusion.eval import bench_training
 from latefusion.models.schedule import VisionSchedule
 
@@ -28,6 +30,7 @@ def test_what_the_machine_allows_is_a_mean_over_layers_of_steps_on_text():
     assert limit == (1 + 3 + 2 + 1) / 4 / 3  # the median round
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     sizes = "--layers 8 --hidden 64 --vision 32 --text 16 --rounds 2 --threads 1 --clock cpu"
     monkeypatch.setattr(sys, "argv", ["x", *sizes.split(), "--json", str(tmp_path / "found.json")])

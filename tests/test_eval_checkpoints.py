@@ -90,6 +90,7 @@ def test_a_twin_has_hooks_of_its_own_and_no_weights_of_its_own() -> None:
     assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits) and called == [1]
 
 
+@pytest.mark.slow
 def test_two_checkpoints_beside_a_policy_from_the_command_line(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_names_do_not_collide_and_other_prompts_are_refused(
         further(students, [tmp_path], processor)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_adapters_is_compared_with_its_base(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

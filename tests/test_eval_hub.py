@@ -275,6 +275,7 @@ def test_a_copy_saved_to_disk_is_read(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_from_the_hub_s_files_to_a_report(hub: Path, tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base", layers=3)
     sources = ",".join(f"{name}: {hub / name}" for name in LAYOUTS)

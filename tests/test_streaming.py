@@ -75,6 +75,7 @@ def assert_same(found, expected) -> None:
         assert torch.equal(weight, load_file(found / "adapter_model.safetensors")[name]), name
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_exactly(base, tmp_path):
     quick = (
         *("train.steps=3", "train.save_every=2", "train.batch_size=3", "train.log_every=1"),
