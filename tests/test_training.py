@@ -59,6 +59,7 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     assert model.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
     printed = capsys.readouterr().out
     assert f"{recipe}: 0.0" in printed and "vision tokens by layer: 0-" in printed
+    assert "are those of model=embedded, chosen for it; for " in printed  # the base is another
     assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
     schedule = load_student(tmp_path).schedule
     wanted = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])

@@ -141,6 +141,7 @@ class ModelConfig:
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
+        tuned_for: the `path` that the other settings were chosen for; None: any. With another a run says so.
         revision: branch, tag or commit of a hub id; None: its main branch.
         processor: settings that the processor is loaded with (`max_pixels`, `crop_to_patches`, ...).
         load_in_4bit: hold the decoder in 4 bits (QLoRA); needs bitsandbytes.
@@ -155,6 +156,7 @@ class ModelConfig:
     """
 
     path: str = MISSING
+    tuned_for: str | None = None
     revision: str | None = None
     processor: dict[str, Any] = field(default_factory=dict)
     load_in_4bit: bool = False

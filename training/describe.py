@@ -13,7 +13,7 @@ from latefusion.data.mixing import Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config, Teacher
+from latefusion.training.config import Config, ModelConfig, Teacher
 from latefusion.training.estimate import estimated, numel
 from latefusion.training.parts import dtype_of
 from latefusion.training.teacher import OtherTeacher
@@ -51,6 +51,7 @@ def describe(
     dtype = str(dtype_of(config)).removeprefix("torch.")
     return "\n".join(
         [
+            *borrowed(config.model),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
@@ -69,6 +70,16 @@ def describe(
             ),
         ]
     )
+
+
+def borrowed(model: ModelConfig) -> list[str]:
+    """A line that says so, if another model's settings are about to be used."""
+    if model.tuned_for in (None, model.path):
+        return []
+    return [
+        f"note: band, keeps, VisiPruner's thresholds and training settings that you did not give are those of "
+        f"model={model.tuned_for}, chosen for it; for {model.path} give your own, or its configuration (model=...)."
+    ]
 
 
 def teacher_of(config: Config, model: Any, other: OtherTeacher | None) -> Any:
