@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve what else runs
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with memory already held
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException

@@ -125,8 +125,9 @@ class _Sums:
         tokens, width = int(n.sum()), x.shape[1]
         if tokens <= width + len(n):
             raise ValueError(
-                f"{tokens} vision tokens cannot fit a map of {width} inputs and {len(n)} biases; "
-                "calibrate on more images."
+                f"{tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
+                f"{width} inputs and {len(n)} biases: use more images (entry.images, rows that can be read) or "
+                "entry.init=identity."
             )
         mean_x, mean_y = x / n[:, None], y / n[:, None]
         xx = self.xx - x.T @ mean_x

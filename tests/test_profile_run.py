@@ -254,7 +254,7 @@ def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> N
     with attach(model, VisionSchedule()) as attachment:
         assert len(fit_entry(attachment, [(inputs, vision_tokens(inputs))], 2).entry.bias) == 1
         few = prompt("llava", ["tt I ttt"])
-        with pytest.raises(ValueError, match="calibrate on more images"):
+        with pytest.raises(ValueError, match="use more images"):
             fit_entry(attachment, [(few, vision_tokens(few))], 2)
 
 

@@ -60,11 +60,20 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     printed = capsys.readouterr().out
     assert f"{recipe}: 0.0" in printed and "vision tokens by layer: 0-" in printed
     assert "are those of model=embedded, chosen for it; for " in printed  # the base is another
+    assert (tmp_path / "README.md").read_text().count("## Schedule") == 1  # our card, not PEFT's template
     assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
     schedule = load_student(tmp_path).schedule
     wanted = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
     assert schedule.vision_tokens(6, 4) == wanted
     assert bool(schedule.cross) == (recipe == "cross_only") == ("frozen: keys and values alone" in printed)
+
+
+def test_a_band_deeper_than_the_model_is_refused_before_its_entry_is_calibrated(base, tmp_path, capsys):
+    with pytest.raises(
+        SystemExit, match=r"^error: the schedule of model\.path=.* does not fit: exit names layer 9"
+    ):
+        train(base, tmp_path, "schedule.exit=9", "entry.init=calibrated")
+    assert "calibrated" not in capsys.readouterr().out
 
 
 def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):

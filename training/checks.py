@@ -178,8 +178,9 @@ def explain(overrides: Sequence[str]) -> None:
             compose("config", list(overrides))
         except MissingConfigException as error:
             options = ", ".join(error.options or ())
-            group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}.") from None
+            group, _, choice = (error.missing_cfg_file or "").partition("/")
+            folder = " (a folder or hub id of your own is model.path=...)" if group == "model" else ""
+            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}{folder}.") from None
         except ConfigCompositionException as error:
             cause = error.__cause__
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):

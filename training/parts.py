@@ -64,12 +64,21 @@ def student_of(config: Config, dataset: Any = None) -> Student:
     )
     if wanted.attention is not None:
         model.set_attn_implementation(wanted.attention)
+    check_layers(config, model)
     return student_from(
         config,
         model,
         processor,
         calibrated_entry(config, model, processor, examples(config, dataset)),
     )
+
+
+def check_layers(config: Config, model: PreTrainedModel) -> None:
+    """Raise ValueError if the schedule does not fit the model's decoder, before anything is computed."""
+    try:
+        schedule_of(config.schedule).validate(model.config.get_text_config().num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
 
 
 def examples(config: Config, dataset: Any) -> Any:

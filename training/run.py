@@ -19,7 +19,10 @@ from latefusion.data.config import Source
 from latefusion.data.guard import SKIPPED_FILE, skipped
 from latefusion.data.scenes import load_scenes
 from latefusion.models.base import check_base
+from latefusion.models.build import Student
+from latefusion.models.entry import entry_of
 from latefusion.models.saved import ADAPTER_CONFIG
+from latefusion.training.card import model_card
 from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
 from latefusion.training.checks import read
 from latefusion.training.config import Config, Tune
@@ -88,6 +91,7 @@ def run(cfg: DictConfig) -> None:
                 file = Path(config.output_dir) / SKIPPED_FILE
                 print(f"{left_out} row(s) could not be used and were left out: {file} says why.", flush=True)
             evaluate(config)
+            write_card(config, student)
 
 
 def check(config: Config) -> Path | None:
@@ -154,6 +158,13 @@ def evaluate(config: Config) -> dict[str, Any] | None:
         output=config.output_dir,
         batch_size=asked.batch_size,
     )
+
+
+def write_card(config: Config, student: Student) -> None:
+    """Say in the student's folder what it is, in the place of PEFT's empty template."""
+    if config.tune is not Tune.full:
+        entry, folder = entry_of(student.model) is not None, config.output_dir
+        (Path(folder) / "README.md").write_text(model_card(folder, folder=folder, merged=False, entry=entry))
 
 
 def questions_of(config: Config) -> Any:
