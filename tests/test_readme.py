@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +49,20 @@ def test_make_train_and_make_test_do_what_readme_says() -> None:
         r"^train:.*\n\t.*accelerate launch training/train\.py recipe=late_fusion$", makefile, re.MULTILINE
     )
     assert re.search(r"^test:.*\n\t.*pytest", makefile, re.MULTILINE)
+
+
+def test_the_table_is_that_of_the_recipe() -> None:
+    """Whoever changes the recipe measures it anew; the rows of the table are the file's."""
+    found = json.loads((ROOT / "docs/results/make_train.json").read_text())["systems"]
+    recipe = OmegaConf.load(ROOT / "recipes/model/embedded.yaml").model
+    shown, wanted = found["student"]["policy"], recipe.schedule
+    assert (shown["enter"], shown["exit"]) == (wanted.enter, wanted.exit)
+    assert {int(layer): k for layer, k in shown["keep"].items()} == dict(wanted.keep)
+    for name, value in recipe.visipruner.items():
+        assert found["pruned"]["policy"][name] == value
+    student, flops = (found["student"][name] for name in ("accuracy", "flops"))
+    assert f"{student['overall']['value']:.1%} of the answers right" in README
+    assert f"for {flops['ratio']:.0%} of the decoder's work" in README
 
 
 def test_every_command_is_known() -> None:
