@@ -82,7 +82,11 @@ def load_student(
     entries = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
     if entries:
         install_entry(model, *entry_shape(entries))
-    student = PeftModel.from_pretrained(model, str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing"
+        )  # PEFT's business with transformers
+        student = PeftModel.from_pretrained(model, str(folder)).eval()
     schedule = VisionSchedule.load(folder)
     return Student(
         model=student,
