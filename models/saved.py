@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -83,9 +84,7 @@ def load_student(
     if entries:
         install_entry(model, *entry_shape(entries))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing"
-        )  # PEFT's business with transformers
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # between PEFT and transformers
         student = PeftModel.from_pretrained(model, str(folder)).eval()
     schedule = VisionSchedule.load(folder)
     return Student(
