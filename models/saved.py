@@ -84,7 +84,7 @@ def load_student(
     if entries:
         install_entry(model, *entry_shape(entries))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # between PEFT and transformers
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's
         student = PeftModel.from_pretrained(model, str(folder)).eval()
     schedule = VisionSchedule.load(folder)
     return Student(
