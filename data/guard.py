@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.config import Group, OnError
 from latefusion.data.messages import BadSample, TooLong
-from latefusion.data.mixing import Lazy
+from latefusion.data.streaming import Lazy, Stream
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 TRIES = 1000  # rows drawn for one that is bad
@@ -25,7 +25,7 @@ TRIES = 1000  # rows drawn for one that is bad
 class Bad:
     """In a sample's place: which row it is, what the data call it, and why it cannot be used."""
 
-    row: int | None
+    row: int | None  # of a stream its position
     id: str
     error: BadSample
 
@@ -57,14 +57,13 @@ class Guard:
     """A collator that answers for bad rows: raises, or puts others in their places.
 
     A batch keeps its size, so no process runs out of step with the others. Rows of a set are replaced by rows that
-    the bad one's number draws, so that a run repeats itself; rows of a stream by others of the batch, or by the
-    last good one.
+    the bad one's number draws, rows of a stream by those that follow: a run repeats itself, however it is divided.
 
     Args:
         collator: raises `BadRow` for what only it can find: too long, or nothing that the model's processor takes.
         on_error: of every bad row but those that are too long.
         too_long: of those.
-        dataset: to draw from; None: a stream.
+        dataset: whose rows they are.
         folder: where `skipped_rows.jsonl` is written, a line a row and its reason; None: nowhere.
     """
 
@@ -74,46 +73,40 @@ class Guard:
         *,
         on_error: OnError,
         too_long: OnError,
-        dataset: Checked | None,
+        dataset: Checked | Stream,
         folder: str | Path | None,
     ):
         self.collator, self.dataset = collator, dataset
         self.on_error, self.too_long = on_error, too_long
         self.folder = Path(folder) if folder is not None else None
         self.seen: set[str] = set()
-        self.good: Any = None  # the last sample that could be used
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
-        batch: list[Any] = []
-        for sample in (usable(s) if isinstance(s, Lazy) else s for s in samples):
-            batch.append(self.another(sample, batch, 0) if isinstance(sample, Bad) else sample)
+        opened = [usable(s) if isinstance(s, Lazy) else s for s in samples]
+        batch: list[Any] = [self.another(s, 0) if isinstance(s, Bad) else s for s in opened]
         for attempt in range(1, TRIES):
             try:
-                made = self.collator(batch)
+                return self.collator(batch)
             except BadRow as error:
                 at, sample = error.at, batch[error.at]
                 bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
-                batch[at] = self.another(bad, batch[:at] + batch[at + 1 :], attempt)
-                continue
-            self.good = batch[-1]
-            return made
+                batch[at] = self.another(bad, attempt)
         raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
 
-    def another(self, bad: Bad, batch: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any]:
+    def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
         """A sample for a bad row's place, another one in each attempt.
 
         Raises:
             ValueError: it must not be left out, or there is no other.
         """
         self.note(bad)
-        if self.dataset is None:
-            sample = batch[attempt % len(batch)] if batch else self.good
-            if sample is None:
-                raise ValueError(f"row {bad.id} {bad.error}, and no row before it could be used.")
-            return sample
         draw = random.Random(f"{bad.row} {bad.id} {attempt}")
+        drawn: Any = bad
         for _ in range(TRIES):
-            drawn = self.dataset[draw.randrange(len(self.dataset))]
+            if isinstance(self.dataset, Stream):
+                drawn = usable(self.dataset.after(drawn.row))
+            else:
+                drawn = self.dataset[draw.randrange(len(self.dataset))]
             if not isinstance(drawn, Bad):
                 return drawn
             self.note(drawn)
@@ -139,9 +132,9 @@ class Guard:
 def usable(row: Lazy) -> dict[str, Any] | Bad:
     """A stream's row, opened."""
     try:
-        return {"id": row.name, **row.make()}
+        return {"id": row.name, **row.make(), "row": row.position}
     except BadSample as error:
-        return Bad(None, row.name, error)
+        return Bad(row.position, row.name, error)
 
 
 def skipped(folder: str | Path) -> int:

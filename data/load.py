@@ -8,8 +8,9 @@ from typing import Any
 from latefusion.data import sources
 from latefusion.data.config import DataConfig, PartConfig, Source
 from latefusion.data.guard import Checked
-from latefusion.data.mixing import Mixture, Stream
+from latefusion.data.mixing import Mixture
 from latefusion.data.packing import Conversations
+from latefusion.data.streaming import Stream
 
 
 def training_data(data: DataConfig) -> Any:
@@ -27,7 +28,9 @@ def training_data(data: DataConfig) -> Any:
         streams = [streamed(part) for part in parts]
         tables = [table for table, _ in streams]
         make = [partial(_row, folder=folder) for _, folder in streams]
-        return Stream(tables, make, weights=weights, seed=data.seed, buffer=data.shuffle_buffer)
+        return Stream(
+            tables, make, weights=weights, seed=data.seed, buffer=data.shuffle_buffer, name=repr(parts)
+        )
     rows = [rows_of(part) for part in parts]
     for part, found in zip(parts, rows, strict=True):
         if len(found) == 0:

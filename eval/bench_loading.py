@@ -26,7 +26,6 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from latefusion.data.collate import IGNORE
-from latefusion.data.mixing import Stream
 from latefusion.training import parts
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config
@@ -60,11 +59,10 @@ class Bench:
     def batches(self, workers: int) -> Iterator[dict[str, Any]]:
         """As many as a measurement takes, and one before, in the order of the run."""
         train = self.config.train
-        stream = isinstance(self.dataset, Stream)
         loader = DataLoader(
             self.dataset,
             batch_size=train.batch_size,
-            sampler=None if stream else order_of(train, self.dataset, 1),
+            sampler=order_of(train, self.dataset, 1),
             num_workers=workers,
             prefetch_factor=train.prefetch if workers else None,
             collate_fn=self.collator,

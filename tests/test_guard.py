@@ -15,7 +15,7 @@ from latefusion.data.config import OnError
 from latefusion.data.guard import SKIPPED_FILE, Bad, Checked, Guard, skipped
 from latefusion.data.load import training_data
 from latefusion.data.messages import BadSample
-from latefusion.data.mixing import Lazy
+from latefusion.data.streaming import Lazy, Stream
 from latefusion.models.embedded.vocabulary import IMAGE
 from latefusion.training import run
 
@@ -51,7 +51,7 @@ def guard(tmp_path, *, on_error=SKIP, too_long=SKIP, max_length=8, stream=False)
         collator,
         on_error=on_error,
         too_long=too_long,
-        dataset=None if stream else rows,
+        dataset=Following() if stream else rows,
         folder=tmp_path,
     )
 
@@ -103,17 +103,24 @@ def test_too_long_and_bad_are_chosen_apart(tmp_path):
     assert answers(collate, collate([rows[0], rows[1]]))[0] == "0"
 
 
-def test_a_stream_repeats_a_good_row(tmp_path):
-    _, collate = guard(tmp_path, stream=True)
+class Following(Stream):
+    """Rows 0 to 6 again and again."""
 
-    def lazy(i):
-        return Lazy(f"s{i}", lambda: Rows()[i])
+    def __init__(self):
+        super().__init__([], [], weights=[], seed=0, buffer=1)
 
-    with pytest.raises(ValueError, match="row s1 is bad for reason 1, and no row before it could be used"):
-        collate([lazy(1), lazy(4)])
-    assert answers(collate, collate([lazy(2), lazy(1)])) == ["2", "2"]
-    assert answers(collate, collate([lazy(4), lazy(1)])) == ["2", "2"]
-    assert skipped(tmp_path) == 2
+    def __getitems__(self, positions):
+        return [Lazy(p, f"s{p % 7}", lambda p=p: Rows()[p % 7]) for p in positions]
+
+    def after(self, position):
+        return self[position + 1]
+
+
+def test_rows_of_a_stream_leave_their_places_to_those_that_follow(tmp_path):
+    rows, (_, collate) = Following(), guard(tmp_path, stream=True)
+    assert answers(collate, collate([rows[2], rows[1], rows[7]])) == ["2", "2", "0"]
+    assert answers(collate, collate([rows[11]])) == ["6"]  # 4 is bad, and 5, which follows, is too long
+    assert skipped(tmp_path) == 3
 
 
 def test_a_set_without_a_good_row_ends(tmp_path, monkeypatch):

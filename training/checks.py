@@ -148,8 +148,6 @@ def _check_data(config: Config) -> None:
         raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
     if data.streaming and data.source is Source.scenes:
         raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
-    if data.streaming and config.engine.trainer is not Trainer.accelerate:
-        raise ValueError("data.streaming=true needs engine.trainer=accelerate.")
     if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
         raise ValueError(
             f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from itertools import islice
 from typing import Any
 
 import torch
 
 from latefusion.data.collate import IGNORE
-from latefusion.data.mixing import Stream
+from latefusion.data.streaming import Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
 from latefusion.models.schedule import VisionSchedule
@@ -23,7 +22,7 @@ DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 def first_samples(dataset: Any) -> list[Any]:
     if isinstance(dataset, Stream):
-        return list(islice(dataset, DESCRIBED))
+        return dataset.first(DESCRIBED)
     return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
 
 

@@ -16,10 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from latefusion.data.guard import Bad
-from latefusion.data.mixing import Stream
+from latefusion.data.streaming import Stream
 from latefusion.models.build import Student
 from latefusion.training.checks import read
 from latefusion.training.config import Config
@@ -108,9 +107,7 @@ class Watch:
         )
 
     def _reproduction(self, step: int, losses: list[float], norm: float) -> str:
-        shares: list[list[int]] = [[]] * len(losses)
-        if not isinstance(self.dataset, IterableDataset):  # a stream's rows have no numbers
-            shares = self.order.share(step, self.rank, self.world, self.micro)
+        shares = self.order.share(step, self.rank, self.world, self.micro)
         batches: list[dict[str, Any]] = [
             {"loss": loss, "rows": [{"index": i, "id": self._id(i)} for i in share]}
             for loss, share in zip(losses, shares, strict=True)
@@ -127,11 +124,11 @@ class Watch:
             torch.save(get_peft_model_state_dict(self.student.model), folder / WEIGHTS)
         names = [str(row["id"]) for b in bad for row in b["rows"]]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return f"loss {bad[0]['loss']}, gradient norm {norm}, samples {shown or 'of a stream'}, saved in {folder}"
+        return f"loss {bad[0]['loss']}, gradient norm {norm}, samples {shown}, saved in {folder}"
 
     def _id(self, index: int) -> Any:
         if isinstance(self.dataset, Stream):
-            return "of the stream"
+            return self.dataset[index].name
         sample = self.dataset[index]
         return f"in place of {sample.id}" if isinstance(sample, Bad) else sample.get("id", index)
 

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 from latefusion.data.config import Group
 from latefusion.data.guard import Checked
-from latefusion.data.mixing import Stream
+from latefusion.data.streaming import Stream
 from latefusion.training.config import TrainConfig
 
 POOL = 50  # steps whose samples are sorted by length together
@@ -101,11 +101,24 @@ class Order(Sampler[int]):
         return step * self.size / self.n
 
 
+class InOrder(Order):
+    """Of a stream, which is shuffled by itself and has no end: position after position.
+
+    Nobody has counted its rows, so its epoch is the run.
+    """
+
+    def __init__(self, *, steps: int, size: int):
+        super().__init__(steps * size, steps=steps, size=size, seed=0)
+
+    def at(self, position: int) -> int:
+        return position
+
+
 def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:
-    """The order of a run on `dataset`, by `world` processes; of a stream, which has its own, only the sizes hold."""
+    """The order of a run on `dataset`, by `world` processes."""
     size = train.batch_size * train.accumulation * world
     if isinstance(dataset, Stream):
-        return Order(1, steps=train.steps, size=size, seed=train.seed)
+        return InOrder(steps=train.steps, size=size)
     lengths = kinds = None
     if isinstance(dataset, Checked) and dataset.group is not Group.none:
         sizes = dataset.rows.sizes()

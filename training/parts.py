@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from latefusion.data.collate import Collator
 from latefusion.data.config import DataConfig
 from latefusion.data.guard import Guard, usable
 from latefusion.data.load import training_data
-from latefusion.data.mixing import Stream
 from latefusion.data.padding_free import Packed, check_isolation
+from latefusion.data.streaming import Stream
 from latefusion.models.base import compute_dtype, load_base
 from latefusion.models.build import Student, build_full, build_student
 from latefusion.models.entry import CalibratedEntry
@@ -86,7 +85,7 @@ def examples(config: Config, dataset: Any) -> Any:
     rows = samples(config.data) if dataset is None else dataset
     if not isinstance(rows, Stream):
         return rows
-    return [usable(row) for row in islice(rows, config.entry.images)]
+    return [usable(row) for row in rows.first(config.entry.images)]
 
 
 def student_from(
@@ -174,7 +173,7 @@ def guarded(config: Config, collator: Collator | Taught, dataset: Any) -> Guard:
         collator,
         on_error=config.data.on_error,
         too_long=config.data.too_long,
-        dataset=None if isinstance(dataset, Stream) else dataset,
+        dataset=dataset,
         folder=config.output_dir,
     )
 

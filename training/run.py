@@ -18,6 +18,7 @@ from latefusion.data import sources
 from latefusion.data.config import Source
 from latefusion.data.guard import SKIPPED_FILE, skipped
 from latefusion.data.scenes import load_scenes
+from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.base import check_base
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
@@ -61,6 +62,8 @@ def run(cfg: DictConfig) -> None:
             held.enter_context(claimed(config.output_dir))
             settle_schedule(config, cfg, resumed)
             settle(config, resumed)
+            if isinstance(dataset, Stream):
+                dataset.marks = Path(config.output_dir) / MARKS
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
             collator = guarded(config, training_collator(config, student), dataset)
@@ -129,7 +132,8 @@ def settle(config: Config, resumed: Path | None) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
         if resumed is None:
-            (Path(config.output_dir) / SKIPPED_FILE).unlink(missing_ok=True)
+            for name in (SKIPPED_FILE, MARKS):
+                (Path(config.output_dir) / name).unlink(missing_ok=True)
 
 
 def settle_threads(config: Config) -> None:

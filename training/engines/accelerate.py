@@ -70,7 +70,6 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         activation_checkpointing=train.gradient_checkpointing,
         dataloader_num_workers=train.workers,
         dataloader_prefetch_factor=train.prefetch if train.workers else None,
-        accelerator_config={"dispatch_batches": False} if config.data.streaming else None,
         dataloader_pin_memory=not cpu,
         logging_steps=train.log_every,
         save_steps=train.save_every,
