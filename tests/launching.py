@@ -12,7 +12,7 @@ from tiny import BAND, SMALL
 
 from latefusion.training import run
 
-TRAIN = Path(run.__file__).with_name("train.py")
+TRAIN, TEACH = (Path(run.__file__).with_name(name) for name in ("train.py", "teach.py"))
 ON_CPU = Path(__file__).with_name("fsdp_on_cpu.py")
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def start(
-    launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None
+    launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None, script: Path = TRAIN
 ) -> subprocess.Popen:
     """A run of 3 steps on the tiny model, in a process group of its own; `at`: the port where its processes meet."""
     port = str(at or free_port())
@@ -45,7 +45,7 @@ def start(
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")
     command = [part.format(port=port) for part in LAUNCHERS[launcher]]
-    scripts = [str(ON_CPU), str(TRAIN)] if "engine=fsdp2" in overrides else [str(TRAIN)]
+    scripts = [str(ON_CPU), str(script)] if "engine=fsdp2" in overrides else [str(script)]
     command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
@@ -62,9 +62,9 @@ def start(
     )
 
 
-def launch(launcher: str, base: Path, output: Path, *overrides: str) -> str:
+def launch(launcher: str, base: Path, output: Path, *overrides: str, script: Path = TRAIN) -> str:
     """Run to the end; what it printed."""
-    process = start(launcher, base, output, *overrides)
+    process = start(launcher, base, output, *overrides, script=script)
     printed, complained = process.communicate(timeout=900)
     assert process.returncode == 0, complained[-3000:]
     return printed

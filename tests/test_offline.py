@@ -2,9 +2,12 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from launching import TEACH, launch
+from PIL import Image
 from tiny import BAND, SMALL, composed, save_tiny_base, tiny_student
 
 from latefusion.training import parts, run
@@ -132,6 +135,59 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     a, b = whole(samples), shared(samples)
     assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])
     assert torch.allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def larger(base, tmp_path_factory):
+    """What a larger teacher says of 7 samples, some without images and one that cannot be used, in one process."""
+    folder = tmp_path_factory.mktemp("larger")
+    save_tiny_base(folder / "model", layers=9, seed=3)
+    Image.new("RGB", (20, 30), (200, 0, 0)).save(folder / "a.jpg")
+    asked = ["<image>\nwhat color is it?", "how many?", "is it?"] * 2
+    records = [
+        {
+            "id": f"r{i}",
+            **({"image": "a.jpg" if i < 6 else "none.jpg"} if "<image>" in question else {}),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}],
+        }
+        for i, question in enumerate([*asked, "<image>\nwhat?"])
+    ]
+    (folder / "mix.json").write_text(json.dumps(records))
+    options = (
+        *("data=llava_mix665k", f"data.path={folder / 'mix.json'}", f"data.images={folder}"),
+        *(f"kl.model={folder / 'model'}", "kl.visipruner.boundary=2", "data.on_error=skip"),
+        *("train.batch_size=1", "train.dtype=float32", "kl.top_k=5"),
+    )
+    teach(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"kl.cache={folder / 'one'}", *options))
+    return folder / "one", options
+
+
+def told(folder):
+    files = sorted(folder.glob("teacher-*.arrow"))
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    return len(files), {(row["sample"], row["prompt"]): row for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed_zero3", "fsdp2"])
+def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
+    one, options = larger
+    where = (f"kl.cache={tmp_path / 'two'}", f"engine={engine}")
+    said = launch("torchrun", base, tmp_path / "out", *options, *where, script=TEACH)
+    assert "samples taught by the first of 2 processes" in said
+    (files, expected), (both, found) = told(one), told(tmp_path / "two")
+    assert (files, both) == (1, 2) and found.keys() == expected.keys() and len(found) == 6
+    for key, row in expected.items():
+        assert found[key]["tokens"] == row["tokens"]
+        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+    assert (
+        json.loads((tmp_path / "two" / "teacher.json").read_text())["model"] == options[3].partition("=")[2]
+    )
+
+
+def test_a_stream_is_not_taught(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
+        teach(options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true"))
 
 
 def logits(seed, n=6, vocabulary=11):

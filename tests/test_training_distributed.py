@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny_base
 
 from latefusion.models.saved import load_student
+from latefusion.training.order import Order
 
 pytestmark = pytest.mark.slow
 LOSS = 1e-4  # float32; measured: 2e-7
@@ -89,7 +90,13 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
 def test_processes_with_and_without_images_do_not_wait_for_each_other(base, tmp_path, engine, projector):
     Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
     seen = {"image": "a.jpg", "conversations": said("<image>\nwhat color is it?", "red")}
-    records = [seen if i % 3 == 0 else {"conversations": said("how many?", "nothing")} for i in range(6)]
+    records = [seen if i < 3 else {"conversations": said("how many?", "nothing")} for i in range(6)]
+    shuffled = Order(6, steps=3, size=2, seed=0)
+    assert [[i < 3 for i in shuffled.share(step, 0, 1, 2)[0]] for step in range(3)] == [
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
     (tmp_path / "mix.json").write_text(json.dumps(records))
     options = (
         *("data=llava_mix665k", f"data.path={tmp_path / 'mix.json'}", f"data.images={tmp_path}"),

@@ -22,7 +22,11 @@ def logged(tmp_path_factory):
     larger = save_tiny_base(tmp_path_factory.mktemp("larger"), layers=9, seed=3)
     data = tmp_path_factory.mktemp("data")
     Image.new("RGB", (20, 30), (200, 0, 0)).save(data / "a.jpg")
-    asked = ["<image>\nwhat color is it?", "how many?", "is it?"] * 2
+    asked = ["<image>\nwhat color is it?"] * 3 + [
+        "how many?",
+        "is it?",
+        "how many?",
+    ]  # shuffled: one of each a step
     records = [
         {
             **({"image": "a.jpg"} if question.startswith("<image>") else {}),

@@ -7,6 +7,7 @@ With `merge=true` stock `AutoModelForImageTextToText` loads the folder; `latefus
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,4 +93,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():  # saving imports an installed DeepSpeed, which would guess, and warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     main(sys.argv[1:])

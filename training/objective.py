@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Objective:
         narrowing: the student's policy at a moment of the run (0 to 1), where it changes; None: it does not.
         other: the model that teaches, under its own policy; None: `model` does.
         vocabulary: token ids that `other` scores too; None: all.
+        sharded: weights lie in shards, which all processes gather in the same order: the vision tower goes first,
+            whether a process has images or not.
 
     Attributes:
         counts: say in the terms how many FLOPs were computed.
@@ -62,6 +64,7 @@ class Objective:
         narrowing: Callable[[float], Policy] | None = None,
         other: OtherTeacher | None = None,
         vocabulary: int | None = None,
+        sharded: bool = False,
     ):
         self.model: Any = model
         self.attachment = attachment
@@ -71,6 +74,7 @@ class Objective:
         self.blank = blank
         self.other = other if self.teacher is not None else None
         self.vocabulary = vocabulary
+        self.sharded = sharded
 
     def __call__(
         self, forward: Callable[..., Any], batch: dict[str, Any], *, count: Tensor | int
@@ -95,9 +99,9 @@ class Objective:
         inputs.update(logits_to_keep=columns, use_cache=False)
         seen, idle = inputs, self.idles(inputs)
         if self.share_images and "pixel_values_videos" not in inputs:
-            inputs = self.encode_images(inputs)
-            if idle:
-                with torch.no_grad():
+            with torch.no_grad():
+                inputs = self.encode_images(inputs)
+                if idle:
                     self.encode_blank(labels.device)
 
         with self.asked(queries, labels != IGNORE):
@@ -105,7 +109,9 @@ class Objective:
             if self.teacher is not None:
                 wanted = self.teach(inputs if self.other is None else seen, learnt)
             cost = self.teacher_cost(columns.numel() * len(labels)) if wanted is not None else 0
-            nothing = self.encode_blank(labels.device) if idle and not self.share_images else 0.0
+            nothing: Tensor | float = 0.0
+            if not self.share_images:
+                inputs, nothing = self.tower_first(inputs, labels.device)
             logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
         loss, kl = ce + nothing, torch.zeros_like(ce)
@@ -173,26 +179,40 @@ class Objective:
             with torch.autocast(
                 learnt.device.type, enabled=False
             ):  # in the dtype of its weights, as at inference
-                if self.other.sharded and self.idles(inputs):
-                    self.encode_blank(learnt.device, self.other.model)
+                if self.other.sharded:
+                    inputs, _ = self.tower_first(inputs, learnt.device, self.other.model)
                 return self.other.forward(**fresh(inputs)).logits[learnt][:, : self.vocabulary].float()
         training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter(), self.attachment.using(self.teacher):
-                if self.idles(inputs) and not self.share_images:
-                    self.encode_blank(learnt.device)
+                if not self.share_images:
+                    inputs, _ = self.tower_first(inputs, learnt.device)
                 return self.model(**fresh(inputs)).logits[learnt].float()
         finally:
             self.model.train(training)
 
-    @torch.no_grad()
-    def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def encode_images(self, inputs: dict[str, Any], owner: Any = None) -> dict[str, Any]:
         """`inputs` with `pixel_values`, if any, replaced by the features that the decoder would receive."""
         if "pixel_values" not in inputs:
             return inputs
         rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        return {**rest, "mm_encoder_outputs": {"image": self.encode(inputs)}}
+        return {**rest, "mm_encoder_outputs": {"image": self.encode(inputs, owner)}}
+
+    def tower_first(
+        self, inputs: dict[str, Any], device: torch.device, owner: Any = None
+    ) -> tuple[dict[str, Any], Tensor | float]:
+        """Before a forward (of `owner`; None: the student): its vision tower, where others may run theirs.
+
+        Returns:
+            What is left to give to the forward, and zero, by way of a tower that has nothing else to do.
+        """
+        if self.idles(inputs):
+            return inputs, self.encode_blank(device, owner)
+        if self.sharded and "pixel_values_videos" not in inputs:
+            with self.mixed(device, owner) if torch.is_grad_enabled() else nullcontext():
+                return self.encode_images(inputs, owner), 0.0
+        return inputs, 0.0
 
     def idles(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the vision tower, which other processes may run now, has nothing to do here."""
@@ -212,10 +232,13 @@ class Objective:
         """Zero, by way of the vision tower and the projector (of `owner`; None: the student's)."""
         assert self.blank is not None
         moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
-        # a projector that trains is float32 in a bfloat16 model, and this is not the engine's autocast around `forward`
-        mixed = (owner or self.model).dtype is torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        with self.mixed(device, owner):
             return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
+
+    def mixed(self, device: torch.device, owner: Any = None) -> torch.autocast:
+        """What the engine puts around `forward` alone: a projector that trains is float32 in a bfloat16 model."""
+        enabled = (owner or self.model).dtype is torch.bfloat16
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def label_columns(labels: Tensor) -> Tensor:

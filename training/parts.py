@@ -211,7 +211,14 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
+        sharded=in_shards(config),
     )
+
+
+def in_shards(config: Config) -> bool:
+    """Whether the engine spreads weights over the processes."""
+    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage")
+    return stage == 3 or bool(config.engine.fsdp)
 
 
 def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:

@@ -8,6 +8,7 @@ import torch
 
 from latefusion.training.config import Config
 from latefusion.training.engines import fsdp
+from latefusion.training.parts import in_shards
 from latefusion.training.teacher import OtherTeacher
 
 
@@ -17,14 +18,13 @@ def settle_teacher(config: Config, teacher: OtherTeacher, device: torch.device) 
     ZeRO-3 has sharded its weights while they were loaded, and gets an engine of its own that gathers them layer by
     layer; FSDP2 shards them here. Elsewhere each process holds all of them.
     """
-    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage")
-    if stage == 3:
-        teacher.forward = zero3(config, teacher.model)
-    elif config.engine.fsdp:
+    teacher.sharded = in_shards(config)
+    if config.engine.fsdp:
         fsdp.shard(teacher, device)
+    elif teacher.sharded:
+        teacher.forward = zero3(config, teacher.model)
     else:
         teacher.model.to(device)
-    teacher.sharded = stage == 3 or bool(config.engine.fsdp)
 
 
 def zero3(config: Config, model: Any) -> Any:
