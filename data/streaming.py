@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -164,7 +165,7 @@ class Reader:
         if stream.marks is not None and position % EVERY == 0 and position not in self.known and writes():
             feeds = [feed.stands() for feed in self.feeds]
             entry = json.dumps({"of": stream.key, "row": position, "feeds": feeds})
-            with stream.marks.open("a") as file:
+            with suppress(OSError), stream.marks.open("a") as file:  # without it, more is read again
                 file.write(f"\n{entry}\n")  # a line may have been cut off before it
             self.known.add(position)
         k = self._source(position)
