@@ -38,6 +38,7 @@ class Forward:
         entry: the entry adapter, if the model has one.
         deepstack: so many first layers after which the model itself adds to the full hidden states.
         record: keep what is needed to expand the recorded hidden states of every layer.
+        enters: the layer before which the entry adapter runs in forwards with vision tokens, if that is known.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Forward:
         entry: nn.Module | None,
         deepstack: int,
         record: bool,
+        enters: int = 0,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.entry = prompt, decision, entry
-        self.deepstack, self.record = deepstack, record
+        self.deepstack, self.record, self.enters = deepstack, record, enters
         self.layout: Layout | None = None
         self.full: Tensor | None = None  # [B, T, D]
         self.freezes = False  # the policy has frozen tokens, or will
@@ -84,6 +86,8 @@ class Forward:
         hidden_states = args[0]
         if i == 0 and isinstance(self.decision, SeesEmbeddings):
             self.decision.embedded(hidden_states)
+        if self.prompt is None and 0 < i == self.enters:
+            hidden_states = self._run_idle(hidden_states)
         selection = None if self.decision is None else self.decision.select(i)
         if selection is not None:
             hidden_states = self._switch(i, selection, hidden_states)
@@ -128,14 +132,18 @@ class Forward:
         """The last layer's output at full length."""
         if self.layout is not None and not self.expanded:
             hidden_states = self._expand(hidden_states)
-        if self.entry is not None and not self.entered:  # every process runs the adapter once a forward
-            none = torch.zeros(0, dtype=torch.long, device=hidden_states.device)
-            nothing = self.entry(hidden_states.new_zeros(0, hidden_states.shape[-1]), none).sum()
-            if nothing.requires_grad:
-                hidden_states = hidden_states + nothing.to(hidden_states.dtype)
-        return hidden_states
+        return self._run_idle(hidden_states)
 
     # ---------------------------------------------------------------- segments
+
+    def _run_idle(self, hidden_states: Tensor) -> Tensor:
+        """Run an entry adapter that has nothing to map: every process runs it once a forward, in the same place."""
+        if self.entry is None or self.entered:
+            return hidden_states
+        self.entered = True
+        none = torch.zeros(len(hidden_states), 0, dtype=torch.long, device=hidden_states.device)
+        nothing = self.entry(hidden_states[:, :0], none).sum()
+        return hidden_states + nothing.to(hidden_states.dtype) if nothing.requires_grad else hidden_states
 
     def _expand(self, hidden_states: Tensor) -> Tensor:
         assert self.layout is not None and self.full is not None

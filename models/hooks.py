@@ -23,6 +23,7 @@ from latefusion.models.masks import attention_window
 from latefusion.models.policies.base import Policy, Prompt
 from latefusion.models.positions import RotaryCall
 from latefusion.models.probe import Probe
+from latefusion.models.schedule import VisionSchedule
 from latefusion.models.trace import PrefillTrace, TextTrace
 from latefusion.models.vision import VisionMask, find_vision, given_vision
 
@@ -141,6 +142,7 @@ class Hooks:
             entry=entry,
             deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
             record=bool(record) or record == 0,
+            enters=self.policy.enter if isinstance(self.policy, VisionSchedule) else 0,
         )
         if prompt is not None:
             assert decision is not None
