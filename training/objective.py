@@ -112,9 +112,10 @@ class Objective:
             nothing: Tensor | float = 0.0
             if not self.share_images:
                 inputs, nothing = self.tower_first(inputs, labels.device)
-            logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
+            with self.added(nothing):
+                logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
-        loss, kl = ce + nothing, torch.zeros_like(ce)
+        loss, kl = ce, torch.zeros_like(ce)
         scored = logits[:, : self.vocabulary]
         if wanted is not None:
             kl = distillation(scored, wanted, self.temperature)
@@ -234,6 +235,23 @@ class Objective:
         moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
         with self.mixed(device, owner):
             return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
+
+    @contextmanager
+    def added(self, nothing: Tensor | float) -> Iterator[None]:
+        """Have zero that was computed go into the student's forward where images would.
+
+        So the backward pass, too, reaches the same modules in the same order on every process.
+        """
+        if not isinstance(nothing, Tensor):
+            yield
+            return
+        hook = self.model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output + nothing.to(output.dtype)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def mixed(self, device: torch.device, owner: Any = None) -> torch.autocast:
         """What the engine puts around `forward` alone: a projector that trains is float32 in a bfloat16 model."""
