@@ -109,7 +109,7 @@ class Objective:
             if self.teacher is not None:
                 wanted = self.teach(inputs if self.other is None else seen, learnt)
             cost = self.teacher_cost(columns.numel() * len(labels)) if wanted is not None else 0
-            nothing: Tensor | float = 0.0
+            nothing = None
             if not self.share_images:
                 inputs, nothing = self.tower_first(inputs, labels.device)
             with self.added(nothing):
@@ -202,7 +202,7 @@ class Objective:
 
     def tower_first(
         self, inputs: dict[str, Any], device: torch.device, owner: Any = None
-    ) -> tuple[dict[str, Any], Tensor | float]:
+    ) -> tuple[dict[str, Any], Tensor | None]:
         """Before a forward (of `owner`; None: the student): its vision tower, where others may run theirs.
 
         Returns:
@@ -212,8 +212,8 @@ class Objective:
             return inputs, self.encode_blank(device, owner)
         if self.sharded and "pixel_values_videos" not in inputs:
             with self.mixed(device, owner) if torch.is_grad_enabled() else nullcontext():
-                return self.encode_images(inputs, owner), 0.0
-        return inputs, 0.0
+                return self.encode_images(inputs, owner), None
+        return inputs, None
 
     def idles(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the vision tower, which other processes may run now, has nothing to do here."""
@@ -237,12 +237,9 @@ class Objective:
             return 0.0 * sum(features.sum() for features in self.encode(moved, owner).pooler_output)
 
     @contextmanager
-    def added(self, nothing: Tensor | float) -> Iterator[None]:
-        """Have zero that was computed go into the student's forward where images would.
-
-        So the backward pass, too, reaches the same modules in the same order on every process.
-        """
-        if not isinstance(nothing, Tensor):
+    def added(self, nothing: Tensor | None) -> Iterator[None]:
+        """Have zero go into the student where images would: every process's backward pass runs the same modules."""
+        if nothing is None:
             yield
             return
         hook = self.model.get_input_embeddings().register_forward_hook(
