@@ -42,8 +42,8 @@ class Objective:
         narrowing: the student's policy at a moment of the run (0 to 1), where it changes; None: it does not.
         other: the model that teaches, under its own policy; None: `model` does.
         vocabulary: token ids that `other` scores too; None: all.
-        sharded: weights lie in shards, which all processes gather in the same order: the vision tower goes first,
-            whether a process has images or not.
+        sharded: weights lie in shards (ZeRO-3), which all processes gather module by module in the same order: the
+            vision tower goes first, whether a process has images or not.
 
     Attributes:
         counts: say in the terms how many FLOPs were computed.

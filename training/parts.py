@@ -211,7 +211,7 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
-        sharded=in_shards(config),
+        sharded=in_shards(config) and not config.engine.fsdp,  # which gathers all but layers at once
     )
 
 
