@@ -83,6 +83,8 @@ def known(model: str) -> tuple[str, dict[str, Any]]:
         return model, {}
     recipe: Any = OmegaConf.load(file)
     recipe = recipe.model if "model" in recipe else recipe
+    if OmegaConf.is_missing(recipe, "path"):
+        raise ValueError(f"model={model} names no model; name its folder or hub id: model=HUB_ID_OR_FOLDER.")
     return recipe.path, OmegaConf.to_container(recipe.get("visipruner", OmegaConf.create()))  # type: ignore[return-value]
 
 

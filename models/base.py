@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,8 +18,7 @@ from transformers import (
 )
 
 from latefusion.models import embedded
-
-EMBEDDED = "embedded"
+from latefusion.models.where import EMBEDDED, check_base
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -99,21 +96,3 @@ def unquantised(model: PreTrainedModel) -> list[str]:
     decoder = model.get_decoder()
     parts = {module for module in model.base_model.children() if module is not decoder}
     return [*(name for name, module in model.named_modules() if module in parts), "lm_head"]
-
-
-def check_base(path: str) -> None:
-    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find its weights."""
-    if path == EMBEDDED or (Path(path) / "config.json").is_file():
-        return
-    fix = f"name a folder or hub id with model.path=..., or run `hf download {path}` where there is a network"
-    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"no model at {path}: it has no config.json; {fix}.")
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(path, timeout=10)
-    except Exception as error:  # every way a network, a hub or a name can fail
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); {fix}."
-        ) from None

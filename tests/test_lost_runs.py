@@ -241,7 +241,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
 
 HOLD = """
 import sys
-from latefusion.training.guard import claimed
+from latefusion.training.claim import claimed
 with claimed(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

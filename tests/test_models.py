@@ -13,7 +13,7 @@ from latefusion.models import base
 from latefusion.models.saved import load_student
 from latefusion.training import run
 from latefusion.training.checks import read
-from latefusion.training.config import RECIPES
+from latefusion.training.config import RECIPES, EntryConfig, LoraConfig, ModelConfig, TrainConfig
 from latefusion.training.schedule import schedule_of
 
 FAMILY = {
@@ -38,7 +38,8 @@ LAYERS |= dict.fromkeys(("llava_onevision_qwen2_7b", "qwen2_5_vl_7b", "internvl3
 
 
 def test_every_configuration_has_a_family_here():
-    assert set(FAMILY) == {path.stem for path in (RECIPES / "model").glob("*.yaml")} == set(LAYERS)
+    shipped = {path.stem for path in (RECIPES / "model").glob("*.yaml")}
+    assert set(FAMILY) == shipped - {"other"} == set(LAYERS)  # any other model has a test of its own below
     assert set(FAMILY.values()) == set(PROCESSORS)
 
 
@@ -144,3 +145,24 @@ def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, m
         any(name.endswith(f"{module}.modules_to_save.default") for name, _ in student.model.named_modules())
         for module in saved
     )
+
+
+def test_any_other_model_borrows_nothing_and_wants_to_be_told_where_it_fuses(hub, tmp_path, capsys):
+    base = hub("qwen2_5_vl", 10)
+    with pytest.raises(
+        SystemExit, match=r"say schedule.enter=N and schedule.exit=N, or schedule=auto"
+    ) as refused:
+        trained("other", base, tmp_path)
+    assert "\n" not in str(refused.value) and base in str(refused.value)
+    with pytest.raises(SystemExit, match=r"schedule.cross=\[\] names no layer"):
+        trained("other", base, tmp_path, "recipe=cross_only")
+    student = trained("other", base, tmp_path, "schedule.enter=3", "schedule.exit=6")
+    assert (student.schedule.enter, student.schedule.exit, student.schedule.keep) == (3, 6, {})
+    assert student.model.peft_config["default"].target_modules.count("(3|4|5)") == 1  # LoRA where vision is
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_any_other_model_starts_from_the_paper_s_thresholds_and_the_loop_s_own_settings():
+    config = read(composed("model=other", "model.path=x/y", "recipe=dense"))
+    assert (config.train, config.lora, config.entry) == (TrainConfig(), LoraConfig(), EntryConfig())
+    assert config.model == ModelConfig(path="x/y") and config.model.visipruner.boundary == 6

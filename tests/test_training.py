@@ -235,7 +235,7 @@ def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(lla
     def unreachable(self, repo, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("latefusion.models.base.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(
         SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
     ):

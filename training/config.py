@@ -95,10 +95,10 @@ class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
     `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
-    untyped, so that an override replaces all of it.
+    untyped, so that an override replaces all of it. `enter` None: nobody has said where, so no run can begin.
     """
 
-    enter: int = 0
+    enter: int | None = None
     exit: int | None = None
     keep: Any = None
     cross: Any = None
@@ -110,11 +110,13 @@ class RunScheduleConfig(ScheduleConfig):
     """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
 
     Attributes:
+        enter: of a run whose recipe says nothing, the first layer: `recipe=dense`.
         auto: `schedule=auto`: profile the model before training (or read `profile`).
         profile: folder that `eval/profile.py` wrote.
         samples, bound, budget: of the profile that `auto` makes.
     """
 
+    enter: int | None = 0
     auto: bool = False
     profile: str | None = None
     samples: int = 64

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoProcessor
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base import EMBEDDED, check_base, load_base
+from latefusion.models.base import load_base
 from latefusion.models.policies.base import Policy
+from latefusion.models.where import EMBEDDED, check_base
 from latefusion.training.config import Config
 
 SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
