@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from latefusion.data import sources
-from latefusion.data.config import Source
-from latefusion.data.guard import SKIPPED_FILE, skipped
+from latefusion.data.config import OnError, Source
+from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
 from latefusion.data.scenes import load_scenes
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
@@ -68,10 +69,12 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             held.enter_context(claimed(config.output_dir))
             settle_schedule(config, cfg, resumed)
             settle(config, resumed)
+            begins = first_samples(dataset)
+            check_rows(config, begins)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
             collator = guarded(config, training_collator(config, student), dataset)
-            some = collator(first_samples(dataset))
+            some = collator(begins)
             collator = packing(config, student, collator)
             objective = objective_of(config, student)
         except (ValueError, FileNotFoundError) as error:
@@ -107,6 +110,15 @@ def check_policy(config: Config) -> None:
     policy = teacher(config)
     if config.kl.model is not None and policy is not None:
         check_teacher(config, policy)
+
+
+def check_rows(config: Config, samples: Sequence[Any]) -> None:
+    """Raise ValueError if one of these rows is bad and must not be, before a model is loaded and calibrated."""
+    if config.data.on_error is OnError["raise"]:
+        for sample in samples:
+            row = sample if isinstance(sample, dict | Bad) else usable(sample)
+            if isinstance(row, Bad):
+                raise ValueError(f"row {row.id} {row.error}; leave such rows out with data.on_error=skip.")
 
 
 def settle(config: Config, resumed: Path | None) -> None:
