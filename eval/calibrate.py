@@ -23,8 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from datasets import Dataset
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from latefusion.data import sources
@@ -36,6 +34,7 @@ from latefusion.eval.search import Search
 from latefusion.models.attach import attach
 from latefusion.models.base import check_base, compute_dtype, load_base
 from latefusion.models.schedule import VisionSchedule
+from latefusion.training.words import check_words, parsed
 
 
 @dataclass
@@ -132,14 +131,9 @@ def read(asked: Arguments) -> Dataset:
 
 def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
+    words = check_words(arguments, Arguments, str(__doc__))
     try:
-        if any("=" not in argument for argument in arguments):
-            sys.exit(f"{__doc__}\n{Arguments.__doc__}")
-        asked = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
-        calibrate(OmegaConf.to_object(asked), Console())  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+        calibrate(parsed(words, Arguments), Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

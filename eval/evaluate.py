@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from latefusion.models.policies import recipe_of
 from latefusion.models.where import check_base
 from latefusion.training.config import Config
+from latefusion.training.words import check_words, parsed
 
 if TYPE_CHECKING:
     from latefusion.eval.ledger import Processes
@@ -207,19 +208,10 @@ def processes_here() -> Processes:
 
 def main(arguments: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    arguments = [argument.removeprefix("--") for argument in arguments]
-    if any("=" not in argument for argument in arguments) or not arguments:
-        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
+    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(list(arguments)))
-        chosen: Arguments = OmegaConf.to_object(merged)  # type: ignore[assignment]
-        checked(chosen)
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    try:
+        chosen = parsed(words, Arguments)
+        checked(chosen)  # before the processes are joined
         processes = processes_here()
         evaluate(chosen, processes)
         processes.wait()

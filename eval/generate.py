@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from latefusion.models.explain import explain
 from latefusion.models.policies import RECIPES, named
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
+from latefusion.training.words import check_words, parsed
 
 
 @dataclass
@@ -57,21 +57,17 @@ class Arguments:
 
 def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
+    words = check_words(arguments, Arguments, str(__doc__))
     try:
-        if any("=" not in argument for argument in arguments):
-            sys.exit(f"{__doc__}\n{Arguments.__doc__}")
-        given = OmegaConf.from_cli(arguments)
+        given = OmegaConf.from_cli(words)
         names = [name.strip() for name in str(given.get("policy", Arguments.policy)).split(",")]
         changes = {name: given.pop(name) for name in names if isinstance(given.get(name), DictConfig)}
-        asked: Arguments = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), given))  # type: ignore[assignment]
+        asked = parsed(given, Arguments)
         path, calibrated = known(asked.model)
         policies = {name: policy(name, changes.get(name), calibrated) for name in names}
         check_base(path)
         row = question(asked)
         answer(asked, path, row, policies, Console())
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

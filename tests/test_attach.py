@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import LAYERS, build, build_from, prompt, shared, text, text_tokens, vision_tokens
+from families import (
+    LAYERS,
+    MIXED,
+    build,
+    build_from,
+    close,
+    prompt,
+    shared,
+    text,
+    text_tokens,
+    vision_tokens,
+)
 from oracle import band, masked, ranked
 
 from latefusion import VisionSchedule
@@ -18,14 +29,8 @@ from latefusion.models.policies.visipruner import VisiPruner
 
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-TOLERANCE = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() <= TOLERANCE
 
 
 def logits(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, LAYERS, build, prompt, shared, text_tokens, vision_tokens
+from families import (
+    CONFIGS,
+    LAYERS,
+    MIXED,
+    build,
+    close,
+    prompt,
+    shared,
+    text_tokens,
+    vision_tokens,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Fixed, band, masked
 from peft import LoraConfig, get_peft_model
-from test_attach import BAND, KEEPS, MIXED, close, logits
+from test_attach import BAND, KEEPS, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion import VisionSchedule

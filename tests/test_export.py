@@ -106,7 +106,7 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
     ("arguments", "sentence"),
     [
         (["checkpoint=nowhere", "output=x"], "error: no student at nowhere"),
-        (["checkpoint=nowhere"], "error: output is not set; add output=FOLDER"),
+        (["checkpoint=nowhere"], "error: output is not set; add output=VALUE"),
         (
             ["checkpoint=x", "output=y", "merg=true"],
             "error: Key 'merg' not in 'Arguments'; the keys are checkpoint",

@@ -11,11 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from latefusion.models.where import ADAPTER_CONFIG
 from latefusion.training.config import Dtype
+from latefusion.training.words import check_words, parsed
 
 
 @dataclass
@@ -57,22 +57,14 @@ def check(arguments: Arguments) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    if not arguments or any("=" not in argument for argument in arguments):
-        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
+    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
     try:
-        chosen = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
-        missing = sorted(OmegaConf.missing_keys(chosen))
-        if missing:
-            sys.exit(f"error: {missing[0]} is not set; add {missing[0]}=FOLDER.")
-        asked: Arguments = OmegaConf.to_object(chosen)  # type: ignore[assignment]
+        asked = parsed(words, Arguments)
         check(asked)
 
         from latefusion.training.publish import export  # torch and all that, which no refusal has to wait for
 
         print(export(asked))
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
