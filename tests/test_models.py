@@ -1,5 +1,7 @@
 """Every shipped model configuration trains, through the real entry point, on a shrunk random model of its family."""
 
+import json
+
 import pytest
 import torch
 from families import CONFIGS, build_from
@@ -8,6 +10,7 @@ from PIL import Image
 from processors import PROCESSORS, STOP, processor, vision_id
 from test_sources import IMG, turn, written
 from tiny import composed
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from latefusion.models import base
 from latefusion.models.saved import load_student
@@ -166,3 +169,24 @@ def test_any_other_model_starts_from_the_paper_s_thresholds_and_the_loop_s_own_s
     config = read(composed("model=other", "model.path=x/y", "recipe=dense"))
     assert (config.train, config.lora, config.entry) == (TrainConfig(), LoraConfig(), EntryConfig())
     assert config.model == ModelConfig(path="x/y") and config.model.visipruner.boundary == 6
+
+
+HUB = {  # what the preprocessor_config.json of these families says
+    "qwen2_5_vl": {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
+    "qwen3_vl": {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
+}
+
+
+@pytest.mark.parametrize("model", [name for name, family in FAMILY.items() if family in HUB])
+def test_the_most_vision_tokens_of_an_image_are_as_its_configuration_says(model, tmp_path):
+    """Through the library's own loading: without the setting the same photo has four times as many or more."""
+    said = {**HUB[FAMILY[model]], "temporal_patch_size": 2, "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+
+    def tokens(**settings):
+        found = Qwen2VLImageProcessorPil.from_pretrained(tmp_path, **settings)
+        grid = found(images=[Image.new("RGB", (3000, 2000))], return_tensors="pt")["image_grid_thw"]
+        return int(grid.prod()) // 4
+
+    wanted = composed(f"model={model}").model.processor
+    assert 1200 < tokens(**wanted) <= 1280 < 4 * 1280 < tokens()

@@ -30,6 +30,7 @@ from latefusion.training.guard import PREEMPTED, Preempted
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale
 from latefusion.training.parts import (
+    check_layers,
     dtype_of,
     guarded,
     objective_of,
@@ -42,7 +43,7 @@ from latefusion.training.parts import (
 )
 from latefusion.training.preflight import checked
 from latefusion.training.settle import settle_schedule
-from latefusion.training.teacher import check_teacher
+from latefusion.training.teacher import check_teacher, decoder_config
 
 
 def run(cfg: DictConfig) -> None:
@@ -105,11 +106,19 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
 
 
 def check_policy(config: Config) -> None:
-    """Raise ValueError if the teacher cannot run as `config` says: its thresholds, or another model that is none."""
+    """Raise, before any weights are loaded, if the model has too few layers for what `config` says.
+
+    Raises:
+        ValueError: the schedule or the teacher's thresholds do not fit; or `kl.model` cannot teach.
+    """
     visipruner(config.model.visipruner)
-    policy = teacher(config)
-    if config.kl.model is not None and policy is not None:
+    known, policy = decoder_config(config.model), teacher(config)
+    if not config.schedule.auto and config.schedule.profile is None:
+        check_layers(config, known.num_hidden_layers)
+    if policy is not None and config.kl.model is not None:
         check_teacher(config, policy)
+    elif policy is not None and config.kl.weight > 0:
+        policy.validate(known.num_hidden_layers)
 
 
 def check_rows(config: Config, samples: Sequence[Any]) -> None:
