@@ -16,6 +16,7 @@ IMAGE_TOKEN = 1
 VOCABULARY = 1024  # small, as the FLOPs counter leaves out the language head
 
 Variant = TypeVar("Variant")
+Name = TypeVar("Name")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -92,10 +93,10 @@ def seconds(work: Callable[[], Any], args: argparse.Namespace) -> float:
 
 
 def interleaved(
-    variants: Mapping[str, Variant], run: Callable[[Variant], Any], rounds: int
-) -> dict[str, list[Any]]:
+    variants: Mapping[Name, Variant], run: Callable[[Variant], Any], rounds: int
+) -> dict[Name, list[Any]]:
     """What every variant gives in every round, in an order that rotates; the first round warms up and is dropped."""
-    found: dict[str, list[Any]] = {name: [] for name in variants}
+    found: dict[Name, list[Any]] = {name: [] for name in variants}
     names = list(variants)
     for i in range(rounds + 1):
         shift = i % len(names)
