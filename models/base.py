@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from latefusion.models import embedded
-from latefusion.models.where import EMBEDDED, check_base
+from latefusion.models.where import EMBEDDED, check_base, check_four_bits
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -52,11 +51,9 @@ def load_base(
         FileNotFoundError: there are no such weights, or they cannot be reached from here.
         ValueError: 4 bits, or the processor, need a package that is not here.
     """
+    if four_bits:
+        check_four_bits(path)
     if path == EMBEDDED:
-        if four_bits:
-            raise ValueError(
-                "model.load_in_4bit=true is for large models; model=embedded has 5 million weights."
-            )
         return embedded.load_base(dtype)
     check_base(path)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -78,8 +75,6 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesConfig:
     """Four bits for the decoder's layers alone: what trains in full cannot be quantised."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
     return BitsAndBytesConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
@@ -34,3 +35,11 @@ def check_base(path: str) -> None:
             f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); name a folder or hub "
             f"id with model.path=..., or run `hf download {path}` where there is a network."
         ) from None
+
+
+def check_four_bits(path: str) -> None:
+    """Raise ValueError, in one sentence, where the weights of `path` cannot be held in 4 bits."""
+    if path == EMBEDDED:
+        raise ValueError("model.load_in_4bit=true is for large models; model=embedded has 5 million weights.")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")

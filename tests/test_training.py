@@ -114,7 +114,7 @@ def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch)
 
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
     """What it does with it is a test for a GPU: `test_lora.py`."""
-    monkeypatch.setattr("latefusion.models.base.find_spec", lambda name: None)
+    monkeypatch.setattr("latefusion.models.where.find_spec", lambda name: None)
     with pytest.raises(
         SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"
     ):

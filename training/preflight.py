@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latefusion.data.places import check_places
-from latefusion.models.where import ADAPTER_CONFIG, check_base
+from latefusion.models.where import ADAPTER_CONFIG, check_base, check_four_bits
 from latefusion.training.checkpoints import checkpoints, find
 from latefusion.training.checks import read
 from latefusion.training.claim import check_launch, check_unclaimed
@@ -40,6 +40,8 @@ def check(config: Config) -> Path | None:
     """
     check_launch(config.engine.processes)
     check_schedule(config)
+    if config.model.load_in_4bit:
+        check_four_bits(config.model.path)
     check_base(config.model.path)
     if config.kl.model is not None:
         check_base(config.kl.model)
