@@ -12,7 +12,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -98,6 +97,8 @@ def named(word: str) -> list[str]:
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     """Profile the model that `config` names on its data."""
+    import torch
+
     from latefusion.eval.profiling.run import profile
     from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
@@ -214,6 +215,8 @@ def own_answers(
     model: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int
 ) -> list[dict[str, Any]]:
     """The rows with the model's own greedy answer at their end."""
+    import torch
+
     from latefusion.eval.predict import prompt_inputs
 
     found = []
