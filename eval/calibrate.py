@@ -1,7 +1,7 @@
 """Find VisiPruner's boundary, thresholds and stages for a model that the paper never saw.
 
     python eval/calibrate.py model=embedded data=scenes kl=0.02
-    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train prompts=128 kl=0.02
+    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train samples=128 kl=0.02
 
 Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
@@ -30,6 +30,7 @@ from rich.console import Console
 from latefusion.data import sources
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import chosen
+from latefusion.eval.arguments import wrong
 from latefusion.eval.predict import images_of
 from latefusion.eval.prompts import policy_of, settings
 from latefusion.eval.search import Search
@@ -45,7 +46,7 @@ class Arguments:
     Attributes:
         model: embedded, a folder or a hub id.
         data: scenes, or a folder or hub id of a data set with the columns messages and images.
-        split: of the data; prompts: how many of them, drawn by `seed`; null: all.
+        split: of the data; samples: how many prompts, drawn by `seed`; null: all.
         kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
         boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
             model's own norms, read off the trial. The shallow rule saves no FLOPs of its own, so only
@@ -59,7 +60,7 @@ class Arguments:
     model: str = "embedded"
     data: str = "scenes"
     split: str = "validation"
-    prompts: int | None = None
+    samples: int | None = None
     seed: int = 0
     kl: float = 0.02
     boundaries: list[int] | None = None
@@ -103,8 +104,8 @@ def check(asked: Arguments) -> None:
     for name in ("kl", "batch_size", "max_new_tokens"):
         if not getattr(asked, name) > 0:
             raise ValueError(f"{name}={getattr(asked, name)} must be positive.")
-    if asked.prompts is not None and asked.prompts < 1:
-        raise ValueError(f"prompts={asked.prompts} must be at least 1.")
+    if asked.samples is not None and asked.samples < 1:
+        raise ValueError(f"samples={asked.samples} must be at least 1.")
     for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
         if getattr(asked, name) == []:
             raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")
@@ -122,8 +123,8 @@ def read(asked: Arguments) -> Dataset:
         rows = load_scenes(asked.split)
     else:
         rows = sources.dataset(asked.data, split=asked.split)
-    if asked.prompts is not None and asked.prompts < len(rows):
-        rows = rows.shuffle(seed=asked.seed).select(range(asked.prompts))
+    if asked.samples is not None and asked.samples < len(rows):
+        rows = rows.shuffle(seed=asked.seed).select(range(asked.samples))
     with_image = [i for i, row in enumerate(rows) if len(images_of(row))] if asked.data != "scenes" else None
     if with_image == []:
         raise ValueError(f"no prompt of {asked.data} has an image; VisiPruner has nothing to prune there.")
@@ -138,8 +139,7 @@ def main(arguments: list[str]) -> None:
         asked = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
         calibrate(OmegaConf.to_object(asked), Console())  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+        sys.exit(f"error: {wrong(error, list(Arguments.__dataclass_fields__))}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

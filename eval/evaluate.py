@@ -26,6 +26,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latefusion.eval.arguments import wrong
+
 if TYPE_CHECKING:
     from latefusion.eval.ledger import Processes
     from latefusion.eval.systems import System
@@ -304,8 +306,7 @@ def main(arguments: Sequence[str]) -> None:
         chosen: Arguments = OmegaConf.to_object(merged)  # type: ignore[assignment]
         check_arguments(chosen)
     except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+        sys.exit(f"error: {wrong(error, list(Arguments.__dataclass_fields__))}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:

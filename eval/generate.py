@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.data.scenes import load_scenes
+from latefusion.eval.arguments import wrong
 from latefusion.eval.memory import kv_cache_bytes
 from latefusion.eval.predict import prompt_inputs
 from latefusion.models.attach import attach
@@ -70,8 +71,7 @@ def main(arguments: list[str]) -> None:
         row = question(asked)
         answer(asked, path, row, policies, Console())
     except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+        sys.exit(f"error: {wrong(error, list(Arguments.__dataclass_fields__))}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -124,7 +124,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def asked(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
-    small = {"prompts": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
+    small = {"samples": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
     return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
 
 
@@ -173,7 +173,7 @@ GRID = {
 def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> None:
     """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
     model, processor = load_base(base, dtype=torch.float32)
-    given = asked(base, tmp_path, prompts=15, batch_size=5, **GRID)
+    given = asked(base, tmp_path, samples=15, batch_size=5, **GRID)
     rows = calibrate.read(given)
     with attach(model, VisionSchedule()) as attachment:
         prompts = Prompts(given, attachment, processor, rows)
@@ -191,7 +191,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
         ruled_out = 0
         for bound in (kl.min() / 2, *np.quantile(kl, [0.1, 0.5, 1.0]) + 1e-4):
             search = Search(
-                asked(base, tmp_path, kl=float(bound), prompts=15, batch_size=5, **GRID),
+                asked(base, tmp_path, kl=float(bound), samples=15, batch_size=5, **GRID),
                 attachment,
                 processor,
                 rows,
@@ -242,7 +242,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
         ({"stages": [["shallow"]]}, r"stages=\['shallow'\] saves nothing without 'middle'"),
         ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
         ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
-        ({"prompts": 0}, "prompts=0 must be at least 1"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
         ({"boundaries": [5]}, "boundary=5 leaves no layer to fuse in"),
         (
             {"kl": 1e-9, "boundaries": [0], "layer_thresholds": [1.0], "tokens_thresholds": [50.0]},
@@ -252,5 +252,5 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
 )
 def test_what_cannot_work_is_a_sentence(base: str, tmp_path: Any, more: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
-        calibrate.calibrate(asked(base, tmp_path, **{"prompts": 4, **more}), Console(quiet=True))
+        calibrate.calibrate(asked(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
     assert "\n" not in str(error.value)

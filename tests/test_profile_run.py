@@ -119,7 +119,7 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
     found = re.match(r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first)
     assert found is not None, first
     total, each = (int(number.replace(",", "")) for number in found.groups())
-    assert 2 * 4 <= each <= 2 * 4 + 40 and abs(total - 3 * each) <= 3
+    assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
 
 
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
@@ -297,7 +297,11 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
         (["samples=0", "model=embedded"], "samples=0"),
         (["bound=-1", "model=embedded"], "bound=-1"),
         (["budget=3", "model=embedded"], "budget=3"),
-        (["sampels=3", "model=embedded"], "sampels"),
+        (
+            ["sampels=3", "model=embedded"],
+            "sampels does not exist (did you mean samples?); the keys are model",
+        ),
+        (["train.steps=3", "model=embedded"], "train.steps does not exist"),
         (["samples=999999", "model=embedded"], "samples=999999 is more than"),
         (["data=no/such/folder", "model=embedded"], "no/such/folder"),
     ],

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from families import LAYERS, shared
+from planted import NO_PLAN
 from test_profile_causal import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.eval.profiling import lenses, summary
 from latefusion.eval.profiling.causal import KINDS, knock_outs
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer, interval
+from latefusion.eval.profiling.samples import Group
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -153,8 +155,9 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
     """What is kept of each sample: written word, lens words, maps, kinds (by attention of all layers)."""
     model, eager, batch = shared("llava"), shared("llava", "eager"), batch_of("llava", rows)
     with attach(model, VisionSchedule()) as attachment:
-        sources = [((1, 0), lambda: batch)]
-        found = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {})).looks()["samples"]
+        sources = [Group((1, 0), lambda: batch, (), (), 0)]
+        found = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
+        found = found["samples"]
     entered: list[torch.Tensor] = []
     handle = eager.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
     with torch.no_grad():

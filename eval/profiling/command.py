@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latefusion.data.config import DataConfig, Source
+from latefusion.eval.arguments import unknown, wrong
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
@@ -52,6 +53,9 @@ class Arguments:
     new_tokens: int = 16
 
 
+KEYS = ["model", "data", *(field.name for field in fields(Arguments))]
+
+
 def main(words: Sequence[str], usage: str) -> None:
     """Run; what cannot work ends in one sentence."""
     try:
@@ -60,8 +64,7 @@ def main(words: Sequence[str], usage: str) -> None:
         own, config = parsed(words)
         run(own, config)
     except OmegaConfBaseException as error:
-        keys = ", ".join(field.name for field in fields(Arguments))
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are model, data, {keys}.")
+        sys.exit(f"error: {wrong(error, KEYS)}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -70,6 +73,9 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     """This script's own keys, and the rest as a configuration of training (`model`, `data`)."""
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
+    for key in (word.partition("=")[0] for word in words):
+        if key.partition(".")[0] not in ("model", "data") and key not in names:
+            raise ValueError(unknown(key, KEYS))
     rest = [found for word in words if word not in mine for found in named(word)]
     own: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine)))
     for name in ("samples", "images", "batch_size", "new_tokens"):
