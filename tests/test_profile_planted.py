@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, LAYERS, shared
+from families import HIDDEN, IMAGE, LAYERS, TOKENS_PER_IMAGE, shared
 from planted import NO_PLAN, grouped, measurer, planted, questions
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -22,6 +22,7 @@ from latefusion.eval.profiling.samples import Batch, counts
 from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
+from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 
 BOUND = 1e-5
@@ -169,8 +170,9 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
     assert (found["ends"]["enter"], found["ends"]["exit"], fits) == (3, 5, [3, 2])
     assert (chosen["schedule"]["enter"], chosen["schedule"]["exit"], chosen["calibrated"]) == (2, 5, True)
     assert chosen["kl"] == pytest.approx(0.04) and chosen["schedule"]["keep"]
-    assert found["entry"]["kl_raw"] == pytest.approx(0.33) and found["entry"]["kl_ceiling"] == pytest.approx(
-        0.01
+    entry = found["entry"]
+    assert [entry[f"kl_{name}"] for name in ("raw", "calibrated", "ceiling")] == pytest.approx(
+        [0.33, 0.03, 0.01]
     )
     assert found["beside"]["chosen, raw entry"]["kl"] == pytest.approx(0.34)
     assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == found
@@ -191,6 +193,9 @@ def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples
             made.plan = replace(made.plan, hold=hold)
             schedule = VisionSchedule(enter=2, exit=None if hold else 6)
             assert made.schedule(schedule, None, 0.0)[0] == pytest.approx(expected, rel=1e-3)
+        entry = CalibratedEntry(hidden_size=HIDDEN, places=TOKENS_PER_IMAGE)
+        entry.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        assert made.schedule(schedule, entry, 0.0)[0] != made.schedule(schedule, None, 0.0)[0]
     assert len({round(kl, 4) for kl in expected}) == 7
 
 

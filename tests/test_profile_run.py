@@ -295,6 +295,7 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
         (["model=nowhere/at/all"], "nowhere/at/all"),
         (["model=lava"], "model=lava does not exist; model can be"),
         (["samples=0", "model=embedded"], "samples=0"),
+        (["samples=1", "model=embedded"], "samples=1 says nothing"),
         (["bound=-1", "model=embedded"], "bound=-1"),
         (["budget=3", "model=embedded"], "budget=3"),
         (

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from latefusion.data.config import DataConfig, Source
 from latefusion.eval.arguments import unknown, wrong
@@ -109,6 +110,8 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
 
+    if own.samples < 2:
+        raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
@@ -123,6 +126,10 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         model.cuda()  # type: ignore[call-arg]
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)
     if not labelled:
+        (options.get("console") or Console()).print(
+            f"The data has no answers: the model writes its own first, up to {own.new_tokens} tokens to each of "
+            f"{len(rows)} prompts."
+        )
         rows = own_answers(model, processor, rows, own.new_tokens)
     name = Path(config.model.path).name
     about = {

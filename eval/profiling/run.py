@@ -72,7 +72,7 @@ def profile(
     with attach(model, VisionSchedule()) as attachment:
         plan = planned(model.config, shapes(attachment, sources))
         expense = plan.cost
-        announce(console, expense, len(samples), layers, ledger)
+        announce(console, expense, len(samples), layers, len(fit_on), ledger)
         with bar(console) as progress:
             task = progress.add_task("Profiling", total=expense.total * len(samples))
             measurer = Measurer(
@@ -123,12 +123,12 @@ def calibrate(
     return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
 
 
-def announce(console: Console, cost: Cost, samples: int, layers: int, ledger: Ledger) -> None:
+def announce(console: Console, cost: Cost, samples: int, layers: int, images: int, ledger: Ledger) -> None:
     """What is about to be spent."""
     console.print(
         f"{samples} samples, {layers} layers: up to {cost.total * samples:,.0f} prefills' worth of FLOPs, "
         f"{cost.total:.0f} a sample ({cost.observing:.0f} to observe, {cost.knock_outs:.1f} for knock-outs, at most "
-        f"{cost.deciding:.0f} to decide)."
+        f"{cost.deciding:.0f} to decide). Calibrating the entry runs {images} more images through the layers before it."
     )
     if ledger.resumed:
         console.print(f"{ledger.resumed} measurements are there already; going on from them.")
