@@ -9,10 +9,11 @@ import pytest
 import torch
 from families import build, prompt, vision_tokens
 from rich.console import Console
+from rich.progress import Progress
 from tiny import save_tiny_base
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval import calibrate, calibration, chosen
+from latefusion.eval import calibrate, calibration, chosen, evaluate, generate
 from latefusion.eval.prompts import Prompts, ended, policy_of, settings
 from latefusion.eval.search import Search
 from latefusion.eval.survey import fusion_layers
@@ -132,7 +133,15 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     base: str, tmp_path: Any, monkeypatch: Any
 ) -> None:
     grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
+    bars, add = [], Progress.add_task
+
+    def adding(self: Any, description: str, **more: Any) -> Any:
+        bars.append((description, more["total"]))
+        return add(self, description, **more)
+
+    monkeypatch.setattr(Progress, "add_task", adding)
     whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
+    assert bars and all(total > 0 and not name.startswith("0 ") for name, total in bars), bars
     batches, run = [], Prompts.try_on
 
     def stopping(self: Any, rows: Any, written: Any, settings: Any) -> Any:
@@ -254,3 +263,14 @@ def test_what_cannot_work_is_a_sentence(base: str, tmp_path: Any, more: dict, se
     with pytest.raises(ValueError, match=sentence) as error:
         calibrate.calibrate(asked(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [calibrate.main, generate.main, evaluate.main])
+def test_a_wrong_key_is_answered_with_those_that_exist(command: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"error: modle does not exist \(did you mean model\?\); the keys are .*model"
+    ):
+        command(["modle=embedded"])
+    with pytest.raises(SystemExit, match=r"max_new_tokens|batch_size") as error:
+        command(["max_new_tokens=many" if command is not evaluate.main else "batch_size=many"])
+    assert "'many'" in str(error.value) and "\n" not in str(error.value)

@@ -175,6 +175,11 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
         [0.33, 0.03, 0.01]
     )
     assert found["beside"]["chosen, raw entry"]["kl"] == pytest.approx(0.34)
+    keeps = [
+        p["schedule"]["keep"] for p in found["points"] if p["calibrated"] and p["schedule"]["enter"] == 2
+    ]
+    single = {step for keep in keeps if len(keep) == 1 for step in keep.items()}
+    assert single == {(layer, k) for layer in ("3", "4") for k in (16, 8, 4, 2, 1)}
     assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == found
 
 
@@ -196,6 +201,15 @@ def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples
         entry = CalibratedEntry(hidden_size=HIDDEN, places=TOKENS_PER_IMAGE)
         entry.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
         assert made.schedule(schedule, entry, 0.0)[0] != made.schedule(schedule, None, 0.0)[0]
+        keeping, one = (
+            VisionSchedule(keep={3: 2}),
+            measurer(model, attachment, [whole], tmp_path / "kept.jsonl"),
+        )
+        kept = made.kept(keeping, None)
+        assert (
+            kept == one.kept(keeping, None) and kept[6] is None and len({str(tokens) for tokens in kept}) > 3
+        )
+        assert all(len(tokens[-1]) == 2 for tokens in kept if tokens is not None)
     assert len({round(kl, 4) for kl in expected}) == 7
 
 

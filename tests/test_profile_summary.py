@@ -112,6 +112,22 @@ def test_curves_are_means_with_students_interval_and_are_whole() -> None:
     assert interval([0.3]) == (0.3, 0.0, math.inf)
 
 
+def test_a_curve_is_of_the_samples_that_it_was_measured_on() -> None:
+    found = found_of({"enter": 1, "exit": 4})
+    whole = summary.curves(found)
+    for layer, missing in ((2, 3), (3, SAMPLES - 1)):
+        effect = found["effects"][f"single {layer}"]
+        effect["kl"][:missing], effect["right"][:missing] = [None] * missing, [None] * missing
+        row, kl = summary.curves(found)["single"][layer], effect["kl"][missing:]
+        assert (row["kl"], row["samples"]) == (pytest.approx(sum(kl) / len(kl)), SAMPLES - missing)
+        assert row["accuracy"] == sum(effect["right"][missing:]) / len(kl)
+        if len(kl) == 1:
+            assert row["low"] == row["high"] == row["kl"]  # one sample has no interval
+        else:
+            assert row["high"] == interval(kl)[2]
+    assert summary.curves(found)["late"] == whole["late"]
+
+
 def test_quartiles_over_samples_by_hand() -> None:
     seen = looks()
     for i, sample in enumerate(seen):

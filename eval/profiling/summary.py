@@ -55,7 +55,7 @@ def curves(found: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
             if effect is None:
                 continue
             measured = known(effect["kl"])
-            kl, low, high = interval(measured)
+            kl, low, high = interval(measured) if len(measured) > 1 else (measured[0],) * 3
             quartiles = np.quantile(measured, [0.25, 0.5, 0.75])
             row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(measured)}
             row |= dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True))
