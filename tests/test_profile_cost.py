@@ -22,7 +22,7 @@ from latefusion.eval.profiling import cost, decide
 from latefusion.eval.profiling.causal import Runner, knock_outs
 from latefusion.eval.profiling.cost import OPTIONAL, Shape
 from latefusion.eval.profiling.run import shapes
-from latefusion.eval.profiling.samples import counts
+from latefusion.eval.profiling.samples import Group, counts
 from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
@@ -150,6 +150,9 @@ def test_every_batch_counts_in_what_is_announced() -> None:
     mean = (10 * cost.knock_outs(config, short) + 2 * cost.knock_outs(config, long)) / 12
     assert cost.planned(config, [short, long]).cost.knock_outs == pytest.approx(mean)
     assert cost.planned(config, [long, short]).cost.knock_outs == pytest.approx(mean)
+    two = Group((0, 2), make=pytest.fail, places=(1, 2, 3), lengths=(5, 7), answers=2)
+    one = Group((1,), make=pytest.fail, places=(0, 1), lengths=(10,), answers=1)
+    assert counts([two, one]) == (pytest.approx(14 / 3), pytest.approx(8 / 3))
 
 
 def test_no_more_bands_are_measured_than_are_announced() -> None:

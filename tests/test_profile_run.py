@@ -106,7 +106,10 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
-    def spent(*args: object) -> None:
+    batches: list[int] = []
+
+    def spent(self: Measurer) -> None:
+        batches.append(len(self.sources))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurer, "looks", spent)
@@ -118,6 +121,7 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
     first = said.getvalue().splitlines()[0]
     found = re.match(r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first)
     assert found is not None, first
+    assert batches == [2], "of one batch nothing can be left out"
     total, each = (int(number.replace(",", "")) for number in found.groups())
     assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
 
