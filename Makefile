@@ -3,17 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
+ON_GPU := --device cuda --dtype bfloat16
 
-.PHONY: train test test-slow lint base clean
+.PHONY: train test test-slow gpu lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
 
 test: $(INSTALLED)
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n 2
+	$(RUN) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m pytest -n 2
 
 test-slow: $(INSTALLED)
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
+	$(RUN) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
+
+# Everything that waits for a GPU: its tests, and the benchmarks at LLaVA-1.5-7B's shape. The environment needs a torch with CUDA.
+gpu:
+	-python -m pytest -m gpu
+	python eval/bench_executor.py --layers 32 --hidden 4096 $(ON_GPU) --json outputs/gpu/executor.json
+	python eval/bench_inference.py --shape llava-1.5-7b $(ON_GPU) --json outputs/gpu/inference.json
+	python eval/bench_training.py --shape llava-1.5-7b $(ON_GPU) --batch 8 --json outputs/gpu/training.json
 
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy

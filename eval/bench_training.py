@@ -139,7 +139,7 @@ def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, 
             "peak_ratio": peaks[name, busy] / peaks[dense],
             "schedule": schedule.to_dict(),
         }
-        if not busy:
+        if not busy and not schedule.cross:  # frozen tokens are projected only
             limit = allowed(bench.tokens(schedule), plain, times[dense])
             row |= {"allowed_speedup": 1 / limit, "share_of_allowed": limit / time["ratio"]}
         rows.append(row)

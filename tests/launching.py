@@ -21,6 +21,7 @@ LAUNCHERS = {
         "--main_process_port={port}",
     ],
     "alone": [sys.executable],
+    "gpus": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=gpu", "--master_port={port}"],
 }
 for node in (0, 1):  # one process each
     LAUNCHERS[f"node {node}"] = [
@@ -39,16 +40,23 @@ def free_port() -> int:
 def start(
     launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None
 ) -> subprocess.Popen:
-    """A run of 3 steps on the tiny model, in a process group of its own; `at`: the port where its processes meet."""
+    """A run of 3 steps on the tiny model, in a process group of its own, on the CPU unless the launcher is `gpus`.
+
+    Args:
+        at: the port where its processes meet.
+    """
     port = str(at or free_port())
     quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")
     command = [part.format(port=port) for part in LAUNCHERS[launcher]]
-    scripts = [str(ON_CPU), str(TRAIN)] if "engine=fsdp2" in overrides else [str(TRAIN)]
+    on_cpu = launcher != "gpus"
+    scripts = [str(ON_CPU), str(TRAIN)] if on_cpu and "engine=fsdp2" in overrides else [str(TRAIN)]
     command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    if on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONWARNINGS"] = (
         "ignore"  # ZeRO-3's would fill a pipe that nobody reads while a run goes on
     )

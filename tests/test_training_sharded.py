@@ -57,9 +57,11 @@ def test_fsdp2_trains_as_ddp(logged):
     assert len(found) == 3 * len(NAMES) and found == pytest.approx(expected, rel=1e-4)
 
 
-def test_zero3_trains_as_ddp(logged):
-    (found, output), (expected, _) = logged("deepspeed_zero3", "float32"), logged("accelerate", "float32")
-    assert len(found) == 3 * len(NAMES) and found == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_zero3_trains_as_ddp(logged, dtype, near):
+    """In bfloat16 DeepSpeed rounds weights where autocast rounds what goes into products."""
+    (found, output), (expected, _) = logged("deepspeed_zero3", dtype), logged("accelerate", dtype)
+    assert len(found) == 3 * len(NAMES) and found == pytest.approx(expected, rel=near)
     assert (output / "checkpoint-3" / "global_step3").is_dir()
     sizes = {path: path.stat().st_size for path in output.glob("checkpoint-3/*.safetensors")}
     assert len(sizes) == 1 and max(sizes.values()) < 200_000, (

@@ -117,6 +117,8 @@ def fit(
     """
     if config.engine.fsdp:
         args.fsdp_plugin_args.update(fsdp.plugin_args(student))
+    if config.engine.deepspeed and args.bf16:
+        give_up_masters(student.model)
     trainer = StudentTrainer(
         config=config,
         model=student.model,
@@ -137,6 +139,17 @@ def fit(
     with writing_result(config.output_dir, main=main, barrier=barrier) as folder:
         trainer.save_model(str(folder))
     return main
+
+
+def give_up_masters(model: nn.Module) -> None:
+    """Put what trains into bfloat16: DeepSpeed keeps float32 masters of its own, and runs without autocast.
+
+    ZeRO-2 would do so itself; ZeRO-3 takes weights for converted that it has sharded while the base was loaded, and
+    the others with them.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 class StudentTrainer(Trainer):
