@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from latefusion.data.config import DataConfig, Source
-from latefusion.eval.arguments import unknown, wrong
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
+from latefusion.training.words import unknown, wrong
 
 
 @dataclass
@@ -100,8 +100,7 @@ def named(word: str) -> list[str]:
         return [word]  # a mistyped name: `explain` lists what there is
     if key == "data":
         return ["data=dataset", f"data.path={value}"]
-    nobodys = ("model.schedule.enter=0", "model.schedule.exit=null", "model.schedule.keep=null")
-    return [f"model.path={value}", *nobodys]  # the rest is the default model's
+    return ["model=other", f"model.path={value}"]
 
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
@@ -159,6 +158,8 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
 def by_hand(config: Config, model: Any) -> VisionSchedule | None:
     """The schedule that `recipes/model` holds for the model, if it holds one and the model is one that it fits."""
     asked = config.model.schedule
+    if asked.enter is None:
+        return None
     schedule = VisionSchedule.from_dict({"enter": asked.enter, "exit": asked.exit, "keep": asked.keep})
     try:
         schedule.validate(model.config.get_text_config().num_hidden_layers)
