@@ -1,7 +1,7 @@
 """Find VisiPruner's boundary, thresholds and stages for a model that the paper never saw.
 
     python eval/calibrate.py model=embedded data=scenes kl=0.02
-    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train prompts=128 kl=0.02
+    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train samples=128 kl=0.02
 
 Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
@@ -33,7 +33,7 @@ class Arguments:
     Attributes:
         model: embedded, a folder or a hub id.
         data: scenes, or a folder or hub id of a data set with the columns messages and images.
-        split: of the data; prompts: how many of them, drawn by `seed`; null: all.
+        split: of the data; samples: how many prompts, drawn by `seed`; null: all.
         kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
         boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
             model's own norms, read off the trial. The shallow rule saves no FLOPs of its own, so only
@@ -47,7 +47,7 @@ class Arguments:
     model: str = "embedded"
     data: str = "scenes"
     split: str = "validation"
-    prompts: int | None = None
+    samples: int | None = None
     seed: int = 0
     kl: float = 0.02
     boundaries: list[int] | None = None
@@ -84,8 +84,8 @@ def check(asked: Arguments) -> None:
     for name in ("kl", "batch_size", "max_new_tokens"):
         if not getattr(asked, name) > 0:
             raise ValueError(f"{name}={getattr(asked, name)} must be positive.")
-    if asked.prompts is not None and asked.prompts < 1:
-        raise ValueError(f"prompts={asked.prompts} must be at least 1.")
+    if asked.samples is not None and asked.samples < 1:
+        raise ValueError(f"samples={asked.samples} must be at least 1.")
     for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
         if getattr(asked, name) == []:
             raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")

@@ -47,8 +47,8 @@ def read(asked: Arguments) -> Dataset:
         rows = load_scenes(asked.split)
     else:
         rows = sources.dataset(asked.data, split=asked.split)
-    if asked.prompts is not None and asked.prompts < len(rows):
-        rows = rows.shuffle(seed=asked.seed).select(range(asked.prompts))
+    if asked.samples is not None and asked.samples < len(rows):
+        rows = rows.shuffle(seed=asked.seed).select(range(asked.samples))
     with_image = [i for i, row in enumerate(rows) if len(images_of(row))] if asked.data != "scenes" else None
     if with_image == []:
         raise ValueError(f"no prompt of {asked.data} has an image; VisiPruner has nothing to prune there.")

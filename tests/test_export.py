@@ -109,7 +109,7 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
         (["checkpoint=nowhere"], "error: output is not set; add output=VALUE"),
         (
             ["checkpoint=x", "output=y", "merg=true"],
-            "error: Key 'merg' not in 'Arguments'; the keys are checkpoint",
+            "error: merg does not exist (did you mean merge?); the keys are checkpoint",
         ),
         ([], "python training/export.py checkpoint="),
     ],

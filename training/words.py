@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 Kind = TypeVar("Kind")
 
@@ -34,5 +35,18 @@ def parsed(words: Sequence[str] | Any, kind: type[Kind]) -> Kind:
             raise ValueError(f"{key} is not set; add {key}=VALUE.")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        keys = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
-        raise ValueError(f"{str(error).splitlines()[0]}; the keys are {keys}.") from None
+        raise ValueError(wrong(error, [field.name for field in fields(kind)])) from None  # type: ignore[arg-type]
+
+
+def wrong(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
+    """One sentence of what OmegaConf refused."""
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
+        return unknown(str(error.full_key), keys)
+    return f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; the keys are {', '.join(keys)}."
+
+
+def unknown(key: str, keys: Sequence[str]) -> str:
+    """One sentence of a key that does not exist."""
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key} does not exist{hint}; the keys are {', '.join(keys)}."

@@ -15,11 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from latefusion.data.config import DataConfig, Source
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
+from latefusion.training.words import unknown, wrong
 
 
 @dataclass
@@ -51,6 +53,9 @@ class Arguments:
     new_tokens: int = 16
 
 
+KEYS = ["model", "data", *(field.name for field in fields(Arguments))]
+
+
 def main(words: Sequence[str], usage: str) -> None:
     """Run; what cannot work ends in one sentence."""
     try:
@@ -59,8 +64,7 @@ def main(words: Sequence[str], usage: str) -> None:
         own, config = parsed(words)
         run(own, config)
     except OmegaConfBaseException as error:
-        keys = ", ".join(field.name for field in fields(Arguments))
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are model, data, {keys}.")
+        sys.exit(f"error: {wrong(error, KEYS)}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -69,6 +73,9 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     """This script's own keys, and the rest as a configuration of training (`model`, `data`)."""
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
+    for key in (word.partition("=")[0] for word in words):
+        if key.partition(".")[0] not in ("model", "data") and key not in names:
+            raise ValueError(unknown(key, KEYS))
     rest = [found for word in words if word not in mine for found in named(word)]
     own: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine)))
     for name in ("samples", "images", "batch_size", "new_tokens"):
@@ -103,6 +110,8 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
 
+    if own.samples < 2:
+        raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
@@ -117,6 +126,10 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         model.cuda()  # type: ignore[call-arg]
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)
     if not labelled:
+        (options.get("console") or Console()).print(
+            f"The data has no answers: the model writes its own first, up to {own.new_tokens} tokens to each of "
+            f"{len(rows)} prompts."
+        )
         rows = own_answers(model, processor, rows, own.new_tokens)
     name = Path(config.model.path).name
     about = {
