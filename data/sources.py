@@ -15,12 +15,11 @@ import datasets
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from latefusion.data.images import BadImage, load_image
-from latefusion.data.messages import BadSample, messages_of
+from latefusion.data.messages import BadSample
+from latefusion.data.places import FORMATS, JSON, check_conversations, check_images
+from latefusion.data.records import images_of, sample_of, size_of
 from latefusion.data.scenes import load_scenes
 
-FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-JSON = (".json", ".jsonl")
 CONVERSATIONS = ("messages", "conversations")
 PROBED = 20  # images whose absence, all of them, means that the folder is wrong
 
@@ -80,20 +79,15 @@ def llava(path: str, images: str | None) -> Rows:
         FileNotFoundError: the file, the folder or its first images are not there.
         ValueError: the file is no JSON list.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no conversation file at {path}; download it there, or name yours: data.path=FILE."
-        )
+    check_conversations(path)
     return json_rows(path, images)
 
 
 def json_rows(path: str, images: str | None) -> Rows:
     """A JSON list or a file of JSON lines, each `{"messages", "images"}` or `{"conversations", "image"}`."""
     file = Path(path)
-    if images is not None and not Path(images).is_dir():
-        raise FileNotFoundError(
-            f"no image folder at {images}; download the images there, or name yours: data.images=FOLDER."
-        )
+    if images is not None:
+        check_images(images)
     stat = file.stat()
     if not stat.st_size:
         raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.")
@@ -173,29 +167,6 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
         ) from error
 
 
-def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The sample of a record, its images opened.
-
-    Raises:
-        BadSample: it cannot be used.
-    """
-    kept = {}
-    if "record" in record:
-        kept["id"] = record["id"]
-        record = json.loads(record["record"])
-        if "broken" in record:
-            raise BadSample(record["broken"])
-    elif record.get("id") is not None:
-        kept["id"] = str(record["id"])
-    given = images_of(record)
-    messages = messages_of(record, len(given))
-    try:
-        images = [load_image(image, folder) for image in given]
-    except BadImage as error:
-        raise BadSample(f"has a bad image: {error}") from None
-    return {**kept, "messages": messages, "images": images}
-
-
 def python_row(table: Any) -> dict[str, Any]:
     """The one row of an Arrow table.
 
@@ -215,27 +186,6 @@ def name_of(table: Any) -> str | None:
     except UnicodeDecodeError:
         return None
     return None if name is None else str(name)
-
-
-def images_of(record: dict[str, Any]) -> list[Any]:
-    """What stands for the record's images, in its column `images` or `image`: a list, one, or none."""
-    given = record.get("images")
-    if given is None:
-        given = record.get("image")
-    if given is None:
-        return []
-    return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def size_of(record: dict[str, Any]) -> tuple[int, int]:
-    """Characters of text and number of images, of any record, whole or broken."""
-    turns = record.get("messages") or record.get("conversations") or []
-    characters = 0
-    for turn in turns if isinstance(turns, list) else []:
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        parts = content if isinstance(content, list) else [{"text": content}]
-        characters += sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))
-    return characters, len(images_of(record))
 
 
 def _checked(table: Any, path: str) -> Any:

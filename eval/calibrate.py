@@ -1,7 +1,7 @@
 """Find VisiPruner's boundary, thresholds and stages for a model that the paper never saw.
 
     python eval/calibrate.py model=embedded data=scenes kl=0.02
-    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train prompts=128 kl=0.02
+    python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train samples=128 kl=0.02
 
 Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
@@ -14,28 +14,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
-from datasets import Dataset
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from latefusion.data import sources
-from latefusion.data.scenes import load_scenes
-from latefusion.eval import chosen
-from latefusion.eval.predict import images_of
-from latefusion.eval.prompts import policy_of, settings
-from latefusion.eval.search import Search
-from latefusion.models.attach import attach
-from latefusion.models.base import check_base, compute_dtype, load_base
-from latefusion.models.schedule import VisionSchedule
+from latefusion.data.places import check_dataset
+from latefusion.models.where import check_base
+from latefusion.training.words import check_words, parsed
 
 
 @dataclass
@@ -45,7 +33,7 @@ class Arguments:
     Attributes:
         model: embedded, a folder or a hub id.
         data: scenes, or a folder or hub id of a data set with the columns messages and images.
-        split: of the data; prompts: how many of them, drawn by `seed`; null: all.
+        split: of the data; samples: how many prompts, drawn by `seed`; null: all.
         kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
         boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
             model's own norms, read off the trial. The shallow rule saves no FLOPs of its own, so only
@@ -59,7 +47,7 @@ class Arguments:
     model: str = "embedded"
     data: str = "scenes"
     split: str = "validation"
-    prompts: int | None = None
+    samples: int | None = None
     seed: int = 0
     kl: float = 0.02
     boundaries: list[int] | None = None
@@ -85,17 +73,10 @@ def calibrate(asked: Arguments, console: Console) -> dict[str, Any]:
         FileNotFoundError: the model or the data is not there.
     """
     check(asked)
-    rows = read(asked)
-    model, processor = load_base(asked.model, dtype=compute_dtype())
-    if torch.cuda.is_available():
-        model.cuda()  # type: ignore[arg-type]
-    started = time.perf_counter()
-    with attach(model, VisionSchedule()) as attachment:
-        search = Search(asked, attachment, processor, rows)
-        console.print(search.cost(), highlight=False)
-        results = search.run()
-    results["seconds"] = time.perf_counter() - started
-    return chosen.write(results, Path(asked.output), console)
+
+    from latefusion.eval.calibrated import calibrated  # torch and all that, which no refusal has to wait for
+
+    return calibrated(asked, console)
 
 
 def check(asked: Arguments) -> None:
@@ -103,43 +84,24 @@ def check(asked: Arguments) -> None:
     for name in ("kl", "batch_size", "max_new_tokens"):
         if not getattr(asked, name) > 0:
             raise ValueError(f"{name}={getattr(asked, name)} must be positive.")
-    if asked.prompts is not None and asked.prompts < 1:
-        raise ValueError(f"prompts={asked.prompts} must be at least 1.")
+    if asked.samples is not None and asked.samples < 1:
+        raise ValueError(f"samples={asked.samples} must be at least 1.")
     for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
         if getattr(asked, name) == []:
             raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")
     for stages in asked.stages:
         if "middle" not in stages:
             raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
-    for setting in settings(asked, asked.boundaries or [0], asked.tokens_thresholds or [0.0]):
-        policy_of(setting, asked)
     check_base(asked.model)
-
-
-def read(asked: Arguments) -> Dataset:
-    """The prompts: rows of `scenes`, or of any data set with `messages` and `images`, in the order of `seed`."""
-    if asked.data == "scenes":
-        rows = load_scenes(asked.split)
-    else:
-        rows = sources.dataset(asked.data, split=asked.split)
-    if asked.prompts is not None and asked.prompts < len(rows):
-        rows = rows.shuffle(seed=asked.seed).select(range(asked.prompts))
-    with_image = [i for i, row in enumerate(rows) if len(images_of(row))] if asked.data != "scenes" else None
-    if with_image == []:
-        raise ValueError(f"no prompt of {asked.data} has an image; VisiPruner has nothing to prune there.")
-    return rows if with_image is None else rows.select(with_image)
+    if asked.data != "scenes":
+        check_dataset(asked.data, key="data")
 
 
 def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
+    words = check_words(arguments, Arguments, str(__doc__))
     try:
-        if any("=" not in argument for argument in arguments):
-            sys.exit(f"{__doc__}\n{Arguments.__doc__}")
-        asked = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(arguments))
-        calibrate(OmegaConf.to_object(asked), Console())  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
+        calibrate(parsed(words, Arguments), Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -26,11 +26,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latefusion.models.policies import recipe_of
+from latefusion.models.where import check_base
+from latefusion.training.config import Config
+from latefusion.training.words import check_words, parsed
+
 if TYPE_CHECKING:
     from latefusion.eval.ledger import Processes
-    from latefusion.eval.systems import System
-    from latefusion.eval.tasks.base import Task
-    from latefusion.training.config import Config
 
 CONFIG = "config.yaml"
 
@@ -109,110 +111,27 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
         FileNotFoundError: a model, checkpoint, data set or file is not there.
         ValueError: arguments contradict each other, or data cannot be used.
     """
+    config, stored = checked(chosen)
+
+    from latefusion.eval.compared import compared  # torch and all that, which no refusal has to wait for
+
+    return compared(chosen, config, stored, processes)
+
+
+def checked(chosen: Arguments) -> tuple[Config | None, Mapping[str, Any] | None]:
+    """The configuration that the checkpoint was trained with, and the report to reproduce; of those that are named.
+
+    Raises:
+        FileNotFoundError: a checkpoint, policy, file or folder is not there.
+        ValueError: arguments contradict each other.
+    """
     check_arguments(chosen)
-    config = None if chosen.checkpoint is None else config_of(chosen.checkpoint)
-    stored = None if chosen.reference is None else read_report(chosen.reference)
-
-    import torch
-    from peft import PeftModel
-
-    from latefusion.eval.comparison import evaluate_run
-    from latefusion.eval.systems import Students, System, fingerprint, further, policies_of
-    from latefusion.models.attach import attach
-    from latefusion.models.base import check_base, compute_dtype, load_base, twin
-    from latefusion.models.schedule import VisionSchedule
-    from latefusion.training.parts import visipruner
-
-    more = policies_of(chosen.policies)
-    tasks = tasks_of(chosen, config)
-    last: System | None
-    systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
-    if config is not None:
-        assert chosen.checkpoint is not None
-        students = Students()
-        student = students.load(chosen.checkpoint)
-        model, processor, attachment = student.model, student.processor, student.attachment
-        last = System(name=config.name, policy=student.schedule, adapters=True)
-        if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
-            model = students.base(config.model.path)
-            attachment = attach(model, VisionSchedule())
-            last = System(name=config.name, policy=student.schedule, student=student)
-        systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
-        systems |= more
-        title, source = config.name, fingerprint(chosen.checkpoint)
-    else:
-        assert chosen.model is not None
+    for entry in chosen.policies:
+        recipe_of(entry if isinstance(entry, str) else next(iter(entry)))
+    if chosen.model is not None:
         check_base(chosen.model)
-        base, processor = load_base(chosen.model, dtype=compute_dtype())
-        students, model = Students({chosen.model: base}), twin(base)
-        attachment = attach(model, VisionSchedule())
-        systems |= {key: system for key, system in more.items() if key != "dense"}
-        last, title, source = None, Path(chosen.model).name, chosen.model
-    if torch.cuda.is_available():
-        model.cuda()
-    systems |= further(students, chosen.checkpoints, processor, taken="" if last is None else last.name)
-    if last is not None:
-        systems["student"] = last
-    others = [key for key in systems if key != "dense"]
-    what = Path(chosen.data).stem if chosen.data else "_".join(chosen.tasks) or chosen.split or "test"
-    home = Path(chosen.checkpoint or "outputs")
-    return evaluate_run(
-        model=model,
-        processor=processor,
-        attachment=attachment,
-        systems=systems,
-        tasks=tasks,
-        output_dir=chosen.output or home / f"evaluation_{what}",
-        title=title,
-        checkpoint=chosen.checkpoint,
-        baseline="pruned" if config is not None else (others or ["dense"])[0],
-        candidate="student" if config is not None else (others or ["dense"])[-1],
-        batch_size=chosen.batch_size,
-        batches=chosen.batches,
-        lengths=chosen.lengths,
-        with_controls=chosen.controls,
-        stored=stored,
-        processes=processes,
-        seed=chosen.seed if config is None else config.train.seed,
-        note="" if config is None else note_on(config),
-        source=source,
-    )
-
-
-def tasks_of(chosen: Arguments, config: Config | None) -> list[Task]:
-    """The questions: a user's, benchmarks, or those of the checkpoint's own run."""
-    from dataclasses import replace
-
-    from latefusion.eval.tasks import load_task
-    from latefusion.eval.tasks.base import Task
-    from latefusion.eval.tasks.exact import own
-    from latefusion.training.run import questions_of
-
-    if chosen.data is not None:
-        found = [own(chosen.data)]
-    elif chosen.tasks or config is None:
-        home = os.path.join(".", chosen.data_dir)  # what begins with a full stop is no hub id
-        places = {name: chosen.sources.get(name, f"{home}/{name}") for name in chosen.tasks or ["scenes"]}
-        found = [load_task(name, where, chosen.split) for name, where in places.items()]
-    else:
-        config.eval.split, config.eval.samples = chosen.split or "test", chosen.samples
-        questions = questions_of(config)
-        if questions is None:
-            raise ValueError(
-                f"{chosen.checkpoint} was trained on data without questions to evaluate on; name them with "
-                "tasks=[...] or data=FILE."
-            )
-        name = config.data.source.value
-        return [
-            Task(name=name, rows=questions, split=config.eval.split, source=config.data.eval_path or name)
-        ]
-    few = chosen.samples
-    return [
-        replace(task, rows=task.rows.shuffle(seed=0).select(range(few)))
-        if few is not None and few < len(task.rows)
-        else task
-        for task in found
-    ]
+    config = None if chosen.checkpoint is None else config_of(chosen.checkpoint)
+    return config, None if chosen.reference is None else read_report(chosen.reference)
 
 
 def check_arguments(chosen: Arguments) -> None:
@@ -239,8 +158,6 @@ def config_of(checkpoint: str | Path) -> Config:
         FileNotFoundError: the folder or its configuration is not there.
         ValueError: the configuration is none of a run.
     """
-    from latefusion.training.config import Config
-
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -273,11 +190,6 @@ def read_report(path: str | Path) -> Mapping[str, Any]:
     return json.loads(file.read_text())
 
 
-def note_on(config: Config) -> str:
-    train = config.train
-    return f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
-
-
 def processes_here() -> Processes:
     """The processes that `accelerate launch` started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -296,19 +208,10 @@ def processes_here() -> Processes:
 
 def main(arguments: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    arguments = [argument.removeprefix("--") for argument in arguments]
-    if any("=" not in argument for argument in arguments) or not arguments:
-        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
+    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(list(arguments)))
-        chosen: Arguments = OmegaConf.to_object(merged)  # type: ignore[assignment]
-        check_arguments(chosen)
-    except OmegaConfBaseException as error:
-        keys = ", ".join(Arguments.__dataclass_fields__)
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are {keys}.")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
+        chosen = parsed(words, Arguments)
+        checked(chosen)  # before the processes are joined
         processes = processes_here()
         evaluate(chosen, processes)
         processes.wait()

@@ -156,7 +156,9 @@ class Search:
 
     def sweep(self, which: NDArray[np.bool_], batches: int, progress: Any) -> None:
         """Run these settings on so many batches, as long as any of them is not ruled out."""
-        self.sweeps += 1
+        self.sweeps += 1  # also where nothing is left to do: files are named by it
+        if not which.any():
+            return
         task = progress.add_task(f"{which.sum()} settings", total=int(self.ends[batches]))
         for number, rows in enumerate(self.prompts.batches[:batches]):
             here = slice(self.ends[number], self.ends[number + 1])
@@ -186,8 +188,10 @@ class Search:
         right = self.dense["right"]
         correct = self.columns["same"] * right
         wrong, whole = np.flatnonzero(right == 0), np.flatnonzero(self.ran().all(1))
+        if not (len(wrong) and len(whole)):
+            return correct
         task = progress.add_task("Labels", total=len(wrong))
-        for start in range(0, len(wrong) if len(whole) else 0, self.asked.batch_size):
+        for start in range(0, len(wrong), self.asked.batch_size):
             at = wrong[start : start + self.asked.batch_size]
             rows, mine = [self.prompts.order[i] for i in at], [self.settings[i] for i in whole]
             correct[np.ix_(whole, at)] = self.prompts.try_labels(rows, mine)

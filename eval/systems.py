@@ -15,13 +15,14 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attached
-from latefusion.models.base import check_base, compute_dtype, load_base, twin
+from latefusion.models.base import compute_dtype, load_base, twin
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
-from latefusion.models.saved import ADAPTER_CONFIG, load, load_student
+from latefusion.models.saved import load, load_student
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.where import ADAPTER_CONFIG, check_base
 
 if TYPE_CHECKING:
     from latefusion.eval.predict import Answer

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,8 +17,7 @@ from transformers import (
 )
 
 from latefusion.models import embedded
-
-EMBEDDED = "embedded"
+from latefusion.models.where import EMBEDDED, check_base, check_four_bits
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -55,11 +51,9 @@ def load_base(
         FileNotFoundError: there are no such weights, or they cannot be reached from here.
         ValueError: 4 bits, or the processor, need a package that is not here.
     """
+    if four_bits:
+        check_four_bits(path)
     if path == EMBEDDED:
-        if four_bits:
-            raise ValueError(
-                "model.load_in_4bit=true is for large models; model=embedded has 5 million weights."
-            )
         return embedded.load_base(dtype)
     check_base(path)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -81,8 +75,6 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesConfig:
     """Four bits for the decoder's layers alone: what trains in full cannot be quantised."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
     return BitsAndBytesConfig(
@@ -99,21 +91,3 @@ def unquantised(model: PreTrainedModel) -> list[str]:
     decoder = model.get_decoder()
     parts = {module for module in model.base_model.children() if module is not decoder}
     return [*(name for name, module in model.named_modules() if module in parts), "lm_head"]
-
-
-def check_base(path: str) -> None:
-    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find its weights."""
-    if path == EMBEDDED or (Path(path) / "config.json").is_file():
-        return
-    fix = f"name a folder or hub id with model.path=..., or run `hf download {path}` where there is a network"
-    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"no model at {path}: it has no config.json; {fix}.")
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(path, timeout=10)
-    except Exception as error:  # every way a network, a hub or a name can fail
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); {fix}."
-        ) from None

@@ -19,8 +19,7 @@ from latefusion.models.base import compute_dtype, load_base
 from latefusion.models.build import Student
 from latefusion.models.entry import ENTRY, entry_of, entry_shape, install_entry
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
-
-ADAPTER_CONFIG = "adapter_config.json"
+from latefusion.models.where import ADAPTER_CONFIG
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

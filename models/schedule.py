@@ -1,4 +1,7 @@
-"""`VisionSchedule`: the single source of truth for which vision tokens each layer sees, decided ahead of time."""
+"""`VisionSchedule`: the single source of truth for which vision tokens each layer sees, decided ahead of time.
+
+It is plain numbers: read, checked and counted without torch. `models/policies/scheduled.py` carries it out.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from latefusion.models.flops import decoder_flops, ranking_flops, vision_macs
-from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.ranking import best
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from latefusion.models.policies.base import Prompt
+    from latefusion.models.policies.scheduled import ScheduleDecision
 
 SCHEDULE_FILE = "vision_schedule.json"
 POSITIONS = ("original", "reindexed")
-ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class VisionSchedule:
     Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
     (None: they stay to the end). The default sees everything everywhere: the dense model. The best `k` are those
     that some attention head of some text token of the prompt has read most of so far, in any layer since they
-    entered (`reading_share`): no single layer, and not the last token, knows all that the question will need.
+    entered (`policies/scheduled.py`): no single layer, and not the last token, knows all that the question will need.
 
     `cross` names layers instead of a band, after ViCA (arXiv 2602.07574): vision tokens bypass attention and MLPs
     altogether, stay what the projector made them, and are read by the text in these layers alone, where only their
@@ -111,13 +113,17 @@ class VisionSchedule:
                     f"choose at most {limit}."
                 )
 
-    def begin(self, prompt: Prompt) -> _ScheduleDecision:
+    def begin(self, prompt: Prompt) -> ScheduleDecision:
+        from latefusion.models.policies.scheduled import (
+            ScheduleDecision,  # torch, which a typo need not wait for
+        )
+
         if self.keep and prompt.piece:
             raise ValueError(
                 f"keep={self.keep} ranks vision tokens by the text that follows them, but this forward begins or ends "
                 "inside an image: prefill the prompt at once, or use a schedule without keep."
             )
-        return _ScheduleDecision(self, prompt)
+        return ScheduleDecision(self, prompt)
 
     def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:
         """Vision tokens that each layer computes for a prompt with `n_vision` of them."""
@@ -215,78 +221,3 @@ class VisionSchedule:
     def load(cls, folder: str | Path) -> VisionSchedule:
         """Read `vision_schedule.json` from `folder`."""
         return cls.from_dict(json.loads((Path(folder) / SCHEDULE_FILE).read_text()))
-
-
-class _ScheduleDecision:
-    """One prefill under a `VisionSchedule`: everything but the ranking is known on the host."""
-
-    fusion_layer = None
-
-    def __init__(self, schedule: VisionSchedule, prompt: Prompt):
-        self.schedule, self.prompt = schedule, prompt
-        self.watch = schedule.watched
-        self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
-        self.scores: Tensor | None = None  # float32 [B, T]
-        self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
-        self.here = True  # they take part now
-
-    def select(self, layer: int) -> Selection | None:
-        schedule = self.schedule
-        if schedule.cross:
-            here = layer in schedule.cross
-        else:
-            here = layer >= schedule.enter and (schedule.exit is None or layer < schedule.exit)
-        chooses = layer in schedule.keep
-        if chooses:
-            assert self.scores is not None, "the layer before was not watched"
-            self.counts = tuple(min(schedule.keep[layer], n) for n in self.prompt.n_vision)
-            self.kept = best(self.scores, self.kept, self.counts)
-        begins = layer == 0 and bool(schedule.cross)  # also says that they are frozen
-        if here == self.here and not chooses and not begins:
-            return None
-        self.here = here
-        if here:
-            return self._selection(self.kept, self.counts)
-        return self._selection(torch.zeros_like(self.kept), (0,) * len(self.counts))
-
-    def _selection(self, vision: Tensor, counts: tuple[int, ...]) -> Selection:
-        schedule = self.schedule
-        return Selection(vision, counts, bool(schedule.cross), schedule.positions == "reindexed")
-
-    def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        shares = [
-            reading_share(call, rows, self.prompt.vision) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
-        ]
-        score = call.to_logical(torch.stack(shares).amax(0), self.prompt.vision.shape[1])  # [B, T]
-        self.scores = score if self.scores is None else torch.maximum(self.scores, score)
-        return None
-
-
-@torch.no_grad()
-def reading_share(call: AttentionCall, rows: Tensor, vision: Tensor) -> Tensor:
-    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, K]`.
-
-    What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
-    sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
-
-    Args:
-        rows: logical query rows, int64 `[B, R]`.
-        vision: bool `[B, T]`, the vision tokens.
-    """
-    weights = call.weights(call.compact_rows(rows))  # [B, H, R, K]
-    groups = weights.shape[1] // call.value.shape[1]
-    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
-    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
-    seen = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
-    read = weights.square() * value_sq * seen[:, None, None]  # [B, H, R, K]
-    total = read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
-    return (read / total).amax((1, 2))
-
-
-def asking(prompt: Prompt) -> Tensor:
-    """The rows that rank vision tokens: the prompt's text and its queries, int64 `[B, R]`, without a host sync."""
-    ranks = prompt.text.scatter(1, prompt.queries, True)  # bool [B, T]
-    n_text = max(real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True))
-    most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
-    rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
-    return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])

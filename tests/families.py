@@ -13,6 +13,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 HIDDEN, VOCAB, LAYERS = 32, 120, 6
 IMAGE, VIDEO = 100, 101
 TOKENS_PER_IMAGE = 4  # 2 x 2
+MIXED = ["tt I ttt", "tttt", "t I t I tt"]  # rows of `prompt`: one image, none, two
+EVEN = ["tt I ttt", "t I tttt"]  # without padding
+TOLERANCE = 2e-6  # logits are of order 1
 
 TOWER = {
     "hidden_size": 16,
@@ -251,3 +254,7 @@ def positions(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
     """The positions that `generate` gives."""
     first = 1 if family == "paligemma" else 0
     return (attention_mask.cumsum(-1) - 1).clamp(min=0) + first
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    return (a - b).abs().max().item() <= tolerance

@@ -17,6 +17,15 @@ from latefusion.models.policies.base import Selection
 
 
 @contextmanager
+def gone_afterwards(hooks: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def masked(
     model: Any,
     vision: Tensor,
@@ -80,11 +89,8 @@ def masked(
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if frozen:
             handles.append(layer.register_forward_hook(after_layer))
-    try:
+    with gone_afterwards(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -124,11 +130,8 @@ def reindexed(model: Any, vision: Tensor, seen: Sequence[Tensor], padding: Tenso
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: (args, before_layer(i, kwargs))  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with gone_afterwards(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -179,11 +182,8 @@ def blinded(
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with gone_afterwards(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def band(vision: Tensor, layers: int, enter: int = 0, exit: int | None = None) -> list[Tensor]:

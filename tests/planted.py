@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from families import IMAGE, TOKENS_PER_IMAGE, build
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from latefusion.eval.profiling.cost import Cost, Plan, planned
+from latefusion.eval.profiling.ledger import Ledger
+from latefusion.eval.profiling.measure import Measurer
+from latefusion.eval.profiling.run import shapes
+from latefusion.eval.profiling.samples import Batch, Group
+from latefusion.models.attach import Attachment
+
 CONTENT = 15  # dimensions of vision's content; as many of text's; then the two marks
 VISION_MARK, TEXT_MARK = 30, 31
+NO_PLAN = Plan(Cost(0.0, 0.0, 0.0), [()], [0.0], [0.0], hold=True)
 BLOCK = (
     300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
 )
@@ -71,3 +81,24 @@ def questions(samples: int, seed: int = 0, images: int = 1) -> dict[str, Any]:
         "attention_mask": torch.ones_like(ids),
         "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))},
     }
+
+
+def grouped(batches: Sequence[Batch]) -> list[Group]:
+    """Batches that are made already, one after the other."""
+    found, first = [], 0
+    for batch in batches:
+        numbers = tuple(range(first, first + batch.size))
+        places = tuple(batch.vision[0].nonzero().flatten().tolist())
+        lengths = tuple(batch.real.sum(1).tolist())
+        found.append(
+            Group(numbers, lambda batch=batch: batch, places, lengths, int((batch.labels != -100).sum()))
+        )
+        first += batch.size
+    return found
+
+
+def measurer(model: Any, attachment: Attachment, batches: Sequence[Batch], ledger: Path) -> Measurer:
+    """Of these batches, as `run.profile` makes it."""
+    groups = grouped(batches)
+    plan = planned(model.config, shapes(attachment, groups))
+    return Measurer(model, attachment, groups, Ledger(ledger, {"about": 1}), plan)

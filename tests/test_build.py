@@ -154,7 +154,7 @@ def test_what_is_not_there_is_one_sentence(tmp_path, base, monkeypatch):
     def unreachable(self, repo, **kwargs):
         raise ConnectionError("no route to the hub\nand more")
 
-    monkeypatch.setattr("latefusion.models.base.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         load_base("someone/llava-never-cached", dtype=torch.float32)
     assert "\n" not in str(error.value) and "(no route to the hub)" in str(error.value)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from families import build, prompt, vision_tokens
 from rich.console import Console
+from rich.progress import Progress
 from tiny import save_tiny_base
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval import calibrate, calibration, chosen
+from latefusion.eval import calibrate, calibrated, calibration, chosen, evaluate, generate
 from latefusion.eval.prompts import Prompts, ended, policy_of, settings
 from latefusion.eval.search import Search
 from latefusion.eval.survey import fusion_layers
@@ -124,7 +125,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def asked(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
-    small = {"prompts": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
+    small = {"samples": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
     return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
 
 
@@ -132,7 +133,15 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     base: str, tmp_path: Any, monkeypatch: Any
 ) -> None:
     grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
+    bars, add = [], Progress.add_task
+
+    def adding(self: Any, description: str, **more: Any) -> Any:
+        bars.append((description, more["total"]))
+        return add(self, description, **more)
+
+    monkeypatch.setattr(Progress, "add_task", adding)
     whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
+    assert bars and all(total > 0 and not name.startswith("0 ") for name, total in bars), bars
     batches, run = [], Prompts.try_on
 
     def stopping(self: Any, rows: Any, written: Any, settings: Any) -> Any:
@@ -173,8 +182,8 @@ GRID = {
 def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> None:
     """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
     model, processor = load_base(base, dtype=torch.float32)
-    given = asked(base, tmp_path, prompts=15, batch_size=5, **GRID)
-    rows = calibrate.read(given)
+    given = asked(base, tmp_path, samples=15, batch_size=5, **GRID)
+    rows = calibrated.read(given)
     with attach(model, VisionSchedule()) as attachment:
         prompts = Prompts(given, attachment, processor, rows)
         alone: dict[int, list[tuple[Any, Any]]] = {}
@@ -191,7 +200,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
         ruled_out = 0
         for bound in (kl.min() / 2, *np.quantile(kl, [0.1, 0.5, 1.0]) + 1e-4):
             search = Search(
-                asked(base, tmp_path, kl=float(bound), prompts=15, batch_size=5, **GRID),
+                asked(base, tmp_path, kl=float(bound), samples=15, batch_size=5, **GRID),
                 attachment,
                 processor,
                 rows,
@@ -242,7 +251,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
         ({"stages": [["shallow"]]}, r"stages=\['shallow'\] saves nothing without 'middle'"),
         ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
         ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
-        ({"prompts": 0}, "prompts=0 must be at least 1"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
         ({"boundaries": [5]}, "boundary=5 leaves no layer to fuse in"),
         (
             {"kl": 1e-9, "boundaries": [0], "layer_thresholds": [1.0], "tokens_thresholds": [50.0]},
@@ -252,5 +261,16 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
 )
 def test_what_cannot_work_is_a_sentence(base: str, tmp_path: Any, more: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
-        calibrate.calibrate(asked(base, tmp_path, **{"prompts": 4, **more}), Console(quiet=True))
+        calibrate.calibrate(asked(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [calibrate.main, generate.main, evaluate.main])
+def test_a_wrong_key_is_answered_with_those_that_exist(command: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"error: modle does not exist \(did you mean model\?\); the keys are .*model"
+    ):
+        command(["modle=embedded"])
+    with pytest.raises(SystemExit, match=r"max_new_tokens|batch_size") as error:
+        command(["max_new_tokens=many" if command is not evaluate.main else "batch_size=many"])
+    assert "'many'" in str(error.value) and "\n" not in str(error.value)

@@ -1,17 +1,18 @@
 """What the command line can say: typos and bad values are one sentence, named, with the fix."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import composed, configured
 
-from latefusion.training import run
+from latefusion.training import preflight, run
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES
 
-TRAIN = Path(run.__file__).with_name("train.py")
+TRAIN = Path(preflight.__file__).with_name("train.py")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,8 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
         (["kl.temperature=0"], "kl.temperature=0.0 must be positive"),
         (["resume=true", "overwrite=true"], "contradict each other"),
         (["data=dataset"], "data.path is not set; name the dataset data with data.path=PATH"),
-        (["model.path=???"], "model.path is not set; add model.path=VALUE"),
+        (["model=other"], "model.path is not set; model=other needs model.path=HUB_ID_OR_FOLDER"),
+        (["output_dir=???"], "output_dir is not set; add output_dir=VALUE"),
         (["+train.lr=1"], "train.lr does not exist; there are accumulation, "),
         (["engine=deepspeed_zero2", "engine.trainer=lightning"], "needs engine.trainer=accelerate"),
         (["lora.train_projector=true", "model.projector=null"], "needs model.projector=NAME"),
@@ -72,14 +74,65 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
     [
         (["schedule.enter=10", "schedule.exit=4", "schedule.keep={}"], "enter=10 must be below exit=4"),
         (["schedule.keep={3: 4, 5: 6}", "schedule.enter=1", "schedule.exit=9"], "grows from 4"),
-        (["model.visipruner.stages=[deep]"], "deep"),
-        (["model.path=./nowhere"], "no model at ./nowhere"),
+        (["model.path=./nowhere"], r"no model at ./nowhere: there is no such folder; name one, or a hub id"),
+        (["model.path=recipes"], r"no model at recipes: it has no config.json"),
+        (["kl.model=/no/teacher"], "no model at /no/teacher"),
+        (["data=llava_mix665k", "data.path=missing.json"], "no conversation file at missing.json"),
+        (
+            ["data=dataset", "data.path=missing.jsonl"],
+            "no file or folder at missing.jsonl; name the data with data.p",
+        ),
+        (["data=mixture", "data.parts=[{path: ./a}]"], "no file or folder at ./a"),
+        (
+            ["data.eval_path=/no/questions"],
+            "no file or folder at /no/questions; name the data with data.eval_path=",
+        ),
+        (["data=dataset", "data.path=some/hub_id", "data.images=nowhere"], "no image folder at nowhere"),
+        (["init=nowhere"], "no student at nowhere: it has no adapter_config.json"),
+        (["schedule.profile=nowhere"], "no profile at nowhere"),
         (["resume=true", "output_dir=nowhere"], "resume=true finds no checkpoint in nowhere"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides, sentence):
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        run.check(configured(*overrides))
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        preflight.check(configured(*overrides))
+    assert "\n" not in str(error.value)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+for arguments in {runs!r}:
+    sys.argv = [{train!r}, *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        assert str(error).startswith("error: "), error
+    heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+print("light")
+"""
+
+
+def test_a_refusal_does_not_wait_for_torch(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    runs = [
+        ["train.stps=3"],
+        ["train.steps=0"],
+        ["schedule.enter=99"],
+        ["model=other"],
+        ["model.path=/no/such/model"],
+        ["data=llava_mix665k", "data.path=missing.json"],
+        [f"output_dir={tmp_path}"],
+        [f"output_dir={tmp_path}", "resume=true"],
+    ]
+    code = WITHOUT_TORCH.format(runs=runs, train=str(TRAIN))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert ran.stdout == "light\n", ran.stderr
+
+
+def test_thresholds_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="'deep' without 'middle'"):
+        run.check_policy(configured("model.visipruner.stages=[deep]"))
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
@@ -88,10 +141,10 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds a run already; continue it with resume=true, replace it with"
     ):
-        run.check(configured(here))
-    run.check(configured(here, "overwrite=true"))
+        preflight.check(configured(here))
+    preflight.check(configured(here, "overwrite=true"))
     with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
-        run.check(configured(here, "resume=true"))
+        preflight.check(configured(here, "resume=true"))
 
 
 def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
@@ -106,13 +159,17 @@ def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
     assert configured("model=llava_1_5_7b", "recipe=dense").output_dir == "outputs/dense"
 
 
-def test_every_recipe_file_starts_with_its_own_launch_command():
+def test_every_recipe_file_starts_with_its_own_launch_command(monkeypatch):
+    """One that the recipe's own settings let begin, where data and weights are."""
+    for name in ("check_places", "check_base", "check_output"):
+        monkeypatch.setattr(preflight, name, lambda *_: None)
+    monkeypatch.setattr("latefusion.models.where.find_spec", lambda name: name)  # bitsandbytes
     for path in (RECIPES / "recipe").glob("*.yaml"):
-        lines = path.read_text().splitlines()
-        assert lines[:2] == [
-            "# @package _global_",
-            f"# accelerate launch training/train.py recipe={path.stem}",
-        ]
+        first, second = path.read_text().splitlines()[:2]
+        command, *options = second.removeprefix("# accelerate launch ").split(" ")
+        assert (first, command) == ("# @package _global_", "training/train.py")
+        assert options[0] == f"recipe={path.stem}"
+        preflight.check(configured(*options))
 
 
 def test_the_entry_point_explains_and_exits(monkeypatch):

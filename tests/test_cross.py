@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, build, continued, prompt, shared, text_tokens, vision_tokens
+from families import (
+    FAMILIES,
+    LAYERS,
+    MIXED,
+    TOLERANCE,
+    build,
+    close,
+    continued,
+    prompt,
+    shared,
+    text_tokens,
+    vision_tokens,
+)
 from oracle import masked
 from peft import LoraConfig, get_peft_model
-from test_executor import asking, generated, gradients
+from test_executor import asking, generated, gradients, gradients_checkpointed
 from test_flops import N_TEXT, N_VISION, config, counted
 from test_flops import prompt as flops_prompt
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
@@ -21,8 +33,6 @@ from latefusion.models.accounting import account
 from latefusion.models.attach import attach, attached
 from latefusion.models.entry import install_entry
 
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-TOLERANCE = 2e-6
 CROSS = [(1, 3, 4), (0, 2), (0, 5)]
 
 # a second implementation, and gradients, where a family is different; elsewhere in the slow tier
@@ -46,10 +56,6 @@ WITHOUT_MASK = [
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    return (a - b).abs().max().item() <= tolerance
 
 
 def seen_at(vision: torch.Tensor, cross: tuple[int, ...]) -> list[torch.Tensor]:
@@ -106,10 +112,7 @@ def test_gradients_reach_weights_and_image(family: str, attention: str) -> None:
     with masked(model, vision, seen_at(vision, cross), padding=inputs["attention_mask"], frozen=True):
         expected, expected_loss = gradients(model, inputs)
     with attach(model, VisionSchedule(cross=cross)):
-        found, loss = gradients(model, inputs)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        again, _ = gradients(model, inputs)
-        model.gradient_checkpointing_disable()
+        (found, loss), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
     assert found.keys() == expected.keys()
     scale = max(1.0, *(grad.abs().max().item() for grad in expected.values()))
     assert all(close(found[name], expected[name], TOLERANCE * scale) for name in found)

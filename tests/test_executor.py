@@ -10,19 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, continued, prompt, shared, text_tokens, vision_tokens
+from families import (
+    EVEN,
+    FAMILIES,
+    LAYERS,
+    MIXED,
+    TOLERANCE,
+    continued,
+    prompt,
+    shared,
+    text_tokens,
+    vision_tokens,
+)
 from oracle import band, masked, ranked
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
 
 # rows of one batch: one image, none, several; different lengths, so all but one row are padded
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-EVEN = ["tt I ttt", "t I tttt"]
 BATCHES = [MIXED, EVEN, ["ttI t", "tI ttttttttt"], ["I tt"], ["tt"], ["t I t I t I tttt", "tttttttttt"]]
 BANDS = [(2, 4), (0, 3), (3, None), (1, 5)]
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
-TOLERANCE = 2e-6  # logits are of order 1
 
 worst: dict[str, dict[str, float]] = defaultdict(dict)
 
@@ -211,6 +219,13 @@ def gradients(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tenso
     return {**grads, **{f"image {i}": image.grad.clone() for i, image in enumerate(images)}}, loss.item()
 
 
+def gradients_checkpointed(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, inputs)
+    model.gradient_checkpointing_disable()
+    return found
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
@@ -219,10 +234,7 @@ def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
     with masked(model, vision, seen_by_keeps(family, inputs), padding=padding(inputs)):
         expected, expected_loss = gradients(model, inputs)
     with attach(model, KEEPS):
-        found, loss = gradients(model, inputs)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        again, loss_again = gradients(model, inputs)
-        model.gradient_checkpointing_disable()
+        (found, loss), (again, loss_again) = gradients(model, inputs), gradients_checkpointed(model, inputs)
     assert found.keys() == expected.keys()
     scale = max(grad.abs().max().item() for grad in expected.values())
     note(family, "gradients", max(gap(found[name], expected[name]) for name in found) / max(scale, 1.0))

@@ -9,10 +9,13 @@ import pytest
 import torch
 import transformers as hf
 from families import (
+    EVEN,
     IMAGE,
     LAYERS,
+    MIXED,
     build,
     build_from,
+    close,
     continued,
     llava,
     positions,
@@ -30,15 +33,8 @@ from latefusion.models.attach import attach
 
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-EVEN = ["tt I ttt", "t I tttt"]
-TOLERANCE = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() <= TOLERANCE
 
 
 def generate(model: Any, inputs: dict[str, Any], tokens: int = 5, **options: Any) -> Any:

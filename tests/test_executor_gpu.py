@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import IMAGE, build_from, llava, prompt, text_tokens, vision_tokens
+from families import EVEN, IMAGE, MIXED, build_from, llava, prompt, text_tokens, vision_tokens
 from oracle import Fixed
 
 from latefusion import VisionSchedule
@@ -28,8 +28,6 @@ needs_flash = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"
 )
 
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-EVEN = ["tt I ttt", "t I tttt"]
 POLICIES = {
     "dense": VisionSchedule(),
     "band": VisionSchedule(enter=2, exit=4),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from families import build, prompt, shared, text_tokens, vision_tokens
+from families import MIXED, build, close, prompt, shared, text_tokens, vision_tokens
 from oracle import Fixed
 from torch import Tensor
 
@@ -17,17 +17,11 @@ from latefusion.models.attach import attach
 from latefusion.models.policies.base import Prompt, Selection
 from latefusion.models.returns import Returns
 
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
 CROSS = VisionSchedule(cross=(1, 3))
-TOLERANCE = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return (a - b).abs().max().item() <= TOLERANCE
 
 
 def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:

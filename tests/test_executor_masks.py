@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers as hf
 from families import (
+    EVEN,
     LAYERS,
+    MIXED,
     build,
     build_from,
+    close,
     llava,
     prompt,
     text,
@@ -35,15 +38,8 @@ from latefusion.models.attach import attach
 from latefusion.models.masks import compact_mask
 
 BAND = VisionSchedule(enter=2, exit=4)
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-EVEN = ["tt I ttt", "t I tttt"]
-TOLERANCE = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() <= TOLERANCE
 
 
 def ragged(vision: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from latefusion.data import sources
 from latefusion.models.saved import load, save_student
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training import export, parts
+from latefusion.training import export, parts, publish
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
 def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(
-        export.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"]))
+        publish.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"]))
     )
     monkeypatch.setattr(
-        export.HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
+        publish.HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
     )
     arguments = [f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}", "push_to_hub=me/student"]
     export.main(arguments)
@@ -106,10 +106,10 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
     ("arguments", "sentence"),
     [
         (["checkpoint=nowhere", "output=x"], "error: no student at nowhere"),
-        (["checkpoint=nowhere"], "error: output is not set; add output=FOLDER"),
+        (["checkpoint=nowhere"], "error: output is not set; add output=VALUE"),
         (
             ["checkpoint=x", "output=y", "merg=true"],
-            "error: Key 'merg' not in 'Arguments'; the keys are checkpoint",
+            "error: merg does not exist (did you mean merge?); the keys are checkpoint",
         ),
         ([], "python training/export.py checkpoint="),
     ],

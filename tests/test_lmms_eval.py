@@ -15,54 +15,53 @@ from latefusion.data.scenes import load_scenes
 
 pytestmark = pytest.mark.extra
 
-TASK = """
-task: small_scenes
+SCENES = """
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: generate_until
 doc_to_visual: !function small_scenes.visual
-doc_to_text: question
 doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 8, temperature: 0, until: ["\\n"]}}
+"""
+METRIC = """
 metric_list:
-  - metric: exact_match
+  - metric: {name}
     aggregation: mean
     higher_is_better: true
-    ignore_case: true
 """
-RANKED = """
+TASK = (
+    SCENES
+    + """
+task: small_scenes
+output_type: generate_until
+doc_to_text: question
+generation_kwargs: {{max_new_tokens: 8, temperature: 0, until: ["\\n"]}}
+"""
+    + METRIC.format(name="exact_match")
+    + """    ignore_case: true
+"""
+)
+RANKED = (
+    SCENES
+    + """
 task: ranked_scenes
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: multiple_choice
-doc_to_visual: !function small_scenes.visual
 doc_to_text: question
 doc_to_choice: !function small_scenes.choices
-doc_to_target: answer
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
 """
-ROUNDS = """
+    + METRIC.format(name="acc")
+)
+ROUNDS = (
+    SCENES
+    + """
 task: scenes_in_rounds
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until_multi_round
-doc_to_visual: !function small_scenes.visual
 doc_to_text: !function small_scenes.rounds
-doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 8, temperature: 0, do_sample: false}}
 process_results: !function small_scenes.both
 lmms_eval_specific_kwargs: {{default: {{}}}}
-metric_list:
-  - metric: both_right
-    aggregation: mean
-    higher_is_better: true
 """
+    + METRIC.format(name="both_right")
+)
 FUNCTIONS = """
 def visual(document, settings=None):
     return [document['image'].convert('RGB')]

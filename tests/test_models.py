@@ -1,5 +1,7 @@
 """Every shipped model configuration trains, through the real entry point, on a shrunk random model of its family."""
 
+import json
+
 import pytest
 import torch
 from families import CONFIGS, build_from
@@ -8,12 +10,13 @@ from PIL import Image
 from processors import PROCESSORS, STOP, processor, vision_id
 from test_sources import IMG, turn, written
 from tiny import composed
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from latefusion.models import base
 from latefusion.models.saved import load_student
 from latefusion.training import run
 from latefusion.training.checks import read
-from latefusion.training.config import RECIPES
+from latefusion.training.config import RECIPES, EntryConfig, LoraConfig, ModelConfig, TrainConfig
 from latefusion.training.schedule import schedule_of
 
 FAMILY = {
@@ -38,7 +41,8 @@ LAYERS |= dict.fromkeys(("llava_onevision_qwen2_7b", "qwen2_5_vl_7b", "internvl3
 
 
 def test_every_configuration_has_a_family_here():
-    assert set(FAMILY) == {path.stem for path in (RECIPES / "model").glob("*.yaml")} == set(LAYERS)
+    shipped = {path.stem for path in (RECIPES / "model").glob("*.yaml")}
+    assert set(FAMILY) == shipped - {"other"} == set(LAYERS)  # any other model has a test of its own below
     assert set(FAMILY.values()) == set(PROCESSORS)
 
 
@@ -144,3 +148,45 @@ def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, m
         any(name.endswith(f"{module}.modules_to_save.default") for name, _ in student.model.named_modules())
         for module in saved
     )
+
+
+def test_any_other_model_borrows_nothing_and_wants_to_be_told_where_it_fuses(hub, tmp_path, capsys):
+    base = hub("qwen2_5_vl", 10)
+    with pytest.raises(
+        SystemExit, match=r"say schedule.enter=N and schedule.exit=N, or schedule=auto"
+    ) as refused:
+        trained("other", base, tmp_path)
+    assert "\n" not in str(refused.value) and base in str(refused.value)
+    with pytest.raises(SystemExit, match=r"schedule.cross=\[\] names no layer"):
+        trained("other", base, tmp_path, "recipe=cross_only")
+    student = trained("other", base, tmp_path, "schedule.enter=3", "schedule.exit=6")
+    assert (student.schedule.enter, student.schedule.exit, student.schedule.keep) == (3, 6, {})
+    assert student.model.peft_config["default"].target_modules.count("(3|4|5)") == 1  # LoRA where vision is
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_any_other_model_starts_from_the_paper_s_thresholds_and_the_loop_s_own_settings():
+    config = read(composed("model=other", "model.path=x/y", "recipe=dense"))
+    assert (config.train, config.lora, config.entry) == (TrainConfig(), LoraConfig(), EntryConfig())
+    assert config.model == ModelConfig(path="x/y") and config.model.visipruner.boundary == 6
+
+
+HUB = {  # what the preprocessor_config.json of these families says
+    "qwen2_5_vl": {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
+    "qwen3_vl": {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
+}
+
+
+@pytest.mark.parametrize("model", [name for name, family in FAMILY.items() if family in HUB])
+def test_the_most_vision_tokens_of_an_image_are_as_its_configuration_says(model, tmp_path):
+    """Through the library's own loading: without the setting the same photo has four times as many or more."""
+    said = {**HUB[FAMILY[model]], "temporal_patch_size": 2, "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+
+    def tokens(**settings):
+        found = Qwen2VLImageProcessorPil.from_pretrained(tmp_path, **settings)
+        grid = found(images=[Image.new("RGB", (3000, 2000))], return_tensors="pt")["image_grid_thw"]
+        return int(grid.prod()) // 4
+
+    wanted = composed(f"model={model}").model.processor
+    assert 1200 < tokens(**wanted) <= 1280 < 4 * 1280 < tokens()

@@ -10,8 +10,11 @@ import torch
 from families import (
     FAMILIES,
     LAYERS,
+    MIXED,
     MROPE_FAMILIES,
+    TOLERANCE,
     build,
+    close,
     continued,
     prompt,
     shared,
@@ -19,7 +22,7 @@ from families import (
     vision_tokens,
 )
 from oracle import Fixed, band, masked, reindexed
-from test_executor import generated, gradients, seen_by_keeps
+from test_executor import generated, gradients, gradients_checkpointed, seen_by_keeps
 from torch.nn.functional import pad
 
 from latefusion import VisionSchedule
@@ -28,16 +31,10 @@ from latefusion.models.layout import Layout
 from latefusion.models.policies.base import Selection
 from latefusion.models.positions import Gaps
 
-MIXED = ["tt I ttt", "tttt", "t I t I tt"]
-TOLERANCE = 2e-6
 BAND = VisionSchedule(enter=2, exit=4, positions="reindexed")
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}, positions="reindexed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    return (a - b).abs().max().item() <= tolerance
 
 
 class Reindexed(Fixed):
@@ -106,10 +103,7 @@ def test_gradients(family: str) -> None:
     with masked(model, vision, seen, padding=real), reindexed(model, vision, seen, real):
         expected, _ = gradients(model, inputs)
     with attach(model, BAND):
-        found, _ = gradients(model, inputs)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        again, _ = gradients(model, inputs)
-        model.gradient_checkpointing_disable()
+        (found, _), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
     scale = max(1.0, *(grad.abs().max().item() for grad in expected.values()))
     assert all(close(found[name], expected[name], TOLERANCE * scale) for name in expected)
     assert all(torch.equal(found[name], again[name]) for name in found)

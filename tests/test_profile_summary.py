@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from families import LAYERS, shared
+from planted import NO_PLAN
 from test_profile_causal import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.eval.profiling import lenses, summary
 from latefusion.eval.profiling.causal import KINDS, knock_outs
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer, interval
+from latefusion.eval.profiling.samples import Group
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -110,6 +112,22 @@ def test_curves_are_means_with_students_interval_and_are_whole() -> None:
     assert interval([0.3]) == (0.3, 0.0, math.inf)
 
 
+def test_a_curve_is_of_the_samples_that_it_was_measured_on() -> None:
+    found = found_of({"enter": 1, "exit": 4})
+    whole = summary.curves(found)
+    for layer, missing in ((2, 3), (3, SAMPLES - 1)):
+        effect = found["effects"][f"single {layer}"]
+        effect["kl"][:missing], effect["right"][:missing] = [None] * missing, [None] * missing
+        row, kl = summary.curves(found)["single"][layer], effect["kl"][missing:]
+        assert (row["kl"], row["samples"]) == (pytest.approx(sum(kl) / len(kl)), SAMPLES - missing)
+        assert row["accuracy"] == sum(effect["right"][missing:]) / len(kl)
+        if len(kl) == 1:
+            assert row["low"] == row["high"] == row["kl"]  # one sample has no interval
+        else:
+            assert row["high"] == interval(kl)[2]
+    assert summary.curves(found)["late"] == whole["late"]
+
+
 def test_quartiles_over_samples_by_hand() -> None:
     seen = looks()
     for i, sample in enumerate(seen):
@@ -153,8 +171,9 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
     """What is kept of each sample: written word, lens words, maps, kinds (by attention of all layers)."""
     model, eager, batch = shared("llava"), shared("llava", "eager"), batch_of("llava", rows)
     with attach(model, VisionSchedule()) as attachment:
-        sources = [((1, 0), lambda: batch)]
-        found = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {})).looks()["samples"]
+        sources = [Group((1, 0), lambda: batch, (), (), 0)]
+        found = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
+        found = found["samples"]
     entered: list[torch.Tensor] = []
     handle = eager.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from launching import free_port, launch
 from tiny import composed, configured, save_tiny_base
 
 from latefusion.eval.profiling import files
-from latefusion.training import first, run, schedule
+from latefusion.training import first, run, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
@@ -42,7 +42,7 @@ def test_two_processes_profile_once_and_a_resumed_run_not_at_all(base, tmp_path)
 @pytest.mark.slow
 def test_one_process_profiles_first(base, tmp_path) -> None:
     small = ("train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2")
-    small += ("eval.enabled=false", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
+    small += ("eval.enabled=false", "model=other", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
     run.run(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
     assert trained == files.read_schedule(tmp_path / "profile").to_dict()
@@ -101,11 +101,11 @@ def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_pat
         (tmp_path / "profile").mkdir(exist_ok=True)
         (tmp_path / "profile" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
 
-    monkeypatch.setattr(schedule, "profile", profile)
+    monkeypatch.setattr(settle, "profile", profile)
     options = (f"model.path={base}", f"output_dir={tmp_path}", *AUTO)
     for resumed, times in ((tmp_path, 1), (tmp_path, 1), (None, 2)):  # nothing there yet; there; not resumed
         config, cfg = configured(*options), composed(*options)
-        schedule.settle_schedule(config, cfg, resumed)
+        settle.settle_schedule(config, cfg, resumed)
         assert len(made) == times
         assert (config.schedule.enter, config.schedule.exit, config.schedule.keep) == (1, 3, {2: 2})
         assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
@@ -114,12 +114,12 @@ def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_pat
 def test_a_folder_that_machines_do_not_share_is_told_so(tmp_path: Path) -> None:
     wanted = {"enter": 1, "exit": 3, "keep": {}}
     with pytest.raises(ValueError, match=r"choose an output_dir=FOLDER that all machines share") as error:
-        schedule.schedule_at(str(tmp_path), wanted)
+        settle.schedule_at(str(tmp_path), wanted)
     assert "\n" not in str(error.value)
     (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 4\n")
     with pytest.raises(ValueError, match="all machines share"):
-        schedule.schedule_at(str(tmp_path), wanted)
+        settle.schedule_at(str(tmp_path), wanted)
     (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 3\n")
-    assert schedule.schedule_at(str(tmp_path), wanted).to_dict() == wanted
+    assert settle.schedule_at(str(tmp_path), wanted).to_dict() == wanted
     with pytest.raises(FileNotFoundError, match=r"no schedule.yaml"):
-        schedule.schedule_at(str(tmp_path / "nowhere"), None)
+        settle.schedule_at(str(tmp_path / "nowhere"), None)

@@ -149,7 +149,7 @@ def test_a_teacher_that_sees_images_otherwise_is_refused(base, tmp_path):
 
 
 def test_a_teacher_that_is_not_there_or_would_not_teach_is_refused(base, larger, tmp_path):
-    assert f"no model at {tmp_path / 'x'}: it has no config.json" in refused(base, tmp_path / "x")
+    assert f"no model at {tmp_path / 'x'}: there is no such folder" in refused(base, tmp_path / "x")
     assert "would teach nothing; use teacher=visipruner" in refused(base, larger, "teacher=none")
     said = refused(base, larger, "kl.visipruner.boundary=9")
     assert f"kl.model={larger} cannot run under its policy: boundary=9" in said

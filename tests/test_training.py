@@ -68,12 +68,18 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     assert bool(schedule.cross) == (recipe == "cross_only") == ("frozen: keys and values alone" in printed)
 
 
-def test_a_band_deeper_than_the_model_is_refused_before_its_entry_is_calibrated(base, tmp_path, capsys):
-    with pytest.raises(
-        SystemExit, match=r"^error: the schedule of model\.path=.* does not fit: exit names layer 9"
-    ):
-        train(base, tmp_path, "schedule.exit=9", "entry.init=calibrated")
-    assert "calibrated" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("schedule.exit=9", r"the schedule of model\.path=.* does not fit: exit names layer 9"),
+        ("model.visipruner.boundary=5", "boundary=5 leaves no layer to fuse in"),
+    ],
+)
+def test_what_is_deeper_than_the_model_is_refused_without_its_weights(base, tmp_path, option, sentence):
+    shutil.copytree(base, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        train(tmp_path / "light", tmp_path / "out", option, "entry.init=calibrated")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):
@@ -108,7 +114,7 @@ def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch)
 
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
     """What it does with it is a test for a GPU: `test_lora.py`."""
-    monkeypatch.setattr("latefusion.models.base.find_spec", lambda name: None)
+    monkeypatch.setattr("latefusion.models.where.find_spec", lambda name: None)
     with pytest.raises(
         SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"
     ):
@@ -235,7 +241,7 @@ def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(lla
     def unreachable(self, repo, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("latefusion.models.base.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(
         SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
     ):

@@ -50,7 +50,7 @@ def calibrated_entry(
             attachment,
             (
                 (batch.inputs, batch.vision)
-                for batch in (make() for _, make in batches(model, collator, chosen, IMAGES_AT_ONCE))
+                for batch in (group.make() for group in batches(model, collator, chosen, IMAGES_AT_ONCE))
             ),
             enter,
         )

@@ -30,7 +30,10 @@ def read(cfg: DictConfig) -> Config:
     Raises:
         ValueError: a value is missing or out of range.
     """
-    for key in sorted(OmegaConf.missing_keys(cfg)):
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if "model.path" in missing:
+        raise ValueError("model.path is not set; model=other needs model.path=HUB_ID_OR_FOLDER.")
+    for key in missing:
         raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     _refuse_additions(config)
@@ -177,7 +180,9 @@ def explain(overrides: Sequence[str]) -> None:
         except MissingConfigException as error:
             options = ", ".join(error.options or ())
             group, _, choice = (error.missing_cfg_file or "").partition("/")
-            folder = " (a folder or hub id of your own is model.path=...)" if group == "model" else ""
+            folder = (
+                " (a folder or hub id of your own: model=other model.path=...)" if group == "model" else ""
+            )
             raise ValueError(f"{group}={choice} does not exist; {group} can be {options}{folder}.") from None
         except ConfigCompositionException as error:
             cause = error.__cause__

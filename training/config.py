@@ -1,9 +1,11 @@
-"""What `training/train.py` can be told: typed, composed from `recipes/`; `data` is described in data/config.py."""
+"""What `training/train.py` can be told: typed, composed from `recipes/`.
+
+`data` is described in data/config.py, and keys with a few values by name in training/choices.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +13,20 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from latefusion.data.config import DataConfig
+from latefusion.training.choices import (
+    Dtype,
+    EntryInit,
+    EntryKind,
+    Layers,
+    NonFiniteStep,
+    Positions,
+    Teacher,
+    Trainer,
+    Tune,
+    Variant,
+)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-class Teacher(Enum):
-    """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
-
-    visipruner = "visipruner"
-    dense = "dense"
-    none = "none"
-
-
-class Tune(Enum):
-    """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
-    `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
-    and so no base to teach (`teacher=none`, or `kl.model`)."""
-
-    lora = "lora"
-    align = "align"
-    full = "full"
-
-
-class Variant(Enum):
-    """`rslora`: arXiv 2312.03732; `dora`: arXiv 2402.09353."""
-
-    lora = "lora"
-    rslora = "rslora"
-    dora = "dora"
-
-
-class Layers(Enum):
-    """Decoder layers with LoRA: the `busy` ones, in which vision tokens take part under the schedule, or `all`."""
-
-    all = "all"
-    busy = "busy"
-
-
-class Positions(Enum):
-    """What RoPE counts where vision tokens are missing: the model's own positions, or the tokens that are there."""
-
-    original = "original"
-    reindexed = "reindexed"
-
-
-class EntryKind(Enum):
-    """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
-
-    none = "none"
-    scale = "scale"
-    low_rank = "low_rank"
-
-
-class EntryInit(Enum):
-    """What the entry adapter starts from: `identity`, or `calibrated` (models/calibration.py)."""
-
-    identity = "identity"
-    calibrated = "calibrated"
-
-
-class Trainer(Enum):
-    accelerate = "accelerate"
-    lightning = "lightning"
-
-
-class Dtype(Enum):
-    """`auto`: bfloat16 where the hardware computes in it, else float32."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class NonFiniteStep(Enum):
-    """What to do with a step whose loss or gradient is not a number."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 @dataclass
@@ -95,10 +34,10 @@ class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
     `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
-    untyped, so that an override replaces all of it.
+    untyped, so that an override replaces all of it. `enter` None: nobody has said where, so no run can begin.
     """
 
-    enter: int = 0
+    enter: int | None = None
     exit: int | None = None
     keep: Any = None
     cross: Any = None
@@ -110,11 +49,13 @@ class RunScheduleConfig(ScheduleConfig):
     """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
 
     Attributes:
+        enter: of a run whose recipe says nothing, the first layer: `recipe=dense`.
         auto: `schedule=auto`: profile the model before training (or read `profile`).
         profile: folder that `eval/profile.py` wrote.
         samples, bound, budget: of the profile that `auto` makes.
     """
 
+    enter: int | None = 0
     auto: bool = False
     profile: str | None = None
     samples: int = 64

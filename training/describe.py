@@ -77,7 +77,8 @@ def borrowed(model: ModelConfig) -> list[str]:
         return []
     return [
         f"note: band, keeps, VisiPruner's thresholds and training settings that you did not give are those of "
-        f"model={model.tuned_for}, chosen for it; for {model.path} give your own, or its configuration (model=...)."
+        f"model={model.tuned_for}, chosen for it; for {model.path} take its configuration (model=...), or model=other, "
+        "which borrows nothing."
     ]
 
 

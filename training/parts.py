@@ -63,7 +63,7 @@ def student_of(config: Config, dataset: Any = None) -> Student:
     )
     if wanted.attention is not None:
         model.set_attn_implementation(wanted.attention)
-    check_layers(config, model)
+    check_layers(config, model.config.get_text_config().num_hidden_layers)  # a profile's is known only now
     return student_from(
         config,
         model,
@@ -72,10 +72,10 @@ def student_of(config: Config, dataset: Any = None) -> Student:
     )
 
 
-def check_layers(config: Config, model: PreTrainedModel) -> None:
-    """Raise ValueError if the schedule does not fit the model's decoder, before anything is computed."""
+def check_layers(config: Config, num_layers: int) -> None:
+    """Raise ValueError if the schedule does not fit a decoder of so many layers."""
     try:
-        schedule_of(config.schedule).validate(model.config.get_text_config().num_hidden_layers)
+        schedule_of(config.schedule).validate(num_layers)
     except ValueError as error:
         raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -15,23 +16,22 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from latefusion.data import sources
-from latefusion.data.config import Source
-from latefusion.data.guard import SKIPPED_FILE, skipped
+from latefusion.data.config import OnError, Source
+from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
-from latefusion.models.base import check_base
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
-from latefusion.models.saved import ADAPTER_CONFIG
 from latefusion.training.card import model_card
-from latefusion.training.checkpoints import CannotSave, checkpoints, discard_after, find, step_of
-from latefusion.training.checks import read
+from latefusion.training.checkpoints import CannotSave, discard_after, step_of
+from latefusion.training.claim import claimed, leave_mark
 from latefusion.training.config import Config, Tune
 from latefusion.training.describe import describe, first_samples
-from latefusion.training.guard import PREEMPTED, Preempted, check_launch, claimed, leave_mark
+from latefusion.training.guard import PREEMPTED, Preempted
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale
 from latefusion.training.parts import (
+    check_layers,
     dtype_of,
     guarded,
     objective_of,
@@ -42,12 +42,22 @@ from latefusion.training.parts import (
     training_collator,
     visipruner,
 )
-from latefusion.training.schedule import schedule_of, settle_schedule
-from latefusion.training.teacher import check_teacher
+from latefusion.training.preflight import checked
+from latefusion.training.settle import settle_schedule
+from latefusion.training.teacher import check_teacher, decoder_config
 
 
 def run(cfg: DictConfig) -> None:
+    """Check what a composed configuration says, and train; see `train`."""
+    train(cfg, *checked(cfg))
+
+
+def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
     """Train, save to `output_dir`, evaluate; what cannot work ends in one sentence before any compute.
+
+    Args:
+        cfg: the composed configuration, written beside the student.
+        config, resumed: what `preflight.checked` made of it.
 
     Raises:
         SystemExit: with such a sentence; with `guard.PREEMPTED` if a signal stopped the run after a checkpoint.
@@ -55,19 +65,20 @@ def run(cfg: DictConfig) -> None:
     started = time.perf_counter()
     with ExitStack() as held:
         try:
-            config = read(cfg)
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
-            resumed = check(config)
+            check_policy(config)
             dataset = samples(config.data)
             held.enter_context(claimed(config.output_dir))
             settle_schedule(config, cfg, resumed)
             settle(config, resumed)
             if isinstance(dataset, Stream):
                 dataset.marks = Path(config.output_dir) / MARKS
+            begins = first_samples(dataset)
+            check_rows(config, begins)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config, dataset)
             collator = guarded(config, training_collator(config, student), dataset)
-            some = collator(first_samples(dataset))
+            some = collator(begins)
             collator = packing(config, student, collator)
             objective = objective_of(config, student)
         except (ValueError, FileNotFoundError) as error:
@@ -97,32 +108,29 @@ def run(cfg: DictConfig) -> None:
             write_card(config, student)
 
 
-def check(config: Config) -> Path | None:
-    """Raise before anything is loaded if this run cannot work.
-
-    Returns:
-        The checkpoint to go on from, if any.
+def check_policy(config: Config) -> None:
+    """Raise, before any weights are loaded, if the model has too few layers for what `config` says.
 
     Raises:
-        ValueError, FileNotFoundError: in one sentence.
+        ValueError: the schedule or the teacher's thresholds do not fit; or `kl.model` cannot teach.
     """
-    check_launch(config.engine.processes)
-    schedule_of(config.schedule)
     visipruner(config.model.visipruner)
-    check_base(config.model.path)
-    policy = teacher(config)
-    if config.kl.model is not None and policy is not None:
+    known, policy = decoder_config(config.model), teacher(config)
+    if not config.schedule.auto and config.schedule.profile is None:
+        check_layers(config, known.num_hidden_layers)
+    if policy is not None and config.kl.model is not None:
         check_teacher(config, policy)
-    output, train = Path(config.output_dir), config.train
-    if config.resume is not False:
-        samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-        return find(output, config.resume, samples=samples)
-    if not config.overwrite and ((output / ADAPTER_CONFIG).exists() or checkpoints(output)):
-        raise ValueError(
-            f"{output} holds a run already; continue it with resume=true, replace it with overwrite=true, "
-            "or choose another output_dir=FOLDER."
-        )
-    return None
+    elif policy is not None and config.kl.weight > 0:
+        policy.validate(known.num_hidden_layers)
+
+
+def check_rows(config: Config, samples: Sequence[Any]) -> None:
+    """Raise ValueError if one of these rows is bad and must not be, before a model is loaded and calibrated."""
+    if config.data.on_error is OnError["raise"]:
+        for sample in samples:
+            row = sample if isinstance(sample, dict | Bad) else usable(sample)
+            if isinstance(row, Bad):
+                raise ValueError(f"row {row.id} {row.error}; leave such rows out with data.on_error=skip.")
 
 
 def settle(config: Config, resumed: Path | None) -> None:

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoProcessor
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base import EMBEDDED, check_base, load_base
+from latefusion.models.base import load_base
 from latefusion.models.policies.base import Policy
-from latefusion.training.config import Config
+from latefusion.models.where import EMBEDDED, check_base
+from latefusion.training.config import Config, ModelConfig
 
 SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
 
@@ -104,6 +105,12 @@ def check_teacher(config: Config, policy: Policy) -> None:
                 f"kl.model={path} does not see images as the student does: {what}: {there} there, {here} in "
                 f"{config.model.path}; {fix}."
             )
+
+
+def decoder_config(model: ModelConfig) -> Any:
+    """The decoder's part of a base model's configuration, read without its weights."""
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return AutoConfig.from_pretrained(_folder(model.path), **where).get_text_config()
 
 
 def shared_vocabulary(config: Config) -> int:

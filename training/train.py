@@ -18,6 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from latefusion.training.checks import explain
+from latefusion.training.preflight import checked
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # ours starts there
@@ -25,9 +26,11 @@ warnings.filterwarnings("ignore", message=".*your dataloader is not resumable") 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from latefusion.training.run import run  # seconds, which a typo or --help need not wait for
+    config, resumed = checked(cfg)
 
-    run(cfg)
+    from latefusion.training.run import train  # torch and all that: seconds, which no refusal has to wait for
+
+    train(cfg, config, resumed)
 
 
 if __name__ == "__main__":

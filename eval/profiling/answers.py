@@ -40,6 +40,9 @@ class Answers:
         sample = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
         return cls(F.log_softmax(logits[learnt].float(), -1), targets[learnt], sample[learnt])
 
+    def to(self, device: torch.device | str) -> Answers:
+        return Answers(self.log_probs.to(device), self.targets.to(device), self.sample.to(device))
+
     def effect(self, changed: Answers) -> Effect:
         """What turned these answers into `changed`."""
         kl = F.kl_div(changed.log_probs, self.log_probs, log_target=True, reduction="none").sum(-1)  # [N]

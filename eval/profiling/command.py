@@ -12,15 +12,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from latefusion.data.config import DataConfig, Source
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
+from latefusion.training.words import unknown, wrong
 
 
 @dataclass
@@ -52,6 +53,9 @@ class Arguments:
     new_tokens: int = 16
 
 
+KEYS = ["model", "data", *(field.name for field in fields(Arguments))]
+
+
 def main(words: Sequence[str], usage: str) -> None:
     """Run; what cannot work ends in one sentence."""
     try:
@@ -60,8 +64,7 @@ def main(words: Sequence[str], usage: str) -> None:
         own, config = parsed(words)
         run(own, config)
     except OmegaConfBaseException as error:
-        keys = ", ".join(field.name for field in fields(Arguments))
-        sys.exit(f"error: {str(error).splitlines()[0]}; the keys are model, data, {keys}.")
+        sys.exit(f"error: {wrong(error, KEYS)}")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -70,6 +73,9 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     """This script's own keys, and the rest as a configuration of training (`model`, `data`)."""
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
+    for key in (word.partition("=")[0] for word in words):
+        if key.partition(".")[0] not in ("model", "data") and key not in names:
+            raise ValueError(unknown(key, KEYS))
     rest = [found for word in words if word not in mine for found in named(word)]
     own: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(mine)))
     for name in ("samples", "images", "batch_size", "new_tokens"):
@@ -93,16 +99,19 @@ def named(word: str) -> list[str]:
         return [word]  # a mistyped name: `explain` lists what there is
     if key == "data":
         return ["data=dataset", f"data.path={value}"]
-    nobodys = ("model.schedule.enter=0", "model.schedule.exit=null", "model.schedule.keep=null")
-    return [f"model.path={value}", *nobodys]  # the rest is the default model's
+    return ["model=other", f"model.path={value}"]
 
 
 def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     """Profile the model that `config` names on its data."""
+    import torch
+
     from latefusion.eval.profiling.run import profile
     from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
 
+    if own.samples < 2:
+        raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
     check_base(config.model.path)
     rows, others = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
@@ -117,6 +126,10 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         model.cuda()  # type: ignore[call-arg]
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)
     if not labelled:
+        (options.get("console") or Console()).print(
+            f"The data has no answers: the model writes its own first, up to {own.new_tokens} tokens to each of "
+            f"{len(rows)} prompts."
+        )
         rows = own_answers(model, processor, rows, own.new_tokens)
     name = Path(config.model.path).name
     about = {
@@ -146,6 +159,8 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
 def by_hand(config: Config, model: Any) -> VisionSchedule | None:
     """The schedule that `recipes/model` holds for the model, if it holds one and the model is one that it fits."""
     asked = config.model.schedule
+    if asked.enter is None:
+        return None
     schedule = VisionSchedule.from_dict({"enter": asked.enter, "exit": asked.exit, "keep": asked.keep})
     try:
         schedule.validate(model.config.get_text_config().num_hidden_layers)
@@ -213,6 +228,8 @@ def own_answers(
     model: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int
 ) -> list[dict[str, Any]]:
     """The rows with the model's own greedy answer at their end."""
+    import torch
+
     from latefusion.eval.predict import prompt_inputs
 
     found = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from latefusion.eval.profiling.answers import Answers
@@ -58,13 +58,10 @@ class Continued:
         return found
 
     def dense(self) -> Answers | None:
-        """The dense answers, in two parts; None if a cache layer keeps less than it is given (a head longer than the
-        window of local attention)."""
+        """The dense answers, in two parts; None if the head is not `cacheable`."""
+        if not cacheable(self.runner.model.config, self.cut):
+            return None
         self.head = self._run_head()
-        for layer in self.head:
-            local = isinstance(layer, DynamicSlidingWindowLayer) and self.cut >= layer.sliding_window
-            if local or type(layer) not in SUPPORTED:
-                return None
         self.text = [without_vision(layer, self.track) for layer in self.head]
         return self.answers((), 0, None)
 
@@ -79,6 +76,7 @@ class Continued:
         self.head, text, layers = [], self.text, self.runner.layers
         blind: Tensor | None = None  # of what follows
         still: Tensor | None = None  # of what follows, seeing vision tokens as they came
+        stills = any(kind == "frozen" for kind, _ in wanted)
         head: Tensor | None = None  # of the head, its vision tokens as they came
         for i in range(self.layers):
             if ("late", i) in wanted or ("frozen", i) in wanted:
@@ -91,7 +89,8 @@ class Continued:
                 cache = self._cache()
                 with frozen(layers[i : i + 1], self.batch.vision[:, : self.cut]), started(layers, i, head):
                     head = run_until(layers, i + 1, lambda cache=cache: self._forward_head(cache))  # type: ignore[misc]
-                still = self._part([*text[:i], cache.layers[i], *text[i + 1 :]], i, still, i + 1)
+                if stills:
+                    still = self._part([*text[:i], cache.layers[i], *text[i + 1 :]], i, still, i + 1)
                 blind = self._part(text, i, blind, i + 1)
 
     def _seen(self, hidden: Collection[int]) -> list[DynamicLayer]:
@@ -124,7 +123,7 @@ class Continued:
         return cache.layers
 
     def _cache(self) -> DynamicCache:
-        return DynamicCache(config=self.runner.model.config.get_text_config())
+        return _empty(self.runner.model.config)
 
     def _forward_head(self, cache: DynamicCache) -> None:
         inputs = self.batch.head(self.cut)
@@ -132,6 +131,19 @@ class Continued:
             inputs["position_ids"] = self.positions[..., : self.cut]
         with torch.no_grad(), self.runner.attachment.using(VisionSchedule()):
             self.runner.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def cacheable(config: PretrainedConfig, length: int) -> bool:
+    """Whether cache layers keep all of `length` tokens (local attention's keep a window), in a form that is known."""
+    return all(
+        type(layer) in SUPPORTED
+        and not (isinstance(layer, DynamicSlidingWindowLayer) and length >= layer.sliding_window)
+        for layer in _empty(config).layers
+    )
+
+
+def _empty(config: PretrainedConfig) -> DynamicCache:
+    return DynamicCache(config=config.get_text_config())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from latefusion.eval.profiling.style import (
     MUTED,
     ORANGE,
     PINK,
+    SHADE,
     WIDTH,
     bound_line,
     edges,
@@ -27,12 +28,12 @@ from latefusion.eval.profiling.style import (
 
 
 def stages(found: dict[str, Any]) -> Figure:
-    """KL and accuracy of the knock-outs by layer, the three stages shaded."""
+    """KL and accuracy of the knock-outs by layer, the three stages shaded, and the chosen band above them."""
     labelled = found["labelled"]
     figure, axes = plt.subplots(
         2 if labelled else 1,
         1,
-        figsize=(WIDTH, 5.0 if labelled else 3.2),
+        figsize=(WIDTH, 5.4 if labelled else 3.6),
         sharex=True,
         height_ratios=[1.35, 1] if labelled else [1],
         layout="constrained",
@@ -57,10 +58,23 @@ def stages(found: dict[str, Any]) -> Figure:
             axes[1, 0].plot(x, accuracy, dash, marker=marker, ms=3.5, color=colour)
     kl_axis(top)
     bound_line(top, found, found["layers"])
+    enter, leave, layers = edges(found)
+    top.plot(
+        [enter - 0.5, leave - 0.5],
+        [1, 1],
+        transform=top.get_xaxis_transform(),
+        color=PINK,
+        lw=5,
+        solid_capstyle="butt",
+        clip_on=False,
+        label="layers that see vision tokens in the schedule",
+    )
     figure.legend(loc="outside upper center", ncols=1, title="Image hidden from the text:", alignment="left")
+    a, b = found["ends"]["enter"], found["ends"]["exit"]
+    if a >= b:  # the ends overlap: no layer is needed in between
+        a, b = enter, leave
     for row in axes[:, 0]:
-        shade(row, found)
-    a, b, layers = edges(found)
+        row.axvspan(a - 0.5, b - 0.5, color=SHADE, lw=0, zorder=0)
     for middle, text in (
         ((0 + a) / 2, "shallow"),
         ((a + b) / 2, "middle: fuses"),
@@ -69,7 +83,7 @@ def stages(found: dict[str, Any]) -> Figure:
         if text == "middle: fuses" or (a if text == "shallow" else layers - b) >= 2:
             top.annotate(
                 text,
-                (middle, 1),
+                (middle, 1.015),
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 va="bottom",
@@ -129,6 +143,7 @@ def attention(found: dict[str, Any]) -> Figure:
         axis.set_ylim(bottom=0)
         shade(axis, found)
     axes[2].axhline(found["tokens"]["vision"], color=MUTED, lw=0.9, ls=(0, (1, 2)))
+    axes[2].set_ylim(0, 1.08 * found["tokens"]["vision"])
     layer_axis(axes[2], found["layers"])
     return figure
 

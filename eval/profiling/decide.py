@@ -10,7 +10,9 @@ from typing import Any
 from latefusion.models.schedule import VisionSchedule
 
 NEAR = 3  # layers that the joint band may be wider than each end alone asks for, on either side
-BANDS = (NEAR + 1) ** 2  # measured jointly at most
+BANDS = (NEAR + 1) ** 2 + NEAR * (
+    NEAR + 1
+) // 2  # measured jointly at most: the second part where exit <= enter
 KEEP_LAYERS = 6  # of the band, evenly spread, where a keep may begin
 KEEP_SHARES = (2, 4, 8, 16, 32)  # parts of the vision tokens that a keep may be one of
 STEPS = 3  # keeps in a pyramid at most

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from latefusion.eval.profiling import lenses
 from latefusion.eval.profiling.answers import Answers
 from latefusion.eval.profiling.causal import Runner, knock_outs
+from latefusion.eval.profiling.cost import Plan
 from latefusion.eval.profiling.decide import Point
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.observe import Watch
-from latefusion.eval.profiling.samples import Batch
+from latefusion.eval.profiling.samples import Batch, Group
 from latefusion.models.attach import Attachment
 from latefusion.models.calibration import installed
 from latefusion.models.entry import CalibratedEntry
@@ -35,20 +36,19 @@ class Measurer:
     """Runs over the batches, one at a time on the device; what the ledger has is not measured again.
 
     Args:
-        sources: `(numbers of the samples, what makes the batch)`.
-        advance: called with the prefills that a step took; shares: those of knock-outs and of bands.
+        sources: the batches.
+        plan: what each leaves out, and the prefills it takes; advance: called with the prefills that a step took.
     """
 
     model: PreTrainedModel
     attachment: Attachment
-    sources: Sequence[tuple[tuple[int, ...], Callable[[], Batch]]]
+    sources: Sequence[Group]
     ledger: Ledger
+    plan: Plan
     advance: Callable[[float], None] = lambda share: None
-    shares: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         self.layers = len(self.attachment.layers)
-        self.n = sum(len(numbers) for numbers, _ in self.sources)
         self._made: tuple[int, Batch] | None = None
         self._dense: dict[int, Answers] = {}
         self._mean: tuple[Tensor, Tensor] | None = None
@@ -56,15 +56,20 @@ class Measurer:
     # ---------------------------------------------------------------- what is measured
 
     def effects(self) -> dict[str, Any]:
-        """Per knock-out `kind layer` `kl` and `right` of each sample, in the samples' order; `dense`: `right` alone."""
-        wanted = knock_outs(self.layers)
+        """Per knock-out `kind layer` `kl` and `right` of each sample, in the samples' order; `dense`: `right` alone.
+
+        None for the samples of a batch that leaves a kind out.
+        """
+        keys = knock_outs(self.layers)
 
         def measure(batch: Batch) -> dict[str, Any]:
-            dense, found = self._runner(batch).effects(wanted)
-            named = {f"{kind} {layer}": asdict(effect) for (kind, layer), effect in found.items()}
+            left_out = self.plan.left_out[self._at]
+            dense, found = self._runner(batch).effects([key for key in keys if key[0] not in left_out])
+            nothing = {"kl": [None] * batch.size, "right": [None] * batch.size}
+            named = {f"{key[0]} {key[1]}": asdict(found[key]) if key in found else nothing for key in keys}
             return {"dense": asdict(dense), **named}
 
-        return self._gathered("effects", measure, self.shares[0])
+        return self._gathered("effects", measure, self.plan.knock_outs)
 
     def bands(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Text sees vision in the layers [a, b) alone: per band `a b`, as `effects`."""
@@ -72,7 +77,7 @@ class Measurer:
         def measure(batch: Batch) -> dict[str, Any]:
             return {f"{a} {b}": asdict(effect) for (a, b), effect in self._runner(batch).bands(pairs)}
 
-        return self._gathered(f"bands {list(pairs)}", measure, self.shares[1])
+        return self._gathered(f"bands {list(pairs)}", measure, self.plan.bands)
 
     def schedule(
         self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float
@@ -81,12 +86,12 @@ class Measurer:
 
         def measure(batch: Batch) -> dict[str, Any]:
             runner = self._runner(batch)
-            dense = self._dense_answers(batch)
+            dense = self._dense_answers(runner)
             with installed(self.model, entry) if entry is not None else nullcontext():
                 return {"it": asdict(dense.effect(runner.answers(schedule)))}
 
         name = f"schedule {schedule.to_dict()} {'calibrated' if entry is not None else 'raw'}"
-        found = self._gathered(name, measure, flops)["it"]
+        found = self._gathered(name, measure, [flops] * len(self.sources))["it"]
         return found["kl"], found["right"]
 
     def looks(self) -> dict[str, Any]:
@@ -94,14 +99,13 @@ class Measurer:
         names = [f"looks / {i}" for i in range(len(self.sources))]
         if names[0] in self.ledger.found and any(name not in self.ledger.found for name in names):
             self._look(self._batch(0))  # the others are judged by its mean
-        return self._gathered("looks", self._look, 1.0)
+        return self._gathered("looks", self._look, [1.0] * len(self.sources))
 
     def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[list[list[int]] | None]:
         """Of the first few samples: per segment of the schedule, which of their vision tokens take part; else None."""
 
         def measure(batch: Batch) -> dict[str, Any]:
-            assert self._made is not None
-            numbers = self.sources[self._made[0]][0]
+            numbers = self.sources[self._at].numbers
             if all(number >= EXAMPLES for number in numbers):
                 return {"kept": [None] * len(numbers)}
             with installed(self.model, entry) if entry is not None else nullcontext():
@@ -121,19 +125,20 @@ class Measurer:
                 ]
             }
 
-        return self._gathered(f"kept {schedule.to_dict()} {entry is not None}", measure, 0.0)["kept"]
+        nothing = [0.0] * len(self.sources)
+        return self._gathered(f"kept {schedule.to_dict()} {entry is not None}", measure, nothing)["kept"]
 
     # ---------------------------------------------------------------- batches
 
     def _gathered(
-        self, name: str, measure: Callable[[Batch], dict[str, Any]], share: float
+        self, name: str, measure: Callable[[Batch], dict[str, Any]], shares: Sequence[float]
     ) -> dict[str, Any]:
-        """Each entry's lists of all batches, put into the order of the samples."""
+        """Each entry's lists of all batches, put into the order of the samples; shares: prefills a sample."""
         parts = []
-        for i, (numbers, _) in enumerate(self.sources):
+        for i, (source, share) in enumerate(zip(self.sources, shares, strict=True)):
             parts.append(self.ledger.get(f"{name} / {i}", lambda i=i: measure(self._batch(i))))
-            self.advance(share * len(numbers))
-        order = np.argsort([number for numbers, _ in self.sources for number in numbers])
+            self.advance(share * len(source.numbers))
+        order = np.argsort([number for source in self.sources for number in source.numbers])
 
         def joined(values: list[Any]) -> Any:
             if isinstance(values[0], dict):
@@ -145,18 +150,24 @@ class Measurer:
 
     def _batch(self, i: int) -> Batch:
         if self._made is None or self._made[0] != i:
-            self._made = i, self.sources[i][1]()
-            self._dense = {}
+            self._made = i, self.sources[i].make()
+            if not self.plan.hold:
+                self._dense = {}
         return self._made[1]
+
+    @property
+    def _at(self) -> int:
+        """The number of the batch that is measured."""
+        assert self._made is not None
+        return self._made[0]
 
     def _runner(self, batch: Batch) -> Runner:
         return Runner(self.model, self.attachment, batch)
 
-    def _dense_answers(self, batch: Batch) -> Answers:
-        key = id(batch)
-        if key not in self._dense:
-            self._dense = {key: self._runner(batch).answers(VisionSchedule())}
-        return self._dense[key]
+    def _dense_answers(self, runner: Runner) -> Answers:
+        if self._at not in self._dense:
+            self._dense[self._at] = runner.answers(VisionSchedule()).to("cpu")
+        return self._dense[self._at].to(runner.batch.labels.device)
 
     # ---------------------------------------------------------------- looks
 
@@ -193,8 +204,7 @@ class Measurer:
                 ]
             )
         received = torch.stack(watch.attention).mean(0)  # [B, T]
-        assert self._made is not None
-        numbers, samples = self.sources[self._made[0]][0], []
+        numbers, samples = self.sources[self._at].numbers, []
         for b, seen in enumerate(batch.vision):
             rows = features[0][b][seen]  # [K, D]
             words, cosine = lenses.nearest_words(model.get_input_embeddings().weight, rows)
@@ -255,6 +265,11 @@ def point(
     )
 
 
+def known(values: Sequence[Any]) -> list[Any]:
+    """Without the samples that a measurement left out."""
+    return [value for value in values if value is not None]
+
+
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean with its 95% interval over samples (Student's t; never below 0)."""
     mean = float(np.mean(values))
@@ -268,6 +283,3 @@ def _rounded(values: Tensor, digits: int = 4) -> Any:
     return [
         round(v, digits) if isinstance(v, float) else [round(w, digits) for w in v] for v in values.tolist()
     ]
-
-
-__all__ = ["Measurer", "interval", "point"]

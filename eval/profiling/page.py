@@ -88,6 +88,15 @@ def stages_in_words(found: dict[str, Any]) -> str:
         f"Middle: {f'layers {_listed(inside)} are each needed' if inside else 'no layer is needed'} by themselves "
         f"(beyond the bound), layer {peak} most ({single[peak]:.3f} nats)."
     )
+    schedule = found["chosen"]["schedule"]
+    enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
+    if (enter, leave) != (a, b):
+        parts.append(
+            f"The schedule's band, layers {enter} to {leave - 1}, is wider, as both ends hidden at once, or the entry, "
+            "cost more."
+            if enter <= a and leave >= b
+            else f"The schedule's band is layers {enter} to {leave - 1}."
+        )
     verdict = "All three stages appear." if a and b < layers else "Not all three stages appear."
     return f"{verdict} {' '.join(parts)}"
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
 from latefusion.eval.profiling.causal import Runner
-from latefusion.eval.profiling.continued import Continued
-from latefusion.eval.profiling.cost import SEARCH, Cost, expected
+from latefusion.eval.profiling.continued import Continued, cacheable
+from latefusion.eval.profiling.cost import Cost, Shape, planned
 from latefusion.eval.profiling.files import write
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer
-from latefusion.eval.profiling.samples import batches, stop_tokens
+from latefusion.eval.profiling.samples import Group, batches, counts, stop_tokens
 from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.eval.profiling.summary import summarise
 from latefusion.models.attach import Attachment, attach
@@ -67,21 +67,18 @@ def profile(
         vision_ids=[model.config.image_token_id],
         stop=stop_tokens(model, processor),
     )
-    sources = batches(model, collator, samples, batch_size)
-    example = sources[0][1]()
-    n_text, n_vision = example.counts
+    sources = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))  # see `planned`
     ledger = Ledger(folder / "measured.jsonl", {**about, "samples": len(samples), "batch_size": batch_size})
     with attach(model, VisionSchedule()) as attachment:
-        way = Runner(model, attachment, example).way()[-1]
-        expense = expected(model.config, n_text, n_vision, continued=isinstance(way, Continued))
-        announce(console, expense, len(samples), layers, ledger)
+        plan = planned(model.config, shapes(attachment, sources))
+        expense = plan.cost
+        announce(console, expense, len(samples), layers, len(fit_on), ledger)
         with bar(console) as progress:
             task = progress.add_task("Profiling", total=expense.total * len(samples))
-            shares = expense.knock_outs, expense.deciding - SEARCH
             measurer = Measurer(
-                model, attachment, sources, ledger, lambda share: progress.advance(task, share), shares
+                model, attachment, sources, ledger, plan, lambda share: progress.advance(task, share)
             )
-            study = Study(measurer, wishes, labelled, n_text, n_vision)
+            study = Study(measurer, wishes, labelled, *counts(sources))
             found = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
             progress.update(task, completed=expense.total * len(samples))
     found = {"schema": SCHEMA, "about": about, "cost": vars(expense) | {"total": expense.total}, **found}
@@ -91,6 +88,30 @@ def profile(
     return found
 
 
+def shapes(attachment: Attachment, sources: Sequence[Group]) -> list[Shape]:
+    """Of each batch, for `planned`: whether a prompt can be continued is tried on the first that may be."""
+    model = attachment.model
+    tried = [
+        source.together and cacheable(model.config, source.places[-1] + 1) for source in sources
+    ]  # as `Continued` does
+    continued = False
+    if any(tried):
+        example = sources[tried.index(True)].make()
+        continued = isinstance(Runner(model, attachment, example).way()[-1], Continued)
+    return [
+        Shape(
+            samples=len(source.numbers),
+            answers=source.answers,
+            length=max(source.lengths),
+            cut=source.places[-1] + 1,
+            vision=len(source.places),
+            tried=may,
+            continued=may and continued,
+        )
+        for source, may in zip(sources, tried, strict=True)
+    ]
+
+
 def calibrate(
     attachment: Attachment,
     collator: Collator,
@@ -98,16 +119,16 @@ def calibrate(
     enter: int,
     batch_size: int,
 ) -> Calibration:
-    made = (make() for _, make in batches(attachment.model, collator, samples, batch_size))
+    made = (group.make() for group in batches(attachment.model, collator, samples, batch_size))
     return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
 
 
-def announce(console: Console, cost: Cost, samples: int, layers: int, ledger: Ledger) -> None:
+def announce(console: Console, cost: Cost, samples: int, layers: int, images: int, ledger: Ledger) -> None:
     """What is about to be spent."""
     console.print(
         f"{samples} samples, {layers} layers: up to {cost.total * samples:,.0f} prefills' worth of FLOPs, "
-        f"{cost.total:.0f} a sample ({cost.observing:.0f} to observe, {cost.knock_outs:.0f} for knock-outs, at most "
-        f"{cost.deciding:.0f} to decide)."
+        f"{cost.total:.0f} a sample ({cost.observing:.0f} to observe, {cost.knock_outs:.1f} for knock-outs, at most "
+        f"{cost.deciding:.0f} to decide). Calibrating the entry runs {images} more images through the layers before it."
     )
     if ledger.resumed:
         console.print(f"{ledger.resumed} measurements are there already; going on from them.")

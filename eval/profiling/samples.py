@@ -10,10 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latefusion.data.collate import Collator
+from latefusion.data.collate import IGNORE, Collator
 from latefusion.data.guard import Bad
 from latefusion.models.vision import vision_token_ids
 from latefusion.training.objective import label_columns
+
+
+@dataclass(frozen=True)
+class Group:
+    """A batch that is not made yet.
+
+    Attributes:
+        numbers: of its samples among all.
+        make: encodes its images and collates it.
+        places: of the vision tokens, the same in every sample; lengths: tokens of each sample.
+        answers: tokens of all answers.
+    """
+
+    numbers: tuple[int, ...]
+    make: Callable[[], Batch]
+    places: tuple[int, ...]
+    lengths: tuple[int, ...]
+    answers: int
+
+    @property
+    def together(self) -> bool:
+        """Whether no text stands between vision tokens."""
+        return self.places[-1] - self.places[0] + 1 == len(self.places)
 
 
 @dataclass(frozen=True)
@@ -46,12 +69,6 @@ class Batch:
     def real(self) -> Tensor:
         """Bool `[B, T]`, false for padding."""
         return self.inputs["attention_mask"].bool()
-
-    @property
-    def counts(self) -> tuple[float, float]:
-        """Text and vision tokens of a sample, on average, answers included."""
-        n_vision = self.vision.sum().item()
-        return (self.real.sum().item() - n_vision) / self.size, n_vision / self.size
 
     def fresh(self) -> dict[str, Any]:
         """The inputs, for a forward that may write into `mm_encoder_outputs`."""
@@ -99,19 +116,20 @@ def collated(
     return Batch(tuple(names), encoded(model, inputs), labels, queries, vision)
 
 
-def batches(
-    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], size: int
-) -> list[tuple[tuple[int, ...], Callable[[], Batch]]]:
-    """The samples' numbers, at most `size` a batch, and what makes the batch.
+def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], size: int) -> list[Group]:
+    """Batches of at most `size` samples.
 
     Samples whose images stand at the same places share a batch (`causal.Continued` runs on such), like lengths
     together.
     """
     vision_ids = set(vision_token_ids(model.base_model.config).values())
     keys: list[tuple[tuple[int, ...], int]] = []
+    answers: list[int] = []
     for sample in samples:
-        ids = collator([sample])["input_ids"][0].tolist()
+        row = collator([sample])
+        ids = row["input_ids"][0].tolist()
         keys.append((tuple(i for i, token in enumerate(ids) if token in vision_ids), len(ids)))
+        answers.append(int((row["labels"] != IGNORE).sum()))
     order = sorted(range(len(samples)), key=lambda i: (keys[i], i))
     groups: list[list[int]] = []
     for i in order:
@@ -125,7 +143,23 @@ def batches(
             model, collator, [samples[i] for i in group], [str(samples[i].get("id", i)) for i in group]
         )
 
-    return [(tuple(group), maker(group)) for group in groups]
+    return [
+        Group(
+            tuple(group),
+            maker(group),
+            places=keys[group[0]][0],
+            lengths=tuple(keys[i][1] for i in group),
+            answers=sum(answers[i] for i in group),
+        )
+        for group in groups
+    ]
+
+
+def counts(groups: Sequence[Group]) -> tuple[float, float]:
+    """Text and vision tokens of a sample, on average, answers included."""
+    samples = sum(len(group.numbers) for group in groups)
+    vision = sum(len(group.numbers) * len(group.places) for group in groups)
+    return (sum(sum(group.lengths) for group in groups) - vision) / samples, vision / samples
 
 
 def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

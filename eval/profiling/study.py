@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from latefusion.eval.profiling import decide
-from latefusion.eval.profiling.cost import SEARCH
-from latefusion.eval.profiling.measure import Measurer, point
+from latefusion.eval.profiling.cost import SINGLES
+from latefusion.eval.profiling.measure import Measurer, known, point
 from latefusion.models.calibration import Calibration
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
-
-SINGLES = 0.7  # of the search, for single keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class Study:
         measurer, wishes, layers = self.measurer, self.wishes, self.measurer.layers
         looks = measurer.looks()["samples"]
         effects = measurer.effects()
-        mean = {key: float(np.mean(effect["kl"])) for key, effect in effects.items()}
+        mean = {key: float(np.mean(known(effect["kl"]))) for key, effect in effects.items()}
         prefix = [0.0, *(mean[f"prefix {a}"] for a in range(1, layers + 1))]
         suffix = [prefix[-1], *(mean[f"suffix {b}"] for b in range(1, layers)), 0.0]
         enter, leave = decide.latest(prefix, wishes.bound), decide.earliest(suffix, wishes.bound)
@@ -151,7 +149,7 @@ class Study:
             where = decide.keep_layers(band.enter, leave, most)
             return sum(self.flops(schedule({layer: k})) for layer in where for k in sizes)
 
-        most = max((n for n in range(2, decide.KEEP_LAYERS + 1) if price(n) <= SINGLES * SEARCH), default=1)
+        most = max((n for n in range(2, decide.KEEP_LAYERS + 1) if price(n) <= SINGLES), default=1)
         for layer in decide.keep_layers(band.enter, leave, most):
             for k in sizes:
                 table[layer, k] = max(0.0, kl({layer: k}) - base)

@@ -10,7 +10,7 @@ import numpy as np
 
 from latefusion.eval.profiling.causal import KINDS
 from latefusion.eval.profiling.decide import earliest, latest
-from latefusion.eval.profiling.measure import interval
+from latefusion.eval.profiling.measure import interval, known
 from latefusion.eval.profiling.observe import Look, fusion_layer
 
 WORDS = 3  # of a lens table's cell
@@ -54,12 +54,13 @@ def curves(found: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
             effect = effects["dense"] if nothing else effects.get(key)
             if effect is None:
                 continue
-            kl, low, high = interval(effect["kl"])
-            quartiles = np.quantile(effect["kl"], [0.25, 0.5, 0.75])
-            row = {"layer": layer, "kl": kl, "low": low, "high": high}
+            measured = known(effect["kl"])
+            kl, low, high = interval(measured) if len(measured) > 1 else (measured[0],) * 3
+            quartiles = np.quantile(measured, [0.25, 0.5, 0.75])
+            row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(measured)}
             row |= dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True))
             if found["labelled"]:
-                row["accuracy"] = float(np.mean(effect["right"]))
+                row["accuracy"] = float(np.mean(known(effect["right"])))
             rows.setdefault(kind, []).append(row)
     return rows
 

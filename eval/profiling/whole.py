@@ -36,6 +36,7 @@ class Whole:
         text: Tensor | None = None  # as the policy below has it: compact
         still: Tensor | None = None
         alone = VisionSchedule(enter=n - 1)
+        stills = any(kind == "frozen" for kind, _ in wanted)
         for i in range(n):
             if ("late", i) in wanted:
                 yield ("late", i), self._answers(VisionSchedule(enter=i), i, text)
@@ -43,8 +44,9 @@ class Whole:
                 yield ("frozen", i), self.answers((), i, still)
             if i < n - 1:
                 text = self._part(alone, i, text, i + 1)
-                with frozen(runner.layers[i : i + 1], runner.batch.vision):
-                    still = self.part((), i, still, i + 1)
+                if stills:
+                    with frozen(runner.layers[i : i + 1], runner.batch.vision):
+                        still = self.part((), i, still, i + 1)
 
     def _policy(self, hidden: Collection[int]) -> Policy:
         if not hidden:

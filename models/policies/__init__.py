@@ -21,11 +21,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def named(name: str, **overrides: Any) -> Policy:
-    """The policy of `recipes/policy/NAME.yaml`, or of a YAML file of your own, with some of its arguments replaced.
+def recipe_of(name: str) -> Path:
+    """The YAML file of a policy's name, or that file itself.
 
     Raises:
-        ValueError: there is no such policy, it has no such argument, or a value is out of its range.
+        ValueError: there is no such policy.
         FileNotFoundError: there is no such file.
     """
     file = Path(name) if name.endswith(".yaml") else RECIPES / f"{name}.yaml"
@@ -35,7 +35,17 @@ def named(name: str, **overrides: Any) -> Policy:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"policy={name} does not exist{hint}; policy can be {', '.join(names())}.")
-    arguments: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return file
+
+
+def named(name: str, **overrides: Any) -> Policy:
+    """The policy of `recipes/policy/NAME.yaml`, or of a YAML file of your own, with some of its arguments replaced.
+
+    Raises:
+        ValueError: there is no such policy, it has no such argument, or a value is out of its range.
+        FileNotFoundError: there is no such file.
+    """
+    arguments: Any = OmegaConf.to_container(OmegaConf.load(recipe_of(name)))
     policy = get_class(arguments.pop("_target_"))
     exists = sorted(inspect.signature(policy).parameters)
     for key in overrides:

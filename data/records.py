@@ -1,0 +1,54 @@
+"""A record of a data set made into a sample, its images opened; and what can be said of it without that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from latefusion.data.images import BadImage, load_image
+from latefusion.data.messages import BadSample, messages_of
+
+
+def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The sample of a record, its images opened.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    kept = {}
+    if "record" in record:
+        kept["id"] = record["id"]
+        record = json.loads(record["record"])
+        if "broken" in record:
+            raise BadSample(record["broken"])
+    elif record.get("id") is not None:
+        kept["id"] = str(record["id"])
+    given = images_of(record)
+    messages = messages_of(record, len(given))
+    try:
+        images = [load_image(image, folder) for image in given]
+    except BadImage as error:
+        raise BadSample(f"has a bad image: {error}") from None
+    return {**kept, "messages": messages, "images": images}
+
+
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """What stands for the record's images, in its column `images` or `image`: a list, one, or none."""
+    given = record.get("images")
+    if given is None:
+        given = record.get("image")
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def size_of(record: dict[str, Any]) -> tuple[int, int]:
+    """Characters of text and number of images, of any record, whole or broken."""
+    turns = record.get("messages") or record.get("conversations") or []
+    characters = 0
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        characters += sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return characters, len(images_of(record))

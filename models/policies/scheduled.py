@@ -1,0 +1,91 @@
+"""One prefill under a `VisionSchedule`: which vision tokens take part in each layer, and how `keep` ranks them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+from latefusion.models.policies.ranking import best
+
+if TYPE_CHECKING:
+    from latefusion.models.schedule import VisionSchedule
+
+ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
+
+
+class ScheduleDecision:
+    """One prefill under a `VisionSchedule`: everything but the ranking is known on the host."""
+
+    fusion_layer = None
+
+    def __init__(self, schedule: VisionSchedule, prompt: Prompt):
+        self.schedule, self.prompt = schedule, prompt
+        self.watch = schedule.watched
+        self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
+        self.scores: Tensor | None = None  # float32 [B, T]
+        self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
+        self.here = True  # they take part now
+
+    def select(self, layer: int) -> Selection | None:
+        schedule = self.schedule
+        if schedule.cross:
+            here = layer in schedule.cross
+        else:
+            here = layer >= schedule.enter and (schedule.exit is None or layer < schedule.exit)
+        chooses = layer in schedule.keep
+        if chooses:
+            assert self.scores is not None, "the layer before was not watched"
+            self.counts = tuple(min(schedule.keep[layer], n) for n in self.prompt.n_vision)
+            self.kept = best(self.scores, self.kept, self.counts)
+        begins = layer == 0 and bool(schedule.cross)  # also says that they are frozen
+        if here == self.here and not chooses and not begins:
+            return None
+        self.here = here
+        if here:
+            return self._selection(self.kept, self.counts)
+        return self._selection(torch.zeros_like(self.kept), (0,) * len(self.counts))
+
+    def _selection(self, vision: Tensor, counts: tuple[int, ...]) -> Selection:
+        schedule = self.schedule
+        return Selection(vision, counts, bool(schedule.cross), schedule.positions == "reindexed")
+
+    def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
+        shares = [
+            reading_share(call, rows, self.prompt.vision) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
+        ]
+        score = call.to_logical(torch.stack(shares).amax(0), self.prompt.vision.shape[1])  # [B, T]
+        self.scores = score if self.scores is None else torch.maximum(self.scores, score)
+        return None
+
+
+@torch.no_grad()
+def reading_share(call: AttentionCall, rows: Tensor, vision: Tensor) -> Tensor:
+    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, K]`.
+
+    What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
+    sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
+
+    Args:
+        rows: logical query rows, int64 `[B, R]`.
+        vision: bool `[B, T]`, the vision tokens.
+    """
+    weights = call.weights(call.compact_rows(rows))  # [B, H, R, K]
+    groups = weights.shape[1] // call.value.shape[1]
+    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
+    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
+    seen = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
+    read = weights.square() * value_sq * seen[:, None, None]  # [B, H, R, K]
+    total = read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
+    return (read / total).amax((1, 2))
+
+
+def asking(prompt: Prompt) -> Tensor:
+    """The rows that rank vision tokens: the prompt's text and its queries, int64 `[B, R]`, without a host sync."""
+    ranks = prompt.text.scatter(1, prompt.queries, True)  # bool [B, T]
+    n_text = max(real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True))
+    most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
+    rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
+    return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])
