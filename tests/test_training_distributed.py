@@ -18,6 +18,7 @@ from latefusion.training.order import Order
 
 pytestmark = pytest.mark.slow
 LOSS = 1e-4  # float32; measured: 2e-7
+FROZEN = ("schedule.enter=0", "schedule.exit=null", "schedule.keep=null", "schedule.cross=[1, 3]")
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,17 @@ def test_zero_trains_as_one(base, alone, tmp_path, stage, launcher):
 
 
 @pytest.mark.parametrize(
-    ("engine", "projector"),
-    [("deepspeed_zero3", "false"), ("deepspeed_zero3", "true"), ("accelerate", "true")],
+    ("engine", "projector", "schedule"),
+    [
+        ("deepspeed_zero3", "false", ()),
+        ("deepspeed_zero3", "true", ()),
+        ("deepspeed_zero3", "false", FROZEN),
+        ("accelerate", "true", ()),
+    ],
 )
-def test_processes_with_and_without_images_do_not_wait_for_each_other(base, tmp_path, engine, projector):
+def test_processes_with_and_without_images_do_not_wait_for_each_other(
+    base, tmp_path, engine, projector, schedule
+):
     Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
     seen = {"image": "a.jpg", "conversations": said("<image>\nwhat color is it?", "red")}
     records = [seen if i < 3 else {"conversations": said("how many?", "nothing")} for i in range(6)]
@@ -103,6 +111,7 @@ def test_processes_with_and_without_images_do_not_wait_for_each_other(base, tmp_
         f"lora.train_projector={projector}",
         "data.group=none",  # or no step would have both
         f"engine={engine}",
+        *schedule,
     )
     launch("torchrun", base, tmp_path / "two", "train.batch_size=1", *options)
     launch("alone", base, tmp_path / "one", "train.batch_size=2", *options)
