@@ -185,6 +185,29 @@ def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
     )
 
 
+@pytest.mark.slow
+def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
+    """The cache says the same of its teacher, so that a run without `kl.model` takes it."""
+    given = (*QUICK, *SMALL, *BAND, f"model.path={base}", "kl.top_k=5")
+    teach(composed(*given, f"kl.cache={tmp_path / 'one'}"))
+    launch(
+        "torchrun",
+        base,
+        tmp_path / "out",
+        *given,
+        f"kl.cache={tmp_path / 'two'}",
+        "engine=deepspeed_zero3",
+        script=TEACH,
+    )
+    (_, wanted), (both, found) = told(tmp_path / "one"), told(tmp_path / "two")
+    assert both == 2 and found.keys() == wanted.keys() and found
+    for key, row in wanted.items():
+        assert found[key]["tokens"] == row["tokens"]
+        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+    one, two = (json.loads((tmp_path / n / "teacher.json").read_text()) for n in ("one", "two"))
+    assert {**one, "files": 2} == two
+
+
 def test_a_stream_is_not_taught(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
         teach(options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true"))
