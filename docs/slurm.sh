@@ -16,7 +16,7 @@ output=${OUTPUT:-outputs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
 resume=false
 compgen -G "$output/checkpoint-*" >/dev/null && resume=true
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # below the ports that Linux lends out by itself
 export TRAIN="python training/train.py output_dir=$output resume=$resume engine.processes=$SLURM_NTASKS"
 
 srun --kill-on-bad-exit=1 bash -c '

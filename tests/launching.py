@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -32,9 +33,19 @@ for node in (0, 1):  # one process each
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port for a rendezvous that starts in a while.
+
+    Below those that the system lends to any connection (from 32768 on Linux), or a run beside this one could be lent
+    it before the rendezvous takes it; at random, for other tests look for theirs at the same time.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError("none of 100 ports between 10000 and 32767 is free")
 
 
 def start(
@@ -43,7 +54,7 @@ def start(
     """A run of 3 steps on the tiny model, in a process group of its own, on the CPU unless the launcher is `gpus`.
 
     Args:
-        at: the port where its processes meet.
+        at: the port where its processes meet (one that is alone finds its own).
         script: of `training/`.
     """
     port = str(at or free_port())
@@ -55,7 +66,8 @@ def start(
     scripts = [str(ON_CPU), str(script)] if on_cpu and "engine=fsdp2" in overrides else [str(script)]
     command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("MASTER_PORT", None)
     if on_cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONWARNINGS"] = (

@@ -49,7 +49,7 @@ def test_every_task_is_told_who_it_is(submit, tmp_path):
     assert submit(0) == 0
     run = "training/train.py output_dir=outputs/latefusion-40007 resume=false engine.processes=2"
     assert (tmp_path / "started").read_text().splitlines() == [
-        f"{rank} {rank} 2 2 first 20007 {run} recipe=late_fusion schedule.keep={{4: 2}}" for rank in (0, 1)
+        f"{rank} {rank} 2 2 first 24007 {run} recipe=late_fusion schedule.keep={{4: 2}}" for rank in (0, 1)
     ]
     assert (tmp_path / "calls").read_text() == "show hostnames n[1-2]\n"
 

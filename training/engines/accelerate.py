@@ -27,7 +27,7 @@ ALONE = {  # DeepSpeed wants a process group even for the one process that a bar
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
+    "MASTER_PORT": "0",  # any free one: nobody else has to find it, and two runs on a machine must not meet
 }
 
 
