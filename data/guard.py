@@ -28,13 +28,19 @@ class Bad:
     row: int | None  # of a stream its position
     id: str
     error: BadSample
+    place: int | str | None = None  # in the data, wherever it comes up in an epoch; None: as `id` says
+
+
+class Refused(ValueError):
+    """A row cannot be used, and must not be left out."""
 
 
 class Checked(Dataset):
     """Samples by index, or `Bad`; each knows its `row` and its `id`.
 
     Args:
-        rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `sizes` measures all.
+        rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `place` says where it stands
+            in the data, `sizes` measures all.
         group: what the samples of a step are to have in common.
     """
 
@@ -45,12 +51,13 @@ class Checked(Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any] | Bad:
+        place = self.rows.place(row)
         try:
             sample = self.rows[row]
         except BadSample as error:
-            return Bad(row, self.rows.identity(row), error)
+            return Bad(row, self.rows.identity(row), error, place)
         name = sample["id"] if "id" in sample else self.rows.identity(row)
-        return {**sample, "id": name, "row": row}
+        return {**sample, "id": name, "row": row, "place": place}
 
 
 class Guard:
@@ -79,7 +86,7 @@ class Guard:
         self.collator, self.dataset = collator, dataset
         self.on_error, self.too_long = on_error, too_long
         self.folder = Path(folder) if folder is not None else None
-        self.seen: set[str] = set()
+        self.seen: set[int | str] = set()
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         opened = [usable(s) if isinstance(s, Lazy) else s for s in samples]
@@ -88,16 +95,31 @@ class Guard:
             try:
                 return self.collator(batch)
             except BadRow as error:
-                at, sample = error.at, batch[error.at]
-                bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
-                batch[at] = self.another(bad, attempt)
-        raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
+                bad = found_bad(batch, error)
+                batch[error.at] = self.another(bad, attempt)
+        raise Refused(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
+
+    def without(self, samples: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+        """The samples that can be used, without others in the places of bad ones, and their batch; it may be none."""
+        good: list[Any] = []
+        for sample in samples:
+            if isinstance(sample, Bad):
+                self.note(sample)
+            else:
+                good.append(sample)
+        while good:
+            try:
+                return good, self.collator(good)
+            except BadRow as error:
+                self.note(found_bad(good, error))
+                del good[error.at]
+        return [], {}
 
     def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
         """A sample for a bad row's place, another one in each attempt.
 
         Raises:
-            ValueError: it must not be left out, or there is no other.
+            Refused: it must not be left out, or there is no other.
         """
         self.note(bad)
         draw = random.Random(f"{bad.row} {bad.id} {attempt}")
@@ -110,7 +132,7 @@ class Guard:
             if not isinstance(drawn, Bad):
                 return drawn
             self.note(drawn)
-        raise ValueError(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
+        raise Refused(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
 
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""
@@ -118,23 +140,36 @@ class Guard:
         if isinstance(bad.error, TooLong):
             key, wanted = "too_long", self.too_long
         if wanted is OnError["raise"]:
-            raise ValueError(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
-        if bad.id in self.seen:
+            raise Refused(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
+        place = bad.id if bad.place is None else bad.place
+        if place in self.seen:
             return
-        self.seen.add(bad.id)
+        self.seen.add(place)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"row": bad.row, "id": bad.id, "reason": str(bad.error)})
+            line = json.dumps({"row": bad.place, "id": bad.id, "reason": str(bad.error)})
             with (self.folder / SKIPPED_FILE).open("a") as file:  # one write: workers and processes append
                 file.write(line + "\n")
+
+
+def found_bad(samples: Sequence[Any], error: BadRow) -> Bad:
+    """The one that the collator does not take."""
+    sample = samples[error.at]
+    return Bad(sample.get("row"), str(sample.get("id", error.at)), error.reason, sample.get("place"))
 
 
 def usable(row: Lazy) -> dict[str, Any] | Bad:
     """A stream's row, opened."""
     try:
-        return {"id": row.name, **row.make(), "row": row.position}
+        return {**row.make(), "id": row.name, "row": row.position, "place": row.place}
     except BadSample as error:
-        return Bad(row.position, row.name, error)
+        return Bad(row.position, row.name, error, row.place)
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, also out of a loader worker: torch puts the worker's traceback before it."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def skipped(folder: str | Path) -> int:

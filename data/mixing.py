@@ -39,22 +39,27 @@ class Mixture(Dataset):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def place(self, index: int) -> tuple[int, int]:
+    def place(self, index: int) -> str:
+        """Where the row stands in the data."""
+        part, row = self.drawn(index)
+        return f"{part}:{row}"
+
+    def drawn(self, index: int) -> tuple[int, int]:
         """Which part, and which of its rows."""
         part = bisect_right(self.ends, index)
         start = self.ends[part - 1] if part else 0
         return part, self.rows[part][index - start]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, row = self.place(index)
+        part, row = self.drawn(index)
         sample = self.parts[part][row]
         return {**sample, "id": f"{part}:{sample['id']}"} if "id" in sample else sample
 
     def identity(self, index: int) -> str:
-        part, row = self.place(index)
+        part, row = self.drawn(index)
         return f"{part}:{self.parts[part].identity(row)}"
 
     def sizes(self) -> list[tuple[int, int]]:
         """Characters of text and number of images of every row."""
         sizes = [part.sizes() for part in self.parts]
-        return [sizes[part][row] for part, row in map(self.place, range(len(self)))]
+        return [sizes[part][row] for part, row in map(self.drawn, range(len(self)))]

@@ -29,12 +29,13 @@ class Lazy:
 
     Args:
         position: in the stream.
+        place: in the data.
         name: the row's, for messages.
         make: gives the sample, or raises `BadSample`.
     """
 
-    def __init__(self, position: int, name: str, make: Callable[[], dict[str, Any]]):
-        self.position, self.name, self.make = position, name, make
+    def __init__(self, position: int, place: str, name: str, make: Callable[[], dict[str, Any]]):
+        self.position, self.place, self.name, self.make = position, place, name, make
 
 
 class Stream(Dataset):
@@ -172,9 +173,9 @@ class Reader:
         place, table, row = self.feeds[k].next()
         if position >= self.lowest:
             record = table.slice(row, 1)
-            name = name_of(record) or place
-            name = f"{k}:{name}" if len(self.feeds) > 1 else name
-            self.held[position] = Lazy(position, name, partial(stream.make[k], record))
+            of = f"{k}:" if len(self.feeds) > 1 else ""
+            name = of + (name_of(record) or place)
+            self.held[position] = Lazy(position, of + place, name, partial(stream.make[k], record))
         self.position += 1
 
     def _source(self, position: int) -> int:

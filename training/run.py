@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from latefusion.data import sources
 from latefusion.data.config import OnError, Source
-from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
+from latefusion.data.guard import SKIPPED_FILE, Bad, Refused, sentence, skipped, usable
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.build import Student
@@ -89,7 +89,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             print(describe(config, student, some, objective.other), flush=True)
         try:
             main = engine.fit(config, context, student, dataset, collator, objective, resumed)
-        except (CannotSave, NonFinite, Stale) as error:
+        except (Refused, Stale) as error:
+            raise SystemExit(f"error: {sentence(error)}") from None
+        except (CannotSave, NonFinite) as error:
             raise SystemExit(f"error: {error}") from error.__cause__
         except Preempted as stop:
             if first:
