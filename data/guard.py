@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.config import Group, OnError
-from latefusion.data.messages import BadSample, TooLong
+from latefusion.data.messages import BadSample, Refused, TooLong
 from latefusion.data.streaming import Lazy, Stream
 
 SKIPPED_FILE = "skipped_rows.jsonl"
@@ -29,10 +29,6 @@ class Bad:
     id: str
     error: BadSample
     place: int | str | None = None  # in the data, wherever it comes up in an epoch; None: as `id` says
-
-
-class Refused(ValueError):
-    """A row cannot be used, and must not be left out."""
 
 
 class Checked(Dataset):

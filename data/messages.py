@@ -21,6 +21,10 @@ class BadSample(ValueError):
         super().__init__(printable(reason))
 
 
+class Refused(ValueError):
+    """The data end the run: they cannot be read, or a row of them must not be left out."""
+
+
 class TooLong(BadSample):
     """More tokens than `data.max_length`."""
 

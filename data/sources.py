@@ -93,8 +93,6 @@ def json_rows(path: str, images: str | None) -> Rows:
     if images is not None:
         check_images(images)
     stat = file.stat()
-    if not stat.st_size:
-        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.")
     try:
         table = datasets.Dataset.from_generator(
             json_records,
@@ -103,6 +101,8 @@ def json_rows(path: str, images: str | None) -> Rows:
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(str(error.__cause__)) from error
+    except ValueError:  # of `datasets`, where nothing was generated
+        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.") from None
     folder = Path(images) if images is not None else file.parent
     first = table.select(range(min(PROBED, len(table))))
     names = [name for row in first for name in images_of(json.loads(row[RECORD])) if isinstance(name, str)]
@@ -147,6 +147,7 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: there is none, or it cannot be reached.
+        ValueError: it is damaged.
     """
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
@@ -157,6 +158,9 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
         if kind is not None:
             return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
         return datasets.load_dataset(path, split=split, streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"the data at {path} cannot be read: {reason}") from error
     except (
         FileNotFoundError,
         ConnectionError,

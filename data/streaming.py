@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset, get_worker_info
 
-from latefusion.data.messages import BadSample
+from latefusion.data.messages import Refused
 from latefusion.data.sources import name_of
 
 MARKS = "stream.jsonl"
@@ -233,7 +233,7 @@ class Feed:
         while not self.rows:
             if not self.waiting and not self.open:
                 if self.empty:
-                    raise BadSample("the stream has no rows")
+                    raise Refused("the stream has no rows; name others with data.path=PATH.")
                 self.epoch, self.blocks, self.empty = self.epoch + 1, 0, True
                 shards = range(self.source.num_shards)
                 self.waiting = random.Random(f"{self.seed} {self.epoch}").sample(shards, len(shards))
@@ -275,8 +275,17 @@ class Shard:
         )  # a plain iteration shares out to workers
 
     def next(self) -> list[tuple[str, Any, int]]:
-        """The next rows: place in the data, table, number in that; none: it is at its end."""
-        table = next(self.tables, None)
+        """The next rows: place in the data, table, number in that; none: it is at its end.
+
+        Raises:
+            Refused: the file is damaged.
+        """
+        try:
+            table = next(self.tables, None)
+        except (OSError, ValueError) as error:
+            raise Refused(
+                f"the data cannot be read beyond row {self.read} of shard {self.number}: {error}"
+            ) from error
         if table is None:
             return []
         rows = [(f"{self.prefix}{self.read + i}", table, i) for i in range(len(table))]

@@ -50,6 +50,14 @@ JPEG = encoded(noise(), "JPEG", quality=95)
         (bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
         ("nowhere.png", r"nowhere\.png cannot be read \(No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": None, "path": 5}, "has a path that is int"),
+        ("https://x.org/a.png", r"https://x\.org/a\.png is an address; download the image and give its path"),
+        ("data:image/png;base64,iVBOR", "is an address; download the image"),
+        (
+            "iVBOR" * 999,
+            r"^iVBOR.{56} of 4995 characters cannot be read \(File name too long: .{61} of \d+ characters\)$",
+        ),
+        ("a\0\n.png", r"a\\x00\\n\.png cannot be read \(embedded null byte"),
         (7, "is given as int"),
         (Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point"),
     ],
@@ -119,7 +127,14 @@ def test_cmyk_ink_becomes_the_colour_it_prints(kind):
         assert np.abs(np.subtract(seen, colour)).max() < 12
 
 
-def test_palette_with_transparency_becomes_rgb():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [0, bytes(range(256))])
+def test_palette_with_transparency_becomes_rgb(transparency):
     image = noise("L").convert("P")
-    image.info["transparency"] = 0
-    assert load_image(encoded(image, "PNG")).mode == "RGB"
+    seen = load_image(encoded(image, "PNG", transparency=transparency))
+    assert seen.mode == "RGB" and (np.asarray(seen) == np.asarray(image.convert("RGB"))).all()
+
+
+def test_black_and_white_become_rgb():
+    seen = load_image(encoded(noise("L").convert("1"), "PNG"))
+    assert seen.mode == "RGB" and set(np.asarray(seen).flat) == {0, 255}

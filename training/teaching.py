@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from latefusion.data.guard import SKIPPED_FILE, Guard, Refused, sentence, skipped
+from latefusion.data.guard import SKIPPED_FILE, Guard, sentence, skipped
+from latefusion.data.messages import Refused
 from latefusion.models.base import check_base
 from latefusion.training import parts
 from latefusion.training.checks import read
