@@ -30,6 +30,12 @@ class Bad:
     error: BadSample
     place: int | str | None = None  # in the data, wherever it comes up in an epoch; None: as `id` says
 
+    @classmethod
+    def of(cls, sample: dict[str, Any], found: BadRow) -> Bad:
+        """The sample of a batch that the collator did not take."""
+        name = str(sample.get("id", found.at))
+        return cls(sample.get("row"), name, found.reason, sample.get("place"))
+
 
 class Checked(Dataset):
     """Samples by index, or `Bad`; each knows its `row` and its `id`.
@@ -91,25 +97,9 @@ class Guard:
             try:
                 return self.collator(batch)
             except BadRow as error:
-                bad = found_bad(batch, error)
+                bad = Bad.of(batch[error.at], error)
                 batch[error.at] = self.another(bad, attempt)
         raise Refused(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
-
-    def without(self, samples: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
-        """The samples that can be used, without others in the places of bad ones, and their batch; it may be none."""
-        good: list[Any] = []
-        for sample in samples:
-            if isinstance(sample, Bad):
-                self.note(sample)
-            else:
-                good.append(sample)
-        while good:
-            try:
-                return good, self.collator(good)
-            except BadRow as error:
-                self.note(found_bad(good, error))
-                del good[error.at]
-        return [], {}
 
     def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
         """A sample for a bad row's place, another one in each attempt.
@@ -148,24 +138,12 @@ class Guard:
                 file.write(line + "\n")
 
 
-def found_bad(samples: Sequence[Any], error: BadRow) -> Bad:
-    """The one that the collator does not take."""
-    sample = samples[error.at]
-    return Bad(sample.get("row"), str(sample.get("id", error.at)), error.reason, sample.get("place"))
-
-
 def usable(row: Lazy) -> dict[str, Any] | Bad:
     """A stream's row, opened."""
     try:
         return {**row.make(), "id": row.name, "row": row.position, "place": row.place}
     except BadSample as error:
         return Bad(row.position, row.name, error, row.place)
-
-
-def sentence(error: Exception) -> str:
-    """What an error says, also out of a loader worker: torch puts the worker's traceback before it."""
-    last = str(error).strip().splitlines()[-1]
-    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def skipped(folder: str | Path) -> int:

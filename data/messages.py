@@ -29,6 +29,12 @@ class TooLong(BadSample):
     """More tokens than `data.max_length`."""
 
 
+def sentence(error: Exception) -> str:
+    """What an error says, also out of a loader worker: torch puts the worker's traceback before it."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
 def printable(text: str) -> str:
     """What a line of a terminal or a file can hold: control characters and what is no UTF-8 as their escapes."""
     return "".join(

@@ -243,22 +243,3 @@ def test_what_is_not_kept_counts_as_one_token(k, temperature):
         .isfinite()
         .all()
     )
-
-
-def test_rows_that_cannot_be_taught_are_refused_or_left_out_and_written_down(base, tmp_path, capsys):
-    rows = [
-        {
-            "id": f"r{i}",
-            "messages": [{"role": "user", "content": "how many?"}, {"role": role, "content": "2"}],
-        }
-        for i, role in enumerate(["assistant", "assistant", "user"])
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ("data=dataset", f"data.path={tmp_path / 'rows.jsonl'}", "train.batch_size=2", "data.scenes=null")
-    with pytest.raises(SystemExit, match=r"^error: row r2 ends with the user.* data\.on_error=skip\.$"):
-        teach(options(base, tmp_path / "cache", *data))
-    assert not (tmp_path / "cache" / "teacher.json").exists()
-    teach(options(base, tmp_path / "cache", *data, "data.on_error=skip"))
-    assert "1 row(s) could not be used and were left out" in capsys.readouterr().out
-    (left_out,) = map(json.loads, (tmp_path / "cache" / "skipped_rows.jsonl").read_text().splitlines())
-    assert left_out["id"] == "r2" and left_out["row"] == 2

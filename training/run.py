@@ -17,8 +17,8 @@ from transformers import set_seed
 
 from latefusion.data import sources
 from latefusion.data.config import OnError, Source
-from latefusion.data.guard import SKIPPED_FILE, Bad, sentence, skipped, usable
-from latefusion.data.messages import Refused
+from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
+from latefusion.data.messages import Refused, sentence
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.build import Student

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from latefusion.data.guard import SKIPPED_FILE, Guard, sentence, skipped
-from latefusion.data.messages import Refused
+from latefusion.data.collate import BadRow, Collator
+from latefusion.data.guard import Bad
 from latefusion.models.base import check_base
 from latefusion.training import parts
 from latefusion.training.checks import read
@@ -59,16 +59,8 @@ def teach(cfg: DictConfig) -> None:
             context = engine.prepare(config, dtype=parts.dtype_of(config))
         student = parts.student_of(config)
         objective = parts.objective_of(config, student, offline=False)
-        guard = Guard(
-            parts.collator_of(student, config),
-            on_error=config.data.on_error,
-            too_long=config.data.too_long,
-            dataset=dataset,
-            folder=config.kl.cache,
-        )
-        if rank == 0:
-            (Path(config.kl.cache or "") / SKIPPED_FILE).unlink(missing_ok=True)
-        blank = stand_in(guard, dataset) if sharded else None
+        collator = parts.collator_of(student, config)
+        blank = stand_in(collator, dataset) if sharded else None
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     runs: Any = student.model if objective.other is None else objective.other.model
@@ -97,7 +89,7 @@ def teach(cfg: DictConfig) -> None:
     def batches() -> Iterator[list[dict[str, Any]]]:
         for start in range(0, len(range(0, len(dataset), world)), size):  # the first process has the most
             rows = mine[start : start + size]
-            samples, batch = guard.without([dataset[i] for i in rows])
+            samples, batch = usable(collator, [dataset[i] for i in rows])
             if samples:
                 wanted, temperature = answers(batch), config.kl.temperature
                 yield list(rows_of(samples, batch, wanted, pad=pad, k=told["k"], temperature=temperature))
@@ -106,10 +98,7 @@ def teach(cfg: DictConfig) -> None:
             if rank == 0 and sys.stderr.isatty():
                 print(f"\r{start + len(rows)}/{len(mine)} samples", end="", file=sys.stderr)
 
-    try:
-        count = write(folder, batches(), rank=rank, world=world)
-    except Refused as error:
-        raise SystemExit(f"error: {sentence(error)}") from None
+    count = write(folder, batches(), rank=rank, world=world)
     if rank == 0:
         (folder / TEACHER).write_text(json.dumps({**told, "files": world}, indent=1) + "\n")
         size = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
@@ -118,8 +107,6 @@ def teach(cfg: DictConfig) -> None:
             f"{count} samples taught{by} in {time.perf_counter() - started:.0f} s, {size / 1e6:.0f} MB in {folder}; "
             f"train with kl.cache={folder}."
         )
-        if left_out := skipped(folder):
-            print(f"{left_out} row(s) could not be used and were left out: {folder / SKIPPED_FILE} says why.")
 
 
 def check(config: Config) -> None:
@@ -135,14 +122,25 @@ def check(config: Config) -> None:
     check_base(config.model.path)
 
 
-def stand_in(guard: Guard, dataset: Any) -> dict[str, Any]:
+def stand_in(collator: Collator, dataset: Any) -> dict[str, Any]:
     """A batch for a process that has none left: of the first sample that can be used.
 
     Raises:
         ValueError: none can.
     """
     for row in range(len(dataset)):
-        samples, batch = guard.without([dataset[row]])
+        samples, batch = usable(collator, [dataset[row]])
         if samples:
             return batch
     raise ValueError("no row of the data can be used; run data/validate.py.")
+
+
+def usable(collator: Collator, samples: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples that training can use (it puts others in the places of bad ones), and their batch."""
+    good = [sample for sample in samples if not isinstance(sample, Bad)]
+    while good:
+        try:
+            return good, collator(good)
+        except BadRow as error:
+            del good[error.at]
+    return [], {}
