@@ -21,6 +21,9 @@ class Mixture(Dataset):
         parts: the sources.
         weights: one each.
         seed: of the draws.
+
+    Raises:
+        ValueError: a weight is so small that its source has no row.
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float], seed: int):
@@ -29,6 +32,11 @@ class Mixture(Dataset):
         shares = [weight / sum(weights) for weight in weights]
         ends = [round(total * share) for share in accumulate(shares)]
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        if 0 in counts:
+            k = counts.index(0)
+            raise ValueError(
+                f"data.parts[{k}].weight={weights[k]} is less than one row of {total}; raise it, or leave it out."
+            )
         self.ends = list(accumulate(counts))
         self.rows: list[list[int]] = []  # of each part
         for k, (part, count) in enumerate(zip(parts, counts, strict=True)):
