@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from stat import S_ISCHR, S_ISFIFO
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from latefusion.data.messages import printable
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: beyond it a small file can take a machine's memory
+MAX_BYTES = 16 * MAX_PIXELS  # of a file: four channels of 32 bits, uncompressed
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|.*;base64,)", re.IGNORECASE)
 
 
@@ -66,8 +68,13 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
             raise BadImage(f"{name} is an address; download the image and give its path or bytes")
         file = (folder or Path()) / path
         try:
+            about = file.stat()
+            if S_ISFIFO(about.st_mode) or S_ISCHR(about.st_mode):
+                raise ValueError("a pipe or a device")
+            if about.st_size > MAX_BYTES:
+                raise ValueError(f"{about.st_size:,} bytes, more than {MAX_BYTES:,}")
             data = file.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL
+        except (OSError, ValueError) as error:  # ValueError: one of these, or a NUL in the path
             reason = error.strerror if isinstance(error, OSError) else error
             raise BadImage(f"{name} cannot be read ({reason}: {short(file)})") from None
     if not isinstance(data, bytes):

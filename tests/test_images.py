@@ -1,6 +1,7 @@
 """Pictures as data sets hold them: each damage is named, each odd format becomes an upright RGB picture."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latefusion.data.images import MAX_PIXELS, BadImage, load_image
+from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -66,6 +67,17 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, source, reason):
     with pytest.raises(BadImage, match=reason) as error:
         load_image(source, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_no_file_is_waited_for_or_read_whole_that_cannot_be_an_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # of holes
+    for name, reason in (("pipe.png", "a pipe or a device"), ("huge.png", r"1,600,000,001 bytes, more than")):
+        with pytest.raises(BadImage, match=rf"{name} cannot be read \({reason}"):
+            load_image(name, tmp_path)
+    with pytest.raises(BadImage, match=r"/dev/zero cannot be read \(a pipe or a device"):
+        load_image("/dev/zero")
 
 
 def test_a_large_picture_below_the_limit_is_no_bomb(monkeypatch):
