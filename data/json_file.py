@@ -13,6 +13,7 @@ from latefusion.data.records import RECORD, named
 
 PIECE = 1 << 20  # bytes read at a time
 DECODER = json.JSONDecoder()
+AFTER = tuple(" \t\r\n,]")  # what follows a whole entry of a list
 FILLED = re.compile(r"[^ \t\r\n]")
 
 
@@ -114,7 +115,7 @@ class _Rest:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else a number may go on
+                if self.ended or self.text[end : end + 1] in AFTER:  # else a number may go on
                     self.at = end
                     return value
             except json.JSONDecodeError:

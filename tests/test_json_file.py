@@ -5,7 +5,7 @@ import json
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from latefusion.data import json_file
@@ -31,6 +31,7 @@ def expected(rows: list) -> list:
 
 
 @settings(deadline=None, max_examples=30)
+@example(rows=[0.5, 12, 1e9], piece=1, bom=False, indent=None)  # numbers that are cut where one could end
 @given(st.lists(VALUES, min_size=1, max_size=5), st.integers(1, 9), st.booleans(), st.sampled_from([None, 1]))
 def test_any_list_and_any_lines_give_their_rows_piece_by_piece(tmp_path_factory, rows, piece, bom, indent):
     folder = tmp_path_factory.mktemp("json")
