@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -63,12 +62,14 @@ class Collator:
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
         self.isolate = isolate
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
+        self.vision_tokens = tuple(processor.tokenizer.convert_ids_to_tokens(self.vision_ids.tolist()))
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch.
 
         Raises:
-            BadRow: a sample is too long, or nothing that the chat template and the processor can work with.
+            BadRow: a sample is too long, teaches nothing, or is nothing that the chat template and the processor can
+                work with.
         """
         rendered = [self.rendered(at, sample) for at, sample in enumerate(samples)]
         texts, spans = zip(*rendered, strict=True)
@@ -97,9 +98,15 @@ class Collator:
         blocked = vision.clone()
         blocked[:, 1:] |= vision[:, :-1]  # the token that a vision token predicts
         blocked[:, 0] = True  # nothing predicts the first
-        inputs["labels"] = ids.masked_fill(~answer | blocked, IGNORE)
+        learnt = answer & ~blocked  # [B, T]
+        for at in (~learnt.any(1)).nonzero().flatten().tolist():
+            raise self.bad(at, samples[at], "has no token to learn")
+        inputs["labels"] = ids.masked_fill(~learnt, IGNORE)
         inputs["queries"] = before(first, inputs["attention_mask"])
         if self.isolate is not None:
+            late = answer & (vision.flip(1).cumsum(1).flip(1) > 0)  # [B, T]: vision tokens follow
+            for at in late.any(1).nonzero().flatten().tolist():
+                raise self.bad(at, samples[at], "has an image after an answer; that takes data.isolate=false")
             inputs.update(isolate_turns(vision, answer, inputs["attention_mask"].bool(), self.isolate))
         return inputs
 
@@ -107,16 +114,24 @@ class Collator:
         """As `render`, sure that the text shows the sample's images and no more.
 
         Raises:
-            BadRow: it does not, or the chat template refuses the conversation.
+            BadRow: it does not, the chat template refuses the conversation, or a text has a token written in it
+                that would be read as an image, or as the end of an answer.
         """
         try:
             text, spans = self.render(sample["messages"])
-        except TemplateError as error:
+        except Exception as error:  # whatever a template's expressions lead to
             raise self.bad(at, sample, f"is refused by the chat template: {_first_line(error)}") from error
         placeholder = self.processor.image_token
         if (shown := text.count(placeholder)) != len(sample["images"]):
             n = len(sample["images"])
             raise self.bad(at, sample, f"has {n} image(s) but {shown} times {placeholder} in its text")
+        for turn, message in enumerate(sample["messages"]):
+            meant = self.vision_tokens + (self.stop if message["role"] == "assistant" else ())
+            for part in message["content"]:
+                if written := [token for token in meant if token in part.get("text", "")]:
+                    raise self.bad(
+                        at, sample, f"has the token {written[0]} written in the text of turn {turn}"
+                    )
         return text, spans
 
     def bad(self, at: int, sample: dict[str, Any], reason: str) -> BadRow:

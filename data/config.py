@@ -53,7 +53,7 @@ class DataConfig:
         streaming: read rows as they are used, for data that do not fit on the disk; shuffled in a buffer.
         shuffle_buffer: rows in that buffer.
         parts: what a `mixture` is made of.
-        eval_path: like `path`, for the evaluation (unused by `scenes`; None: no evaluation of accuracy).
+        eval_path: like `path` (no JSON), questions and answers for the evaluation (unused by `scenes`; None: none).
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
         turns: how many questions about one image a training sample holds at most (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain

@@ -7,9 +7,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,11 +22,13 @@ from latefusion.data.guard import Bad, Checked
 from latefusion.data.load import parts_of, rows_of, streamed
 from latefusion.data.messages import BadSample
 from latefusion.data.records import sample_of
-from latefusion.data.sources import python_row
+from latefusion.data.sources import name_of, python_row
+from latefusion.data.streaming import Shard
 from latefusion.models.embedded import WEIGHTS
 from latefusion.models.where import check_base
 from latefusion.training.config import Config
 
+BLOCK = 100  # rows of a stream that are read together
 OWN = (  # of a row, in the words of a reason: what is its own, and what stands for it in the summary
     (re.compile(r" \(.*\)$"), ""),
     (re.compile(r"(?<=bad image: ).*?(?= (?:cannot|is|has) )"), "FILE"),
@@ -82,14 +84,16 @@ def findings(
 
 def _streamed(part: PartConfig, collator: Collator | None) -> Iterator[Finding]:
     table, folder = streamed(part)
-    for number, row in zip(count(), table):
-        name = str(number)
-        try:
-            record = python_row(row)
-            name = str(record.get("id") or number)
-            yield Finding(name, rejected(sample_of(record, folder), collator))
-        except BadSample as error:
-            yield Finding(name, str(error))
+    for number in range(table.num_shards):
+        shard = Shard(table, BLOCK, number)
+        while rows := shard.next():
+            for place, records, at in rows:
+                row = records.slice(at, 1)
+                name = name_of(row) or place
+                try:
+                    yield Finding(name, rejected(sample_of(python_row(row), folder), collator))
+                except BadSample as error:
+                    yield Finding(name, str(error))
 
 
 def collator_of(config: Config) -> Collator:
@@ -102,12 +106,17 @@ def collator_of(config: Config) -> Collator:
     check_base(path)
     where = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     processor = AutoProcessor.from_pretrained(path, **where, **config.model.processor)
-    stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
+    about = AutoConfig.from_pretrained(path, **where)
+    try:
+        stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
+    except OSError:  # no file of its own: the model's configuration says it
+        stop = GenerationConfig.from_model_config(about).eos_token_id
     return Collator(
         processor=processor,
-        vision_ids=[AutoConfig.from_pretrained(path, **where).image_token_id],
+        vision_ids=[about.image_token_id],
         stop=processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
         max_length=config.data.max_length,
+        isolate=torch.float32 if config.data.isolate else None,
     )
 
 
@@ -134,6 +143,8 @@ def validate(config: Config, *, console: Console) -> int:
                     prefix = f"{number}:" if len(parts) > 1 else ""
                     print(f"{prefix}{finding.id}\t{finding.reason}")
                     reasons[kind(finding.reason)] += 1
+    if not total:
+        raise ValueError("the data have no rows; name others with data.path=PATH.")
     bad = sum(reasons.values())
     if bad:
         table = Table("reason", "rows", title=f"{bad} of {total} rows cannot be used")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.config import Group, OnError
-from latefusion.data.messages import BadSample, TooLong
+from latefusion.data.messages import BadSample, Refused, TooLong
 from latefusion.data.streaming import Lazy, Stream
 
 SKIPPED_FILE = "skipped_rows.jsonl"
@@ -28,13 +28,21 @@ class Bad:
     row: int | None  # of a stream its position
     id: str
     error: BadSample
+    place: int | str | None = None  # in the data, wherever it comes up in an epoch; None: as `id` says
+
+    @classmethod
+    def of(cls, sample: dict[str, Any], found: BadRow) -> Bad:
+        """The sample of a batch that the collator did not take."""
+        name = str(sample.get("id", found.at))
+        return cls(sample.get("row"), name, found.reason, sample.get("place"))
 
 
 class Checked(Dataset):
     """Samples by index, or `Bad`; each knows its `row` and its `id`.
 
     Args:
-        rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `sizes` measures all.
+        rows: `__getitem__` gives a sample or raises `BadSample`; `identity` names a row, `place` says where it stands
+            in the data, `sizes` measures all.
         group: what the samples of a step are to have in common.
     """
 
@@ -45,12 +53,13 @@ class Checked(Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any] | Bad:
+        place = self.rows.place(row)
         try:
             sample = self.rows[row]
         except BadSample as error:
-            return Bad(row, self.rows.identity(row), error)
+            return Bad(row, self.rows.identity(row), error, place)
         name = sample["id"] if "id" in sample else self.rows.identity(row)
-        return {**sample, "id": name, "row": row}
+        return {**sample, "id": name, "row": row, "place": place}
 
 
 class Guard:
@@ -79,7 +88,7 @@ class Guard:
         self.collator, self.dataset = collator, dataset
         self.on_error, self.too_long = on_error, too_long
         self.folder = Path(folder) if folder is not None else None
-        self.seen: set[str] = set()
+        self.seen: set[int | str] = set()
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         opened = [usable(s) if isinstance(s, Lazy) else s for s in samples]
@@ -88,16 +97,15 @@ class Guard:
             try:
                 return self.collator(batch)
             except BadRow as error:
-                at, sample = error.at, batch[error.at]
-                bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
-                batch[at] = self.another(bad, attempt)
-        raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
+                bad = Bad.of(batch[error.at], error)
+                batch[error.at] = self.another(bad, attempt)
+        raise Refused(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
 
     def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
         """A sample for a bad row's place, another one in each attempt.
 
         Raises:
-            ValueError: it must not be left out, or there is no other.
+            Refused: it must not be left out, or there is no other.
         """
         self.note(bad)
         draw = random.Random(f"{bad.row} {bad.id} {attempt}")
@@ -110,7 +118,7 @@ class Guard:
             if not isinstance(drawn, Bad):
                 return drawn
             self.note(drawn)
-        raise ValueError(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
+        raise Refused(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
 
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""
@@ -118,13 +126,14 @@ class Guard:
         if isinstance(bad.error, TooLong):
             key, wanted = "too_long", self.too_long
         if wanted is OnError["raise"]:
-            raise ValueError(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
-        if bad.id in self.seen:
+            raise Refused(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
+        place = bad.id if bad.place is None else bad.place
+        if place in self.seen:
             return
-        self.seen.add(bad.id)
+        self.seen.add(place)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"row": bad.row, "id": bad.id, "reason": str(bad.error)})
+            line = json.dumps({"row": bad.place, "id": bad.id, "reason": str(bad.error)})
             with (self.folder / SKIPPED_FILE).open("a") as file:  # one write: workers and processes append
                 file.write(line + "\n")
 
@@ -132,9 +141,9 @@ class Guard:
 def usable(row: Lazy) -> dict[str, Any] | Bad:
     """A stream's row, opened."""
     try:
-        return {"id": row.name, **row.make(), "row": row.position}
+        return {**row.make(), "id": row.name, "row": row.position, "place": row.place}
     except BadSample as error:
-        return Bad(row.position, row.name, error)
+        return Bad(row.position, row.name, error, row.place)
 
 
 def skipped(folder: str | Path) -> int:

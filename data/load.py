@@ -32,9 +32,6 @@ def training_data(data: DataConfig) -> Any:
             tables, make, weights=weights, seed=data.seed, buffer=data.shuffle_buffer, name=repr(parts)
         )
     rows = [rows_of(part) for part in parts]
-    for part, found in zip(parts, rows, strict=True):
-        if len(found) == 0:
-            raise ValueError(f"the data at {part.path} have no rows; name others with data.path=PATH.")
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed), data.group)
 
 
@@ -46,9 +43,18 @@ def parts_of(data: DataConfig) -> list[PartConfig]:
 
 
 def rows_of(part: PartConfig) -> sources.Rows:
+    """The rows of a source.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none.
+    """
     if part.source is Source.llava:
-        return sources.llava(part.path, part.images)
-    return sources.dataset(part.path, split=part.split, images=part.images)
+        rows = sources.llava(part.path, part.images)
+    else:
+        rows = sources.dataset(part.path, split=part.split, images=part.images)
+    if len(rows) == 0:
+        raise ValueError(f"the data at {part.path} have no rows; name others with data.path=PATH.")
+    return rows
 
 
 def streamed(part: PartConfig) -> Any:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unicodedata import category
 
 PLACEHOLDER = "<image>"
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -14,11 +15,31 @@ ROLES = ("system", "user", "assistant")
 
 
 class BadSample(ValueError):
-    """A row that cannot be trained on; the message says why, in one sentence without the row's name."""
+    """A row that cannot be trained on; the message says why, in one line without the row's name."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
+
+
+class Refused(ValueError):
+    """The data end the run: they cannot be read, or a row of them must not be left out."""
 
 
 class TooLong(BadSample):
     """More tokens than `data.max_length`."""
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, also out of a loader worker: torch puts the worker's traceback before it."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def printable(text: str) -> str:
+    """What a line of a terminal or a file can hold: control characters and what is no UTF-8 as their escapes."""
+    return "".join(
+        c.encode("unicode_escape").decode() if category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text
+    )
 
 
 def messages_of(record: dict[str, Any], n_images: int) -> list[dict[str, Any]]:
@@ -48,12 +69,10 @@ def check(messages: list[dict[str, Any]], n_images: int) -> None:
         raise BadSample("has no messages")
     for k, message in enumerate(messages):
         role, parts = message["role"], message["content"]
-        if role == "assistant" and not any(p["type"] == "text" and p["text"].strip() for p in parts):
-            raise BadSample(f"has an empty answer in turn {k}")
         if role == "assistant" and any(p["type"] == "image" for p in parts):
             raise BadSample(f"has an image in the answer of turn {k}")
-        if not parts:
-            raise BadSample(f"has an empty turn {k}")
+        if not any(p["type"] == "image" or p["text"].strip() for p in parts):
+            raise BadSample(f"has an empty {'answer in ' if role == 'assistant' else ''}turn {k}")
         for part in parts:
             if part["type"] == "text" and not _is_utf8(part["text"]):
                 raise BadSample(f"has broken UTF-8 in turn {k}")
@@ -77,7 +96,7 @@ def _llava_turn(turn: Any) -> dict[str, Any]:
     """`<image>` becomes an image part where it stands; line breaks beside it go."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise BadSample("has a turn without a text 'value'")
-    if turn.get("from") not in LLAVA_ROLES:
+    if turn.get("from") not in list(LLAVA_ROLES):  # which asks for no hash
         raise BadSample(f"has a turn from {turn.get('from')!r}; it can be from {', '.join(LLAVA_ROLES)}")
     return {"role": LLAVA_ROLES[turn["from"]], "content": split_placeholders(turn["value"])}
 

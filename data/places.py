@@ -11,12 +11,17 @@ JSON = (".json", ".jsonl")
 
 
 def check_places(data: DataConfig) -> None:
-    """Raise FileNotFoundError, in one sentence, where data on this machine are named that are not there.
+    """Raise, in one sentence, where data on this machine are named that are not there or cannot be read.
 
     A hub id is left to the hub.
     """
     if data.eval_path is not None:
         check_dataset(data.eval_path, key="data.eval_path")
+        if Path(data.eval_path).suffix in JSON:
+            raise ValueError(
+                f"data.eval_path={data.eval_path} is JSON, and takes a saved data set, parquet or arrow; leave it out "
+                f"and run python eval/evaluate.py checkpoint=FOLDER data={data.eval_path} after training."
+            )
     for part in data.parts if data.source is Source.mixture else [data]:
         if part.source is Source.scenes or part.path is None:
             continue
@@ -43,8 +48,13 @@ def check_images(folder: str) -> None:
 
 
 def check_dataset(path: str, key: str = "data.path") -> None:
-    """What looks like a file or a folder of this machine must be one; anything else may be a hub id."""
-    local = path.startswith((".", "/", "~")) or Path(path).suffix in (*FORMATS, *JSON)
+    """What looks like a file or a folder of this machine must be one that can be read; else it may be a hub id."""
+    known = (*FORMATS, *JSON)
+    if Path(path).is_file() and Path(path).suffix not in known:
+        raise FileNotFoundError(
+            f"{key}={path} does not end in {', '.join(known)}; store the data as one of these."
+        )
+    local = path.startswith((".", "/", "~")) or Path(path).suffix in known
     if local and not Path(path).exists():
         raise FileNotFoundError(
             f"no file or folder at {path}; name the data with {key}=FILE_FOLDER_OR_HUB_ID."

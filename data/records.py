@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from latefusion.data.images import BadImage, load_image
-from latefusion.data.messages import BadSample, messages_of
+from latefusion.data.messages import BadSample, messages_of, printable
+
+RECORD = "latefusion_record"  # column of a row of a JSON file, as JSON; a text in it says why the row is none
 
 
 def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
@@ -17,13 +19,13 @@ def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         BadSample: it cannot be used.
     """
     kept = {}
-    if "record" in record:
+    if RECORD in record:
         kept["id"] = record["id"]
-        record = json.loads(record["record"])
-        if "broken" in record:
-            raise BadSample(record["broken"])
-    elif record.get("id") is not None:
-        kept["id"] = str(record["id"])
+        record = json.loads(record[RECORD])
+        if isinstance(record, str):
+            raise BadSample(record)
+    elif (name := named(record.get("id"))) is not None:
+        kept["id"] = name
     given = images_of(record)
     messages = messages_of(record, len(given))
     try:
@@ -33,8 +35,15 @@ def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     return {**kept, "messages": messages, "images": images}
 
 
-def images_of(record: dict[str, Any]) -> list[Any]:
+def named(name: Any) -> str | None:
+    """What a record's `id` calls it; None: nothing."""
+    return None if name is None or name == "" else printable(str(name))
+
+
+def images_of(record: Any) -> list[Any]:
     """What stands for the record's images, in its column `images` or `image`: a list, one, or none."""
+    if not isinstance(record, dict):
+        return []
     given = record.get("images")
     if given is None:
         given = record.get("image")
@@ -43,12 +52,15 @@ def images_of(record: dict[str, Any]) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def size_of(record: dict[str, Any]) -> tuple[int, int]:
+def size_of(record: Any) -> tuple[int, int]:
     """Characters of text and number of images, of any record, whole or broken."""
+    if not isinstance(record, dict):
+        return 0, 0
     turns = record.get("messages") or record.get("conversations") or []
     characters = 0
     for turn in turns if isinstance(turns, list) else []:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         parts = content if isinstance(content, list) else [{"text": content}]
-        characters += sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        characters += sum(len(text) for text in texts if isinstance(text, str))
     return characters, len(images_of(record))

@@ -7,7 +7,7 @@ A row that cannot be used raises `BadSample` when it is asked for, not before.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import datasets
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
+from latefusion.data.images import short
+from latefusion.data.json_file import json_records
 from latefusion.data.messages import BadSample
 from latefusion.data.places import FORMATS, JSON, check_conversations, check_images
-from latefusion.data.records import images_of, sample_of, size_of
+from latefusion.data.records import RECORD, images_of, named, sample_of, size_of
 from latefusion.data.scenes import load_scenes
 
 CONVERSATIONS = ("messages", "conversations")
@@ -33,7 +35,7 @@ class Rows(Dataset):
     """Rows of an Arrow table, made into samples one at a time.
 
     Args:
-        table: in Arrow format, with the columns `record` (JSON text of a row) and `id`, or `messages` and
+        table: in Arrow format, with the columns `RECORD` and `id`, or `messages` and
             `images` (or `image`).
         images: the folder that image paths are relative to.
     """
@@ -54,15 +56,17 @@ class Rows(Dataset):
 
     def identity(self, index: int) -> str:
         """What the data call the row; its number if they do not."""
-        if "id" not in self.table.column_names:
-            return str(index)
-        return str(self.table.select_columns(["id"])[index : index + 1]["id"][0].as_py())
+        return name_of(self.table[index : index + 1]) or str(index)
+
+    def place(self, index: int) -> int:
+        """Where the row stands in the data."""
+        return index
 
     def sizes(self) -> list[tuple[int, int]]:
         """Characters of text and number of images of every row, without opening an image."""
-        if "record" in self.table.column_names:
-            records = self.table.select_columns(["record"]).with_format(None)
-            return [size_of(json.loads(row["record"])) for row in records]
+        if RECORD in self.table.column_names:
+            records = self.table.select_columns([RECORD]).with_format(None)
+            return [size_of(json.loads(row[RECORD])) for row in records]
         counts = _image_counts(self.table)
         texts = self.table.select_columns([n for n in CONVERSATIONS if n in self.table.column_names])
         return [(size_of(_readable(text))[0], n) for text, n in zip(texts, counts, strict=True)]
@@ -89,22 +93,22 @@ def json_rows(path: str, images: str | None) -> Rows:
     if images is not None:
         check_images(images)
     stat = file.stat()
-    if not stat.st_size:
-        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.")
     try:
         table = datasets.Dataset.from_generator(
-            _json_records,
+            json_records,
             gen_kwargs={"path": str(file.resolve()), "version": (stat.st_size, stat.st_mtime_ns)},
-            features=datasets.Features({"id": datasets.Value("string"), "record": datasets.Value("string")}),
+            features=datasets.Features({"id": datasets.Value("string"), RECORD: datasets.Value("string")}),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(str(error.__cause__)) from error
+    except ValueError:  # of `datasets`, where nothing was generated
+        raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.") from None
     folder = Path(images) if images is not None else file.parent
     first = table.select(range(min(PROBED, len(table))))
-    names = [name for row in first for name in images_of(json.loads(row["record"])) if isinstance(name, str)]
-    if names and not any((folder / name).is_file() for name in names):
+    names = [name for row in first for name in images_of(json.loads(row[RECORD])) if isinstance(name, str)]
+    if names and all(_lost(folder / name) for name in names):
         raise FileNotFoundError(
-            f"no image {names[0]} in {folder}; download the images there, or name yours: data.images=FOLDER."
+            f"no image {short(names[0])} in {folder}; download the images there, or name yours: data.images=FOLDER."
         )
     return Rows(table.with_format("arrow"), folder)
 
@@ -143,6 +147,7 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: there is none, or it cannot be reached.
+        ValueError: it is damaged.
     """
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
@@ -153,6 +158,9 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
         if kind is not None:
             return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
         return datasets.load_dataset(path, split=split, streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"the data at {path} cannot be read: {reason}") from error
     except (
         FileNotFoundError,
         ConnectionError,
@@ -182,10 +190,9 @@ def python_row(table: Any) -> dict[str, Any]:
 def name_of(table: Any) -> str | None:
     """What the one row of an Arrow table is called; None if it has no name that can be read."""
     try:
-        name = table["id"][0].as_py() if "id" in table.column_names else None
+        return named(table["id"][0].as_py()) if "id" in table.column_names else None
     except UnicodeDecodeError:
         return None
-    return None if name is None else str(name)
 
 
 def _checked(table: Any, path: str) -> Any:
@@ -208,6 +215,13 @@ def _folder(path: str, images: str | None) -> Path | None:
         return Path(images)
     here = Path(path)
     return here if here.is_dir() else here.parent if here.is_file() else None
+
+
+def _lost(file: Path) -> bool:
+    try:
+        return not file.exists()
+    except OSError:  # no path at all, but base64, say
+        return False
 
 
 def _readable(table: Any) -> dict[str, Any]:
@@ -238,30 +252,3 @@ def _scene_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     images = [[image] for image in batch["image"]]
     kept = {name: batch[name] for name in ("id", "scene", "type", "question", "answer")}
     return {"messages": messages, "images": images, **kept}
-
-
-def _json_records(path: str, version: tuple[int, int]) -> Iterator[dict[str, str]]:
-    """Rows of a JSON list or of JSON lines; bytes that are no UTF-8 stay, as surrogates, in their own row."""
-    text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON list: {error}.") from None
-    else:
-        records = [_line(line) for line in text.split("\n") if line.strip()]
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            record = {"broken": f"is {type(record).__name__}, not an object"}
-        name = record.get("id", number)
-        yield {
-            "id": json.dumps(name)[1:-1] if isinstance(name, str) else str(name),
-            "record": json.dumps(record),
-        }
-
-
-def _line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return {"broken": f"is no JSON ({error})"}

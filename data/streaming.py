@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset, get_worker_info
 
-from latefusion.data.messages import BadSample
+from latefusion.data.messages import Refused
 from latefusion.data.sources import name_of
 
 MARKS = "stream.jsonl"
@@ -29,12 +29,13 @@ class Lazy:
 
     Args:
         position: in the stream.
+        place: in the data.
         name: the row's, for messages.
         make: gives the sample, or raises `BadSample`.
     """
 
-    def __init__(self, position: int, name: str, make: Callable[[], dict[str, Any]]):
-        self.position, self.name, self.make = position, name, make
+    def __init__(self, position: int, place: str, name: str, make: Callable[[], dict[str, Any]]):
+        self.position, self.place, self.name, self.make = position, place, name, make
 
 
 class Stream(Dataset):
@@ -172,9 +173,9 @@ class Reader:
         place, table, row = self.feeds[k].next()
         if position >= self.lowest:
             record = table.slice(row, 1)
-            name = name_of(record) or place
-            name = f"{k}:{name}" if len(self.feeds) > 1 else name
-            self.held[position] = Lazy(position, name, partial(stream.make[k], record))
+            of = f"{k}:" if len(self.feeds) > 1 else ""
+            name = of + (name_of(record) or place)
+            self.held[position] = Lazy(position, of + place, name, partial(stream.make[k], record))
         self.position += 1
 
     def _source(self, position: int) -> int:
@@ -232,7 +233,7 @@ class Feed:
         while not self.rows:
             if not self.waiting and not self.open:
                 if self.empty:
-                    raise BadSample("the stream has no rows")
+                    raise Refused("the stream has no rows; name others with data.path=PATH.")
                 self.epoch, self.blocks, self.empty = self.epoch + 1, 0, True
                 shards = range(self.source.num_shards)
                 self.waiting = random.Random(f"{self.seed} {self.epoch}").sample(shards, len(shards))
@@ -274,8 +275,17 @@ class Shard:
         )  # a plain iteration shares out to workers
 
     def next(self) -> list[tuple[str, Any, int]]:
-        """The next rows: place in the data, table, number in that; none: it is at its end."""
-        table = next(self.tables, None)
+        """The next rows: place in the data, table, number in that; none: it is at its end.
+
+        Raises:
+            Refused: the file is damaged.
+        """
+        try:
+            table = next(self.tables, None)
+        except (OSError, ValueError) as error:
+            raise Refused(
+                f"the data cannot be read beyond row {self.read} of shard {self.number}: {error}"
+            ) from error
         if table is None:
             return []
         rows = [(f"{self.prefix}{self.read + i}", table, i) for i in range(len(table))]

@@ -1,7 +1,9 @@
 """Samples to batches: labels, marked by hand, on answer tokens alone."""
 
 import pytest
+import torch
 from PIL import Image
+from processors import STOP, processor, vision_id
 
 from latefusion.data.collate import IGNORE, BadRow, Collator
 from latefusion.data.messages import TooLong
@@ -130,7 +132,9 @@ def test_a_template_without_generation_marks_gives_the_same_answers(sample):
 
 def test_template_that_renders_turns_by_what_follows_is_refused():
     odd = PLAIN_TEMPLATE.replace("{{ '<eos>\n' }}", "{{ '<eos>\n' if loop.last else '' }}")
-    with pytest.raises(ValueError, match="renders turn 1 differently"):
+    with pytest.raises(
+        BadRow, match=r"sample 0 is refused by the chat template: .*renders turn 1 differently"
+    ):
         collator(odd)([TWO_TURNS])
 
 
@@ -160,6 +164,37 @@ def test_an_image_that_the_text_does_not_show_is_named():
         collator()([written, ONE])
 
 
+def test_a_token_that_ends_answers_or_stands_for_images_is_no_text():
+    """Written in a text it would be read as the token: an answer would be learnt up to it, an image counted."""
+    stopped = {"messages": [turn("user", "how many?"), turn("assistant", "2 <eos> red")], "images": []}
+    with pytest.raises(BadRow, match="sample 1 has the token <eos> written in the text of turn 1"):
+        collator()([ONE, stopped])
+    asked = {"messages": [turn("user", "how <eos> many?"), turn("assistant", "2")], "images": []}
+    collate = collator()
+    assert learnt(collate, collate([asked]), 0) == ". " * 7 + "2 <eos>"
+    gemma = Collator(processor=processor("gemma3"), vision_ids=[vision_id("gemma3")], stop=[STOP["gemma3"]])
+    written = {"messages": [turn("user", "a <image_soft_token>?"), turn("assistant", "2")], "images": []}
+    with pytest.raises(BadRow, match="has the token <image_soft_token> written in the text of turn 0"):
+        gemma([written])
+
+
+def test_a_sample_without_a_token_to_learn_is_named():
+    """Its only answer token would be predicted by a vision token."""
+    bare = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<image>{% else %}"
+        "{% generation %}<eos>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(BadRow, match="sample 1 has no token to learn"):
+        collator(bare)([{**ONE, "id": 1}])
+
+
+def test_an_image_after_an_answer_is_a_bad_row_where_turns_are_isolated():
+    with pytest.raises(
+        BadRow, match=r"sample 1 has an image after an answer; that takes data\.isolate=false"
+    ):
+        collator(isolate=torch.float32)([ONE, LATER_IMAGE])
+
+
 def test_what_the_processor_refuses_is_one_sample_not_a_batch(monkeypatch):
     collate = collator()
     process = collate.process
@@ -184,3 +219,6 @@ def test_a_template_that_refuses_a_conversation_is_one_sample():
     collate = collator(strict + PLAIN_TEMPLATE)
     with pytest.raises(BadRow, match="sample 3 is refused by the chat template: begin with the user"):
         collate([ONE, system])
+    texts = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% endif %}"
+    with pytest.raises(BadRow, match="sample 3 is refused by the chat template: can only concatenate list"):
+        collator(texts + PLAIN_TEMPLATE)([ONE, system])

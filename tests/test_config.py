@@ -46,6 +46,15 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
     [
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["train.learning_rate=-1"], "train.learning_rate=-1.0 must be positive"),
+        (
+            ["data=mixture", "data.parts=[{path: a, weight: 0}]"],
+            r"data\.parts\[0\]\.weight=0\.0 must be positive",
+        ),
+        (
+            ["data=mixture", "data.parts=[{path: a, weight: -1}]"],
+            r"parts\[0\]\.weight=-1\.0 must be positive",
+        ),
+        (["data=mixture", "data.parts=[{path: a, weight: inf}]"], r"weight=inf must be positive and finite"),
         (["lora.dropout=1.5"], r"lora.dropout=1.5 must lie in \[0, 1\)"),
         (["kl.weight=-0.1"], "kl.weight=-0.1 must not be negative"),
         (["kl.temperature=0"], "kl.temperature=0.0 must be positive"),

@@ -42,6 +42,9 @@ class Rows:
     def identity(self, i):
         return f"r{i}"
 
+    def place(self, i):
+        return i
+
 
 def guard(tmp_path, *, on_error=SKIP, too_long=SKIP, max_length=8, stream=False):
     _, processor = tiny_base()
@@ -110,7 +113,7 @@ class Following(Stream):
         super().__init__([], [], weights=[], seed=0, buffer=1)
 
     def __getitems__(self, positions):
-        return [Lazy(p, f"s{p % 7}", lambda p=p: Rows()[p % 7]) for p in positions]
+        return [Lazy(p, str(p % 7), f"s{p % 7}", lambda p=p: Rows()[p % 7]) for p in positions]
 
     def after(self, position):
         return self[position + 1]

@@ -1,6 +1,7 @@
 """Pictures as data sets hold them: each damage is named, each odd format becomes an upright RGB picture."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latefusion.data.images import MAX_PIXELS, BadImage, load_image
+from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -50,6 +51,14 @@ JPEG = encoded(noise(), "JPEG", quality=95)
         (bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
         ("nowhere.png", r"nowhere\.png cannot be read \(No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": None, "path": 5}, "has a path that is int"),
+        ("https://x.org/a.png", r"https://x\.org/a\.png is an address; download the image and give its path"),
+        ("data:image/png;base64,iVBOR", "is an address; download the image"),
+        (
+            "iVBOR" * 999,
+            r"^iVBOR.{56} of 4995 characters cannot be read \(File name too long: .{61} of \d+ characters\)$",
+        ),
+        ("a\0\n.png", r"a\\x00\\n\.png cannot be read \(embedded null byte"),
         (7, "is given as int"),
         (Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point"),
     ],
@@ -58,6 +67,17 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, source, reason):
     with pytest.raises(BadImage, match=reason) as error:
         load_image(source, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_no_file_is_waited_for_or_read_whole_that_cannot_be_an_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # of holes
+    for name, reason in (("pipe.png", "a pipe or a device"), ("huge.png", r"1,600,000,001 bytes, more than")):
+        with pytest.raises(BadImage, match=rf"{name} cannot be read \({reason}"):
+            load_image(name, tmp_path)
+    with pytest.raises(BadImage, match=r"/dev/zero cannot be read \(a pipe or a device"):
+        load_image("/dev/zero")
 
 
 def test_a_large_picture_below_the_limit_is_no_bomb(monkeypatch):
@@ -119,7 +139,14 @@ def test_cmyk_ink_becomes_the_colour_it_prints(kind):
         assert np.abs(np.subtract(seen, colour)).max() < 12
 
 
-def test_palette_with_transparency_becomes_rgb():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [0, bytes(range(256))])
+def test_palette_with_transparency_becomes_rgb(transparency):
     image = noise("L").convert("P")
-    image.info["transparency"] = 0
-    assert load_image(encoded(image, "PNG")).mode == "RGB"
+    seen = load_image(encoded(image, "PNG", transparency=transparency))
+    assert seen.mode == "RGB" and (np.asarray(seen) == np.asarray(image.convert("RGB"))).all()
+
+
+def test_black_and_white_become_rgb():
+    seen = load_image(encoded(noise("L").convert("1"), "PNG"))
+    assert seen.mode == "RGB" and set(np.asarray(seen).flat) == {0, 255}

@@ -278,6 +278,8 @@ def test_a_mixture_draws_each_source_by_its_weight(folder):
     assert len({name for name in names if name[0] == "b"}) == 10
     assert mixed.identity(0) == "0:a0" and len(mixed.sizes()) == 40
     assert names != [m["id"][2:] for m in (Mixture(parts, [3, 1], seed=1)[i] for i in range(40))]
+    with pytest.raises(ValueError, match=r"data\.parts\[0\]\.weight=1 is less than one row of 40; raise it"):
+        Mixture(parts, [1, 100], seed=0)
     plain = Mixture(parts, [10, 30], seed=0)
     assert sorted(plain[i]["id"] for i in range(40)) == sorted({plain[i]["id"] for i in range(40)})
 

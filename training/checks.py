@@ -141,8 +141,8 @@ def _check_data(config: Config) -> None:
     for number, part in enumerate(data.parts):
         if part.source not in (Source.llava, Source.dataset):
             raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
-        if not part.weight > 0:
-            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive.")
+        if not 0 < part.weight < float("inf"):
+            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive and finite.")
     if data.pack and config.kl.model is not None and config.kl.cache is None:
         raise ValueError(
             "data.pack=true is for one model's layout of rows: with kl.model use kl.cache, or data.pack=false."

@@ -18,6 +18,7 @@ from transformers import set_seed
 from latefusion.data import sources
 from latefusion.data.config import OnError, Source
 from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
+from latefusion.data.messages import Refused, sentence
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.build import Student
@@ -93,7 +94,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             print(describe(config, student, some, objective.other), flush=True)
         try:
             main = engine.fit(config, context, student, dataset, collator, objective, resumed)
-        except (CannotSave, NonFinite, Stale) as error:
+        except (Refused, Stale) as error:
+            raise SystemExit(f"error: {sentence(error)}") from None
+        except (CannotSave, NonFinite) as error:
             raise SystemExit(f"error: {error}") from error.__cause__
         except Preempted as stop:
             if first:
