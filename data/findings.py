@@ -102,10 +102,14 @@ def collator_of(config: Config) -> Collator:
     check_base(path)
     where = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     processor = AutoProcessor.from_pretrained(path, **where, **config.model.processor)
-    stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
+    about = AutoConfig.from_pretrained(path, **where)
+    try:
+        stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
+    except OSError:  # no file of its own: the model's configuration says it
+        stop = GenerationConfig.from_model_config(about).eos_token_id
     return Collator(
         processor=processor,
-        vision_ids=[AutoConfig.from_pretrained(path, **where).image_token_id],
+        vision_ids=[about.image_token_id],
         stop=processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
         max_length=config.data.max_length,
     )

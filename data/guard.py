@@ -29,6 +29,11 @@ class Bad:
     id: str
     error: BadSample
 
+    @classmethod
+    def of(cls, sample: dict[str, Any], found: BadRow) -> Bad:
+        """The sample of a batch that the collator did not take."""
+        return cls(sample.get("row"), str(sample.get("id", found.at)), found.reason)
+
 
 class Checked(Dataset):
     """Samples by index, or `Bad`; each knows its `row` and its `id`.
@@ -88,9 +93,8 @@ class Guard:
             try:
                 return self.collator(batch)
             except BadRow as error:
-                at, sample = error.at, batch[error.at]
-                bad = Bad(sample.get("row"), str(sample.get("id", at)), error.reason)
-                batch[at] = self.another(bad, attempt)
+                bad = Bad.of(batch[error.at], error)
+                batch[error.at] = self.another(bad, attempt)
         raise ValueError(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
 
     def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
@@ -111,6 +115,18 @@ class Guard:
                 return drawn
             self.note(drawn)
         raise ValueError(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
+
+    def fits(self, row: dict[str, Any] | Bad) -> bool:
+        """Whether a row can be used; raises as `note` does where it cannot."""
+        if isinstance(row, Bad):
+            self.note(row)
+            return False
+        try:
+            self.collator([row])
+        except BadRow as error:
+            self.note(Bad.of(row, error))
+            return False
+        return True
 
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""

@@ -14,6 +14,7 @@ from latefusion.training import parts, run
 from latefusion.training.checks import read
 from latefusion.training.objective import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
+from latefusion.training.policies import teacher
 from latefusion.training.teaching import teach
 
 VOCABULARY = 10_000  # more than there are tokens: all of them
@@ -99,11 +100,11 @@ def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change,
 def test_a_changed_chat_template_is_noticed(base, cache):
     config, student = read(options(base, cache, "output_dir=x")), None
     student = parts.student_of(config)
-    told = expected(config, student, parts.teacher(config))
+    told = expected(config, student.processor, teacher(config))
     Taught(parts.collator_of(student), str(cache), told)
     student.processor.chat_template += " "
     with pytest.raises(ValueError, match="were written with tokenizer="):
-        Taught(parts.collator_of(student), str(cache), expected(config, student, parts.teacher(config)))
+        Taught(parts.collator_of(student), str(cache), expected(config, student.processor, teacher(config)))
 
 
 def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
@@ -126,7 +127,7 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     monkeypatch.undo()
     config = read(options(base, cache, "output_dir=x"))
     student = parts.student_of(config)
-    told = expected(config, student, parts.teacher(config))
+    told = expected(config, student.processor, teacher(config))
     isolated = parts.collator_of(student, config)
     whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index

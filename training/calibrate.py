@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import Guard
 from latefusion.eval.profiling.files import ENTRY, read_entry
 from latefusion.eval.profiling.samples import batches, distinct_images, stop_tokens
 from latefusion.models.attach import attach
@@ -15,7 +16,7 @@ from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit
-from latefusion.training.schedule import schedule_of
+from latefusion.training.policies import schedule_of
 
 IMAGES_AT_ONCE = 32
 
@@ -26,7 +27,8 @@ def calibrated_entry(
     """The map that `entry.init` asks for, or None; fitted on images of the training set, the same in every process.
 
     Raises:
-        ValueError: the data has too few images, or weights are sharded, so that nothing can be fitted here.
+        ValueError: the data has no image, a row among those with the first images cannot be used and must not be left
+            out, or weights are sharded, so that nothing can be fitted here.
     """
     enter = schedule_of(config.schedule).enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
@@ -43,8 +45,16 @@ def calibrated_entry(
         processor=processor,
         vision_ids=[model.config.image_token_id],
         stop=stop_tokens(model, processor),
+        max_length=config.data.max_length,
     )
-    chosen = distinct_images(dataset, config.entry.images)
+    guard = Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=dataset,
+        folder=None,
+    )
+    chosen = distinct_images(dataset, config.entry.images, guard.fits)
     with attach(model, VisionSchedule()) as attachment:
         found = fit_entry(
             attachment,

@@ -54,7 +54,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.scheduler,
+        lr_scheduler_type=train.scheduler.value,
         warmup_steps=round(train.warmup * train.steps),
         weight_decay=train.weight_decay,
         adam_beta2=train.adam_beta2,
