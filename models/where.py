@@ -13,19 +13,22 @@ EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes into a student's folder
 
 
-def check_base(path: str, key: str = "model.path") -> None:
-    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find the weights of `path`."""
+def check_base(path: str, fix: str = "with model.path=...") -> None:
+    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find the weights of `path`.
+
+    Args:
+        fix: how another can be named.
+    """
     if path == EMBEDDED or (Path(path) / "config.json").is_file():
         return
     if Path(path).exists():
         raise FileNotFoundError(
-            f"no model at {path}: it has no config.json; name the folder that holds it, or a hub id, with "
-            f"{key}=..."
+            f"no model at {path}: it has no config.json; name the folder that holds it, or a hub id, {fix}."
         )
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         home = " (the shell did not expand ~; write $HOME)" if path.startswith("~") else ""
         raise FileNotFoundError(
-            f"no model at {path}: there is no such folder{home}; name one, or a hub id, with {key}=..."
+            f"no model at {path}: there is no such folder{home}; name one, or a hub id, {fix}."
         )
     if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
         return
@@ -35,8 +38,16 @@ def check_base(path: str, key: str = "model.path") -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); name a folder or hub "
-            f"id with {key}=..., or run `hf download {path}` where there is a network."
+            f"id {fix}, or run `hf download {path}` where there is a network."
         ) from None
+
+
+def check_base_of(student: str | Path) -> str:
+    """The base that a student's adapters are for, where it can be found; raises as `check_base` does."""
+    file = Path(student) / ADAPTER_CONFIG
+    base = json.loads(file.read_text())["base_model_name_or_path"]
+    check_base(base, fix=f"as base_model_name_or_path in {file}")
+    return base
 
 
 def known_layers(path: str, revision: str | None = None) -> int | None:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from latefusion.data.collate import Collator
 from latefusion.models.build import Student
+from latefusion.models.saved import spare_deepspeed_the_guess
 from latefusion.training.checkpoints import writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.engines import fsdp
@@ -39,10 +40,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
     """
     train = config.train
     cpu = not torch.cuda.is_available()
-    if cpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # Trainer imports DeepSpeed, which would guess, and warn
+    spare_deepspeed_the_guess()
     if config.engine.fsdp:
         fsdp.refuse_cpu()
     if config.engine.deepspeed:
