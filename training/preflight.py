@@ -16,6 +16,7 @@ from latefusion.training.checks import read
 from latefusion.training.claim import check_launch, check_unclaimed, check_writable
 from latefusion.training.config import Config
 from latefusion.training.policies import check_depths, check_known, schedule_of
+from latefusion.training.resumed import check_unchanged
 
 Found = TypeVar("Found")
 
@@ -26,7 +27,15 @@ def checked(cfg: DictConfig) -> tuple[Config, Path | None]:
     Raises:
         SystemExit: it cannot work; in one sentence.
     """
-    return _in_a_sentence(cfg, check)
+
+    def checks(config: Config) -> Path | None:
+        resumed = check(config)
+        notes = [] if resumed is None else check_unchanged(cfg, config.output_dir)
+        if notes and int(os.environ.get("RANK", "0")) == 0:
+            print("\n".join(notes), flush=True)
+        return resumed
+
+    return _in_a_sentence(cfg, checks)
 
 
 def checked_teaching(cfg: DictConfig) -> Config:

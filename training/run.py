@@ -39,6 +39,7 @@ from latefusion.training.parts import (
     training_collator,
 )
 from latefusion.training.preflight import checked
+from latefusion.training.resumed import CONFIG
 from latefusion.training.rows import check_rows
 from latefusion.training.settle import settle_schedule
 from latefusion.training.teacher import check_models
@@ -84,7 +85,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
         if first:
-            OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
+            OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             print(describe(config, student, some, objective.other), flush=True)
         try:
             main = engine.fit(config, context, student, dataset, collator, objective, resumed)
