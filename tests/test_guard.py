@@ -205,7 +205,7 @@ def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
     base, tmp_path, mixed, options, said, monkeypatch
 ):
     """And before anything is taken out of the output folder."""
-    for name in ("student_of", "settle_schedule"):
+    for name in ("student_of", "settle_schedule", "settle_entry"):
         monkeypatch.delattr(run, name)
     old = tmp_path / "out" / "checkpoint-5"
     old.mkdir(parents=True)

@@ -21,6 +21,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
+from latefusion.training.calibrate import settle_entry
 from latefusion.training.card import model_card
 from latefusion.training.checkpoints import CannotSave, discard_after, step_of
 from latefusion.training.claim import claimed, leave_mark
@@ -30,7 +31,9 @@ from latefusion.training.guard import PREEMPTED, Preempted
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale
 from latefusion.training.parts import (
+    base_of,
     dtype_of,
+    examples,
     guarded,
     objective_of,
     packing,
@@ -71,9 +74,10 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             held.enter_context(claimed(config.output_dir))
             settle_threads(config)
             settle_schedule(config, cfg, resumed)
+            settle_entry(config, lambda: base_of(config), lambda: examples(config, dataset), resumed)
             set_seed(config.train.seed)
             context = engine.prepare(config, dtype=dtype_of(config))
-            student = student_of(config, dataset)
+            student = student_of(config)
             objective = objective_of(config, student)
             clear(config, resumed)
             if isinstance(dataset, Stream):

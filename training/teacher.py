@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base import load_base
+from latefusion.models.base import load_base, load_processor
 from latefusion.models.policies.base import Policy
 from latefusion.models.where import EMBEDDED
 from latefusion.training.config import Config
@@ -139,8 +139,9 @@ def _config(config: Config, path: str, revision: str | None) -> Any:
 
 def _processor(config: Config, path: str, revision: str | None) -> Any:
     settings = {} if path == EMBEDDED else config.model.processor
-    where = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
-    return AutoProcessor.from_pretrained(_folder(path), **where, **settings)
+    return load_processor(
+        path, revision=revision, trust_remote_code=config.model.trust_remote_code, settings=settings
+    )
 
 
 def _folder(path: str) -> Any:

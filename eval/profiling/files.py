@@ -28,7 +28,7 @@ def write(
     (folder / SCHEDULE).write_text(schedule_yaml(found))
     (folder / ENTRY).unlink(missing_ok=True)
     if calibration is not None:
-        save_file({k: v.contiguous() for k, v in calibration.entry.state_dict().items()}, folder / ENTRY)
+        write_entry(folder, calibration.entry)
     tables(folder, found)
     write_report(folder, found, samples)
 
@@ -65,6 +65,14 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
     return VisionSchedule.from_dict(values)
+
+
+def write_entry(folder: Path, entry: CalibratedEntry) -> None:
+    """Under its name only when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{ENTRY}.unfinished"
+    save_file({name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}, unfinished)
+    unfinished.replace(folder / ENTRY)
 
 
 def read_entry(path: str | Path) -> CalibratedEntry | None:

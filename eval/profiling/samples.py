@@ -170,6 +170,10 @@ def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(messages)
 
 
+class NoImages(ValueError):
+    """No row has an image."""
+
+
 def distinct_images(
     rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
 ) -> list[dict[str, Any]]:
@@ -179,7 +183,7 @@ def distinct_images(
         fits: whether a row, which may be `Bad`, can be used; it may raise.
 
     Raises:
-        ValueError: no row has an image.
+        NoImages: no row that can be used has one.
     """
     found: list[dict[str, Any]] = []
     seen: set[Any] = set()
@@ -195,7 +199,7 @@ def distinct_images(
         if len(found) == n:
             break
     if not found:
-        raise ValueError("the data has no sample with an image; name data with images.")
+        raise NoImages("the data has no sample with an image; name data with images.")
     return found
 
 
