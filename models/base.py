@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -59,7 +60,13 @@ def load_base(
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
     found = load_processor(path, settings=processor, **where)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"the weights of {path} cannot be read ({reason}); download them again."
+        ) from None
     return model.eval(), found
 
 

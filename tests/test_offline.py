@@ -209,6 +209,29 @@ def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
     assert {**one, "files": 2} == two
 
 
+def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(base, tmp_path, capsys):
+    rows = [
+        {"id": f"r{i}", "messages": [said("user", "how many?"), said("assistant", "2")]} for i in range(9)
+    ]
+    rows.append({"id": "last", "messages": [said("user", "how many?")]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = options(base, tmp_path / "cache", "data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
+    with pytest.raises(
+        SystemExit, match=r"^error: row last .*; leave such rows out with data\.on_error=skip\.$"
+    ):
+        teach(given)
+    assert not (tmp_path / "cache" / "teacher.json").exists()
+    given.data.on_error = "skip"
+    teach(given)
+    assert "9 samples taught" in (printed := capsys.readouterr().out)
+    assert "1 row(s) could not be used and were left out: " in printed
+    assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
+
+
+def said(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 def test_a_stream_is_not_taught(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
         teach(options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true"))

@@ -41,6 +41,7 @@ from latefusion.training.parts import (
     student_of,
     training_collator,
 )
+from latefusion.training.policies import evaluates
 from latefusion.training.preflight import checked
 from latefusion.training.resumed import CONFIG
 from latefusion.training.rows import check_rows
@@ -71,6 +72,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             dataset = samples(config.data)
             begins = first_samples(dataset)
             check_rows(config, dataset, begins, cache=config.kl.cache)
+            check_evaluation(config)
             held.enter_context(claimed(config.output_dir))
             settle_threads(config)
             settle_schedule(config, cfg, resumed)
@@ -154,6 +156,22 @@ def write_card(config: Config, student: Student) -> None:
     if config.tune is not Tune.full:
         entry, folder = entry_of(student.model) is not None, config.output_dir
         (Path(folder) / "README.md").write_text(model_card(folder, folder=folder, merged=False, entry=entry))
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise, before training, if the questions that the run ends with are not there or are none."""
+    if not evaluates(config):
+        return
+    from latefusion.eval.predict import check_questions
+
+    try:
+        check_questions(questions_of(config))
+    except (ValueError, FileNotFoundError) as error:
+        where = config.data.eval_path or config.data.source.value
+        raise ValueError(
+            f"the evaluation on {where} after training cannot be: {str(error).rstrip('.')}; mend data.eval_path or "
+            "eval.split, or train with eval.enabled=false."
+        ) from None
 
 
 def questions_of(config: Config) -> Any:

@@ -13,6 +13,7 @@ from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.base import load_base, load_processor
 from latefusion.models.policies.base import Policy
+from latefusion.models.vision import vision_token_ids
 from latefusion.models.where import EMBEDDED
 from latefusion.training.config import Config
 from latefusion.training.policies import check_depths, teaches
@@ -105,11 +106,17 @@ def check_models(config: Config) -> None:
     """Raise, from configurations and processors alone, if the models cannot do what `config` says.
 
     Raises:
-        ValueError: the schedule or the thresholds are for a deeper one; or `kl.model` cannot teach.
+        ValueError: one sees no images; the schedule or the thresholds are for a deeper one; or `kl.model` cannot teach.
     """
     asked = [_config(config, config.model.path, config.model.revision)]
     if config.kl.model is not None:
         asked.append(_config(config, config.kl.model, config.kl.revision))
+    for found in asked:
+        if "image" not in vision_token_ids(found):
+            raise ValueError(
+                f"{found.name_or_path} is no model of images and text but a {found.model_type}; name another with "
+                "model.path=... (or kl.model=...)."
+            )
     depths = [found.get_text_config().num_hidden_layers for found in asked]
     check_depths(config, depths[0], depths[1] if len(depths) > 1 else None)
     if config.kl.model is not None and teaches(config):
