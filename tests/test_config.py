@@ -1,5 +1,6 @@
 """What the command line can say: typos and bad values are one sentence, named, with the fix."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -176,6 +177,25 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
     assert ran.stdout == "light\n", ran.stderr
 
 
+def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp_path):
+    about = {
+        "base_model_name_or_path": "embedded",
+        "modules_to_save": ["multi_modal_projector", "vision_entry"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    init = f"init={tmp_path}"
+    with pytest.raises(
+        ValueError, match=r"trained multi_modal_projector, .*; set lora\.train_projector=true\.$"
+    ):
+        preflight.check(configured(init))
+    preflight.check(configured(init, "lora.train_projector=true", "output_dir=nowhere"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": "a/b"}))
+    with pytest.raises(
+        ValueError, match=r"is of the base a/b, but model\.path=embedded; name that one, or, if it"
+    ):
+        preflight.check(configured(init, "lora.train_projector=true"))
+
+
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     here = f"output_dir={tmp_path}"
@@ -184,6 +204,11 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     ):
         preflight.check(configured(here))
     preflight.check(configured(here, "overwrite=true"))
+    whole = tmp_path / "tune_full"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tune_full holds a run already"):
+        preflight.check(configured(f"output_dir={whole}"))
     with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
         preflight.check(configured(here, "resume=true"))
 

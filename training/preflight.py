@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from latefusion.data.places import check_places
 from latefusion.models.where import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
 from latefusion.training.checkpoints import checkpoints, find
 from latefusion.training.checks import read
+from latefusion.training.choices import Tune
 from latefusion.training.claim import check_launch, check_unclaimed, check_writable
 from latefusion.training.config import Config
 from latefusion.training.policies import check_depths, check_known, schedule_of
@@ -64,10 +66,8 @@ def check(config: Config) -> Path | None:
     check_inputs(config)
     if not config.schedule.auto and config.schedule.profile is None:
         check_known(config)
-    if config.init is not None and not (Path(config.init) / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(
-            f"no student at {config.init}: it has no {ADAPTER_CONFIG}; name a folder with init=FOLDER."
-        )
+    if config.init is not None:
+        check_init(config, config.init)
     return check_output(config)
 
 
@@ -104,6 +104,27 @@ def check_inputs(config: Config) -> None:
     check_depths(config, known_layers(path, config.model.revision), teachers)
 
 
+def check_init(config: Config, folder: str) -> None:
+    """The student to start from is there, of this run's base, and this run trains the projector if that one did."""
+    file = Path(folder) / ADAPTER_CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no student at {folder}: it has no {ADAPTER_CONFIG}; name a folder with init=FOLDER."
+        )
+    earlier = json.loads(file.read_text())
+    if (base := earlier["base_model_name_or_path"]) != config.model.path:
+        raise ValueError(
+            f"the student at {folder} is of the base {base}, but model.path={config.model.path}; name that one, or, if "
+            f"it only moved, say so as base_model_name_or_path in {file}."
+        )
+    projector = config.model.projector
+    trains = config.lora.train_projector or config.tune is not Tune.lora
+    if projector is not None and projector in (earlier["modules_to_save"] or ()) and not trains:
+        raise ValueError(
+            f"the student at {folder} trained {projector}, which this one does not; set lora.train_projector=true."
+        )
+
+
 def check_output(config: Config) -> Path | None:
     """The output folder is this run's to write; the checkpoint in it to go on from, if any."""
     output, train = Path(config.output_dir), config.train
@@ -112,7 +133,10 @@ def check_output(config: Config) -> Path | None:
     if config.resume is not False:
         samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
         return find(output, config.resume, samples=samples)
-    if not config.overwrite and ((output / ADAPTER_CONFIG).exists() or checkpoints(output)):
+    written = any(
+        (output / name).exists() for name in (ADAPTER_CONFIG, "config.json")
+    )  # adapters, or all weights
+    if not config.overwrite and (written or checkpoints(output)):
         raise ValueError(
             f"{output} holds a run already; continue it with resume=true, replace it with overwrite=true, "
             "or choose another output_dir=FOLDER."
