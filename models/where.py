@@ -13,7 +13,7 @@ EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes into a student's folder
 
 
-def check_base(path: str, fix: str = "with model.path=...") -> None:
+def check_base(path: str, fix: str = "with model.path=PATH") -> None:
     """Raise FileNotFoundError, in one sentence, where `load_base` cannot find the weights of `path`.
 
     Args:

@@ -92,7 +92,7 @@ def check_inputs(config: Config) -> None:
         check_four_bits(path)
     check_base(path)
     if other is not None:
-        check_base(other, fix="with kl.model=...")
+        check_base(other, fix="with kl.model=PATH")
     check_places(config.data)
     asked = config.schedule
     if asked.profile is not None and not Path(asked.profile).exists() and not asked.auto:
