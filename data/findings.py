@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from latefusion.data.collate import BadRow, Collator
 from latefusion.data.config import PartConfig
@@ -24,8 +24,8 @@ from latefusion.data.messages import BadSample
 from latefusion.data.records import sample_of
 from latefusion.data.sources import name_of, python_row
 from latefusion.data.streaming import Shard
-from latefusion.models.embedded import WEIGHTS
-from latefusion.models.where import check_base
+from latefusion.models.base import load_processor
+from latefusion.models.where import EMBEDDED, EMBEDDED_WEIGHTS, check_base
 from latefusion.training.config import Config
 
 BLOCK = 100  # rows of a stream that are read together
@@ -102,10 +102,13 @@ def collator_of(config: Config) -> Collator:
     Raises:
         OSError: the processor or the configuration cannot be reached.
     """
-    path = str(WEIGHTS) if config.model.path == "embedded" else config.model.path
-    check_base(path)
-    where = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(path, **where, **config.model.processor)
+    check_base(config.model.path)
+    path = str(EMBEDDED_WEIGHTS) if config.model.path == EMBEDDED else config.model.path
+    where: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    processor: Any = load_processor(config.model.path, settings=config.model.processor, **where)
     about = AutoConfig.from_pretrained(path, **where)
     try:
         stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id

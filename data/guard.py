@@ -120,6 +120,18 @@ class Guard:
             self.note(drawn)
         raise Refused(f"{TRIES} rows drawn in place of row {bad.id} are all bad; run data/validate.py.")
 
+    def fits(self, row: dict[str, Any] | Bad) -> bool:
+        """Whether a row can be used; raises as `note` does where it cannot."""
+        if isinstance(row, Bad):
+            self.note(row)
+            return False
+        try:
+            self.collator([row])
+        except BadRow as error:
+            self.note(Bad.of(row, error))
+            return False
+        return True
+
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""
         key, wanted = "on_error", self.on_error

@@ -42,7 +42,7 @@ from latefusion.eval.training_steps import Bench
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import read
 from latefusion.training.config import RECIPES
-from latefusion.training.schedule import schedule_of
+from latefusion.training.policies import schedule_of
 
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
 PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched

@@ -26,12 +26,8 @@ from torch.nn.functional import pad
 from latefusion.models.attach import Attachment
 from latefusion.models.flops import layer_flops
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.visipruner import (
-    VisiPruner,
-    VisiPrunerDecision,
-    effect_on_queries,
-    prunable,
-)
+from latefusion.models.policies.fusion import VisiPrunerDecision, effect_on_queries, prunable
+from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 

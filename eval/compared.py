@@ -21,7 +21,7 @@ from latefusion.models.attach import attach
 from latefusion.models.base import compute_dtype, load_base, twin
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config
-from latefusion.training.parts import visipruner
+from latefusion.training.policies import visipruner
 from latefusion.training.run import questions_of
 
 if TYPE_CHECKING:

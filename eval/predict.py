@@ -75,13 +75,18 @@ def exact_match(prediction: str, row: dict[str, Any]) -> float:
     return float(normalise(prediction) in [normalise(answer) for answer in wanted])
 
 
-def check(model: Any, systems: dict[str, System], dataset: Dataset) -> None:
-    """Raise ValueError, before any compute, if these systems cannot answer these questions."""
+def check_questions(dataset: Dataset) -> None:
+    """Raise ValueError if these are no questions to evaluate on."""
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset has no column {missing[0]!r}; evaluation needs {', '.join(COLUMNS)}.")
     if len(dataset) == 0:
         raise ValueError("the dataset holds no question; ask for at least one scene.")
+
+
+def check(model: Any, systems: dict[str, System], dataset: Dataset) -> None:
+    """Raise ValueError, before any compute, if these systems cannot answer these questions."""
+    check_questions(dataset)
     for key, system in systems.items():
         own = model if system.student is None else system.student.model
         try:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.visipruner import VisiPruner, VisiPrunerDecision
+from latefusion.models.policies.fusion import VisiPrunerDecision
+from latefusion.models.policies.visipruner import VisiPruner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from latefusion.models import embedded
-from latefusion.models.where import EMBEDDED, check_base, check_four_bits
+from latefusion.models.where import EMBEDDED, EMBEDDED_WEIGHTS, check_base, check_four_bits
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -56,15 +57,50 @@ def load_base(
     if path == EMBEDDED:
         return embedded.load_base(dtype)
     check_base(path)
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
+    found = load_processor(path, settings=processor, **where)
     try:
-        found = AutoProcessor.from_pretrained(path, **where, **(processor or {}))
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"the weights of {path} cannot be read ({reason}); download them again."
+        ) from None
+    return model.eval(), found
+
+
+def load_processor(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> ProcessorMixin:
+    """The processor of a base model, without its weights; see `load_base`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it needs a package that is not here, or is none of images and text.
+    """
+    where = EMBEDDED_WEIGHTS if path == EMBEDDED else path
+    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        found = AutoProcessor.from_pretrained(where, **code, **(settings or {}))
     except ImportError as error:  # SmolVLM's needs num2words, PIL's relatives need torchvision
         reason = " ".join(str(error).split())
         raise ValueError(f"the processor of {path} needs a package that is not here: {reason}") from None
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
-    return model.eval(), found
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{path} holds no processor that can be read ({reason}); name a folder that holds the model's processor "
+            "beside its weights, or its hub id."
+        ) from None
+    if not isinstance(found, ProcessorMixin):
+        raise ValueError(
+            f"{path} is no model of images and text: it comes with a {type(found).__name__} alone."
+        )
+    return found
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

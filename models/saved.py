@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -19,7 +20,7 @@ from latefusion.models.base import compute_dtype, load_base
 from latefusion.models.build import Student
 from latefusion.models.entry import ENTRY, entry_of, entry_shape, install_entry
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
-from latefusion.models.where import ADAPTER_CONFIG
+from latefusion.models.where import ADAPTER_CONFIG, check_base_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -50,9 +51,16 @@ def _save_whole(
     entry = {name.partition(f"{ENTRY}.")[2]: w for name, w in weights.items() if name.startswith(f"{ENTRY}.")}
     plain = {name: w for name, w in weights.items() if not name.startswith(f"{ENTRY}.")}
     model.config.vision_schedule = schedule.to_dict()
+    spare_deepspeed_the_guess()
     model.save_pretrained(folder, state_dict=plain)
     if entry:
         save_file({name: w.contiguous().cpu() for name, w in entry.items()}, Path(folder) / ENTRY_WEIGHTS)
+
+
+def spare_deepspeed_the_guess() -> None:
+    """Saving with transformers, and its `Trainer`, import DeepSpeed if it is installed, which guesses, and warns."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_student(
@@ -66,6 +74,7 @@ def load_student(
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
+        ValueError: its adapters are damaged, or of another base.
     """
     folder = Path(path)
     for name in (ADAPTER_CONFIG, SCHEDULE_FILE):
@@ -75,16 +84,29 @@ def load_student(
             )
     model = base
     if model is None:
-        config = PeftConfig.from_pretrained(str(folder))
-        model, _ = load_base(config.base_model_name_or_path, dtype=dtype or compute_dtype())
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        model, _ = load_base(check_base_of(folder), dtype=dtype or compute_dtype())
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS} is damaged ({error}); name another checkpoint."
+        ) from None
     entries = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
     if entries:
         install_entry(model, *entry_shape(entries))
+    other = f"the student at {path} is of another base than {model.name_or_path}"
+    fix = f"name the one it was trained on as base_model_name_or_path in {folder / ADAPTER_CONFIG}."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's
-        student = PeftModel.from_pretrained(model, str(folder)).eval()
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+        try:
+            student = PeftModel.from_pretrained(model, str(folder)).eval()
+        except (RuntimeError, ValueError) as error:  # shapes, names of modules
+            raise ValueError(f"{other}: {str(error).splitlines()[-1].strip().rstrip('.')}; {fix}") from None
+    apart = shapes.keys() ^ get_peft_model_state_dict(student, save_embedding_layers=False).keys()
+    if apart:
+        raise ValueError(f"{other}: {min(apart)} is in one of them alone; {fix}")
     schedule = VisionSchedule.load(folder)
     return Student(
         model=student,

@@ -13,7 +13,7 @@ import torch
 
 from latefusion.eval import bench_inference as bench
 from latefusion.models.attach import attach
-from latefusion.models.policies.visipruner import removal_effect
+from latefusion.models.policies.fusion import removal_effect
 
 
 def arguments(**more: Any) -> argparse.Namespace:
@@ -32,10 +32,10 @@ def test_the_trigger_fixes_the_work_and_looks_all_the_same(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    from latefusion.models.policies import visipruner
+    from latefusion.models.policies import fusion
 
     monkeypatch.setattr(
-        visipruner, "removal_effect", lambda *a: (looked.append(a[0].shape), removal_effect(*a))[1]
+        fusion, "removal_effect", lambda *a: (looked.append(a[0].shape), removal_effect(*a))[1]
     )
     here = bench.Bench(model, arguments(), batch=2, text=6)
     tokens = {}

@@ -1,5 +1,6 @@
 """What the command line can say: typos and bad values are one sentence, named, with the fix."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import composed, configured
 
-from latefusion.training import preflight, run
+from latefusion.training import preflight
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES
 
@@ -32,6 +33,15 @@ TRAIN = Path(preflight.__file__).with_name("train.py")
             "train.steps=many",
             "train.steps=many: Value 'many' of type 'str' could not be converted to Integer",
         ),
+        (
+            "train.scheduler=cosin",
+            r"train.scheduler=cosin: Invalid value 'cosin', expected one of \[linear, cosine, ",
+        ),
+        (
+            "schedule.keep={4:",
+            "schedule.keep={4: is not read as key=value; in a shell, quote what has brackets",
+        ),
+        ("engine.deepspeed.x=1", "one of engine.deepspeed.x=1 sets a key inside one that holds nothing"),
         ("teacher=me", r"teacher=me: Invalid value 'me', expected one of \[visipruner, dense, none\]"),
     ],
 )
@@ -55,6 +65,13 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
             r"parts\[0\]\.weight=-1\.0 must be positive",
         ),
         (["data=mixture", "data.parts=[{path: a, weight: inf}]"], r"weight=inf must be positive and finite"),
+        (["train.learning_rate=inf"], "train.learning_rate=inf must be positive and finite"),
+        (["kl.weight=nan"], "kl.weight=nan must not be negative, and finite"),
+        (["train.threads=0"], "train.threads=0 must be at least 1"),
+        (["train.seed=-1"], "train.seed=-1 must not be negative"),
+        (["schedule.budget=3"], "schedule.budget=3.0 is a part of dense FLOPs"),
+        (["lora.targets=[]"], r"lora.targets=\[\] names no layer"),
+        (["output_dir="], "output_dir is empty; name a folder"),
         (["lora.dropout=1.5"], r"lora.dropout=1.5 must lie in \[0, 1\)"),
         (["kl.weight=-0.1"], "kl.weight=-0.1 must not be negative"),
         (["kl.temperature=0"], "kl.temperature=0.0 must be positive"),
@@ -82,6 +99,9 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
     ("overrides", "sentence"),
     [
         (["schedule.enter=10", "schedule.exit=4", "schedule.keep={}"], "enter=10 must be below exit=4"),
+        (["schedule.keep=5"], "schedule.keep=5 must say how many tokens stay from which layer on"),
+        (["schedule.keep={3: many}"], "schedule.keep={3: 'many'} must say how many tokens stay"),
+        (["schedule.cross=[a]", "schedule.keep=null"], r"schedule.cross=\['a'\] must be a list of layers"),
         (["schedule.keep={3: 4, 5: 6}", "schedule.enter=1", "schedule.exit=9"], "grows from 4"),
         (["model.path=./nowhere"], r"no model at ./nowhere: there is no such folder; name one, or a hub id"),
         (["model.path=recipes"], r"no model at recipes: it has no config.json"),
@@ -99,6 +119,23 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
         (["data=dataset", "data.path=some/hub_id", "data.images=nowhere"], "no image folder at nowhere"),
         (["init=nowhere"], "no student at nowhere: it has no adapter_config.json"),
         (["schedule.profile=nowhere"], "no profile at nowhere"),
+        (["model=other", "model.path=./nowhere"], "no model at ./nowhere"),
+        (["model.visipruner.stages=[deep]"], "'deep' without 'middle'"),
+        (["model.visipruner.layer_threshold=2"], r"layer_threshold=2\.0 is a cosine"),
+        (
+            ["model.visipruner.boundary=15"],
+            "boundary=15 leaves no layer to fuse in of a decoder with layers 0 to 15",
+        ),
+        (
+            ["teacher=none", "model.visipruner.boundary=15"],
+            "boundary=15 leaves no layer",
+        ),  # the evaluation prunes
+        (
+            ["kl.model=embedded", "kl.visipruner.boundary=15"],
+            "kl.model=embedded cannot run under its policy: bound",
+        ),
+        (["schedule.exit=17"], "the schedule of model.path=embedded does not fit: exit names layer 17"),
+        (["output_dir=README.md/run"], r"output_dir=README.md/run cannot be written \(Not a directory\)"),
         (["resume=true", "output_dir=nowhere"], "resume=true finds no checkpoint in nowhere"),
     ],
 )
@@ -110,38 +147,62 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides, senten
 
 WITHOUT_TORCH = """
 import runpy, sys
-for arguments in {runs!r}:
-    sys.argv = [{train!r}, *arguments]
+for sys.argv in {runs!r}:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
         assert str(error).startswith("error: "), error
     heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
-    assert not heavy, (arguments, heavy)
+    assert not heavy, (sys.argv, heavy)
 print("light")
 """
 
 
 def test_a_refusal_does_not_wait_for_torch(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
-    runs = [
+    both = [
         ["train.stps=3"],
         ["train.steps=0"],
         ["schedule.enter=99"],
         ["model=other"],
         ["model.path=/no/such/model"],
+        ["model.visipruner.tokens_threshold=-1"],
+        ["model.visipruner.boundary=15"],
         ["data=llava_mix665k", "data.path=missing.json"],
-        [f"output_dir={tmp_path}"],
-        [f"output_dir={tmp_path}", "resume=true"],
     ]
-    code = WITHOUT_TORCH.format(runs=runs, train=str(TRAIN))
+    train = [[f"output_dir={tmp_path}"], [f"output_dir={tmp_path}", "resume=true"]]
+    teach = [[], ["kl.cache=x", "data=dataset", "data.path=x", "data.streaming=true"], ["kl.cache=README.md"]]
+    export = [["checkpoint=x"], ["checkpoint=x", "output=y"], ["chekpoint=x"]]
+    runs = [
+        *([str(TRAIN), *words] for words in [*both, *train]),
+        *(
+            [str(TRAIN.with_name("teach.py")), *words]
+            for words in [*([*w, "kl.cache=x"] for w in both[4:7]), *teach]
+        ),
+        *([str(TRAIN.with_name("export.py")), *words] for words in export),
+    ]
+    code = WITHOUT_TORCH.format(runs=runs)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert ran.stdout == "light\n", ran.stderr
 
 
-def test_thresholds_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="'deep' without 'middle'"):
-        run.check_policy(configured("model.visipruner.stages=[deep]"))
+def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp_path):
+    about = {
+        "base_model_name_or_path": "embedded",
+        "modules_to_save": ["multi_modal_projector", "vision_entry"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    init = f"init={tmp_path}"
+    with pytest.raises(
+        ValueError, match=r"trained multi_modal_projector, .*; set lora\.train_projector=true\.$"
+    ):
+        preflight.check(configured(init))
+    preflight.check(configured(init, "lora.train_projector=true", "output_dir=nowhere"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": "a/b"}))
+    with pytest.raises(
+        ValueError, match=r"is of the base a/b, but model\.path=embedded; name that one, or, if it"
+    ):
+        preflight.check(configured(init, "lora.train_projector=true"))
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
@@ -152,6 +213,11 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     ):
         preflight.check(configured(here))
     preflight.check(configured(here, "overwrite=true"))
+    whole = tmp_path / "tune_full"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tune_full holds a run already"):
+        preflight.check(configured(f"output_dir={whole}"))
     with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
         preflight.check(configured(here, "resume=true"))
 
@@ -166,6 +232,15 @@ def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
     assert band("schedule.keep={12: 7}", "schedule.enter=9") == (9, 24, {12: 7})
     assert band("recipe=dense") == (0, None, None)
     assert configured("model=llava_1_5_7b", "recipe=dense").output_dir == "outputs/dense"
+
+
+def test_settings_of_the_processor_are_added_to_the_model_s():
+    found = configured(
+        "model=qwen3_vl_4b", "model.processor={do_resize: false}", "model.processor.min_pixels=9"
+    )
+    assert found.model.processor == {"max_pixels": 1310720, "do_resize": False, "min_pixels": 9}
+    with pytest.raises(ValueError, match=r"train\.min_pixels does not exist"):
+        explain(["train.min_pixels=9"])
 
 
 def test_every_recipe_file_starts_with_its_own_launch_command(monkeypatch):

@@ -1,6 +1,8 @@
 """From a run to a folder that others load: merged or as adapters, with its card, published or not."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -123,3 +125,51 @@ def test_what_cannot_work_is_a_sentence(arguments, sentence):
 def test_a_folder_that_holds_a_model_is_not_overwritten(checkpoint):
     with pytest.raises(SystemExit, match="holds a model already; choose another output=FOLDER"):
         export.main([f"checkpoint={checkpoint[0]}", f"output={checkpoint[0]}", "merge=true"])
+
+
+@pytest.mark.parametrize("layers", [5, 7])
+def test_adapters_of_another_base_are_refused(checkpoint, tmp_path, layers):
+    """Of other widths, PEFT says so; of another depth it puts on what fits."""
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    save_tiny_base(tmp_path / "base", layers=layers)
+    named(tmp_path / "student", tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=rf"is of another base than .*base: .*layers\.{min(layers, 6)}\..* is in one"
+    ):
+        load(tmp_path / "student")
+
+
+def test_adapters_without_their_base_and_plain_checkpoints_are_told_before_torch(checkpoint, tmp_path):
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    named(tmp_path / "student", "/gone/base")
+    for source, said in (
+        (
+            tmp_path / "student",
+            r"no model at /gone/base: .*, as base_model_name_or_path in .*adapter_config\.json",
+        ),
+        (checkpoint[0].parent / "base", "base is a plain checkpoint already"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            export.check(export.Arguments(checkpoint=str(source), output=str(tmp_path / "out"), merge=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output=.*file cannot be written \(Not a directory\)"):
+        export.check(export.Arguments(checkpoint=str(checkpoint[0]), output=str(tmp_path / "file")))
+
+
+def test_damaged_adapters_are_named(checkpoint, tmp_path):
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    os.truncate(tmp_path / "student" / "adapter_model.safetensors", 1000)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged \("):
+        load(tmp_path / "student")
+
+
+def named(student, base):
+    file = student / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
+
+
+def test_merging_does_not_have_deepspeed_guess_the_accelerator(checkpoint, tmp_path, monkeypatch):
+    """transformers imports it as it saves, where it is installed; it warned of its guess amid the output."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    export.main([f"checkpoint={checkpoint[0]}", f"output={tmp_path}", "merge=true", "dtype=float32"])
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

@@ -1,5 +1,6 @@
 """What is told of bad rows: the list, its summary, and how early a run refuses them."""
 
+import json
 import os
 import pty
 import subprocess
@@ -80,6 +81,10 @@ def test_bad_rows_that_must_not_be_stop_a_run_before_a_model_is_loaded(broken, t
     with pytest.raises(SystemExit, match=r"^error: row empty has a bad image: .* with data.on_error=skip"):
         run.run(composed("data=dataset", f"data.path={broken}", out))
     monkeypatch.setattr(run, "base_of", lambda *_: sys.exit("went on"))
+    with pytest.raises(SystemExit, match="rows drawn in place of row empty are all bad; run data/validate"):
+        run.run(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
+    with Path(broken).open("a") as file:
+        file.write("\n" + json.dumps({"messages": [turn("user", "is it red?"), ANSWER]}))
     with pytest.raises(SystemExit, match="went on"):
         run.run(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
     assert not Path(tmp_path / "out" / "adapter_config.json").exists()

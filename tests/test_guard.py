@@ -1,6 +1,7 @@
 """Rows that cannot be used: an error with the row's name, or left out, counted, written down, and listed beforehand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from latefusion.data.load import training_data
 from latefusion.data.messages import BadSample
 from latefusion.data.streaming import Lazy, Stream
 from latefusion.models.embedded.vocabulary import IMAGE
-from latefusion.training import run
+from latefusion.training import calibrate, run
 
 SKIP, RAISE = OnError["skip"], OnError["raise"]
+REFUSES = "\"{{ raise_exception('Alternate!') }}\""
 LONG = {"role": "user", "content": "is there a red circle left of the blue star?"}
 
 
@@ -186,6 +188,53 @@ def test_a_bad_row_stops_a_run_unless_told_otherwise(base, tmp_path, mixed):
         SystemExit, match=r"^error: row cut has a bad image: cut\.png .*data\.on_error=skip\.$"
     ):
         train(base, tmp_path / "out", mixed)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("data.too_long=raise",),
+            r"row long has 16 tokens, more than data\.max_length=12; .*data\.too_long=skip",
+        ),
+        (
+            (f"model.processor={{chat_template: {REFUSES}}}",),
+            r"row seen is refused by the chat template: Alternate!",
+        ),
+        (("kl.cache=./none",), r"no teacher's answers in kl\.cache=\./none; write it"),
+    ],
+)
+def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
+    base, tmp_path, mixed, options, said, monkeypatch
+):
+    """And before anything is taken out of the output folder."""
+    for name in ("student_of", "settle_schedule", "settle_entry"):
+        monkeypatch.delattr(run, name)
+    old = tmp_path / "out" / "checkpoint-5"
+    old.mkdir(parents=True)
+    rows = Path(mixed).read_text().splitlines()
+    good = written(tmp_path, *map(json.loads, (rows[0], rows[1], rows[4])), name="good.jsonl")
+    with pytest.raises(SystemExit, match=rf"^error: {said}"):
+        train(base, tmp_path / "out", good, "data.max_length=12", "overwrite=true", *options)
+    assert old.is_dir()
+
+
+@pytest.mark.parametrize("wanted", ["skip", "raise"])
+def test_calibration_takes_rows_that_training_takes(base, tmp_path, wanted, monkeypatch):
+    """Beyond the first rows, which are tried before: row 10 asks too much. Nothing is computed before it is refused."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    seen = {"messages": [turn("user", IMG, "how many?"), ANSWER], "images": ["a.png"]}
+    long = {**seen, "messages": [turn("user", IMG, LONG["content"]), ANSWER]}
+    data = written(tmp_path, *[seen] * 10, long, *[seen] * 3, name="rows.jsonl")
+    used = []
+    monkeypatch.setattr(calibrate, "batches", lambda *given: used.append(given[2]) or [])
+    monkeypatch.setattr(calibrate, "fit_entry", lambda *_: pytest.fail("computes"))
+    options = ("data.max_length=12", f"data.too_long={wanted}", "entry.init=calibrated")
+    with pytest.raises(
+        pytest.fail.Exception if wanted == "skip" else SystemExit,
+        match="computes" if wanted == "skip" else r"error: row 10 has \d+ tokens, more than data\.max_length",
+    ):
+        train(base, tmp_path / "out", data, *options)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,27 @@ def test_what_cannot_be_resumed_is_said(base, cut, tmp_path):
         train(base, cut, "resume=true")
 
 
+def test_only_the_run_that_began_goes_on(base, whole, tmp_path, capsys):
+    """Places may be others, and how it computes; what it computes may not."""
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
+    shutil.copy(whole / "config.yaml", output)
+    for change, said in (
+        ("lora.r=8", r"other settings: lora\.r=8 \(it had 4\); resume it with its own, as .*config\.yaml"),
+        ("train.learning_rate=3", r"train\.learning_rate=3\.0 \(it had 0\.01\);"),
+        ("schedule.exit=6", r"schedule\.exit=6 \(it had 5\);"),
+        ("teacher=dense", r"teacher=dense \(it had visipruner\);"),
+        ("engine=lightning", r"engine\.trainer=lightning \(it had accelerate\);"),
+        ("recipe=align", r"teacher=none \(it had visipruner\), tune=align \(it had lora\)"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            train(base, output, "resume=true", change)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    train(moved, output, "resume=true", "train.batch_size=2", "train.accumulation=2", "train.save_every=9")
+    assert f"goes on with model.path={moved}, where the run had {base}" in capsys.readouterr().out
+
+
 def write(folder, step, text="state"):
     with checkpoints.writing(folder, step, samples=4, keep=2, main=True, barrier=lambda: None) as target:
         (target / "state").write_text(text)

@@ -17,7 +17,7 @@ from latefusion.models.saved import load_student
 from latefusion.training import run
 from latefusion.training.checks import read
 from latefusion.training.config import RECIPES, EntryConfig, LoraConfig, ModelConfig, TrainConfig
-from latefusion.training.schedule import schedule_of
+from latefusion.training.policies import schedule_of
 
 FAMILY = {
     "llava_1_5_7b": "llava",

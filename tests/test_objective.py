@@ -10,6 +10,7 @@ from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import parts
 from latefusion.training.objective import IGNORE, distillation, label_columns
+from latefusion.training.policies import visipruner
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_loss_is_cross_entropy_plus_kl_over_all_logits(rows):
 
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     base, _ = tiny_base()
-    teacher = attach(base, parts.visipruner(config.model.visipruner))
+    teacher = attach(base, visipruner(config.model.visipruner))
     asked = (batch["queries"], batch["labels"] != IGNORE)
     with torch.no_grad(), student.attachment.queries(*asked), teacher.queries(*asked):
         s, t = student.model(**inputs).logits, base(**inputs).logits

@@ -14,6 +14,7 @@ from latefusion.training import parts, run
 from latefusion.training.checks import read
 from latefusion.training.objective import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
+from latefusion.training.policies import teacher
 from latefusion.training.teaching import teach
 
 VOCABULARY = 10_000  # more than there are tokens: all of them
@@ -99,11 +100,11 @@ def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change,
 def test_a_changed_chat_template_is_noticed(base, cache):
     config, student = read(options(base, cache, "output_dir=x")), None
     student = parts.student_of(config)
-    told = expected(config, student, parts.teacher(config))
+    told = expected(config, student.processor, teacher(config))
     Taught(parts.collator_of(student), str(cache), told)
     student.processor.chat_template += " "
     with pytest.raises(ValueError, match="were written with tokenizer="):
-        Taught(parts.collator_of(student), str(cache), expected(config, student, parts.teacher(config)))
+        Taught(parts.collator_of(student), str(cache), expected(config, student.processor, teacher(config)))
 
 
 def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
@@ -126,7 +127,7 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     monkeypatch.undo()
     config = read(options(base, cache, "output_dir=x"))
     student = parts.student_of(config)
-    told = expected(config, student, parts.teacher(config))
+    told = expected(config, student.processor, teacher(config))
     isolated = parts.collator_of(student, config)
     whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
@@ -206,6 +207,29 @@ def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
         assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
     one, two = (json.loads((tmp_path / n / "teacher.json").read_text()) for n in ("one", "two"))
     assert {**one, "files": 2} == two
+
+
+def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(base, tmp_path, capsys):
+    rows = [
+        {"id": f"r{i}", "messages": [said("user", "how many?"), said("assistant", "2")]} for i in range(9)
+    ]
+    rows.append({"id": "last", "messages": [said("user", "how many?")]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = options(base, tmp_path / "cache", "data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
+    with pytest.raises(
+        SystemExit, match=r"^error: row last .*; leave such rows out with data\.on_error=skip\.$"
+    ):
+        teach(given)
+    assert not (tmp_path / "cache" / "teacher.json").exists()
+    given.data.on_error = "skip"
+    teach(given)
+    assert "9 samples taught" in (printed := capsys.readouterr().out)
+    assert "1 row(s) could not be used and were left out: " in printed
+    assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
+
+
+def said(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def test_a_stream_is_not_taught(tmp_path):

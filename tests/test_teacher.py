@@ -16,6 +16,7 @@ from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import parts, run
 from latefusion.training.objective import IGNORE, Objective
+from latefusion.training.policies import visipruner
 from latefusion.training.teacher import OtherTeacher
 from latefusion.training.teaching import teach
 
@@ -55,7 +56,7 @@ def test_kl_is_to_the_other_model_under_its_policy(base, larger, teacher):
     _, terms = objective(student.model, batch, count=1)
 
     model, _ = tiny_base(layers=LAYERS, seed=3)
-    policy = VisionSchedule() if teacher == "dense" else parts.visipruner(config.kl.visipruner)
+    policy = VisionSchedule() if teacher == "dense" else visipruner(config.kl.visipruner)
     attachment = attach(model, policy)
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     asked = (batch["queries"], batch["labels"] != IGNORE)

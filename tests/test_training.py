@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: every recipe and engine, resuming, accumulation, refusals."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,45 @@ def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch)
         match=r"^error: the processor of .* needs a package that is not here: Package `num2words` .* Install it\.$",
     ):
         train(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors", r"the weights of .* cannot be read \(.*\); download them again"),
+        ("config.json", r".*config\.json is no model's configuration"),
+        ("processor_config.json", r".* holds no processor that can be read \("),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(base, tmp_path, name, said):
+    model = shutil.copytree(base, tmp_path / "model")
+    os.truncate(model / name, 9)
+    with pytest.raises(SystemExit, match=rf"^error: {said}"):
+        train(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("eval.split=tset",),
+            r"on scenes after training cannot be: split 'tset' does not exist; choose one of train",
+        ),
+        (
+            ("data.eval_path={here}/rows.csv",),
+            r"on .*rows\.csv after training cannot be: the dataset has no column 'id'",
+        ),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_training(
+    base, tmp_path, options, said, monkeypatch
+):
+    (tmp_path / "rows.csv").write_text("question\nwhat?\n")
+    monkeypatch.delattr(run, "student_of")
+    with pytest.raises(SystemExit, match=rf"^error: the evaluation {said}"):
+        train(
+            base, tmp_path / "out", "eval.enabled=true", *(option.format(here=tmp_path) for option in options)
+        )
 
 
 def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):

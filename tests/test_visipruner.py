@@ -25,9 +25,10 @@ from reference_visipruner import Settings
 from torch import Tensor
 
 from latefusion.models.attach import attach
-from latefusion.models.policies import visipruner
+from latefusion.models.policies import fusion
 from latefusion.models.policies.base import Decision, Prompt
-from latefusion.models.policies.visipruner import VisiPruner, removal_effect
+from latefusion.models.policies.fusion import removal_effect
+from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 
@@ -73,7 +74,7 @@ def test_bfloat16_models_decide_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append((weights.dtype, value.dtype, *(found.dtype for found in removal_effect(weights, value))))
         return removal_effect(weights, value)
 
-    monkeypatch.setattr(visipruner, "removal_effect", spy)
+    monkeypatch.setattr(fusion, "removal_effect", spy)
     model = build().bfloat16()
     batch = collate([(embeds.bfloat16(), mask) for embeds, mask in prompts()], "left")
     batch.inputs_embeds = batch.inputs_embeds.bfloat16()

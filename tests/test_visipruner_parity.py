@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latefusion.models.attach import attach
-from latefusion.models.policies import visipruner
-from latefusion.models.policies.visipruner import VisiPruner, removal_effect
+from latefusion.models.policies import fusion
+from latefusion.models.policies.fusion import removal_effect
+from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +75,7 @@ class Recorded:
             self.effects.append(removal_effect(weights, value))
             return self.effects[-1]
 
-        patch.setattr(visipruner, "removal_effect", spy)
+        patch.setattr(fusion, "removal_effect", spy)
         with attach(model, policy, vision_mask=vision) as att, torch.no_grad():
             for layer in model.model.layers:
                 layer.register_forward_hook(lambda module, args, output: self.outputs.append(output))

@@ -14,7 +14,8 @@ from reference_visipruner import ReferenceLlama
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt
-from latefusion.models.policies.visipruner import VisiPruner, removal_effect
+from latefusion.models.policies.fusion import removal_effect
+from latefusion.models.policies.visipruner import VisiPruner
 
 # ---------------------------------------------------------------- the settings
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion.models import returns
 from latefusion.models.attach import attach
-from latefusion.models.policies import visipruner
+from latefusion.models.policies import fusion
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
@@ -65,10 +65,10 @@ def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: py
     """Of one prefill beyond those of the stock model; whatever is sent to the host is also waited for."""
     model, batch = build(), collate(samples, "left")
     counts, sent = [], []
-    on_the_way = visipruner._OnTheWay
+    on_the_way = fusion._OnTheWay
     with patch.context() as inside, torch.no_grad():
         inside.setattr(returns, "looking_is_free", lambda mask: False)  # as on a GPU
-        inside.setattr(visipruner, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
+        inside.setattr(fusion, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
         for chosen in (None, policy):
             attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)
             with counted(patch) as found:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_lost_runs import QUICK, entries, train
-from tiny import BAND, SMALL, composed, save_tiny_base
+from tiny import BAND, SMALL, composed, configured, save_tiny_base
 
 from latefusion.training import parts
 from latefusion.training.checks import read
@@ -144,12 +144,13 @@ def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
 
 
 def test_trackers_are_named_or_refused(monkeypatch, capsys):
-    monkeypatch.setattr("latefusion.training.monitor.find_spec", lambda name: name == "wandb" or None)
+    for module in ("monitor", "checks"):
+        monkeypatch.setattr(f"latefusion.training.{module}.find_spec", lambda name: name == "wandb" or None)
     assert trackers(["tensorboard", "wandb"], main=True) == ["wandb"]
     assert "TensorBoard is not installed" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"train.trackers=trackio is not installed; pip install trackio"):
-        trackers(["trackio"], main=True)
+        configured("train.trackers=[trackio]")
     with pytest.raises(
         ValueError, match=r"train.trackers names 'mlflow'; there are tensorboard, wandb, trackio"
     ):
-        trackers(["mlflow"], main=True)
+        configured("train.trackers=[mlflow]")

@@ -10,15 +10,16 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
+from latefusion.data.guard import Guard
 from latefusion.eval.profiling.files import ENTRY, read_entry, write_entry
-from latefusion.eval.profiling.samples import batches, distinct_images, stop_tokens
+from latefusion.eval.profiling.samples import NoImages, batches, distinct_images, stop_tokens
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit, EntryKind
 from latefusion.training.first import first_says
-from latefusion.training.schedule import schedule_of
+from latefusion.training.policies import schedule_of
 
 IMAGES_AT_ONCE = 32
 FITTED = "entry"  # in the run's folder
@@ -41,7 +42,8 @@ def settle_entry(
         resumed: the checkpoint that the run goes on from; its entry is not fitted again.
 
     Raises:
-        ValueError: the data has too few images to fit it on.
+        ValueError: the data has too few images to fit it on, or a row among those with the first images cannot be used
+            and must not be left out.
     """
     if not calibrated(config) or _profiled(config) is not None:
         return
@@ -95,11 +97,19 @@ def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows
         processor=processor,
         vision_ids=[model.config.image_token_id],
         stop=stop_tokens(model, processor),
+        max_length=config.data.max_length,
+    )
+    guard = Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=rows,
+        folder=None,
     )
     enter = schedule_of(config.schedule).enter
     try:
-        chosen = distinct_images(rows, config.entry.images)
-    except ValueError:
+        chosen = distinct_images(rows, config.entry.images, guard.fits)
+    except NoImages:
         raise ValueError(
             "entry.init=calibrated is fitted on images, and none of the training set's samples has one; use "
             "entry.init=identity."

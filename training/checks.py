@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from math import inf
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from latefusion.data.config import Group, Source
+from latefusion.training.choices import TRACKERS
 from latefusion.training.config import (
     RECIPES,
     Config,
@@ -55,6 +58,9 @@ def read(cfg: DictConfig) -> Config:
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
         ("schedule.samples", config.schedule.samples),
+        ("train.threads", 1 if train.threads is None else train.threads),
+        ("eval.samples", 1 if config.eval.samples is None else config.eval.samples),
+        ("data.scenes", 1 if config.data.scenes is None else config.data.scenes),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
@@ -62,17 +68,20 @@ def read(cfg: DictConfig) -> Config:
         ("train.learning_rate", train.learning_rate),
         ("train.max_grad_norm", train.max_grad_norm),
         ("kl.temperature", kl.temperature),
+        ("schedule.bound", config.schedule.bound),
     ):
-        if not number > 0:
-            raise ValueError(f"{key}={number} must be positive.")
+        if not 0 < number < inf:
+            raise ValueError(f"{key}={number} must be positive and finite.")
     for key, number in (
         ("train.weight_decay", train.weight_decay),
         ("train.workers", train.workers),
+        ("train.seed", train.seed),
+        ("data.seed", config.data.seed),
         ("entry.rank", config.entry.rank),
         ("kl.weight", kl.weight),
     ):
-        if number < 0:
-            raise ValueError(f"{key}={number} must not be negative.")
+        if not 0 <= number < inf:
+            raise ValueError(f"{key}={number} must not be negative, and finite.")
     for key, number in (
         ("train.warmup", train.warmup),
         ("train.adam_beta2", train.adam_beta2),
@@ -81,6 +90,21 @@ def read(cfg: DictConfig) -> Config:
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
+        raise ValueError(
+            f"schedule.budget={config.schedule.budget} is a part of dense FLOPs: above 0, at most 1."
+        )
+    if not config.output_dir:
+        raise ValueError("output_dir is empty; name a folder with output_dir=FOLDER.")
+    if lora.targets is not None and not lora.targets:
+        raise ValueError(
+            "lora.targets=[] names no layer; leave it out for every linear layer of the decoder."
+        )
+    for name in train.trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
+        if name != "tensorboard" and not any(map(find_spec, TRACKERS[name])):
+            raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
     _check_data(config)
     if config.schedule.cross is not None and (
         train.narrow > 0 or config.schedule.auto or config.schedule.profile
@@ -177,6 +201,17 @@ def explain(overrides: Sequence[str]) -> None:
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
         try:
             compose("config", list(overrides))
+        except OverrideParseException as error:
+            raise ValueError(
+                f"{error.override} is not read as key=value; in a shell, quote what has brackets or spaces: "
+                "'schedule.keep={12: 64}'."
+            ) from None
+        except AssertionError:  # what OmegaConf makes of a key inside a dictionary that is None
+            nested = [word for word in overrides if "." in word.partition("=")[0]]
+            raise ValueError(
+                f"one of {', '.join(nested)} sets a key inside one that holds nothing; give it as a whole: "
+                "KEY={NAME: VALUE}."
+            ) from None
         except MissingConfigException as error:
             options = ", ".join(error.options or ())
             group, _, choice = (error.missing_cfg_file or "").partition("/")
@@ -188,7 +223,7 @@ def explain(overrides: Sequence[str]) -> None:
             cause = error.__cause__
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
                 raise ValueError(_unknown_key(str(cause.full_key))) from None
-            reason = str(cause).splitlines()[0] if cause else str(error)
+            reason = (str(cause) if cause else str(error)).splitlines()[0].rstrip(".")
             override = str(error).splitlines()[0].removeprefix("Error merging override ")
             raise ValueError(f"{override}: {reason}.") from None
 

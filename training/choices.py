@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+"""Of `train.trackers`, each with the packages any of which it needs."""
+
 
 class Teacher(Enum):
     """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
@@ -58,6 +61,18 @@ class EntryInit(Enum):
 
     identity = "identity"
     calibrated = "calibrated"
+
+
+class Scheduler(Enum):
+    """How the learning rate goes on after the warm-up, by transformers' names."""
+
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    inverse_sqrt = "inverse_sqrt"
 
 
 class Trainer(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -44,6 +45,15 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
         file.flush()
         (Path(output_dir) / MARK).unlink(missing_ok=True)
         yield
+
+
+def check_writable(folder: str | Path, key: str = "output_dir") -> None:
+    """Raise ValueError if a folder cannot be made, or nothing be written into it."""
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+        raise ValueError(f"{key}={folder} cannot be written ({why}); choose another {key}=FOLDER.")
 
 
 def check_unclaimed(output_dir: str | Path) -> None:

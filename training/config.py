@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from latefusion.data.config import DataConfig
 from latefusion.training.choices import (
@@ -20,6 +20,7 @@ from latefusion.training.choices import (
     Layers,
     NonFiniteStep,
     Positions,
+    Scheduler,
     Teacher,
     Trainer,
     Tune,
@@ -142,7 +143,7 @@ class TrainConfig:
     accumulation: int = 1
     warmup: float = 0.03
     narrow: float = 0.0
-    scheduler: str = "cosine"
+    scheduler: Scheduler = Scheduler.cosine
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
@@ -243,4 +244,6 @@ class Config:
     overwrite: bool = False
 
 
-ConfigStore.instance().store(name="schema", node=Config)
+SCHEMA = OmegaConf.structured(Config)
+OmegaConf.set_struct(SCHEMA.model.processor, False)  # any key may be added: what there are, its class knows
+ConfigStore.instance().store(name="schema", node=SCHEMA)

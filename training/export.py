@@ -13,7 +13,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from latefusion.models.where import ADAPTER_CONFIG
+from latefusion.models.where import ADAPTER_CONFIG, check_base_of
+from latefusion.training.claim import check_writable
 from latefusion.training.config import Dtype
 from latefusion.training.words import check_words, parsed
 
@@ -43,16 +44,23 @@ def check(arguments: Arguments) -> None:
     """Raise before anything is loaded if this export cannot work.
 
     Raises:
-        FileNotFoundError: the checkpoint holds no student.
-        ValueError: the output is taken.
+        FileNotFoundError: the checkpoint holds no student, or its base is not there.
+        ValueError: it needs no export; or the output is taken, or cannot be written.
     """
     source, target = Path(arguments.checkpoint), Path(arguments.output)
+    if not (source / ADAPTER_CONFIG).is_file() and (source / "config.json").is_file():
+        raise ValueError(
+            f"{source} is a plain checkpoint already (all its weights were trained, or adapters merged into them): use "
+            f"it as it is, or publish it with `hf upload NAME {source}`."
+        )
     if not (source / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(
             f"no student at {source}: it has no {ADAPTER_CONFIG}; name a folder that training wrote."
         )
     if any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
         raise ValueError(f"{target} holds a model already; choose another output=FOLDER.")
+    check_writable(target, key="output")
+    check_base_of(source)
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +73,7 @@ def main(arguments: list[str]) -> None:
         from latefusion.training.publish import export  # torch and all that, which no refusal has to wait for
 
         print(export(asked))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # also a full disk
         sys.exit(f"error: {error}")
 
 

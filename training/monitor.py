@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from latefusion.training.choices import TRACKERS
+
 METRICS = "metrics.jsonl"
-TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 REFRESH = 0.5  # seconds
 # dense peak in FLOP/s, bfloat16 on tensor cores and float32 without: vendors' data sheets, SXM where there are several
 PEAK = {
@@ -34,23 +35,10 @@ PEAK = {
 
 
 def trackers(names: list[str], *, main: bool) -> list[str]:
-    """Those of the asked-for trackers that are installed; TensorBoard, the default, may be missing.
-
-    Raises:
-        ValueError: another one is unknown, or not installed.
-    """
-    found = []
-    for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
-        if any(map(find_spec, TRACKERS[name])):
-            found.append(name)
-        elif name != "tensorboard":
-            raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
-        elif main:
-            print(
-                f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers."
-            )
+    """Those of the asked-for trackers that are installed: TensorBoard, the default, may be missing."""
+    found = [name for name in names if any(map(find_spec, TRACKERS[name]))]
+    if main and found != names:
+        print(f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers.")
     return found
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.build import Student
 from latefusion.models.policies.base import Policy
 from latefusion.training.config import Config
 from latefusion.training.teacher import shared_vocabulary
@@ -47,18 +46,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return hashlib.sha256((json.dumps(rules, sort_keys=True) + template).encode()).hexdigest()[:16]
 
 
-def expected(config: Config, student: Student, teacher: Policy | None) -> dict[str, Any]:
+def expected(config: Config, processor: Any, teacher: Policy | None) -> dict[str, Any]:
     """What must be the same when the answers are written and when they are read."""
-    tokenizer = student.processor.tokenizer
-    ids = student.model.config.get_text_config().vocab_size
-    ids = ids if config.kl.model is None else shared_vocabulary(config)
     return {
         "model": config.kl.model or config.model.path,
         "teacher": repr(teacher),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,
-        "k": min(config.kl.top_k, ids),
-        "tokenizer": fingerprint(tokenizer, student.processor.chat_template or ""),
+        "k": min(config.kl.top_k, shared_vocabulary(config)),
+        "tokenizer": fingerprint(processor.tokenizer, processor.chat_template or ""),
     }
 
 

@@ -19,7 +19,6 @@ from latefusion.models.base import compute_dtype, load_base
 from latefusion.models.build import Student, build_full, build_student
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.policies.base import Policy
-from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.saved import start_from
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.calibrate import entry_start
@@ -29,14 +28,12 @@ from latefusion.training.config import (
     EntryConfig,
     EntryKind,
     Layers,
-    Teacher,
     Tune,
     Variant,
-    VisiPrunerConfig,
 )
 from latefusion.training.objective import Objective
 from latefusion.training.offline import Taught, expected
-from latefusion.training.schedule import schedule_of
+from latefusion.training.policies import check_layers, schedule_of, teacher
 from latefusion.training.teacher import load_teacher, shared_vocabulary
 
 
@@ -74,14 +71,6 @@ def base_of(config: Config) -> tuple[PreTrainedModel, ProcessorMixin]:
 def student_of(config: Config) -> Student:
     """The student that `config` describes; what `settle_entry` found is its entry adapter's start."""
     return student_from(config, *base_of(config), entry_start(config))
-
-
-def check_layers(config: Config, num_layers: int) -> None:
-    """Raise ValueError if the schedule does not fit a decoder of so many layers."""
-    try:
-        schedule_of(config.schedule).validate(num_layers)
-    except ValueError as error:
-        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
 
 
 def examples(config: Config, dataset: Any) -> Any:
@@ -167,17 +156,17 @@ def training_collator(config: Config, student: Student) -> Collator | Taught:
     collator = collator_of(student, config)
     if config.kl.cache is None:
         return collator
-    return Taught(collator, config.kl.cache, expected(config, student, teacher(config)))
+    return Taught(collator, config.kl.cache, expected(config, student.processor, teacher(config)))
 
 
-def guarded(config: Config, collator: Collator | Taught, dataset: Any) -> Guard:
-    """The collator, with what the configuration wants of rows that cannot be used."""
+def guarded(config: Config, collator: Collator | Taught, dataset: Any, *, folder: str | None = None) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used; `folder` lists them, None: none."""
     return Guard(
         collator,
         on_error=config.data.on_error,
         too_long=config.data.too_long,
         dataset=dataset,
-        folder=config.output_dir,
+        folder=folder,
     )
 
 
@@ -230,15 +219,3 @@ def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | N
         return None
     layers = student.model.config.get_text_config().num_hidden_layers
     return lambda moment: student.schedule.widened(moment / config.train.narrow, layers)
-
-
-def teacher(config: Config) -> Policy | None:
-    """The policy that the teacher runs under."""
-    if config.teacher is Teacher.none:
-        return None
-    thresholds = config.model.visipruner if config.kl.model is None else config.kl.visipruner
-    return VisionSchedule() if config.teacher is Teacher.dense else visipruner(thresholds)
-
-
-def visipruner(config: VisiPrunerConfig) -> VisiPruner:
-    return VisiPruner(**{**vars(config), "stages": tuple(config.stages)})

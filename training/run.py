@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from latefusion.data import sources
-from latefusion.data.config import OnError, Source
-from latefusion.data.guard import SKIPPED_FILE, Bad, skipped, usable
+from latefusion.data.config import Source
+from latefusion.data.guard import SKIPPED_FILE, skipped
 from latefusion.data.messages import Refused, sentence
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
@@ -34,7 +33,6 @@ from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale
 from latefusion.training.parts import (
     base_of,
-    check_layers,
     dtype_of,
     examples,
     guarded,
@@ -42,13 +40,14 @@ from latefusion.training.parts import (
     packing,
     samples,
     student_of,
-    teacher,
     training_collator,
-    visipruner,
 )
+from latefusion.training.policies import evaluates
 from latefusion.training.preflight import checked
+from latefusion.training.resumed import CONFIG
+from latefusion.training.rows import check_rows
 from latefusion.training.settle import settle_schedule
-from latefusion.training.teacher import check_teacher, decoder_config
+from latefusion.training.teacher import check_models
 
 
 def run(cfg: DictConfig) -> None:
@@ -70,27 +69,30 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
     with ExitStack() as held:
         try:
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
-            check_policy(config)
+            check_models(config)
             dataset = samples(config.data)
-            held.enter_context(claimed(config.output_dir))
-            settle_schedule(config, cfg, resumed)
-            settle(config, resumed)
-            if isinstance(dataset, Stream):
-                dataset.marks = Path(config.output_dir) / MARKS
             begins = first_samples(dataset)
-            check_rows(config, begins)
+            check_rows(config, dataset, begins, cache=config.kl.cache)
+            check_evaluation(config)
+            held.enter_context(claimed(config.output_dir))
+            settle_threads(config)
+            settle_schedule(config, cfg, resumed)
             settle_entry(config, lambda: base_of(config), lambda: examples(config, dataset), resumed)
+            set_seed(config.train.seed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config)
-            collator = guarded(config, training_collator(config, student), dataset)
-            some = collator(begins)
-            collator = packing(config, student, collator)
             objective = objective_of(config, student)
+            clear(config, resumed)
+            if isinstance(dataset, Stream):
+                dataset.marks = Path(config.output_dir) / MARKS
+            guard = guarded(config, training_collator(config, student), dataset, folder=config.output_dir)
+            some = guard(begins)
+            collator = packing(config, student, guard)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         first = int(os.environ.get("RANK", "0")) == 0
         if first:
-            OmegaConf.save(cfg, Path(config.output_dir) / "config.yaml", resolve=True)
+            OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             print(describe(config, student, some, objective.other), flush=True)
         try:
             main = engine.fit(config, context, student, dataset, collator, objective, resumed)
@@ -115,35 +117,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             write_card(config, student)
 
 
-def check_policy(config: Config) -> None:
-    """Raise, before any weights are loaded, if the model has too few layers for what `config` says.
-
-    Raises:
-        ValueError: the schedule or the teacher's thresholds do not fit; or `kl.model` cannot teach.
-    """
-    visipruner(config.model.visipruner)
-    known, policy = decoder_config(config.model), teacher(config)
-    if not config.schedule.auto and config.schedule.profile is None:
-        check_layers(config, known.num_hidden_layers)
-    if policy is not None and config.kl.model is not None:
-        check_teacher(config, policy)
-    elif policy is not None and config.kl.weight > 0:
-        policy.validate(known.num_hidden_layers)
-
-
-def check_rows(config: Config, samples: Sequence[Any]) -> None:
-    """Raise ValueError if one of these rows is bad and must not be, before a model is loaded and calibrated."""
-    if config.data.on_error is OnError["raise"]:
-        for sample in samples:
-            row = sample if isinstance(sample, dict | Bad) else usable(sample)
-            if isinstance(row, Bad):
-                raise ValueError(f"row {row.id} {row.error}; leave such rows out with data.on_error=skip.")
-
-
-def settle(config: Config, resumed: Path | None) -> None:
-    """Threads, seeds, and an output folder without what a run left there that this one does over."""
-    settle_threads(config)
-    set_seed(config.train.seed)
+def clear(config: Config, resumed: Path | None) -> None:
+    """Take out of the output folder what a run left there that this one does over."""
     if int(os.environ.get("RANK", "0")) == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
         if resumed is None:
@@ -184,6 +159,22 @@ def write_card(config: Config, student: Student) -> None:
     if config.tune is not Tune.full:
         entry, folder = entry_of(student.model) is not None, config.output_dir
         (Path(folder) / "README.md").write_text(model_card(folder, folder=folder, merged=False, entry=entry))
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise, before training, if the questions that the run ends with are not there or are none."""
+    if not evaluates(config):
+        return
+    from latefusion.eval.predict import check_questions
+
+    try:
+        check_questions(questions_of(config))
+    except (ValueError, FileNotFoundError) as error:
+        where = config.data.eval_path or config.data.source.value
+        raise ValueError(
+            f"the evaluation on {where} after training cannot be: {str(error).rstrip('.')}; mend data.eval_path or "
+            "eval.split, or train with eval.enabled=false."
+        ) from None
 
 
 def questions_of(config: Config) -> Any:

@@ -16,13 +16,18 @@ import hydra
 from omegaconf import DictConfig
 
 from latefusion.training.checks import explain
+from latefusion.training.preflight import checked_teaching
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from latefusion.training.teaching import teach  # seconds, which a typo or --help need not wait for
+    config = checked_teaching(cfg)
 
-    teach(cfg)
+    from latefusion.training.teaching import (
+        answer,  # torch and all that: seconds, which no refusal has to wait for
+    )
+
+    answer(config)
 
 
 if __name__ == "__main__":

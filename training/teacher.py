@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base import load_base
+from latefusion.models.base import load_base, load_processor
 from latefusion.models.policies.base import Policy
-from latefusion.models.where import EMBEDDED, check_base
-from latefusion.training.config import Config, ModelConfig
+from latefusion.models.vision import vision_token_ids
+from latefusion.models.where import EMBEDDED
+from latefusion.training.config import Config
+from latefusion.training.policies import check_depths, teaches
 
 SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
 
@@ -54,22 +56,15 @@ def load_teacher(config: Config, policy: Policy, *, dtype: torch.dtype) -> Other
     return OtherTeacher(model=model, attachment=attach(model, policy))
 
 
-def check_teacher(config: Config, policy: Policy) -> None:
+def check_teacher(config: Config) -> None:
     """Raise, before any weights are loaded, if `kl.model` cannot teach: from processors and configurations alone.
 
     Teacher and student read the same tokens and pixels, those of the student's processor.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: another vocabulary, another number of vision tokens an image, or other pixels; `policy` does not
-            fit its layers.
+        ValueError: another vocabulary, another number of vision tokens an image, or other pixels.
     """
     path = kl_model(config)
-    check_base(path)
-    try:
-        policy.validate(_config(config, path, config.kl.revision).get_text_config().num_hidden_layers)
-    except ValueError as error:
-        raise ValueError(f"kl.model={path} cannot run under its policy: {error}") from None
     mine, its = (_processor(config, *of) for of in _both(config))
     fix = "choose a teacher of the student's family, or leave kl.model out"
     vocabulary, others = mine.tokenizer.get_vocab(), its.tokenizer.get_vocab()
@@ -107,15 +102,31 @@ def check_teacher(config: Config, policy: Policy) -> None:
             )
 
 
-def decoder_config(model: ModelConfig) -> Any:
-    """The decoder's part of a base model's configuration, read without its weights."""
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return AutoConfig.from_pretrained(_folder(model.path), **where).get_text_config()
+def check_models(config: Config) -> None:
+    """Raise, from configurations and processors alone, if the models cannot do what `config` says.
+
+    Raises:
+        ValueError: one sees no images; the schedule or the thresholds are for a deeper one; or `kl.model` cannot teach.
+    """
+    asked = [_config(config, config.model.path, config.model.revision)]
+    if config.kl.model is not None:
+        asked.append(_config(config, config.kl.model, config.kl.revision))
+    for found in asked:
+        if "image" not in vision_token_ids(found):
+            raise ValueError(
+                f"{found.name_or_path} is no model of images and text but a {found.model_type}; name another with "
+                "model.path=... (or kl.model=...)."
+            )
+    depths = [found.get_text_config().num_hidden_layers for found in asked]
+    check_depths(config, depths[0], depths[1] if len(depths) > 1 else None)
+    if config.kl.model is not None and teaches(config):
+        check_teacher(config)
 
 
 def shared_vocabulary(config: Config) -> int:
-    """How many token ids both score: models of one tokenizer may pad their output to different sizes."""
-    return min(_config(config, *of).get_text_config().vocab_size for of in _both(config))
+    """How many token ids model and teacher score: models of one tokenizer may pad their output to different sizes."""
+    both = [(config.model.path, config.model.revision)] if config.kl.model is None else _both(config)
+    return min(_config(config, *of).get_text_config().vocab_size for of in both)
 
 
 def kl_model(config: Config) -> str:
@@ -135,8 +146,9 @@ def _config(config: Config, path: str, revision: str | None) -> Any:
 
 def _processor(config: Config, path: str, revision: str | None) -> Any:
     settings = {} if path == EMBEDDED else config.model.processor
-    where = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
-    return AutoProcessor.from_pretrained(_folder(path), **where, **settings)
+    return load_processor(
+        path, revision=revision, trust_remote_code=config.model.trust_remote_code, settings=settings
+    )
 
 
 def _folder(path: str) -> Any:

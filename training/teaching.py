@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +17,26 @@ import torch
 from omegaconf import DictConfig
 
 from latefusion.data.collate import BadRow, Collator
-from latefusion.data.guard import Bad
-from latefusion.models.base import check_base
+from latefusion.data.guard import SKIPPED_FILE, Bad, Guard, skipped
 from latefusion.training import parts
-from latefusion.training.checks import read
 from latefusion.training.config import Config, EntryInit
+from latefusion.training.describe import first_samples
 from latefusion.training.engines.teachers import settle_teacher
 from latefusion.training.offline import TEACHER, expected, rows_of, write
+from latefusion.training.policies import teacher
+from latefusion.training.preflight import checked_teaching
+from latefusion.training.rows import check_rows
 from latefusion.training.run import settle_threads
-from latefusion.training.teacher import check_teacher
+from latefusion.training.teacher import check_models
 
 
 def teach(cfg: DictConfig) -> None:
-    """Write `kl.cache`.
+    """Check what a composed configuration says, and write `kl.cache`; see `answer`."""
+    answer(checked_teaching(cfg))
+
+
+def answer(config: Config) -> None:
+    """Write `kl.cache` for a configuration that `preflight.checked_teaching` has seen.
 
     Raises:
         SystemExit: what cannot work, in one sentence.
@@ -38,18 +46,16 @@ def teach(cfg: DictConfig) -> None:
         int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
     )
     try:
-        config = read(cfg)
-        check(config)
-        policy = parts.teacher(config)
+        check_models(config)
+        policy = teacher(config)
         sharded = parts.in_shards(config)
         if (
             sharded and config.kl.model is None
         ):  # the student's base, on its own, where adapters do not get in the way
             own = config.model
             config.kl.model, config.kl.revision, config.kl.visipruner = own.path, own.revision, own.visipruner
-        if config.kl.model is not None and policy is not None:
-            check_teacher(config, policy)
         dataset = parts.samples(config.data)
+        check_rows(config, dataset, first_samples(dataset), cache=None)
         settle_threads(config)
         config.entry.init = EntryInit.identity  # no teacher has an entry adapter to calibrate
         context = None
@@ -60,6 +66,7 @@ def teach(cfg: DictConfig) -> None:
         student = parts.student_of(config)
         objective = parts.objective_of(config, student, offline=False)
         collator = parts.collator_of(student, config)
+        guard = parts.guarded(config, collator, dataset, folder=config.kl.cache)
         blank = stand_in(collator, dataset) if sharded else None
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -75,10 +82,11 @@ def teach(cfg: DictConfig) -> None:
     folder = Path(config.kl.cache or "")
     (folder / TEACHER).unlink(missing_ok=True)  # what was there is no longer whole
     if rank == 0:
+        (folder / SKIPPED_FILE).unlink(missing_ok=True)
         for old in folder.glob("teacher-*.arrow"):
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
-    pad, told = student.processor.tokenizer.pad_token_id, expected(config, student, policy)
+    pad, told = student.processor.tokenizer.pad_token_id, expected(config, student.processor, policy)
     size, mine = config.train.batch_size, range(rank, len(dataset), world)
 
     def answers(batch: dict[str, Any]) -> torch.Tensor:
@@ -89,7 +97,7 @@ def teach(cfg: DictConfig) -> None:
     def batches() -> Iterator[list[dict[str, Any]]]:
         for start in range(0, len(range(0, len(dataset), world)), size):  # the first process has the most
             rows = mine[start : start + size]
-            samples, batch = usable(collator, [dataset[i] for i in rows])
+            samples, batch = usable(guard, [dataset[i] for i in rows])
             if samples:
                 wanted, temperature = answers(batch), config.kl.temperature
                 yield list(rows_of(samples, batch, wanted, pad=pad, k=told["k"], temperature=temperature))
@@ -98,7 +106,10 @@ def teach(cfg: DictConfig) -> None:
             if rank == 0 and sys.stderr.isatty():
                 print(f"\r{start + len(rows)}/{len(mine)} samples", end="", file=sys.stderr)
 
-    count = write(folder, batches(), rank=rank, world=world)
+    try:
+        count = write(folder, batches(), rank=rank, world=world)
+    except (ValueError, OSError) as error:  # a row that must not be left out, a full disk
+        raise SystemExit(f"error: {error}") from error
     if rank == 0:
         (folder / TEACHER).write_text(json.dumps({**told, "files": world}, indent=1) + "\n")
         size = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
@@ -107,19 +118,8 @@ def teach(cfg: DictConfig) -> None:
             f"{count} samples taught{by} in {time.perf_counter() - started:.0f} s, {size / 1e6:.0f} MB in {folder}; "
             f"train with kl.cache={folder}."
         )
-
-
-def check(config: Config) -> None:
-    """Raise before anything is loaded if this cannot work.
-
-    Raises:
-        ValueError, FileNotFoundError: in one sentence.
-    """
-    if config.kl.cache is None:
-        raise ValueError("kl.cache is not set; name the folder to write with kl.cache=FOLDER.")
-    if config.data.streaming:
-        raise ValueError("a stream has no end at which all of it is taught; use data.streaming=false.")
-    check_base(config.model.path)
+        if left_out := skipped(folder):
+            print(f"{left_out} row(s) could not be used and were left out: {folder / SKIPPED_FILE} says why.")
 
 
 def stand_in(collator: Collator, dataset: Any) -> dict[str, Any]:
@@ -129,18 +129,26 @@ def stand_in(collator: Collator, dataset: Any) -> dict[str, Any]:
         ValueError: none can.
     """
     for row in range(len(dataset)):
-        samples, batch = usable(collator, [dataset[row]])
-        if samples:
-            return batch
+        sample = dataset[row]
+        with suppress(BadRow):
+            if not isinstance(sample, Bad):
+                return collator([sample])
     raise ValueError("no row of the data can be used; run data/validate.py.")
 
 
-def usable(collator: Collator, samples: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The samples that training can use (it puts others in the places of bad ones), and their batch."""
+def usable(guard: Guard, samples: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples that training can use (it puts others in the places of bad ones), and their batch.
+
+    Raises:
+        ValueError: one cannot be used, and must not be left out.
+    """
+    for sample in samples:
+        if isinstance(sample, Bad):
+            guard.note(sample)
     good = [sample for sample in samples if not isinstance(sample, Bad)]
     while good:
         try:
-            return good, collator(good)
+            return good, guard.collator(good)
         except BadRow as error:
-            del good[error.at]
+            guard.note(Bad.of(good.pop(error.at), error))
     return [], {}

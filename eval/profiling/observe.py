@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt
-from latefusion.models.policies.visipruner import removal_effect
+from latefusion.models.policies.fusion import removal_effect
 
 MASS = 0.9  # of the attention on vision
 QUANTILES = (0.01, 0.1, 0.5)

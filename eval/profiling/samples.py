@@ -170,24 +170,36 @@ def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(messages)
 
 
-def distinct_images(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+class NoImages(ValueError):
+    """No row has an image."""
+
+
+def distinct_images(
+    rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
+) -> list[dict[str, Any]]:
     """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
 
+    Args:
+        fits: whether a row, which may be `Bad`, can be used; it may raise.
+
     Raises:
-        ValueError: no row has an image.
+        NoImages: no row that can be used has one.
     """
     found: list[dict[str, Any]] = []
     seen: set[Any] = set()
     for i in range(len(rows)):
         row = rows[i]
-        if isinstance(row, Bad) or not row["images"] or ("scene" in row and row["scene"] in seen):
+        there = not isinstance(row, Bad)
+        if there and (not row["images"] or ("scene" in row and row["scene"] in seen)):
+            continue
+        if not fits(row):
             continue
         seen.add(row.get("scene"))
         found.append({**row, "messages": first_exchange(row["messages"])})
         if len(found) == n:
             break
     if not found:
-        raise ValueError("the data has no sample with an image; name data with images.")
+        raise NoImages("the data has no sample with an image; name data with images.")
     return found
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-WEIGHTS = Path(__file__).parent / "weights"
+from latefusion.models.where import EMBEDDED_WEIGHTS
+
+WEIGHTS = EMBEDDED_WEIGHTS
 
 
 def load_base(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

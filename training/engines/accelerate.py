@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from latefusion.data.collate import Collator
 from latefusion.models.build import Student
+from latefusion.models.saved import spare_deepspeed_the_guess
 from latefusion.training.checkpoints import writing_result
 from latefusion.training.config import Config, NonFiniteStep
 from latefusion.training.engines import fsdp
@@ -39,10 +40,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
     """
     train = config.train
     cpu = not torch.cuda.is_available()
-    if cpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # Trainer imports DeepSpeed, which would guess, and warn
+    spare_deepspeed_the_guess()
     if config.engine.fsdp:
         fsdp.refuse_cpu()
     if config.engine.deepspeed:
@@ -54,7 +52,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.scheduler,
+        lr_scheduler_type=train.scheduler.value,
         warmup_steps=round(train.warmup * train.steps),
         weight_decay=train.weight_decay,
         adam_beta2=train.adam_beta2,

@@ -239,7 +239,7 @@ class StudentModule(pl.LightningModule):
             weight_decay=train.weight_decay,
         )
         warmup = round(train.warmup * train.steps)
-        schedule = get_scheduler(train.scheduler, optimizer, warmup, train.steps)
+        schedule = get_scheduler(train.scheduler.value, optimizer, warmup, train.steps)
         return [optimizer], [schedule]
 
     def training_step(self, batches: list[dict[str, Any]], index: int) -> None:
