@@ -10,8 +10,8 @@ from latefusion.data.images import BadImage, load_image
 from latefusion.data.messages import BadSample, messages_of
 
 
-def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The sample of a record, its images opened.
+def sample_of(record: dict[str, Any], folder: Path | None, *, answered: bool = True) -> dict[str, Any]:
+    """The sample of a record, its images opened; `answered`: it must end with an answer.
 
     Raises:
         BadSample: it cannot be used.
@@ -25,7 +25,7 @@ def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     elif record.get("id") is not None:
         kept["id"] = str(record["id"])
     given = images_of(record)
-    messages = messages_of(record, len(given))
+    messages = messages_of(record, len(given), answered=answered)
     try:
         images = [load_image(image, folder) for image in given]
     except BadImage as error:

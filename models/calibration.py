@@ -18,6 +18,10 @@ from latefusion.models.schedule import VisionSchedule
 RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
 
 
+class TooFew(ValueError):
+    """There are fewer vision tokens than the map has inputs."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A fitted entry.
@@ -53,7 +57,8 @@ def fit_entry(
         enter: at least 1.
 
     Raises:
-        ValueError: there are fewer vision tokens than the map has inputs, or they are all alike.
+        TooFew: there are fewer vision tokens than the map has inputs.
+        ValueError: they are all alike.
     """
     model = attachment.model
     if entry_of(model) is not None:
@@ -124,9 +129,9 @@ class _Sums:
             x, y, n = x.sum(0, keepdim=True), y.sum(0, keepdim=True), n.sum(0, keepdim=True)
         tokens, width = int(n.sum()), x.shape[1]
         if tokens <= width + len(n):
-            raise ValueError(
+            raise TooFew(
                 f"{tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
-                f"{width} inputs and {len(n)} biases: use more images (entry.images, rows that can be read) or "
+                f"{width} inputs and {len(n)} biases: use more images (entry.images; images of a profile) or "
                 "entry.init=identity."
             )
         mean_x, mean_y = x / n[:, None], y / n[:, None]

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from families import prompt, shared, text_tokens, vision_tokens
 from oracle import band, masked
 from rich.console import Console
@@ -131,7 +130,7 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     _, found = profiled
     model, processor = tiny_base(layers=4)
     own, config = command.parsed([f"model={base}", "samples=6", "images=16"])
-    rows, _ = command.chosen_rows(config.data, own)
+    rows = command.chosen_rows(config.data, own).measured
     assert len({row["scene"] for row in rows}) == 6
     for i, row in enumerate(rows):
         text = processor.apply_chat_template(row["messages"])
@@ -343,13 +342,6 @@ def test_a_model_without_images_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no model that reads images") as error:
         command.run(own, config)
     assert "\n" not in str(error.value)
-
-
-def test_data_without_images_is_refused(tmp_path) -> None:
-    words = [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}]
-    rows = [{"messages": words, "images": []}] * 3
-    with pytest.raises(ValueError, match="samples=2 is more than the 0 samples with images"):
-        command.spread(Dataset.from_list(rows), command.Arguments(samples=2))
 
 
 def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:

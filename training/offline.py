@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.build import Student
+from latefusion.models.identity import identity
 from latefusion.models.policies.base import Policy
 from latefusion.training.config import Config
 from latefusion.training.teacher import shared_vocabulary
@@ -52,8 +53,10 @@ def expected(config: Config, student: Student, teacher: Policy | None) -> dict[s
     tokenizer = student.processor.tokenizer
     ids = student.model.config.get_text_config().vocab_size
     ids = ids if config.kl.model is None else shared_vocabulary(config)
+    path, revision = config.kl.model or config.model.path, config.kl.revision
     return {
-        "model": config.kl.model or config.model.path,
+        "model": path,
+        "weights": identity(path, revision if config.kl.model is not None else config.model.revision),
         "teacher": repr(teacher),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,
