@@ -91,7 +91,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors.torch import load_file, save_file
@@ -15,13 +15,20 @@ from latefusion.models.calibration import Calibration
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 
+if TYPE_CHECKING:
+    from latefusion.eval.profiling.examples import View
+
 PROFILE, SCHEDULE, ENTRY = "profile.json", "schedule.yaml", "entry.safetensors"
 
 
 def write(
-    folder: Path, found: dict[str, Any], calibration: Calibration | None, samples: Sequence[dict[str, Any]]
+    folder: Path,
+    found: dict[str, Any],
+    calibration: Calibration | None,
+    samples: Sequence[dict[str, Any]],
+    shown: Sequence[Sequence[View]],
 ) -> None:
-    """Write everything, the report last."""
+    """Write everything, the report last; `shown`: the images of the first few samples."""
     from latefusion.eval.profiling.page import write_report  # drawing libraries: seconds
 
     (folder / PROFILE).write_text(json.dumps(found, indent=1, allow_nan=False, default=_plain) + "\n")
@@ -30,7 +37,7 @@ def write(
     if calibration is not None:
         save_file({k: v.contiguous() for k, v in calibration.entry.state_dict().items()}, folder / ENTRY)
     tables(folder, found)
-    write_report(folder, found, samples)
+    write_report(folder, found, samples, shown)
 
 
 def schedule_yaml(found: dict[str, Any]) -> str:

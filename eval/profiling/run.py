@@ -18,15 +18,16 @@ from latefusion.eval.profiling.continued import Continued, cacheable
 from latefusion.eval.profiling.cost import Cost, Shape, planned
 from latefusion.eval.profiling.files import write
 from latefusion.eval.profiling.ledger import Ledger
-from latefusion.eval.profiling.measure import Measurer
+from latefusion.eval.profiling.measure import EXAMPLES, Measurer
 from latefusion.eval.profiling.samples import Group, batches, counts, stop_tokens
 from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.eval.profiling.summary import summarise
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.calibration import Calibration, fit_entry
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.vision import vision_token_ids
 
-SCHEMA = 2  # of profile.json; raise it when a key changes its meaning
+SCHEMA = 3  # of profile.json; raise it when a key changes its meaning
 
 
 def profile(
@@ -62,6 +63,8 @@ def profile(
     Raises:
         ValueError: the model or the data does not allow it, in one sentence.
     """
+    from latefusion.eval.profiling.examples import views  # drawing libraries: seconds
+
     console = console or Console()
     folder = Path(output_dir)
     layers = model.config.get_text_config().num_hidden_layers
@@ -91,7 +94,9 @@ def profile(
     found["note"] = " ".join(filter(None, [*remarks, note]))
     found = {"schema": SCHEMA, "about": about, "cost": vars(expense) | {"total": expense.total}, **found}
     found = summarise(found, processor.tokenizer)
-    write(folder, found, study.calibration, samples)
+    vision = set(vision_token_ids(model.base_model.config).values())
+    shown = [views(collator([sample]), sample, vision) for sample in samples[:EXAMPLES]]
+    write(folder, found, study.calibration, samples, shown)
     report(console, folder, found, note)
     return found
 
