@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from latefusion.models.attach import attach
 from latefusion.models.build import build_student
 from latefusion.models.calibration import fit_entry, installed
 from latefusion.models.entry import CalibratedEntry, entry_of
+from latefusion.models.identity import identity
 from latefusion.models.saved import load, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
@@ -102,6 +104,15 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
         assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+
+
+def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
+    calibration = SimpleNamespace(entry=CalibratedEntry(hidden_size=32, places=4))
+    found = {"about": {"weights": identity(str(base))}}
+    files.save_entry(tmp_path, found, calibration)
+    assert files.read_entry(tmp_path, identity(str(base))) is not None
+    with pytest.raises(ValueError, match="other weights"):
+        files.read_entry(tmp_path, identity("embedded"))
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
@@ -179,6 +190,18 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     schedule = json.loads((tmp_path / "run" / "vision_schedule.json").read_text())
     assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}}
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
+    save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors", metadata={"weights": "others"})
+    with pytest.raises(
+        SystemExit, match=r"error: the entry in .* was fitted to other weights .*\(others, not"
+    ):
+        run.run(
+            composed(
+                *small,
+                f"schedule.profile={tmp_path / 'p'}",
+                "entry.init=calibrated",
+                f"output_dir={tmp_path / 'third'}",
+            )
+        )
     with pytest.raises(SystemExit, match=r"error: no profile at nowhere"):
         run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
 

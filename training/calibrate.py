@@ -13,6 +13,7 @@ from latefusion.eval.profiling.samples import batches, distinct_images, stop_tok
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
+from latefusion.models.identity import identity
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit
 from latefusion.training.schedule import schedule_of
@@ -31,8 +32,10 @@ def calibrated_entry(
     enter = schedule_of(config.schedule).enter
     if config.entry.init is not EntryInit.calibrated or enter == 0:
         return None
-    if config.schedule.profile is not None and (entry := read_entry(config.schedule.profile)) is not None:
-        return entry
+    if config.schedule.profile is not None:
+        weights = identity(config.model.path, config.model.revision)
+        if (entry := read_entry(config.schedule.profile, weights)) is not None:
+            return entry
     stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
     if stage == 3:
         raise ValueError(

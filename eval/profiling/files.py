@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latefusion.models.calibration import Calibration
@@ -33,11 +34,17 @@ def write(
 
     (folder / PROFILE).write_text(json.dumps(found, indent=1, allow_nan=False, default=_plain) + "\n")
     (folder / SCHEDULE).write_text(schedule_yaml(found))
-    (folder / ENTRY).unlink(missing_ok=True)
-    if calibration is not None:
-        save_file({k: v.contiguous() for k, v in calibration.entry.state_dict().items()}, folder / ENTRY)
+    save_entry(folder, found, calibration)
     tables(folder, found)
     write_report(folder, found, samples, shown)
+
+
+def save_entry(folder: Path, found: dict[str, Any], calibration: Calibration | None) -> None:
+    """The calibrated entry, and which weights it was fitted to; none if there is none."""
+    (folder / ENTRY).unlink(missing_ok=True)
+    if calibration is not None:
+        weights = {k: v.contiguous() for k, v in calibration.entry.state_dict().items()}
+        save_file(weights, folder / ENTRY, metadata={"weights": found["about"].get("weights", "")})
 
 
 def schedule_yaml(found: dict[str, Any]) -> str:
@@ -74,15 +81,29 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     return VisionSchedule.from_dict(values)
 
 
-def read_entry(path: str | Path) -> CalibratedEntry | None:
-    """The calibrated entry of a profile, None if it has none."""
+def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
+    """The calibrated entry of a profile, None if it has none.
+
+    Args:
+        weights: the `identity` of the model that it is for.
+
+    Raises:
+        ValueError: it was fitted to other weights.
+    """
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
     if not file.is_file():
         return None
-    weights = load_file(file)
-    places, width = weights["bias"].shape
+    with safe_open(file, "pt") as held:
+        fitted = (held.metadata() or {}).get("weights")
+    if fitted and fitted != weights:
+        raise ValueError(
+            f"the entry in {file} was fitted to other weights than this model's ({fitted}, not {weights}); profile "
+            "this model, or use entry.init=identity."
+        )
+    values = load_file(file)
+    places, width = values["bias"].shape
     entry = CalibratedEntry(hidden_size=width, places=places)
-    entry.load_state_dict(weights)
+    entry.load_state_dict(values)
     return entry
 
 
