@@ -32,6 +32,9 @@ def test_every_image_has_its_tokens_and_its_grid() -> None:
     found = views(row(ids, image_grid_thw=grids), {"images": images}, IDS)
     assert [(view.tokens, view.grid) for view in found] == [(range(0, 4), (2, 2)), (range(4, 10), (2, 3))]
     assert [view.image for view in found] == images[:2], "two are shown"
+    for ids in ([1, *[7] * 8, 2, 7, 7, 7, 7], [7] * 12):  # LLaVA's stand side by side
+        found = views(row(ids), {"images": images}, IDS)
+        assert [(view.tokens, view.grid) for view in found] == [(range(0, 4), (2, 2)), (range(4, 8), (2, 2))]
     alone = views(row([1, *[7] * 9]), {"images": images[:1]}, IDS)
     assert [(view.tokens, view.grid) for view in alone] == [(range(9), (3, 3))]
 

@@ -43,6 +43,9 @@ def views(row: Mapping[str, Tensor], sample: dict[str, Any], vision_ids: Collect
     """
     images = sample["images"]
     lengths = run_lengths(torch.isin(row["input_ids"][0], torch.tensor(sorted(vision_ids))))
+    each = sum(lengths) // len(images)
+    if len(lengths) < len(images) and all(length % each == 0 for length in lengths):
+        lengths = [each] * len(images)  # side by side
     if len(lengths) != len(images):
         return [View(image, range(0), None) for image in images[:SHOWN]]
     seen, grids = pixels(row.get("pixel_values"), len(images)), row.get("image_grid_thw")
