@@ -136,6 +136,23 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
     assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
 
 
+@pytest.mark.slow
+def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_path) -> None:
+    """Every byte of every file: what one run says, another says."""
+    folder, _ = profiled
+    lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
+    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
+    own, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
+    said = io.StringIO()
+    command.run(own, config, console=Console(file=said, width=200))
+    assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in said.getvalue()
+    names = sorted(file.name for file in folder.iterdir())
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    different = [name for name in names if (tmp_path / name).read_bytes() != (folder / name).read_bytes()]
+    assert different == []
+
+
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
     _, found = profiled
