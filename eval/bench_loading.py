@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from latefusion.data.collate import IGNORE
 from latefusion.training import parts
 from latefusion.training.checks import explain, read
-from latefusion.training.config import RECIPES, Config
+from latefusion.training.config import RECIPES, Config, EntryInit
 from latefusion.training.order import order_of
 from latefusion.training.run import settle_threads
 
@@ -44,7 +44,8 @@ class Bench:
     def __init__(self, config: Config, steps: int):
         self.config, self.steps = config, steps
         self.dataset = parts.samples(config.data)
-        self.student = parts.student_of(config, self.dataset)
+        config.entry.init = EntryInit.identity  # no run is there to have fitted it
+        self.student = parts.student_of(config)
         guard = parts.guarded(config, parts.training_collator(config, self.student), self.dataset)
         self.collator = parts.packing(config, self.student, guard)
         self.objective = parts.objective_of(config, self.student)

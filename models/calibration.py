@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,15 @@ class Calibration:
         explained: share of the variance of the dense states (around their mean at each place) that it explains in the
             images it was fitted on.
         tokens: vision tokens it was fitted on.
+        unseen: the same share in the last batch, of a map fitted on the batches before it; None: they are too few.
+        raw: the share in the last batch that the rows explain as they are.
     """
 
     entry: CalibratedEntry
     explained: float
     tokens: int
+    unseen: float | None
+    raw: float | None
 
 
 @torch.no_grad()
@@ -63,18 +67,34 @@ def fit_entry(
     model = attachment.model
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
-    pairs: list[_Sums] = []
+    sums, before, last = None, None, None  # all batches; all but the last; the last
     for inputs, vision in batches:
         given, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
         wanted = _dense_states(attachment, inputs, vision, enter)  # [N, D]
         sizes = set(vision.sum(1).tolist())
-        pairs.append(_Sums.of(given, wanted, order, sizes))
-        if len(pairs) == 2:
-            pairs = [pairs[0].plus(pairs[1])]
+        before, last = sums, _Sums.of(given, wanted, order, sizes)
+        sums = last if before is None else before.plus(last)
         advance()
-    if not pairs:
+    if sums is None or last is None:
         raise ValueError("calibration needs at least one image; give it some.")
-    return pairs[0].solve()
+    if len(sums.sizes) > 1:  # a place means nothing where images differ in size
+        sums, before, last = sums.pooled(), before and before.pooled(), last.pooled()
+    if not sums.enough():
+        raise TooFew(
+            f"{sums.tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
+            f"{sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows that "
+            "can be read) or entry.init=identity."
+        )
+    weight, bias = sums.solve()  # [D, D], [places, D]
+    with weight.device:
+        entry = CalibratedEntry(hidden_size=len(weight), places=len(bias))
+    entry.weight.copy_(weight)
+    entry.bias.copy_(bias)
+    unseen = raw = None
+    if before is not None and before.enough():
+        unseen = before.explained(*before.solve(), last)
+        raw = before.explained(torch.eye(len(weight)).to(weight), torch.zeros_like(bias), last)
+    return Calibration(entry, sums.explained(weight, bias, sums), sums.tokens, unseen, raw)
 
 
 @dataclass(frozen=True)
@@ -123,34 +143,47 @@ class _Sums:
             add(self.n, other.n),
         )
 
-    def solve(self) -> Calibration:
-        x, y, n = self.x, self.y, self.n
-        if len(self.sizes) > 1:  # a place means nothing where images differ in size
-            x, y, n = x.sum(0, keepdim=True), y.sum(0, keepdim=True), n.sum(0, keepdim=True)
-        tokens, width = int(n.sum()), x.shape[1]
-        if tokens <= width + len(n):
-            raise TooFew(
-                f"{tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
-                f"{width} inputs and {len(n)} biases: use more images (entry.images; images of a profile) or "
-                "entry.init=identity."
-            )
-        mean_x, mean_y = x / n[:, None], y / n[:, None]
-        xx = self.xx - x.T @ mean_x
-        xy = self.xy - x.T @ mean_y
+    @property
+    def tokens(self) -> int:
+        return int(self.n.sum())
+
+    def pooled(self) -> _Sums:
+        """As if all tokens were at one place."""
+        x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
+        return replace(self, x=x, y=y, n=n)
+
+    def enough(self) -> bool:
+        """Whether there are more tokens than the map has inputs and biases."""
+        return self.tokens > self.x.shape[1] + len(self.n)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """The map's weight `[D, D]` and bias `[places, D]`."""
+        mean_x, mean_y = self.x / self.n[:, None], self.y / self.n[:, None]
+        xx = self.xx - self.x.T @ mean_x
+        xy = self.xy - self.x.T @ mean_y
         ridge = RIDGE * xx.diagonal().mean()
         if not ridge > 0:
             raise ValueError(
                 "the projector gives all images the same vision tokens, so no map can be fitted to them; check that "
                 "the model's weights are loaded."
             )
-        weight = torch.linalg.solve(xx + ridge * torch.eye(width, dtype=xx.dtype, device=xx.device), xy)
-        total = self.yy - (y * mean_y).sum()
-        left = total - 2 * (weight * xy).sum() + (weight * (xx @ weight)).sum()
-        with weight.device:
-            entry = CalibratedEntry(hidden_size=width, places=len(n))
-        entry.weight.copy_(weight)
-        entry.bias.copy_(mean_y - mean_x @ weight)
-        return Calibration(entry, float(1 - left / total), tokens)
+        weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
+        return weight, mean_y - mean_x @ weight
+
+    def explained(self, weight: Tensor, bias: Tensor, found: _Sums) -> float:
+        """Share of the variance in `found`, around these sums' means, that a map explains."""
+        means = self.y / self.n[:, None]
+        return float(1 - found.error(weight, bias) / found.error(torch.zeros_like(weight), means))
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Squared error of `x @ weight + bias`, summed over the tokens."""
+        return (
+            self.yy
+            - 2 * (weight * self.xy).sum()
+            + (weight * (self.xx @ weight)).sum()
+            + 2 * (bias * (self.x @ weight - self.y)).sum()
+            + (self.n[:, None] * bias.square()).sum()
+        )
 
 
 class _Enough(Exception):

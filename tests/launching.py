@@ -51,20 +51,24 @@ def free_port() -> int:
 def start(
     launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None, script: Path = TRAIN
 ) -> subprocess.Popen:
-    """A run of 3 steps on the tiny model, in a process group of its own, on the CPU unless the launcher is `gpus`.
+    """A run of 3 steps on the tiny model; see `spawn`."""
+    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
+    fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
+    where = (f"model.path={base}", f"output_dir={output}")
+    return spawn(launcher, *quick, *fixed, *SMALL, *BAND, *where, *overrides, at=at, script=script)
+
+
+def spawn(launcher: str, *overrides: str, at: int | None = None, script: Path = TRAIN) -> subprocess.Popen:
+    """A run in a process group of its own, on the CPU unless the launcher is `gpus`.
 
     Args:
         at: the port where its processes meet (one that is alone finds its own).
         script: of `training/`.
     """
     port = str(at or free_port())
-    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
-    fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
-    where = (f"model.path={base}", f"output_dir={output}")
     command = [part.format(port=port) for part in LAUNCHERS[launcher]]
     on_cpu = launcher != "gpus"
     scripts = [str(ON_CPU), str(script)] if on_cpu and "engine=fsdp2" in overrides else [str(script)]
-    command += [*scripts, *quick, *fixed, *SMALL, *BAND, *where, *overrides]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, for DeepSpeed
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("MASTER_PORT", None)
@@ -74,7 +78,7 @@ def start(
         "ignore"  # ZeRO-3's would fill a pipe that nobody reads while a run goes on
     )
     return subprocess.Popen(
-        command,
+        [*command, *scripts, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,9 +87,13 @@ def start(
     )
 
 
-def launch(launcher: str, base: Path, output: Path, *overrides: str, script: Path = TRAIN) -> str:
-    """Run to the end; what it printed."""
-    process = start(launcher, base, output, *overrides, script=script)
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the end; what it printed."""
     printed, complained = process.communicate(timeout=900)
     assert process.returncode == 0, complained[-3000:]
     return printed
+
+
+def launch(launcher: str, base: Path, output: Path, *overrides: str, script: Path = TRAIN) -> str:
+    """Run to the end; what it printed."""
+    return finish(start(launcher, base, output, *overrides, script=script))

@@ -75,11 +75,11 @@ def test_the_list_goes_to_its_file_while_the_bar_is_on_the_terminal(broken, tmp_
 
 
 def test_bad_rows_that_must_not_be_stop_a_run_before_a_model_is_loaded(broken, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "student_of", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "base_of", lambda *_: pytest.fail("a model was loaded"))
     out = f"output_dir={tmp_path / 'out'}"
     with pytest.raises(SystemExit, match=r"^error: row empty has a bad image: .* with data.on_error=skip"):
         run.run(composed("data=dataset", f"data.path={broken}", out))
-    monkeypatch.setattr(run, "student_of", lambda *_: sys.exit("went on"))
+    monkeypatch.setattr(run, "base_of", lambda *_: sys.exit("went on"))
     with pytest.raises(SystemExit, match="went on"):
         run.run(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
     assert not Path(tmp_path / "out" / "adapter_config.json").exists()

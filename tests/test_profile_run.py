@@ -10,27 +10,20 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from families import prompt, shared, text_tokens, vision_tokens
-from oracle import band, masked
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import composed, save_tiny_base, shake, tiny_base
+from tiny import composed, save_tiny_base, tiny_base
 from transformers import LlamaConfig
 
-from latefusion.data.scenes import load_scenes
 from latefusion.eval.profiling import command, files
 from latefusion.eval.profiling.measure import Measurer
 from latefusion.models.attach import attach
-from latefusion.models.build import build_student
-from latefusion.models.calibration import fit_entry, installed
-from latefusion.models.entry import CalibratedEntry, entry_of
+from latefusion.models.entry import CalibratedEntry
 from latefusion.models.identity import identity
-from latefusion.models.saved import load, merge, save_student
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
 
@@ -107,9 +100,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
 
 
 def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
-    calibration = SimpleNamespace(entry=CalibratedEntry(hidden_size=32, places=4))
-    found = {"about": {"weights": identity(str(base))}}
-    files.save_entry(tmp_path, found, calibration)
+    files.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
     assert files.read_entry(tmp_path, identity(str(base))) is not None
     with pytest.raises(ValueError, match="other weights"):
         files.read_entry(tmp_path, identity("embedded"))
@@ -221,111 +212,6 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         )
     with pytest.raises(SystemExit, match=r"error: no profile at nowhere"):
         run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
-
-
-# ---------------------------------------------------------------- calibrated entry
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
-def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
-    """Dense states that are an affine map with a bias a place are reached."""
-    model = shared(family)
-    generator = torch.Generator().manual_seed(0)
-    inputs = prompt(family, ["tt I ttt"] * 20, seed=3)
-    vision = vision_tokens(inputs)
-    weight = torch.randn(32, 32, generator=generator) * 0.2
-    bias = torch.randn(4, 32, generator=generator)
-
-    def shift(layer, args, output):
-        if output.shape[:2] != vision.shape:  # late entry: text alone is computed here
-            return output
-        rows = state[vision].unflatten(0, (-1, 4))
-        moved = output.clone()
-        moved[vision] = (rows @ weight + bias).flatten(0, 1)
-        return moved
-
-    def look(layer, args):
-        nonlocal state
-        state = args[0]
-
-    state = torch.empty(0)
-    layer = model.get_decoder().layers[0]
-    handles = [layer.register_forward_pre_hook(look), layer.register_forward_hook(shift)]
-    try:
-        with attach(model, VisionSchedule()) as attachment:
-            found = fit_entry(attachment, [(inputs, vision)], 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
-    mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
-    torch.testing.assert_close(
-        mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3
-    )
-
-
-def test_a_late_token_gets_the_bias_of_its_place() -> None:
-    """Rows of no, one and two images side by side, against the masked oracle."""
-    model, inputs = shared("llava"), prompt("llava", ["tt I ttt", "tttt", "t I t I tt"])
-    vision = vision_tokens(inputs)
-    entry = CalibratedEntry(hidden_size=32, places=4)
-    generator = torch.Generator().manual_seed(1)
-    entry.weight.normal_(0, 0.3, generator=generator)
-    entry.bias.normal_(0, 1, generator=generator)
-
-    def by_hand(rows: torch.Tensor) -> torch.Tensor:
-        mapped = rows.clone()
-        for b in range(len(rows)):
-            for n, t in enumerate(vision[b].nonzero().flatten().tolist()):
-                mapped[b, t] = rows[b, t] @ entry.weight + entry.bias[n % 4]
-        return mapped
-
-    with torch.no_grad():
-        with installed(model, entry), attach(model, VisionSchedule(enter=2, exit=4)):
-            found = model(**inputs).logits
-        seen = band(vision, 6, 2, 4)
-        with masked(model, vision, seen, padding=inputs["attention_mask"], entry=by_hand):
-            expected = model(**inputs).logits
-    text = text_tokens(inputs)
-    torch.testing.assert_close(found[text], expected[text], atol=2e-5, rtol=1e-4)
-    assert entry_of(model) is None
-
-
-def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> None:
-    model = shared("llava")
-    inputs = prompt("llava", ["tt I ttt", "t I I tt"] * 10)
-    with attach(model, VisionSchedule()) as attachment:
-        assert len(fit_entry(attachment, [(inputs, vision_tokens(inputs))], 2).entry.bias) == 1
-        few = prompt("llava", ["tt I ttt"])
-        with pytest.raises(ValueError, match="use more images"):
-            fit_entry(attachment, [(few, vision_tokens(few))], 2)
-
-
-def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None:
-    model, processor = tiny_base(layers=4)
-    entry = CalibratedEntry(hidden_size=32, places=4)
-    entry.weight.normal_(0, 0.3)
-    entry.bias.normal_(0, 1)
-    student = build_student(
-        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
-        entry_rank=2, calibrated=entry,
-    )  # fmt: skip
-    assert not any(
-        "start" in name for name, weight in student.model.named_parameters() if weight.requires_grad
-    )
-    shake(student, 0.1)
-    row = load_scenes("test", 1)[0]
-    inputs = processor(
-        text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = student.model.eval()(**inputs).logits
-    save_student(student, tmp_path / "student")
-    merge(tmp_path / "student", tmp_path / "merged", dtype=torch.float32)
-    for name in ("student", "merged"):
-        again, _ = load(tmp_path / name, dtype=torch.float32)
-        with torch.no_grad():
-            torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- the command line

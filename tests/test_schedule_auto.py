@@ -61,7 +61,7 @@ def work():
     return {"enter": 2}
 
 try:
-    print(first_says(work), flush=True)
+    print(first_says("it", work), flush=True)
 except ValueError as error:
     print(f"error: {error}", flush=True)
 dist.init_process_group("gloo")  # as an engine does afterwards, at the same port
@@ -89,7 +89,7 @@ def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str
 
 def test_one_process_needs_no_store(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert first.first_says(lambda: {"enter": 1}) == {"enter": 1}
+    assert first.first_says("it", lambda: {"enter": 1}) == {"enter": 1}
 
 
 def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_path, monkeypatch) -> None:

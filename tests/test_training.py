@@ -221,6 +221,7 @@ def test_the_llava_configuration_runs_on_a_shrunk_model(llava, tmp_path, capsys)
             *("model=llava_1_5_7b", "data=llava_mix665k", *data, f"model.path={base}"),
             "recipe=late_fusion_pyramid",
             *("train.steps=1", "train.batch_size=2", "train.dtype=float32", "train.threads=1"),
+            "entry.init=identity",
             f"output_dir={tmp_path / 'out'}",
         )
     )

@@ -2,65 +2,132 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
-from latefusion.eval.profiling.files import ENTRY, read_entry
+from latefusion.eval.profiling.files import ENTRY, read_entry, write_entry
 from latefusion.eval.profiling.samples import batches, distinct_images, stop_tokens
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.identity import identity
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config, EntryInit
+from latefusion.training.config import Config, EntryInit, EntryKind
+from latefusion.training.first import first_says
 from latefusion.training.schedule import schedule_of
 
 IMAGES_AT_ONCE = 32
+FITTED = "entry"  # in the run's folder
 
 
-def calibrated_entry(
-    config: Config, model: PreTrainedModel, processor: ProcessorMixin, dataset: Any
-) -> CalibratedEntry | None:
-    """The map that `entry.init` asks for, or None; fitted on images of the training set, the same in every process.
+def settle_entry(
+    config: Config,
+    base: Callable[[], tuple[PreTrainedModel, ProcessorMixin]],
+    rows: Callable[[], Any],
+    resumed: Path | None = None,
+) -> None:
+    """Have the map that `entry.init` asks for in a file: a profile's, or fitted on images of the training set.
+
+    Of several processes the first fits it, on a GPU if there is one, and all read what it wrote: before the engine
+    is prepared, for ZeRO-3 shards every model that is loaded later. It holds a model of its own, whole, meanwhile.
+
+    Args:
+        base: loads the model.
+        rows: samples of the training set by index.
+        resumed: the checkpoint that the run goes on from; its entry is not fitted again.
 
     Raises:
-        ValueError: the data has too few images, or weights are sharded, so that nothing can be fitted here.
+        ValueError: the data has too few images to fit it on.
     """
-    enter = schedule_of(config.schedule).enter
-    if config.entry.init is not EntryInit.calibrated or enter == 0:
+    if not calibrated(config) or _profiled(config) is not None:
+        return
+    folder = Path(config.output_dir) / FITTED
+
+    def fitted() -> str:
+        if resumed is None or not (folder / ENTRY).is_file():
+            try:
+                write_entry(folder, _fit(config, *base(), rows()), weights_of(config))
+            finally:
+                torch.cuda.empty_cache()
+        return str(folder)
+
+    first_says("entry", fitted)
+
+
+def calibrated(config: Config) -> bool:
+    """Whether there is an entry adapter that starts from a fitted map: not where vision enters at the first layer."""
+    entry = config.entry
+    if entry.kind is EntryKind.none or entry.init is not EntryInit.calibrated:
+        return False
+    return schedule_of(config.schedule).enter > 0
+
+
+def entry_start(config: Config) -> CalibratedEntry | None:
+    """The map that `settle_entry` found or fitted; None: the entry adapter starts as the identity.
+
+    Raises:
+        FileNotFoundError: this process does not see what the first one wrote.
+    """
+    if not calibrated(config):
         return None
-    if config.schedule.profile is not None:
-        weights = identity(config.model.path, config.model.revision)
-        if (entry := read_entry(config.schedule.profile, weights)) is not None:
-            return entry
-    stage = ((config.engine.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
-    if stage == 3:
-        raise ValueError(
-            f"entry.init=calibrated cannot run the model before ZeRO-3 shards it; run `python eval/profile.py` first "
-            f"and name its folder, with its {ENTRY}: schedule.profile=FOLDER."
+    folder = Path(config.output_dir) / FITTED
+    if (found := _profiled(config) or read_entry(folder, weights_of(config))) is None:
+        raise FileNotFoundError(
+            f"no calibrated entry in {folder}, where the first process wrote it; choose an output_dir=FOLDER that all "
+            "machines share."
         )
+    return found
+
+
+def _profiled(config: Config) -> CalibratedEntry | None:
+    profile = config.schedule.profile
+    return None if profile is None else read_entry(profile, weights_of(config))
+
+
+def weights_of(config: Config) -> str:
+    return identity(config.model.path, config.model.revision)
+
+
+def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows: Any) -> CalibratedEntry:
+    if torch.cuda.is_available() and not config.model.load_in_4bit:  # where 4 bits are already
+        model.cuda()  # type: ignore[call-arg]
     collator = Collator(
         processor=processor,
         vision_ids=[model.config.image_token_id],
         stop=stop_tokens(model, processor),
     )
-    chosen = distinct_images(dataset, config.entry.images)
+    enter = schedule_of(config.schedule).enter
+    try:
+        chosen = distinct_images(rows, config.entry.images)
+    except ValueError:
+        raise ValueError(
+            "entry.init=calibrated is fitted on images, and none of the training set's samples has one; use "
+            "entry.init=identity."
+        ) from None
+    at_once = max(1, min(IMAGES_AT_ONCE, len(chosen) // 4))  # the last batch tests the map of those before it
     with attach(model, VisionSchedule()) as attachment:
         found = fit_entry(
             attachment,
             (
                 (batch.inputs, batch.vision)
-                for batch in (group.make() for group in batches(model, collator, chosen, IMAGES_AT_ONCE))
+                for batch in (group.make() for group in batches(model, collator, chosen, at_once))
             ),
             enter,
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"Entry calibrated on {len(chosen)} images: explains {found.explained:.1%} of what the dense model's "
-            f"vision tokens are at layer {enter}.",
-            flush=True,
+    if found.unseen is None or found.raw is None or found.unseen <= found.raw:
+        raise ValueError(
+            f"{len(chosen)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted to "
+            "the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
         )
+    print(
+        f"Entry calibrated on {len(chosen)} images: fitted without the last {at_once}, it explains {found.unseen:.1%} "
+        f"of the dense model's vision states at layer {enter} in those (the projector's output as it is: "
+        f"{found.raw:.1%}).",
+        flush=True,
+    )
     return found.entry

@@ -14,13 +14,14 @@ import torch.distributed as dist
 PAUSE = 0.2  # seconds between two looks
 
 
-def first_says(work: Callable[[], Any]) -> Any:
+def first_says(what: str, work: Callable[[], Any]) -> Any:
     """What `work` returns in the process of rank 0, in every process of the launch; called there alone.
 
     The others wait as long as it takes: they look into the launcher's key-value store, where no collective can time
     out. An error of the first is raised in all.
 
     Args:
+        what: a name for it, used once in a launch.
         work: returns what JSON can hold.
 
     Raises:
@@ -29,7 +30,8 @@ def first_says(work: Callable[[], Any]) -> Any:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return work()
-    store, rank = _rendezvous()
+    meeting, rank = _rendezvous()
+    store = dist.PrefixStore(what, meeting)
     if rank == 0:
         try:
             said = {"value": work()}

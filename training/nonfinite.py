@@ -146,6 +146,7 @@ def replay(folder: str | Path) -> Sequence[float]:
         )
     schema = OmegaConf.structured(Config)
     config = read(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
+    config.output_dir = str(path.parent)  # wherever it has been moved to
     student = student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
     objective = objective_of(config, student)

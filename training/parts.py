@@ -22,7 +22,7 @@ from latefusion.models.policies.base import Policy
 from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.saved import start_from
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.calibrate import calibrated_entry
+from latefusion.training.calibrate import entry_start
 from latefusion.training.config import (
     Config,
     Dtype,
@@ -50,8 +50,12 @@ def samples(data: DataConfig) -> Any:
     return training_data(data)
 
 
-def student_of(config: Config, dataset: Any = None) -> Student:
-    """The student that `config` describes; `dataset`, the training set, is made anew if not at hand."""
+def base_of(config: Config) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model to start from, and its processor.
+
+    Raises:
+        ValueError: its decoder has too few layers for the schedule.
+    """
     wanted = config.model
     model, processor = load_base(
         wanted.path,
@@ -64,12 +68,12 @@ def student_of(config: Config, dataset: Any = None) -> Student:
     if wanted.attention is not None:
         model.set_attn_implementation(wanted.attention)
     check_layers(config, model.config.get_text_config().num_hidden_layers)  # a profile's is known only now
-    return student_from(
-        config,
-        model,
-        processor,
-        calibrated_entry(config, model, processor, examples(config, dataset)),
-    )
+    return model, processor
+
+
+def student_of(config: Config) -> Student:
+    """The student that `config` describes; what `settle_entry` found is its entry adapter's start."""
+    return student_from(config, *base_of(config), entry_start(config))
 
 
 def check_layers(config: Config, num_layers: int) -> None:
@@ -82,10 +86,9 @@ def check_layers(config: Config, num_layers: int) -> None:
 
 def examples(config: Config, dataset: Any) -> Any:
     """Samples that can be looked at before training, by index: the training set, or the beginning of a stream."""
-    rows = samples(config.data) if dataset is None else dataset
-    if not isinstance(rows, Stream):
-        return rows
-    return [usable(row) for row in rows.first(config.entry.images)]
+    if not isinstance(dataset, Stream):
+        return dataset
+    return [usable(row) for row in dataset.first(config.entry.images)]
 
 
 def student_from(

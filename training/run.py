@@ -22,6 +22,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
+from latefusion.training.calibrate import settle_entry
 from latefusion.training.card import model_card
 from latefusion.training.checkpoints import CannotSave, discard_after, step_of
 from latefusion.training.claim import claimed, leave_mark
@@ -31,8 +32,10 @@ from latefusion.training.guard import PREEMPTED, Preempted
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale
 from latefusion.training.parts import (
+    base_of,
     check_layers,
     dtype_of,
+    examples,
     guarded,
     objective_of,
     packing,
@@ -75,8 +78,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
                 dataset.marks = Path(config.output_dir) / MARKS
             begins = first_samples(dataset)
             check_rows(config, begins)
+            settle_entry(config, lambda: base_of(config), lambda: examples(config, dataset), resumed)
             context = engine.prepare(config, dtype=dtype_of(config))
-            student = student_of(config, dataset)
+            student = student_of(config)
             collator = guarded(config, training_collator(config, student), dataset)
             some = collator(begins)
             collator = packing(config, student, collator)

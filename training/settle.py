@@ -37,7 +37,7 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
                 profile(config)
             return read_schedule(folder).to_dict()
 
-        wanted = first_says(settled)
+        wanted = first_says("schedule", settled)
     if asked.profile is None:
         return
     found = schedule_at(asked.profile, wanted)

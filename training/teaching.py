@@ -57,7 +57,7 @@ def teach(cfg: DictConfig) -> None:
             config.train.trackers = []
             engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
             context = engine.prepare(config, dtype=parts.dtype_of(config))
-        student = parts.student_of(config, dataset)
+        student = parts.student_of(config)
         objective = parts.objective_of(config, student, offline=False)
         collator = parts.collator_of(student, config)
         blank = stand_in(collator, dataset) if sharded else None

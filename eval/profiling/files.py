@@ -34,17 +34,11 @@ def write(
 
     (folder / PROFILE).write_text(json.dumps(found, indent=1, allow_nan=False, default=_plain) + "\n")
     (folder / SCHEDULE).write_text(schedule_yaml(found))
-    save_entry(folder, found, calibration)
-    tables(folder, found)
-    write_report(folder, found, samples, shown)
-
-
-def save_entry(folder: Path, found: dict[str, Any], calibration: Calibration | None) -> None:
-    """The calibrated entry, and which weights it was fitted to; none if there is none."""
     (folder / ENTRY).unlink(missing_ok=True)
     if calibration is not None:
-        weights = {k: v.contiguous() for k, v in calibration.entry.state_dict().items()}
-        save_file(weights, folder / ENTRY, metadata={"weights": found["about"].get("weights", "")})
+        write_entry(folder, calibration.entry, found["about"].get("weights", ""))
+    tables(folder, found)
+    write_report(folder, found, samples, shown)
 
 
 def schedule_yaml(found: dict[str, Any]) -> str:
@@ -79,6 +73,15 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
     return VisionSchedule.from_dict(values)
+
+
+def write_entry(folder: Path, entry: CalibratedEntry, weights: str) -> None:
+    """Under its name only when it is whole; `weights`: the `identity` of the model that it was fitted to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{ENTRY}.unfinished"
+    values = {name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}
+    save_file(values, unfinished, metadata={"weights": weights})
+    unfinished.replace(folder / ENTRY)
 
 
 def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:

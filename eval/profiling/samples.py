@@ -196,7 +196,7 @@ def distinct_images(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, An
     seen: set[Any] = set()
     for i in range(len(rows)):
         given = rows[i]
-        if isinstance(given, Bad):
+        if isinstance(given, Bad) or not given["images"]:
             continue
         row = first_exchange(given)
         if not row["images"] or ("scene" in row and row["scene"] in seen):

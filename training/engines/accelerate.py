@@ -70,6 +70,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         save_total_limit=train.keep_checkpoints,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # none changes
         use_cpu=cpu,
         logging_nan_inf_filter=train.on_nonfinite is NonFiniteStep.skip,  # else `Watch` stops the run
         report_to=trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0) or "none",

@@ -16,6 +16,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
@@ -50,7 +51,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=local,
         num_nodes=world // local,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
         precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
