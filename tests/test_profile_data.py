@@ -272,4 +272,8 @@ def test_measurements_are_of_these_weights_and_prompts_alone(
     rows = home / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"red"', '"blue"'))
     fourth = about()
-    assert len({first, second, third, fourth}) == 4
+    seen = json.loads((model / "processor_config.json").read_text())
+    seen["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]  # the same images in other colours
+    (model / "processor_config.json").write_text(json.dumps(seen))
+    fifth = about()
+    assert len({first, second, third, fourth, fifth}) == 5
