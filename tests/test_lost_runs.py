@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -198,7 +199,9 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_loads(base, tmp
     ("engine", "number"),
     [
         ("accelerate", signal.SIGTERM),
+        ("accelerate", signal.SIGINT),
         pytest.param("accelerate", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("lightning", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("lightning", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("lightning", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
@@ -233,6 +236,28 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
     train(base, output, *options, "resume=true")
     assert_same_weights(output, reference)
     assert not (output / "interrupted").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capfd):
+    before, calls, call = signal.getsignal(signal.SIGINT), [], Objective.__call__
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # the launcher's, of the same key
+            assert "Ctrl-C again stops at once" in capfd.readouterr().err
+            clock = time.monotonic() + guard.AT_ONCE
+            monkeypatch.setattr(guard.time, "monotonic", lambda: clock + 1)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("went on")
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, tmp_path)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 HOLD = """

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 PREEMPTED = 75  # exit status EX_TEMPFAIL: nothing is wrong, run it again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AT_ONCE = 1.0  # seconds: one Ctrl-C may come twice, from the terminal and from the launcher
 
 
 class Preempted(Exception):
@@ -40,13 +42,17 @@ def check_world(found: int) -> None:
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 as a request to stop after the running step, agreed on by all processes.
+    """SIGTERM, SIGUSR1 and Ctrl-C as a request to stop after the running step, agreed on by all processes.
+
+    A second Ctrl-C stops at once.
 
     `close` gives back the handlers that were there when this was made, also where an engine put its own in between.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._interrupted: float | None = None
+        self._process = os.getpid()  # loader workers inherit the handlers
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def listen(self) -> None:
@@ -58,6 +64,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+                if os.getpid() == self._process and os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"\nStopping after this step, which is saved; Ctrl-C again stops at once.\n")
+            elif now > self._interrupted + AT_ONCE:
+                raise KeyboardInterrupt
         self.asked = True
 
     def stop(self, device: torch.device | str) -> bool:
