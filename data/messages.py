@@ -42,14 +42,17 @@ def printable(text: str) -> str:
     )
 
 
-def messages_of(record: dict[str, Any], n_images: int) -> list[dict[str, Any]]:
+def messages_of(record: dict[str, Any], n_images: int, *, answered: bool = True) -> list[dict[str, Any]]:
     """The checked conversation of a record with `messages` (TRL's convention) or `conversations` (LLaVA's).
 
     In `messages`, contents are lists of parts, or strings: with `<image>` where an image stands, or, if no content
     names any, with all images before the first user's text (as TRL does).
 
+    Args:
+        answered: it must end with an answer.
+
     Raises:
-        BadSample: there is no conversation that ends with an answer, or it does not show `n_images` images.
+        BadSample: there is no such conversation, or it does not show `n_images` images.
     """
     if record.get("conversations") is not None:
         messages = [_llava_turn(turn) for turn in _list(record["conversations"], "conversations")]
@@ -59,12 +62,12 @@ def messages_of(record: dict[str, Any], n_images: int) -> list[dict[str, Any]]:
             _place(messages, n_images)
     else:
         raise BadSample(f"has neither messages nor conversations (it has {', '.join(sorted(record))})")
-    check(messages, n_images)
+    check(messages, n_images, answered=answered)
     return messages
 
 
-def check(messages: list[dict[str, Any]], n_images: int) -> None:
-    """Raise BadSample if these messages cannot be trained on."""
+def check(messages: list[dict[str, Any]], n_images: int, *, answered: bool = True) -> None:
+    """Raise BadSample if these messages cannot be trained on; `answered` False: if nothing can be asked by them."""
     if not messages:
         raise BadSample("has no messages")
     for k, message in enumerate(messages):
@@ -79,7 +82,7 @@ def check(messages: list[dict[str, Any]], n_images: int) -> None:
     first = next((m["role"] for m in messages if m["role"] != "system"), None)
     if first != "user":
         raise BadSample("begins with the assistant" if first else "has nothing but a system prompt")
-    if messages[-1]["role"] != "assistant":
+    if answered and messages[-1]["role"] != "assistant":
         raise BadSample(f"ends with the {messages[-1]['role']}, so that there is no last answer to learn")
     shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     if shown != n_images:

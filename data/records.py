@@ -12,8 +12,8 @@ from latefusion.data.messages import BadSample, messages_of, printable
 RECORD = "latefusion_record"  # column of a row of a JSON file, as JSON; a text in it says why the row is none
 
 
-def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The sample of a record, its images opened.
+def sample_of(record: dict[str, Any], folder: Path | None, *, answered: bool = True) -> dict[str, Any]:
+    """The sample of a record, its images opened; `answered`: it must end with an answer.
 
     Raises:
         BadSample: it cannot be used.
@@ -27,7 +27,7 @@ def sample_of(record: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     elif (name := named(record.get("id"))) is not None:
         kept["id"] = name
     given = images_of(record)
-    messages = messages_of(record, len(given))
+    messages = messages_of(record, len(given), answered=answered)
     try:
         images = [load_image(image, folder) for image in given]
     except BadImage as error:

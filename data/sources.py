@@ -38,10 +38,11 @@ class Rows(Dataset):
         table: in Arrow format, with the columns `RECORD` and `id`, or `messages` and
             `images` (or `image`).
         images: the folder that image paths are relative to.
+        answered: a conversation without a last answer is a bad row.
     """
 
-    def __init__(self, table: datasets.Dataset, images: Path | None):
-        self.table, self.images = table, images
+    def __init__(self, table: datasets.Dataset, images: Path | None, *, answered: bool = True):
+        self.table, self.images, self.answered = table, images, answered
 
     def __len__(self) -> int:
         return len(self.table)
@@ -52,7 +53,7 @@ class Rows(Dataset):
         Raises:
             BadSample: the row cannot be used.
         """
-        return sample_of(python_row(self.table[index : index + 1]), self.images)
+        return sample_of(python_row(self.table[index : index + 1]), self.images, answered=self.answered)
 
     def identity(self, index: int) -> str:
         """What the data call the row; its number if they do not."""

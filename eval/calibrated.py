@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 
-from latefusion.data import sources
-from latefusion.data.scenes import load_scenes
 from latefusion.eval import chosen
-from latefusion.eval.predict import images_of
 from latefusion.eval.prompts import policy_of, settings
+from latefusion.eval.questions import read
 from latefusion.eval.search import Search
 from latefusion.models.attach import attach
 from latefusion.models.base import compute_dtype, load_base
@@ -29,6 +26,8 @@ def calibrated(asked: Arguments, console: Console) -> dict[str, Any]:
     for setting in settings(asked, asked.boundaries or [0], asked.tokens_thresholds or [0.0]):
         policy_of(setting, asked)  # raises for what cannot be
     rows = read(asked)
+    for remark in rows.remarks:
+        console.print(remark)
     model, processor = load_base(asked.model, dtype=compute_dtype())
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[arg-type]
@@ -39,17 +38,3 @@ def calibrated(asked: Arguments, console: Console) -> dict[str, Any]:
         results = search.run()
     results["seconds"] = time.perf_counter() - started
     return chosen.write(results, Path(asked.output), console)
-
-
-def read(asked: Arguments) -> Dataset:
-    """The prompts: rows of `scenes`, or of any data set with `messages` and `images`, in the order of `seed`."""
-    if asked.data == "scenes":
-        rows = load_scenes(asked.split)
-    else:
-        rows = sources.dataset(asked.data, split=asked.split)
-    if asked.samples is not None and asked.samples < len(rows):
-        rows = rows.shuffle(seed=asked.seed).select(range(asked.samples))
-    with_image = [i for i, row in enumerate(rows) if len(images_of(row))] if asked.data != "scenes" else None
-    if with_image == []:
-        raise ValueError(f"no prompt of {asked.data} has an image; VisiPruner has nothing to prune there.")
-    return rows if with_image is None else rows.select(with_image)

@@ -13,12 +13,13 @@ from peft import PeftModel
 
 from latefusion.eval.comparison import evaluate_run
 from latefusion.eval.ledger import Processes
-from latefusion.eval.systems import Students, System, fingerprint, further, policies_of
+from latefusion.eval.systems import Students, System, further, policies_of
 from latefusion.eval.tasks import load_task
 from latefusion.eval.tasks.base import Task
 from latefusion.eval.tasks.exact import own
 from latefusion.models.attach import attach
 from latefusion.models.base import compute_dtype, load_base, twin
+from latefusion.models.identity import identity
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config
 from latefusion.training.policies import visipruner
@@ -50,20 +51,22 @@ def compared(
         student = students.load(chosen.checkpoint)
         model, processor, attachment = student.model, student.processor, student.attachment
         last = System(name=config.name, policy=student.schedule, adapters=True)
+        source = identity(chosen.checkpoint)
         if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
             model = students.base(config.model.path)
             attachment = attach(model, VisionSchedule())
             last = System(name=config.name, policy=student.schedule, student=student)
+            source += f" {identity(config.model.path)}"
         systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
         systems |= more
-        title, source = config.name, fingerprint(chosen.checkpoint)
+        title = config.name
     else:
         assert chosen.model is not None
         base, processor = load_base(chosen.model, dtype=compute_dtype())
         students, model = Students({chosen.model: base}), twin(base)
         attachment = attach(model, VisionSchedule())
         systems |= {key: system for key, system in more.items() if key != "dense"}
-        last, title, source = None, Path(chosen.model).name, chosen.model
+        last, title, source = None, Path(chosen.model).name, identity(chosen.model)
     if torch.cuda.is_available():
         model.cuda()
     systems |= further(students, chosen.checkpoints, processor, taken="" if last is None else last.name)

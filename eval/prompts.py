@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from latefusion.eval import calibration
@@ -20,6 +19,7 @@ from latefusion.models.policies.visipruner import VisiPruner
 
 if TYPE_CHECKING:
     from latefusion.eval.calibrate import Arguments
+    from latefusion.eval.questions import Questions
 
 Setting = dict[str, Any]  # arguments of VisiPruner that are searched
 
@@ -60,12 +60,11 @@ def prefix(setting: Setting) -> int:
 class Prompts:
     """Prompts in batches: what the dense model writes, and what becomes of it under settings."""
 
-    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Dataset):
+    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Questions):
         self.asked, self.attachment, self.processor, self.rows = asked, attachment, processor, rows
         self.model: Any = attachment.model
-        self.labelled = "answer" in rows.column_names
-        plain = rows.with_format(None).remove_columns([c for c in rows.column_names if c.startswith("image")])
-        lengths = [len(str(row)) for row in plain]
+        self.labelled = rows.labelled
+        lengths = [len(str(row)) for row in rows.known]
         order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
         batches = [order[i : i + asked.batch_size] for i in range(0, len(order), asked.batch_size)]
         middle = len(batches) // 2

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from latefusion.eval import calibration
@@ -28,9 +27,11 @@ from latefusion.eval.prompts import Prompts, Setting, policy_of, prefix, setting
 from latefusion.eval.survey import floor
 from latefusion.models.attach import Attachment
 from latefusion.models.flops import decoder_flops
+from latefusion.models.identity import identity
 
 if TYPE_CHECKING:
     from latefusion.eval.calibrate import Arguments
+    from latefusion.eval.questions import Questions
 
 PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
@@ -40,7 +41,7 @@ EXACT = 1e-9  # relative; sums of floats in another order are equal
 class Search:
     """All settings on as many prompts as it takes, batch by batch; what is done is kept on disk."""
 
-    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Dataset):
+    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Questions):
         self.asked, self.attachment, self.rows = asked, attachment, rows
         self.prompts = Prompts(asked, attachment, processor, rows)
         self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
@@ -216,13 +217,20 @@ class Search:
         """Of all that a batch's numbers depend on."""
         known = {k: v for k, v in asdict(self.asked).items() if k != "output"}
         described = json.dumps(
-            [known, self.settings, self.rows._fingerprint, str(self.attachment.model.dtype)], sort_keys=True
+            [
+                known,
+                identity(self.asked.model),
+                self.settings,
+                self.rows.source,
+                self.rows.known,
+                str(self.attachment.model.dtype),
+            ],
+            sort_keys=True,
         )
         return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
 
     def results(self, correct: NDArray | None) -> dict[str, Any]:
-        clusters = self.rows["scene"] if "scene" in self.rows.column_names else range(len(self.rows))
-        clusters = list(clusters)
+        clusters = [row["scene"] for row in self.rows.known]
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         return {
             "arguments": asdict(self.asked),

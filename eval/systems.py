@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from latefusion.models.attach import attached
 from latefusion.models.base import compute_dtype, load_base, twin
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
+from latefusion.models.identity import identity
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
 from latefusion.models.saved import load, load_student
@@ -173,7 +173,7 @@ def further(
             policy=student.schedule,
             adapters=isinstance(student.model, PeftModel),
             student=student,
-            source=fingerprint(folder),
+            source=identity(folder),
         )
     return found
 
@@ -217,11 +217,3 @@ def controls(
 def _tokens(answers: list[Answer]) -> float:
     """Vision tokens a layer, mean over questions."""
     return fmean(fmean(answer.vision_tokens) for answer in answers)
-
-
-def fingerprint(folder: str | Path) -> str:
-    """A short hash of a checkpoint's weights."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

@@ -18,6 +18,10 @@ from latefusion.models.schedule import VisionSchedule
 RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
 
 
+class TooFew(ValueError):
+    """There are fewer vision tokens than the map has inputs."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A fitted entry.
@@ -57,7 +61,8 @@ def fit_entry(
         enter: at least 1.
 
     Raises:
-        ValueError: there are fewer vision tokens than the map has inputs, or they are all alike.
+        TooFew: there are fewer vision tokens than the map has inputs.
+        ValueError: they are all alike.
     """
     model = attachment.model
     if entry_of(model) is not None:
@@ -75,7 +80,7 @@ def fit_entry(
     if len(sums.sizes) > 1:  # a place means nothing where images differ in size
         sums, before, last = sums.pooled(), before and before.pooled(), last.pooled()
     if not sums.enough():
-        raise ValueError(
+        raise TooFew(
             f"{sums.tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
             f"{sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows that "
             "can be read) or entry.init=identity."

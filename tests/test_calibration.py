@@ -13,7 +13,7 @@ from rich.progress import Progress
 from tiny import save_tiny_base
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval import calibrate, calibrated, calibration, chosen, evaluate, generate
+from latefusion.eval import calibrate, calibration, chosen, evaluate, generate, questions
 from latefusion.eval.prompts import Prompts, ended, policy_of, settings
 from latefusion.eval.search import Search
 from latefusion.eval.survey import fusion_layers
@@ -183,7 +183,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
     """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
     model, processor = load_base(base, dtype=torch.float32)
     given = asked(base, tmp_path, samples=15, batch_size=5, **GRID)
-    rows = calibrated.read(given)
+    rows = questions.read(given)
     with attach(model, VisionSchedule()) as attachment:
         prompts = Prompts(given, attachment, processor, rows)
         alone: dict[int, list[tuple[Any, Any]]] = {}
@@ -221,7 +221,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
 
 def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) -> None:
     """Which settings write a given answer, as accuracy counts it, against what each of them generates."""
-    rows = load_scenes("validation", n_scenes=2)
+    rows = questions.of_scenes(load_scenes("validation", n_scenes=2))
     model, processor = load_base(base, dtype=torch.float32)
     with attach(model, VisionSchedule()) as attachment:
         given = asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])

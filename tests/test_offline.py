@@ -1,6 +1,7 @@
 """Distillation without a teacher in the loop: the same loss, and a cache that knows when it is out of date."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from launching import TEACH, launch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import BAND, SMALL, composed, save_tiny_base, tiny_student
 
 from latefusion.training import parts, run
@@ -105,6 +107,25 @@ def test_a_changed_chat_template_is_noticed(base, cache):
     student.processor.chat_template += " "
     with pytest.raises(ValueError, match="were written with tokenizer="):
         Taught(parts.collator_of(student), str(cache), expected(config, student.processor, teacher(config)))
+
+
+def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
+    """As those of a base that was trained on and saved anew."""
+    config = read(options(base, cache, "output_dir=x"))
+    student = parts.student_of(config)
+    told = expected(config, student, parts.teacher(config))
+    again = tmp_path / "base"
+    shutil.copytree(base, again)
+    config.model.path = str(again)
+    moved = expected(config, student, parts.teacher(config))
+    assert moved == {**told, "model": str(again)}, "it is what the folder holds that counts"
+    (file,) = again.glob("*.safetensors")
+    weights = load_file(file)
+    weights[max(weights)].view(-1)[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    changed = {**expected(config, student, parts.teacher(config)), "model": told["model"]}
+    with pytest.raises(ValueError, match=f"were written with weights={told['weights']}, but this run has"):
+        Taught(parts.collator_of(student), str(cache), changed)
 
 
 def test_an_unfinished_cache_is_refused(base, cache, tmp_path):

@@ -140,6 +140,29 @@ def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
     torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma", "smolvlm", "glm4v"])
+def test_lenses_end_where_the_model_ends_in_every_family(family: str) -> None:
+    """Its logits at the last layer; its attention's output from all heads together."""
+    model, inputs = shared(family), prompt(family, ["tt I ttt", "t I tttt"], side="right")
+    last, watch, written = inputs["attention_mask"].sum(1) - 1, Watch(), {}
+    layers = model.get_decoder().layers
+    handles = [
+        layer.self_attn.register_forward_hook(lambda m, a, out, i=i: written.update({i: out[0]}))
+        for i, layer in enumerate(layers)
+    ]
+    with attach(model, watch), torch.no_grad(), lenses.states_at(layers, last) as states:
+        logits = model(**inputs).logits
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([logits[b, last[b]].softmax(0) for b in range(2)])
+    torch.testing.assert_close(lenses.logit_lens(model, states[-1]), expected, atol=1e-6, rtol=1e-4)
+    for i, layer in enumerate(layers):
+        whole = torch.stack([written[i][b, last[b]] for b in range(2)])
+        with torch.no_grad():
+            made = layer.self_attn.o_proj(watch.heads[i].flatten(1))
+        torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-4)
+
+
 def test_nearest_words_and_kinds_equal_loops() -> None:
     generator = torch.Generator().manual_seed(0)
     words, rows = torch.randn(VOCAB, 6, generator=generator), torch.randn(9, 6, generator=generator)

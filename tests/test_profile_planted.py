@@ -15,6 +15,7 @@ from planted import NO_PLAN, grouped, measurer, planted, questions
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.eval.profiling import files
+from latefusion.eval.profiling.answers import Answers
 from latefusion.eval.profiling.causal import knock_outs
 from latefusion.eval.profiling.ledger import Ledger
 from latefusion.eval.profiling.measure import Measurer
@@ -183,6 +184,22 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
     assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == found
 
 
+def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tmp_path: Path) -> None:
+    """Said in a sentence; what was measured before is not thrown away."""
+    model = planted("llava", 1, 4)
+    with attach(model, VisionSchedule()) as attachment:
+        made = measurer(model, attachment, [batch_of(model)], tmp_path / "m.jsonl")
+        few = batch_of(model, 2)
+        found = Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
+            lambda enter: fit_entry(attachment, [(few.fresh(), few.vision)], enter)
+        )
+    assert found["chosen"]["schedule"]["enter"] == 1 and not found["chosen"]["calibrated"]
+    assert found["entry"] is None and "chosen, raw entry" not in found["beside"]
+    assert (
+        found["note"].startswith("The entry is not calibrated: 8 vision tokens") and "\n" not in found["note"]
+    )
+
+
 def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples(tmp_path: Path) -> None:
     """Each sample has its own numbers, the same by knock-out, by schedule, and in a batch of all."""
     model = planted("llava", 0, 6)
@@ -209,7 +226,7 @@ def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples
         assert (
             kept == one.kept(keeping, None) and kept[6] is None and len({str(tokens) for tokens in kept}) > 3
         )
-        assert all(len(tokens[-1]) == 2 for tokens in kept if tokens is not None)
+        assert all(tokens[-1][0] == 3 and len(tokens[-1][1]) == 2 for tokens in kept if tokens is not None)
     assert len({round(kl, 4) for kl in expected}) == 7
 
 
@@ -240,6 +257,15 @@ def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
     ):
         Measurer(model, attachment, grouped([batch]), Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
     assert "\n" not in str(error.value)
+
+
+def test_logits_that_a_knock_out_makes_infinite_are_told_so() -> None:
+    dense = Answers(torch.zeros(2, 3).log_softmax(-1), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    for broken in (float("nan"), float("-inf")):
+        changed = replace(dense, log_probs=dense.log_probs.clone().index_fill_(1, torch.tensor([2]), broken))
+        with pytest.raises(ValueError, match="not finite once some of its layers") as error:
+            dense.effect(changed)
+        assert "\n" not in str(error.value)
 
 
 def test_everything_that_is_kept_is_json(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import composed, save_tiny_base, tiny_base
@@ -24,6 +23,7 @@ from latefusion.eval.profiling import command, files
 from latefusion.eval.profiling.measure import Measurer
 from latefusion.models.attach import attach
 from latefusion.models.entry import CalibratedEntry
+from latefusion.models.identity import identity
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import run
 
@@ -86,7 +86,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 2 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in found["curves"]["prefix"]]
@@ -97,6 +97,13 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
         assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+
+
+def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
+    files.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
+    assert files.read_entry(tmp_path, identity(str(base))) is not None
+    with pytest.raises(ValueError, match="other weights"):
+        files.read_entry(tmp_path, identity("embedded"))
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
@@ -120,12 +127,29 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
     assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
 
 
+@pytest.mark.slow
+def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_path) -> None:
+    """Every byte of every file: what one run says, another says."""
+    folder, _ = profiled
+    lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
+    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
+    own, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
+    said = io.StringIO()
+    command.run(own, config, console=Console(file=said, width=200))
+    assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in said.getvalue()
+    names = sorted(file.name for file in folder.iterdir())
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    different = [name for name in names if (tmp_path / name).read_bytes() != (folder / name).read_bytes()]
+    assert different == []
+
+
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
     _, found = profiled
     model, processor = tiny_base(layers=4)
     own, config = command.parsed([f"model={base}", "samples=6", "images=16"])
-    rows, _ = command.chosen_rows(config.data, own)
+    rows = command.chosen_rows(config.data, own).measured
     assert len({row["scene"] for row in rows}) == 6
     for i, row in enumerate(rows):
         text = processor.apply_chat_template(row["messages"])
@@ -174,6 +198,18 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     schedule = json.loads((tmp_path / "run" / "vision_schedule.json").read_text())
     assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}}
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
+    save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors", metadata={"weights": "others"})
+    with pytest.raises(
+        SystemExit, match=r"error: the entry in .* was fitted to other weights .*\(others, not"
+    ):
+        run.run(
+            composed(
+                *small,
+                f"schedule.profile={tmp_path / 'p'}",
+                "entry.init=calibrated",
+                f"output_dir={tmp_path / 'third'}",
+            )
+        )
     with pytest.raises(SystemExit, match=r"error: no profile at nowhere"):
         run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
 
@@ -232,13 +268,6 @@ def test_a_model_without_images_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no model that reads images") as error:
         command.run(own, config)
     assert "\n" not in str(error.value)
-
-
-def test_data_without_images_is_refused(tmp_path) -> None:
-    words = [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}]
-    rows = [{"messages": words, "images": []}] * 3
-    with pytest.raises(ValueError, match="samples=2 is more than the 0 samples with images"):
-        command.spread(Dataset.from_list(rows), command.Arguments(samples=2))
 
 
 def test_a_file_named_profile_hides_nothing_from_the_scripts_beside_it(tmp_path) -> None:

@@ -16,6 +16,7 @@ from latefusion.eval.profiling.samples import NoImages, batches, distinct_images
 from latefusion.models.attach import attach
 from latefusion.models.calibration import fit_entry
 from latefusion.models.entry import CalibratedEntry
+from latefusion.models.identity import identity
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.config import Config, EntryInit, EntryKind
 from latefusion.training.first import first_says
@@ -52,7 +53,7 @@ def settle_entry(
     def fitted() -> str:
         if resumed is None or not (folder / ENTRY).is_file():
             try:
-                write_entry(folder, _fit(config, *base(), rows()))
+                write_entry(folder, _fit(config, *base(), rows()), weights_of(config))
             finally:
                 torch.cuda.empty_cache()
         return str(folder)
@@ -77,7 +78,7 @@ def entry_start(config: Config) -> CalibratedEntry | None:
     if not calibrated(config):
         return None
     folder = Path(config.output_dir) / FITTED
-    if (found := _profiled(config) or read_entry(folder)) is None:
+    if (found := _profiled(config) or read_entry(folder, weights_of(config))) is None:
         raise FileNotFoundError(
             f"no calibrated entry in {folder}, where the first process wrote it; choose an output_dir=FOLDER that all "
             "machines share."
@@ -87,7 +88,11 @@ def entry_start(config: Config) -> CalibratedEntry | None:
 
 def _profiled(config: Config) -> CalibratedEntry | None:
     profile = config.schedule.profile
-    return None if profile is None else read_entry(profile)
+    return None if profile is None else read_entry(profile, weights_of(config))
+
+
+def weights_of(config: Config) -> str:
+    return identity(config.model.path, config.model.revision)
 
 
 def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows: Any) -> CalibratedEntry:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.collate import IGNORE, Collator
+from latefusion.models.identity import identity
 from latefusion.models.policies.base import Policy
 from latefusion.training.config import Config
 from latefusion.training.teacher import shared_vocabulary
@@ -48,8 +49,10 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 def expected(config: Config, processor: Any, teacher: Policy | None) -> dict[str, Any]:
     """What must be the same when the answers are written and when they are read."""
+    path, revision = config.kl.model or config.model.path, config.kl.revision
     return {
-        "model": config.kl.model or config.model.path,
+        "model": path,
+        "weights": identity(path, revision if config.kl.model is not None else config.model.revision),
         "teacher": repr(teacher),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,

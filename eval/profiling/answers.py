@@ -44,7 +44,16 @@ class Answers:
         return Answers(self.log_probs.to(device), self.targets.to(device), self.sample.to(device))
 
     def effect(self, changed: Answers) -> Effect:
-        """What turned these answers into `changed`."""
+        """What turned these answers into `changed`.
+
+        Raises:
+            ValueError: those are no numbers.
+        """
+        if not bool(changed.log_probs.isfinite().all()):
+            raise ValueError(
+                "the model's logits are not finite once some of its layers do not see the image; load it with "
+                "dtype=float32."
+            )
         kl = F.kl_div(changed.log_probs, self.log_probs, log_target=True, reduction="none").sum(-1)  # [N]
         wrong = changed.log_probs.argmax(-1) != self.targets
         n = int(self.sample.max()) + 1

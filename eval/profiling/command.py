@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -18,10 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from latefusion.data.config import DataConfig, Source
+from latefusion.data.places import check_places
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training.checks import explain, read
 from latefusion.training.config import RECIPES, Config, Dtype
 from latefusion.training.words import unknown, wrong
+
+if TYPE_CHECKING:
+    from latefusion.eval.drawn import Found
 
 
 @dataclass
@@ -73,7 +76,7 @@ def parsed(words: Sequence[str]) -> tuple[Arguments, Config]:
     """This script's own keys, and the rest as a configuration of training (`model`, `data`)."""
     names = {field.name for field in fields(Arguments)}
     mine = [word for word in words if word.partition("=")[0] in names]
-    for key in (word.partition("=")[0] for word in words):
+    for key in (word.partition("=")[0].lstrip("+") for word in words):
         if key.partition(".")[0] not in ("model", "data") and key not in names:
             raise ValueError(unknown(key, KEYS))
     rest = [found for word in words if word not in mine for found in named(word)]
@@ -109,31 +112,45 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     from latefusion.eval.profiling.run import profile
     from latefusion.eval.profiling.study import Wishes
     from latefusion.models.base import check_base, compute_dtype, load_base
+    from latefusion.models.identity import identity
 
     if own.samples < 2:
         raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
-    check_base(config.model.path)
-    rows, others = chosen_rows(config.data, own)
+    wanted, console = config.model, options.pop("console", None) or Console()
+    check_base(wanted.path)
+    check_places(config.data)
+    drawn = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
     try:
-        model, processor = load_base(config.model.path, dtype=dtype)
+        model, processor = load_base(
+            wanted.path,
+            dtype=dtype,
+            revision=wanted.revision,
+            processor=wanted.processor,
+            four_bits=wanted.load_in_4bit,
+            trust_remote_code=wanted.trust_remote_code,
+        )
     except ValueError as error:
         raise ValueError(
-            f"{config.model.path} is no model that reads images and text ({str(error).splitlines()[0][:120]}); name an "
+            f"{wanted.path} is no model that reads images and text ({str(error).splitlines()[0][:120]}); name an "
             "image-text-to-text model."
         ) from None
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and model.device.type != "cuda":
         model.cuda()  # type: ignore[call-arg]
+    for remark in drawn.remarks:
+        console.print(remark)
+    rows = drawn.measured
     labelled = all(row["messages"][-1]["role"] == "assistant" for row in rows)
     if not labelled:
-        (options.get("console") or Console()).print(
-            f"The data has no answers: the model writes its own first, up to {own.new_tokens} tokens to each of "
+        console.print(
+            f"The data have no answers: the model writes its own first, up to {own.new_tokens} tokens to each of "
             f"{len(rows)} prompts."
         )
-        rows = own_answers(model, processor, rows, own.new_tokens)
+        rows = own_answers(model, processor, rows, own.new_tokens, console)
     name = Path(config.model.path).name
     about = {
         "model": config.model.path,
+        "weights": identity(config.model.path, config.model.revision),
         "data": config.data.path or config.data.source.value,
         "split": own.split,
         "seed": own.seed,
@@ -146,7 +163,9 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         model=model,
         processor=processor,
         samples=rows,
-        fit_on=others,
+        fit_on=drawn.calibrating,
+        remarks=drawn.remarks,
+        console=console,
         labelled=labelled,
         about=about,
         output_dir=own.output or f"outputs/profile_{name}",
@@ -169,75 +188,69 @@ def by_hand(config: Config, model: Any) -> VisionSchedule | None:
     return None if schedule == VisionSchedule() else schedule
 
 
-def chosen_rows(data: DataConfig, own: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Drawn:
+    """Rows to measure on, rows to calibrate on, and in sentences what should be known of them."""
+
+    measured: list[dict[str, Any]]
+    calibrating: list[dict[str, Any]]
+    remarks: list[str]
+
+
+def chosen_rows(data: DataConfig, own: Arguments) -> Drawn:
     """Rows to measure on and rows to calibrate on, with different images.
 
     Raises:
-        ValueError: there are fewer than asked for.
+        FileNotFoundError, ValueError: the data are not there, or there are fewer than asked for.
     """
     from latefusion.data import sources
+    from latefusion.eval.drawn import apart, opened, prompts_of, said_of, with_images
     from latefusion.eval.profiling.samples import distinct_images
 
     if data.source is Source.scenes:
-        rows = sources.scenes(own.split or "validation", seed=data.seed)
-        others: Any = sources.scenes("train", seed=data.seed)
-        return spread(rows, own), distinct_images(others, own.images)
-    assert data.path is not None
-    rows = (
-        sources.llava(data.path, data.images)
-        if data.source is Source.llava
-        else sources.dataset(data.path, split=own.split or data.split)
-    )
-    found = spread(rows, own, own.images)
-    return found[: own.samples], found[own.samples :] or found
+        rows: Any = sources.scenes(own.split or "validation", seed=data.seed)
+        found, _ = with_images(rows, wanted=own.samples, seed=own.seed)
+        measured = opened(rows, enough(found, own))
+        train: Any = sources.scenes("train", seed=data.seed)
+        return Drawn(measured, distinct_images(train, own.images), [])
+    wanted = own.samples + own.images
+    rows = prompts_of(data, own.split, wanted)
+    found, bad = with_images(rows, wanted=wanted, seed=own.seed)
+    chosen, remarks = enough(found, own), said_of(bad)
+    others = apart(found[own.samples :], chosen, own.images)
+    if not others:
+        others = apart(chosen, [], own.images)
+        remarks.append(
+            "The data have no images beside those of the samples, so the entry is calibrated on them: its KL is better "
+            "than it will be on others; fewer samples leave some."
+        )
+    return Drawn(opened(rows, chosen), opened(rows, others), remarks)
 
 
-def spread(rows: Any, own: Arguments, more: int = 0) -> list[dict[str, Any]]:
-    """`own.samples` rows with images in an order of `own.seed`, and up to `more` behind them; no image (scene) twice
-    before all have come once.
-    """
-    from latefusion.eval.profiling.samples import first_exchange
-
-    order = list(range(len(rows)))
-    random.Random(own.seed).shuffle(order)
-    plain = rows.with_format(None)
-    scene = plain["scene"] if "scene" in plain.column_names else None
-    if scene is not None:
-        times: dict[Any, int] = {}
-        rounds: list[tuple[int, int, int]] = []
-        for i in order:
-            times[scene[i]] = times.get(scene[i], -1) + 1
-            rounds.append((times[scene[i]], len(rounds), i))
-        order = [i for *_, i in sorted(rounds)]
-    found = []
-    for i in order:
-        row = rows[i]
-        if row["images"]:
-            found.append({**row, "messages": first_exchange(row["messages"])})
-        if len(found) == own.samples + more:
-            break
+def enough(found: Sequence[Found], own: Arguments) -> list[Found]:
     if len(found) < own.samples:
         raise ValueError(
-            f"samples={own.samples} is more than the {len(found)} samples with images that the data has; choose at "
-            f"most {len(found)}."
+            f"samples={own.samples} is more than the {len(found)} samples with images that the data has"
+            + (f"; choose at most {len(found)}." if len(found) > 1 else "; name data with images.")
         )
-    return found
+    return list(found[: own.samples])
 
 
 def own_answers(
-    model: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int
+    model: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int, console: Console
 ) -> list[dict[str, Any]]:
-    """The rows with the model's own greedy answer at their end."""
+    """The rows with the model's own greedy answer at their end, in the place of one that some of them may have."""
     import torch
+    from rich.progress import track
 
-    from latefusion.eval.predict import prompt_inputs
+    from latefusion.eval.predict import prompt_inputs, prompt_of
 
     found = []
-    for row in rows:
+    for row in track(rows, "Answering", console=console):
         inputs = prompt_inputs(model, processor, [row])
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         said = {"role": "assistant", "content": [{"type": "text", "text": text or "."}]}
-        found.append({**row, "messages": [*row["messages"], said]})
+        found.append({**row, "messages": [*prompt_of(row), said]})
     return found

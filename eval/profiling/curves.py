@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from latefusion.eval.profiling.style import (
+    ASIDE,
     BLUE,
     FLOOR,
     GREEN,
@@ -74,7 +75,11 @@ def stages(found: dict[str, Any]) -> Figure:
     if a >= b:  # the ends overlap: no layer is needed in between
         a, b = enter, leave
     for row in axes[:, 0]:
-        row.axvspan(a - 0.5, b - 0.5, color=SHADE, lw=0, zorder=0)
+        for first, end, tint in ((0, a, ASIDE), (a, b, SHADE), (b, layers, ASIDE)):
+            row.axvspan(first - 0.5, end - 0.5, color=tint, lw=0, zorder=0)
+        for edge in (a, b):
+            if 0 < edge < layers:
+                row.axvline(edge - 0.5, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
     for middle, text in (
         ((0 + a) / 2, "shallow"),
         ((a + b) / 2, "middle: fuses"),

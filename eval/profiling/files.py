@@ -6,31 +6,39 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latefusion.models.calibration import Calibration
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 
+if TYPE_CHECKING:
+    from latefusion.eval.profiling.examples import View
+
 PROFILE, SCHEDULE, ENTRY = "profile.json", "schedule.yaml", "entry.safetensors"
 
 
 def write(
-    folder: Path, found: dict[str, Any], calibration: Calibration | None, samples: Sequence[dict[str, Any]]
+    folder: Path,
+    found: dict[str, Any],
+    calibration: Calibration | None,
+    samples: Sequence[dict[str, Any]],
+    shown: Sequence[Sequence[View]],
 ) -> None:
-    """Write everything, the report last."""
+    """Write everything, the report last; `shown`: the images of the first few samples."""
     from latefusion.eval.profiling.page import write_report  # drawing libraries: seconds
 
     (folder / PROFILE).write_text(json.dumps(found, indent=1, allow_nan=False, default=_plain) + "\n")
     (folder / SCHEDULE).write_text(schedule_yaml(found))
     (folder / ENTRY).unlink(missing_ok=True)
     if calibration is not None:
-        write_entry(folder, calibration.entry)
+        write_entry(folder, calibration.entry, found["about"].get("weights", ""))
     tables(folder, found)
-    write_report(folder, found, samples)
+    write_report(folder, found, samples, shown)
 
 
 def schedule_yaml(found: dict[str, Any]) -> str:
@@ -67,23 +75,38 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     return VisionSchedule.from_dict(values)
 
 
-def write_entry(folder: Path, entry: CalibratedEntry) -> None:
-    """Under its name only when it is whole."""
+def write_entry(folder: Path, entry: CalibratedEntry, weights: str) -> None:
+    """Under its name only when it is whole; `weights`: the `identity` of the model that it was fitted to."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{ENTRY}.unfinished"
-    save_file({name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}, unfinished)
+    values = {name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}
+    save_file(values, unfinished, metadata={"weights": weights})
     unfinished.replace(folder / ENTRY)
 
 
-def read_entry(path: str | Path) -> CalibratedEntry | None:
-    """The calibrated entry of a profile, None if it has none."""
+def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
+    """The calibrated entry of a profile, None if it has none.
+
+    Args:
+        weights: the `identity` of the model that it is for.
+
+    Raises:
+        ValueError: it was fitted to other weights.
+    """
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
     if not file.is_file():
         return None
-    weights = load_file(file)
-    places, width = weights["bias"].shape
+    with safe_open(file, "pt") as held:
+        fitted = (held.metadata() or {}).get("weights")
+    if fitted and fitted != weights:
+        raise ValueError(
+            f"the entry in {file} was fitted to other weights than this model's ({fitted}, not {weights}); profile "
+            "this model, or use entry.init=identity."
+        )
+    values = load_file(file)
+    places, width = values["bias"].shape
     entry = CalibratedEntry(hidden_size=width, places=places)
-    entry.load_state_dict(weights)
+    entry.load_state_dict(values)
     return entry
 
 

@@ -30,11 +30,13 @@ class Ledger:
             self.found = {line["key"]: line["value"] for line in kept[1:]}
         self.resumed = len(self.found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        part = path.with_suffix(".part")  # nothing is lost where this is interrupted
+        with part.open("w") as file:
             file.write(json.dumps({"about": self.about}) + "\n")
             file.writelines(
                 json.dumps({"key": key, "value": value}) + "\n" for key, value in self.found.items()
             )
+        part.replace(path)
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """What was measured under `key`, now if it never was. Values are what JSON gives back, in both cases."""

@@ -59,9 +59,10 @@ def value_output_lens(model: Any, layer: int, heads: Tensor) -> tuple[Tensor, Te
     Returns:
         Probabilities float32 `[B, H, V]`, and the l2 norm of what each head adds to the residual stream `[B, H]`.
     """
-    weight = model.get_decoder().layers[layer].self_attn.o_proj.weight  # [D, H * D_head]
-    slices = weight.unflatten(1, (heads.shape[1], -1)).to(heads.dtype)  # [D, H, D_head]
-    written = torch.einsum("bhk,dhk->bhd", heads, slices)  # [B, H, D]
+    o_proj = model.get_decoder().layers[layer].self_attn.o_proj  # its weights may be quantised
+    apart = torch.einsum("bhk,hg->bhgk", heads, torch.eye(heads.shape[1]).to(heads)).flatten(2)
+    apart = apart.to(model.dtype)  # [B, H, H * D_head], all heads but one silent
+    written = (o_proj(apart) - o_proj(torch.zeros_like(apart))).float()  # [B, H, D]
     return logit_lens(model, written), written.norm(dim=-1)
 
 

@@ -101,8 +101,11 @@ class Measurer:
             self._look(self._batch(0))  # the others are judged by its mean
         return self._gathered("looks", self._look, [1.0] * len(self.sources))
 
-    def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[list[list[int]] | None]:
-        """Of the first few samples: per segment of the schedule, which of their vision tokens take part; else None."""
+    def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[list[Any] | None]:
+        """Of the first few samples: per segment of the schedule its first layer, and which vision tokens take part.
+
+        None for the others.
+        """
 
         def measure(batch: Batch) -> dict[str, Any]:
             numbers = self.sources[self._at].numbers
@@ -112,7 +115,7 @@ class Measurer:
                 self._runner(batch).answers(schedule)
             last = self.attachment._last
             steps = (
-                [selection.vision for _, selection in last.selections]
+                [(layer, selection.vision) for layer, selection in last.selections]
                 if isinstance(last, PrefillTrace)
                 else []
             )
@@ -120,7 +123,7 @@ class Measurer:
                 "kept": [
                     None
                     if number >= EXAMPLES
-                    else [mask[b][batch.vision[b]].nonzero().flatten().tolist() for mask in steps]
+                    else [[at, mask[b][batch.vision[b]].nonzero().flatten().tolist()] for at, mask in steps]
                     for b, number in enumerate(numbers)
                 ]
             }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from latefusion.eval.profiling.continued import Continued, cacheable
 from latefusion.eval.profiling.cost import Cost, Shape, planned
 from latefusion.eval.profiling.files import write
 from latefusion.eval.profiling.ledger import Ledger
-from latefusion.eval.profiling.measure import Measurer
+from latefusion.eval.profiling.measure import EXAMPLES, Measurer
 from latefusion.eval.profiling.samples import Group, batches, counts, stop_tokens
 from latefusion.eval.profiling.study import Study, Wishes
 from latefusion.eval.profiling.summary import summarise
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.calibration import Calibration, fit_entry
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.vision import vision_token_ids
 
-SCHEMA = 2  # of profile.json; raise it when a key changes its meaning
+SCHEMA = 3  # of profile.json; raise it when a key changes its meaning
 
 
 def profile(
@@ -38,6 +41,7 @@ def profile(
     output_dir: str | Path,
     wishes: Wishes,
     batch_size: int = 16,
+    remarks: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure where `model` fuses vision into text on `samples`, and write the schedule that follows.
@@ -49,7 +53,9 @@ def profile(
         samples: `{"messages", "images"}`, each ending in the answer that it is judged by.
         fit_on: samples whose images calibrate the entry; no sample's own image should be among them.
         labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
-        about: what the measurements depend on (model, data, seed, dtype), for resuming and for the report.
+        about: what the measurements depend on (weights, data, seed, dtype) beside what samples are made of, for
+            resuming and for the report.
+        remarks: what a reader of the report should know of the samples.
 
     Returns:
         What `profile.json` holds.
@@ -57,6 +63,8 @@ def profile(
     Raises:
         ValueError: the model or the data does not allow it, in one sentence.
     """
+    from latefusion.eval.profiling.examples import views  # drawing libraries: seconds
+
     console = console or Console()
     folder = Path(output_dir)
     layers = model.config.get_text_config().num_hidden_layers
@@ -68,7 +76,8 @@ def profile(
         stop=stop_tokens(model, processor),
     )
     sources = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))  # see `planned`
-    ledger = Ledger(folder / "measured.jsonl", {**about, "samples": len(samples), "batch_size": batch_size})
+    depends = {**about, "batch_size": batch_size, "fit_on": sorted(map(hash_of, fit_on))}
+    ledger = Ledger(folder / "measured.jsonl", {**depends, "prompts": [group.content for group in sources]})
     with attach(model, VisionSchedule()) as attachment:
         plan = planned(model.config, shapes(attachment, sources))
         expense = plan.cost
@@ -81,10 +90,14 @@ def profile(
             study = Study(measurer, wishes, labelled, *counts(sources))
             found = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
             progress.update(task, completed=expense.total * len(samples))
+    note = found["note"]  # the remarks were said before
+    found["note"] = " ".join(filter(None, [*remarks, note]))
     found = {"schema": SCHEMA, "about": about, "cost": vars(expense) | {"total": expense.total}, **found}
     found = summarise(found, processor.tokenizer)
-    write(folder, found, study.calibration, samples)
-    report(console, folder, found)
+    vision = set(vision_token_ids(model.base_model.config).values())
+    shown = [views(collator([sample]), sample, vision) for sample in samples[:EXAMPLES]]
+    write(folder, found, study.calibration, samples, shown)
+    report(console, folder, found, note)
     return found
 
 
@@ -110,6 +123,14 @@ def shapes(attachment: Attachment, sources: Sequence[Group]) -> list[Shape]:
         )
         for source, may in zip(sources, tried, strict=True)
     ]
+
+
+def hash_of(sample: dict[str, Any]) -> str:
+    """Of a sample's images and words."""
+    digest = sha256(json.dumps(sample["messages"], sort_keys=True).encode())
+    for image in sample["images"]:
+        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def calibrate(
@@ -145,8 +166,8 @@ def bar(console: Console) -> Progress:
     )
 
 
-def report(console: Console, folder: Path, found: dict[str, Any]) -> None:
-    """The decision in a few lines."""
+def report(console: Console, folder: Path, found: dict[str, Any], note: str) -> None:
+    """The decision in a few lines; `note`: on what came of it."""
     chosen, schedule = found["chosen"], found["chosen"]["schedule"]
     accuracy = (
         ""
@@ -166,5 +187,5 @@ def report(console: Console, folder: Path, found: dict[str, Any]) -> None:
             f"Entry at layer {entry['layer']}: KL {entry['kl_raw']:.4f} raw, {entry['kl_calibrated']:.4f} calibrated, "
             f"{entry['kl_ceiling']:.4f} with the dense model's own vision states."
         )
-    console.print(f"Chosen for {chosen['why']}. {found['note']}".strip())
+    console.print(f"Chosen for {chosen['why']}. {note}".strip())
     console.print(f"{folder / 'report.html'}, {folder / 'schedule.yaml'}")

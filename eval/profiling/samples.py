@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Group:
         make: encodes its images and collates it.
         places: of the vision tokens, the same in every sample; lengths: tokens of each sample.
         answers: tokens of all answers.
+        content: a hash of what the model is given.
     """
 
     numbers: tuple[int, ...]
@@ -32,6 +34,7 @@ class Group:
     places: tuple[int, ...]
     lengths: tuple[int, ...]
     answers: int
+    content: str = ""
 
     @property
     def together(self) -> bool:
@@ -125,8 +128,10 @@ def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], s
     vision_ids = set(vision_token_ids(model.base_model.config).values())
     keys: list[tuple[tuple[int, ...], int]] = []
     answers: list[int] = []
+    content: list[bytes] = []
     for sample in samples:
         row = collator([sample])
+        content.append(_hashed(row))
         ids = row["input_ids"][0].tolist()
         keys.append((tuple(i for i, token in enumerate(ids) if token in vision_ids), len(ids)))
         answers.append(int((row["labels"] != IGNORE).sum()))
@@ -150,9 +155,19 @@ def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], s
             places=keys[group[0]][0],
             lengths=tuple(keys[i][1] for i in group),
             answers=sum(answers[i] for i in group),
+            content=sha256(b"".join(content[i] for i in group)).hexdigest()[:16],
         )
         for group in groups
     ]
+
+
+def _hashed(row: dict[str, Tensor]) -> bytes:
+    digest = sha256()
+    for name in sorted(row):
+        value = row[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def counts(groups: Sequence[Group]) -> tuple[float, float]:
@@ -162,12 +177,13 @@ def counts(groups: Sequence[Group]) -> tuple[float, float]:
     return (sum(sum(group.lengths) for group in groups) - vision) / samples, vision / samples
 
 
-def first_exchange(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation up to its first answer, or all of it if there is none."""
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            return list(messages[: turn + 1])
-    return list(messages)
+def first_exchange(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample up to its first answer, or all of it if there is none, with the images shown until then."""
+    messages = sample["messages"]
+    roles = [message["role"] for message in messages]
+    kept = messages[: roles.index("assistant") + 1] if "assistant" in roles else messages
+    shown = sum(part["type"] == "image" for message in kept for part in message["content"])
+    return {**sample, "messages": list(kept), "images": sample["images"][:shown]}
 
 
 class NoImages(ValueError):
@@ -188,14 +204,14 @@ def distinct_images(
     found: list[dict[str, Any]] = []
     seen: set[Any] = set()
     for i in range(len(rows)):
-        row = rows[i]
-        there = not isinstance(row, Bad)
-        if there and (not row["images"] or ("scene" in row and row["scene"] in seen)):
+        given = rows[i]
+        row = None if isinstance(given, Bad) else first_exchange(given)
+        if row is not None and (not row["images"] or ("scene" in row and row["scene"] in seen)):
             continue
-        if not fits(row):
+        if not fits(given) or row is None:
             continue
         seen.add(row.get("scene"))
-        found.append({**row, "messages": first_exchange(row["messages"])})
+        found.append(row)
         if len(found) == n:
             break
     if not found:

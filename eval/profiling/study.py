@@ -11,7 +11,7 @@ import numpy as np
 from latefusion.eval.profiling import decide
 from latefusion.eval.profiling.cost import SINGLES
 from latefusion.eval.profiling.measure import Measurer, known, point
-from latefusion.models.calibration import Calibration
+from latefusion.models.calibration import Calibration, TooFew
 from latefusion.models.entry import CalibratedEntry
 from latefusion.models.schedule import VisionSchedule
 
@@ -62,9 +62,18 @@ class Study:
         band_kl = {(a, b): float(np.mean(joint[f"{a} {b}"]["kl"])) for a, b in pairs}
         tried: dict[tuple[int, int], decide.Point] = {}
         fitted: dict[int, Calibration] = {}
-        for a, b in decide.cheapest_bands(band_kl, wishes.bound, self.flops, layers):
-            if a > 0 and a not in fitted:
+        notes: list[str] = []
+
+        def fit(a: int) -> None:
+            if a == 0 or a in fitted or notes:
+                return
+            try:
                 fitted[a] = calibrate(a)
+            except TooFew as few:
+                notes.append(f"The entry is not calibrated: {few}")
+
+        for a, b in decide.cheapest_bands(band_kl, wishes.bound, self.flops, layers):
+            fit(a)
             tried[a, b] = self.measured(decide.band_schedule(a, b, layers), _entry_of(fitted.get(a)))
             if tried[a, b].kl <= wishes.bound:
                 break
@@ -79,9 +88,10 @@ class Study:
         chosen, why = decide.choose([whole, *keeps], wishes.bound, wishes.budget)
         beside = {"chosen, raw entry": self.measured(chosen.schedule, None)} if entry is not None else {}
         if (given := wishes.given) is not None:
-            if given.enter > 0 and given.enter not in fitted:
-                fitted[given.enter] = calibrate(given.enter)
+            fit(given.enter)
             beside["by hand"] = self.measured(given, _entry_of(fitted.get(given.enter)))
+        if b - a == 1:
+            notes.append(f"Vision is needed in layer {a} alone: a band of one layer has no room for a keep.")
         points += [*tried.values(), *keeps, *([raw] if entry is not None else []), *beside.values()]
         right = effects["dense"]["right"]
         return {
@@ -100,9 +110,7 @@ class Study:
             "front": [p.to_dict() for p in decide.pareto(points)],
             "beside": {name: p.to_dict() for name, p in beside.items()},
             "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl[a, b]},
-            "note": ""
-            if b - a > 1
-            else f"Vision is needed in layer {a} alone: a band of one layer has no room for a keep.",
+            "note": " ".join(notes),
         }
 
     def flops(self, schedule: VisionSchedule) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-INK, MUTED, GRID, SHADE = "#1d2331", "#5b6475", "#e3e6ed", "#f0f2f7"
+INK, MUTED, GRID, SHADE, ASIDE = "#1d2331", "#5b6475", "#e3e6ed", "#e9edf6", "#f7f8fb"
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b3", "#c45501", "#007a5b", "#a84080", "#5b6476"
 VARIABLES = {
-    INK: "--ink", MUTED: "--muted", GRID: "--grid", SHADE: "--shade",
+    INK: "--ink", MUTED: "--muted", GRID: "--grid", SHADE: "--shade", ASIDE: "--aside",
     BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", PINK: "--pink", GREY: "--grey", "#ffffff": "--page",
 }  # fmt: skip
 STYLE: Any = {
