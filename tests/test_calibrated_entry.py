@@ -242,7 +242,8 @@ def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, w
 def test_too_few_images_are_told_so_before_training(base, tmp_path, images, said) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
     rows = [parts.samples(config.data)[i] for i in range(0, 10 * images, 10)]
-    rows += [{"id": "t", "messages": [{"role": "user", "content": "hm?"}], "images": []}]
+    turns = [{"role": role, "content": [{"type": "text", "text": "hm?"}]} for role in ("user", "assistant")]
+    rows += [{"id": "t", "messages": turns, "images": []}]
     with pytest.raises(ValueError, match=said) as error:
         made(config, rows)
     assert "\n" not in str(error.value) and "entry.init=identity" in str(error.value)

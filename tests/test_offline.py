@@ -113,17 +113,17 @@ def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
     """As those of a base that was trained on and saved anew."""
     config = read(options(base, cache, "output_dir=x"))
     student = parts.student_of(config)
-    told = expected(config, student, parts.teacher(config))
+    told = expected(config, student.processor, parts.teacher(config))
     again = tmp_path / "base"
     shutil.copytree(base, again)
     config.model.path = str(again)
-    moved = expected(config, student, parts.teacher(config))
+    moved = expected(config, student.processor, parts.teacher(config))
     assert moved == {**told, "model": str(again)}, "it is what the folder holds that counts"
     (file,) = again.glob("*.safetensors")
     weights = load_file(file)
     weights[max(weights)].view(-1)[0] += 1
     save_file(weights, file, metadata={"format": "pt"})
-    changed = {**expected(config, student, parts.teacher(config)), "model": told["model"]}
+    changed = {**expected(config, student.processor, parts.teacher(config)), "model": told["model"]}
     with pytest.raises(ValueError, match=f"were written with weights={told['weights']}, but this run has"):
         Taught(parts.collator_of(student), str(cache), changed)
 
