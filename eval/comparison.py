@@ -174,6 +174,7 @@ def evaluate_run(
     write_markdown(folder / "report.md", results)
     ledger.close()
     print_table(results)
+    print(folder / "report.html")
     return results
 
 

@@ -16,7 +16,7 @@ from latefusion.models import base
 from latefusion.models.saved import load_student
 from latefusion.training import run
 from latefusion.training.checks import read
-from latefusion.training.config import RECIPES, EntryConfig, LoraConfig, ModelConfig, TrainConfig
+from latefusion.training.config import RECIPES, EntryConfig, LoraConfig, ModelConfig, Teacher, TrainConfig
 from latefusion.training.policies import schedule_of
 
 FAMILY = {
@@ -169,6 +169,13 @@ def test_any_other_model_starts_from_the_paper_s_thresholds_and_the_loop_s_own_s
     config = read(composed("model=other", "model.path=x/y", "recipe=dense"))
     assert (config.train, config.lora, config.entry) == (TrainConfig(), LoraConfig(), EntryConfig())
     assert config.model == ModelConfig(path="x/y") and config.model.visipruner.boundary == 6
+    assert config.teacher is Teacher.dense  # thresholds of another model may teach nothing
+    assert (
+        read(
+            composed("model=other", "model.path=x/y", "recipe=late_fusion_no_teacher", "schedule=auto")
+        ).teacher
+        is Teacher.none
+    )
 
 
 HUB = {  # what the preprocessor_config.json of these families says

@@ -8,8 +8,11 @@ from safetensors.torch import load_file
 from test_lost_runs import QUICK, entries, train
 from tiny import BAND, SMALL, composed, configured, save_tiny_base
 
+from latefusion.data.collate import IGNORE
+from latefusion.models.embedded.vocabulary import build_processor
 from latefusion.training import parts
 from latefusion.training.checks import read
+from latefusion.training.describe import unknown_words
 from latefusion.training.monitor import Monitor, line, trackers
 from latefusion.training.nonfinite import MOST_SKIPS, NonFinite, Watch, replay
 from latefusion.training.objective import Objective
@@ -123,8 +126,21 @@ def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path,
         8 / 7, rel=0.2
     )
     printed = capsys.readouterr().out
-    assert f"1/2  loss {first['loss']:.4f}  ce {first['ce']:.4f}  kl {first['kl']:.4f}" in printed
-    assert "samples/s" in printed and "0:00 left" in printed
+    assert f" left  loss {first['loss']:.4f}  ce {first['ce']:.4f}  kl {first['kl']:.4f}" in printed
+    assert "samples/s" in printed and "2/2  0:00 left" in printed
+
+
+@pytest.mark.parametrize(("columns", "named"), [("80", False), ("160", True)])
+def test_a_narrow_terminal_shows_numbers_rather_than_a_bar(tmp_path, monkeypatch, capsys, columns, named):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monitor = Monitor(tmp_path, name="run", steps=90, first=0, samples=8, dtype=torch.float32, main=True)
+    values = {"loss": 1.2345, "ce": 0.9876, "kl": 0.2469, "memory_gb": 1.1}
+    monitor.log(20, values | {"tokens_per_second": 3200, "samples_per_second": 14.1, "eta_seconds": 52})
+    monitor.close()
+    shown = capsys.readouterr().err
+    assert ("run" in shown) == named
+    assert "20/90  0:52 left  loss 1.2345  ce 0.9876  kl 0.2469" in shown and "14.1 s" in shown
 
 
 def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
@@ -140,7 +156,16 @@ def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
     text = line(
         4, 10, {"loss": 1.5, "ce": 1.25, "kl": 0.0, **rates, "tokens_per_second": 2500.0, "memory_gb": 3.0}
     )
-    assert text == " 4/10  loss 1.5000  ce 1.2500  2.5k tokens/s  4 samples/s  3.0 GB  MFU 2%  0:12 left"
+    assert text == " 4/10  0:12 left  loss 1.5000  ce 1.2500  2.5k tokens/s  4 samples/s  3.0 GB  MFU 2%"
+
+
+def test_answers_in_words_that_the_tokenizer_does_not_know_are_told():
+    tokenizer = build_processor(patch_size=24).tokenizer
+    known, strange = ([IGNORE, *tokenizer(text).input_ids] for text in ("red", "photograph"))
+    assert strange[1:] == [tokenizer.unk_token_id] != known[1:]
+    assert unknown_words(torch.tensor([known, known]), tokenizer) == []
+    (said,) = unknown_words(torch.tensor([known, strange]), tokenizer)
+    assert said.startswith(f"1 of the 2 answer tokens of the first samples are {tokenizer.unk_token}: ")
 
 
 def test_trackers_are_named_or_refused(monkeypatch, capsys):

@@ -51,6 +51,7 @@ def describe(
     return "\n".join(
         [
             *borrowed(config.model),
+            *unknown_words(batch["labels"], student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
@@ -69,6 +70,18 @@ def describe(
             ),
         ]
     )
+
+
+def unknown_words(labels: torch.Tensor, tokenizer: Any) -> list[str]:
+    """A line that says so, if answers (int64 `[B, T]`) hold words that the tokenizer does not know."""
+    unknown, learnt = tokenizer.unk_token_id, int((labels != IGNORE).sum())
+    count = 0 if unknown is None else int((labels == unknown).sum())
+    if not count:
+        return []
+    return [
+        f"{count} of the {learnt} answer tokens of the first samples are {tokenizer.unk_token}: words that this "
+        "model's tokenizer does not know, and the student learns to answer with it."
+    ]
 
 
 def borrowed(model: ModelConfig) -> list[str]:

@@ -20,6 +20,7 @@ from latefusion.training.choices import TRACKERS
 
 METRICS = "metrics.jsonl"
 REFRESH = 0.5  # seconds
+WIDE = 130  # columns that hold name, bar and numbers
 # dense peak in FLOP/s, bfloat16 on tensor cores and float32 without: vendors' data sheets, SXM where there are several
 PEAK = {
     "B200": (2.25e15, 80e12),
@@ -80,12 +81,12 @@ class Monitor:
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
+            console = Console(stderr=True)
+            name_and_bar = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24))
+            columns = name_and_bar if console.width >= WIDE else ()
+            self.bar = Progress(
+                *columns, TextColumn("{task.fields[text]}"), console=console, auto_refresh=False
             )
-            self.bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
             self.bar.start()
             self.task = self.bar.add_task(name, total=steps, completed=first, text=f"{first}/{steps}")
 
@@ -140,7 +141,9 @@ class Monitor:
 
 def line(done: int, steps: int, values: dict[str, float]) -> str:
     """One log entry as a person reads it."""
-    parts = [f"{done:>{len(str(steps))}}/{steps}", f"loss {values['loss']:.4f}"]
+    parts = [f"{done:>{len(str(steps))}}/{steps}"]
+    parts += [f"{_clock(values['eta_seconds'])} left"] if "eta_seconds" in values else []
+    parts.append(f"loss {values['loss']:.4f}")
     parts += [f"{name} {values[name]:.4f}" for name in ("ce", "kl") if values.get(name)]
     if "tokens_per_second" in values:
         parts += [
@@ -149,7 +152,6 @@ def line(done: int, steps: int, values: dict[str, float]) -> str:
             f"{values['memory_gb']:.1f} GB",
         ]
         parts += [f"MFU {values['mfu']:.0%}"] if "mfu" in values else []
-        parts.append(f"{_clock(values['eta_seconds'])} left")
     return "  ".join(parts)
 
 

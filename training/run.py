@@ -140,7 +140,10 @@ def evaluate(config: Config) -> dict[str, Any] | None:
         print("No evaluation: all weights have changed, so the dense base is not at hand to compare with.")
         return None
     if questions_of(config) is None:
-        print("No evaluation: data.eval_path names no data set of questions and answers.")
+        print(
+            "No evaluation: data.eval_path names no data set of questions and answers. To ask your own: "
+            f"python eval/evaluate.py checkpoint={config.output_dir} data=QUESTIONS.jsonl (docs/evaluation.md)."
+        )
         return None
     from latefusion.eval.evaluate import evaluate_checkpoint
 
