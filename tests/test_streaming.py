@@ -19,7 +19,7 @@ from latefusion.data import guard, streaming
 from latefusion.data.config import DataConfig, PartConfig, Source
 from latefusion.data.guard import usable
 from latefusion.data.load import training_data
-from latefusion.training import run
+from latefusion.training import describe, run
 from latefusion.training.config import TrainConfig
 from latefusion.training.describe import DESCRIBED
 from latefusion.training.order import order_of
@@ -151,7 +151,8 @@ def test_a_resumed_stream_goes_on_exactly(base, tmp_path, monkeypatch, capfd, en
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
     shutil.copy(whole / "stream.jsonl", cut)
     opened = []
-    monkeypatch.setattr(guard, "usable", lambda row: opened.append(row.name) or usable(row))
+    for module in (guard, describe):
+        monkeypatch.setattr(module, "usable", lambda row: opened.append(row.name) or usable(row))
     capfd.readouterr()
     run.run(composed(*options, f"output_dir={cut}", "resume=true"))
     assert_same(cut, whole)

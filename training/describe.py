@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from latefusion.data.collate import IGNORE
+from latefusion.data.guard import usable
 from latefusion.data.streaming import Stream
 from latefusion.models.build import Student
 from latefusion.models.entry import entry_of
@@ -21,8 +22,9 @@ DESCRIBED = 8  # samples whose sizes the printed lines speak of
 
 
 def first_samples(dataset: Any) -> list[Any]:
+    """The first samples of a training set, opened; `Bad` where a row cannot be used."""
     if isinstance(dataset, Stream):
-        return dataset.first(DESCRIBED)
+        return [usable(row) for row in dataset.first(DESCRIBED)]
     return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
 
 
