@@ -19,16 +19,16 @@ test-slow: $(INSTALLED)
 # Everything that waits for a GPU: its tests, and the benchmarks at LLaVA-1.5-7B's shape. The environment needs a torch with CUDA.
 gpu:
 	-python -m pytest -m gpu
-	python eval/bench_executor.py --layers 32 --hidden 4096 $(ON_GPU) --json outputs/gpu/executor.json
-	python eval/bench_inference.py --shape llava-1.5-7b $(ON_GPU) --json outputs/gpu/inference.json
-	python eval/bench_training.py --shape llava-1.5-7b $(ON_GPU) --batch 8 --json outputs/gpu/training.json
+	python eval/bench/executor.py --layers 32 --hidden 4096 $(ON_GPU) --json outputs/gpu/executor.json
+	python eval/bench/inference.py --shape llava-1.5-7b $(ON_GPU) --json outputs/gpu/inference.json
+	python eval/bench/training.py --shape llava-1.5-7b $(ON_GPU) --batch 8 --json outputs/gpu/training.json
 
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy
 
 # Trains the embedded base model from nothing (about 20 CPU minutes); its result is already in the repository.
 base: $(INSTALLED)
-	$(RUN) python models/embedded/train_base.py
+	$(RUN) python training/embedded/train_base.py
 
 # torch comes first: the constraint pins the tested build before any other package can ask for it.
 $(INSTALLED): pyproject.toml constraints.txt

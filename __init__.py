@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latefusion.models.attach import attach, attached
     from latefusion.models.explain import explain
-    from latefusion.models.policies.visipruner import VisiPruner
-    from latefusion.models.saved import load, merge
+    from latefusion.models.policies.visipruner.settings import VisiPruner
     from latefusion.models.schedule import VisionSchedule
+    from latefusion.models.student.save import load, merge
 
 __all__ = ["VisiPruner", "VisionSchedule", "attach", "attached", "explain", "load", "merge"]
 __version__ = "0.1.0"
@@ -21,8 +21,8 @@ _HOME = {
     "attach": "latefusion.models.attach",
     "attached": "latefusion.models.attach",
     "explain": "latefusion.models.explain",
-    "load": "latefusion.models.saved",
-    "merge": "latefusion.models.saved",
+    "load": "latefusion.models.student.save",
+    "merge": "latefusion.models.student.save",
 }
 
 

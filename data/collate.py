@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from latefusion.data.messages import BadSample, TooLong
 from latefusion.data.packing import isolate_turns
+from latefusion.data.samples import BadSample, TooLong
 
 IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -16,17 +16,17 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, GenerationConfig
 
+from latefusion.data.bad_rows import Bad, Checked
 from latefusion.data.collate import BadRow, Collator
-from latefusion.data.config import PartConfig
-from latefusion.data.guard import Bad, Checked
 from latefusion.data.load import parts_of, rows_of, streamed
-from latefusion.data.messages import BadSample
 from latefusion.data.records import sample_of
+from latefusion.data.samples import BadSample
 from latefusion.data.sources import name_of, python_row
 from latefusion.data.streaming import Shard
-from latefusion.models.base import load_processor
-from latefusion.models.where import EMBEDDED, EMBEDDED_WEIGHTS, check_base
-from latefusion.training.config import Config
+from latefusion.models.base_model import load_processor
+from latefusion.models.inputs import stop_tokens
+from latefusion.models.locate import EMBEDDED, EMBEDDED_WEIGHTS, check_base
+from latefusion.recipes.schema import Config, PartConfig
 
 BLOCK = 100  # rows of a stream that are read together
 OWN = (  # of a row, in the words of a reason: what is its own, and what stands for it in the summary
@@ -111,13 +111,13 @@ def collator_of(config: Config) -> Collator:
     processor: Any = load_processor(config.model.path, settings=config.model.processor, **where)
     about = AutoConfig.from_pretrained(path, **where)
     try:
-        stop = GenerationConfig.from_pretrained(path, revision=config.model.revision).eos_token_id
+        generation = GenerationConfig.from_pretrained(path, revision=config.model.revision)
     except OSError:  # no file of its own: the model's configuration says it
-        stop = GenerationConfig.from_model_config(about).eos_token_id
+        generation = GenerationConfig.from_model_config(about)
     return Collator(
         processor=processor,
         vision_ids=[about.image_token_id],
-        stop=processor.tokenizer.convert_ids_to_tokens([stop] if isinstance(stop, int) else stop),
+        stop=stop_tokens(generation, processor),
         max_length=config.data.max_length,
         isolate=torch.float32 if config.data.isolate else None,
     )

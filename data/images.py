@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from latefusion.data.messages import printable
+from latefusion.data.samples import printable
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: beyond it a small file can take a machine's memory
 MAX_BYTES = 16 * MAX_PIXELS  # of a file: four channels of 32 bits, uncompressed

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from latefusion.data import sources
-from latefusion.data.config import DataConfig, PartConfig, Source
-from latefusion.data.guard import Checked
+from latefusion.data.bad_rows import Checked
 from latefusion.data.mixing import Mixture
 from latefusion.data.packing import Conversations
 from latefusion.data.streaming import Stream
+from latefusion.recipes.schema import DataConfig, PartConfig, Source
 
 
 def training_data(data: DataConfig) -> Any:

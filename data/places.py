@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latefusion.data.config import DataConfig, Source
+from latefusion.recipes.schema import DataConfig, Source
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 JSON = (".json", ".jsonl")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latefusion.data.images import BadImage, load_image
-from latefusion.data.messages import BadSample, messages_of, printable
+from latefusion.data.samples import BadSample, messages_of, printable
 
 RECORD = "latefusion_record"  # column of a row of a JSON file, as JSON; a text in it says why the row is none
 

@@ -1,7 +1,7 @@
 """`scenes`: a procedural visual-question-answering set, rendered with Pillow.
 
 A scene is a 96 x 96 image of 2 to 6 coloured shapes and one sign on a 3 x 3 grid, with about 13
-questions (`data/questions.py`). It is a function of (seed, split, index) alone, the same on every
+questions (`data/scene_questions.py`). It is a function of (seed, split, index) alone, the same on every
 machine and in every process.
 
 Splits are disjoint by construction: a hash of what stands where (colours, shapes, sign text and cells;
@@ -26,7 +26,7 @@ from typing import Any
 import datasets
 from PIL import Image, ImageDraw, ImageFont
 
-from latefusion.data.questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
+from latefusion.data.scene_questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
 
 VERSION = 1  # raise it when a scene, a question or a pixel changes: it names the cache
 SIZE, CELL, ZOOM = 96, 32, 2  # pixels of the image and of a cell; drawn at ZOOM times the size, then averaged

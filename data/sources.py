@@ -1,6 +1,6 @@
 """Where samples come from: every source gives `{"id", "messages", "images"}`, made when a row is asked for.
 
-`messages` is a conversation (`data/messages.py`), `images` holds one RGB picture for each image part, in order.
+`messages` is a conversation (`data/samples.py`), `images` holds one RGB picture for each image part, in order.
 A row that cannot be used raises `BadSample` when it is asked for, not before.
 """
 
@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from latefusion.data.images import short
 from latefusion.data.json_file import json_records
-from latefusion.data.messages import BadSample
 from latefusion.data.places import FORMATS, JSON, check_conversations, check_images
 from latefusion.data.records import RECORD, images_of, named, sample_of, size_of
+from latefusion.data.samples import BadSample
 from latefusion.data.scenes import load_scenes
 
 CONVERSATIONS = ("messages", "conversations")

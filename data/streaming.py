@@ -15,8 +15,9 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset, get_worker_info
 
-from latefusion.data.messages import Refused
+from latefusion.data.samples import Refused
 from latefusion.data.sources import name_of
+from latefusion.recipes.launcher import rank
 
 MARKS = "stream.jsonl"
 EVERY = 1000  # rows between two marks
@@ -297,4 +298,4 @@ class Shard:
 def writes() -> bool:
     """Whether this process speaks for the run: the first, or its first loader worker."""
     worker = get_worker_info()
-    return os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0)
+    return rank() == 0 and (worker is None or worker.id == 0)

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import sys
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from latefusion.data.config import Source
 from latefusion.data.places import check_places
-from latefusion.training.checks import explain, read
-from latefusion.training.config import RECIPES
+from latefusion.recipes.compose import compose_config
+from latefusion.recipes.schema import Source
 
 
 def main(overrides: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     try:
-        explain(overrides)
-        with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
-            config = read(compose("config", overrides))
+        config = compose_config(overrides)
         if config.data.source is Source.scenes:
             raise ValueError(
                 "scenes are rendered here and need no check; name data with data=dataset data.path=PATH."

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.data.scenes import load_scenes
+from latefusion.eval.comparison.answers import prompt_inputs
 from latefusion.eval.memory import kv_cache_bytes
-from latefusion.eval.predict import prompt_inputs
 from latefusion.models.attach import attach
-from latefusion.models.base import compute_dtype, load_base
+from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.explain import explain
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy

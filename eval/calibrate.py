@@ -3,7 +3,7 @@
     python eval/calibrate.py model=embedded data=scenes kl=0.02
     python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train samples=128 kl=0.02
 
-Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/calibration.py: for the price
+Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/thresholds/replay.py: for the price
 of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
 settings run on a trial, and go on until they are surely above the bound, or much dearer than need be. Writes
 policy.yaml, which `policy=FILE` takes wherever a policy is named, calibration.json with every setting, and table.md.
@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from rich.console import Console
 
 from latefusion.data.places import check_dataset
-from latefusion.models.where import check_base
-from latefusion.training.words import check_words, parsed
+from latefusion.models.locate import check_base
+from latefusion.recipes.compose import check_words, parse_words
 
 
 @dataclass
@@ -74,7 +74,9 @@ def calibrate(asked: Arguments, console: Console) -> dict[str, Any]:
     """
     check(asked)
 
-    from latefusion.eval.calibrated import calibrated  # torch and all that, which no refusal has to wait for
+    from latefusion.eval.thresholds.run import (
+        calibrated,  # torch and all that, which no refusal has to wait for
+    )
 
     return calibrated(asked, console)
 
@@ -101,7 +103,7 @@ def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     words = check_words(arguments, Arguments, str(__doc__))
     try:
-        calibrate(parsed(words, Arguments), Console())
+        calibrate(parse_words(words, Arguments), Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

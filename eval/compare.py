@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.eval import metrics
+from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.evaluate import read_report
-from latefusion.eval.predict import Answer
 from latefusion.eval.report.tables import prefix
 from latefusion.eval.tasks.choice import CIRCULAR, circular
 

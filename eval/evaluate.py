@@ -26,10 +26,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latefusion.models.locate import check_base
 from latefusion.models.policies import recipe_of
-from latefusion.models.where import check_base
-from latefusion.training.config import Config
-from latefusion.training.words import check_words, parsed
+from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.launcher import world_size
+from latefusion.recipes.schema import Config
 
 if TYPE_CHECKING:
     from latefusion.eval.ledger import Processes
@@ -113,7 +114,9 @@ def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str,
     """
     config, stored = checked(chosen)
 
-    from latefusion.eval.compared import compared  # torch and all that, which no refusal has to wait for
+    from latefusion.eval.comparison.settings import (
+        compared,  # torch and all that, which no refusal has to wait for
+    )
 
     return compared(chosen, config, stored, processes)
 
@@ -192,7 +195,7 @@ def read_report(path: str | Path) -> Mapping[str, Any]:
 
 def processes_here() -> Processes:
     """The processes that `accelerate launch` started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         from latefusion.eval.ledger import Processes
 
         return Processes()
@@ -210,7 +213,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
     try:
-        chosen = parsed(words, Arguments)
+        chosen = parse_words(words, Arguments)
         checked(chosen)  # before the processes are joined
         processes = processes_here()
         evaluate(chosen, processes)

@@ -18,9 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from latefusion.models.locate import check_base
 from latefusion.models.policies import RECIPES, recipe_of
-from latefusion.models.where import check_base
-from latefusion.training.words import check_words, parsed
+from latefusion.recipes.compose import check_words, parse_words
 
 
 @dataclass
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
         given = OmegaConf.from_cli(words)
         names = [name.strip() for name in str(given.get("policy", Arguments.policy)).split(",")]
         changes = {name: given.pop(name) for name in names if isinstance(given.get(name), DictConfig)}
-        asked = parsed(given, Arguments)
+        asked = parse_words(given, Arguments)
         path, calibrated = known(asked.model)
         for name in names:
             recipe_of(name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latefusion.eval.predict import Answer
+from latefusion.eval.comparison.answers import Answer
 
 FOLDER = "unfinished"
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from latefusion.models.base import compute_dtype
+from latefusion.models.base_model import compute_dtype
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
 Chat = tuple[

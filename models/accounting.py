@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from latefusion.models.executor.trace import TraceRecord
 from latefusion.models.flops import decoder_flops
-from latefusion.models.trace import TraceRecord
 
 
 @dataclass(frozen=True)

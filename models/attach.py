@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latefusion.models.hooks import Hooks
+from latefusion.models.executor.hooks import Hooks
+from latefusion.models.executor.trace import TraceRecord
+from latefusion.models.executor.vision import VisionMask, vision_token_ids
+from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
-from latefusion.models.trace import TraceRecord
-from latefusion.models.vision import VisionMask, vision_token_ids
 
 
 def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None = None) -> Attachment:
@@ -121,7 +121,7 @@ def attached(model: nn.Module) -> Attachment | None:
 
 
 def _hugging_face_model(model: nn.Module) -> PreTrainedModel:
-    inner: object = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: object = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is not a Hugging Face model; attach to the model before it is wrapped."

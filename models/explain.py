@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from latefusion.models.accounting import Account, account
 from latefusion.models.attach import attached
+from latefusion.models.executor.trace import PrefillTrace, TraceRecord
 from latefusion.models.picture import Patches, draw
-from latefusion.models.trace import PrefillTrace, TraceRecord
 
 
 @dataclass(frozen=True)

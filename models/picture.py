@@ -12,7 +12,7 @@ from math import ceil
 
 from PIL import Image
 
-from latefusion.models.trace import TraceRecord
+from latefusion.models.executor.trace import TraceRecord
 
 WIDTH, SIDE, GAP = 720, 250, 30  # of the picture, of an image, between things
 PLOT = (WIDTH - SIDE - 3 * GAP - 30, 200)  # width and height of the axes

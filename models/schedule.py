@@ -39,7 +39,7 @@ class VisionSchedule:
     reading shares the text's softmax, original positions, and `keep` among them are choices made here.
 
     `positions` says what RoPE counts in a layer that lacks some vision tokens: `"original"`, the places that the model
-    gave, gaps left open, or `"reindexed"`, the tokens that are there, gaps closed (`models/positions.py`).
+    gave, gaps left open, or `"reindexed"`, the tokens that are there, gaps closed (`models/executor/positions.py`).
 
     Raises:
         ValueError: the numbers contradict each other.

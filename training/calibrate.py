@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from latefusion.data.bad_rows import Guard
 from latefusion.data.collate import Collator
-from latefusion.data.guard import Guard
-from latefusion.eval.profiling.files import ENTRY, read_entry, write_entry
-from latefusion.eval.profiling.samples import NoImages, batches, distinct_images, stop_tokens
+from latefusion.eval.fusion.files import ENTRY, read_entry, write_entry
+from latefusion.eval.fusion.samples import NoImages, batches, distinct_images
 from latefusion.models.attach import attach
-from latefusion.models.calibration import fit_entry
-from latefusion.models.entry import CalibratedEntry
-from latefusion.models.identity import identity
+from latefusion.models.fingerprint import identity
+from latefusion.models.inputs import stop_tokens
+from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config, EntryInit, EntryKind
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.entry_fit import fit_entry
+from latefusion.recipes.schema import Config, EntryInit, EntryKind
 from latefusion.training.first import first_says
-from latefusion.training.policies import schedule_of
 
 IMAGES_AT_ONCE = 32
 FITTED = "entry"  # in the run's folder
@@ -101,7 +102,7 @@ def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows
     collator = Collator(
         processor=processor,
         vision_ids=[model.config.image_token_id],
-        stop=stop_tokens(model, processor),
+        stop=stop_tokens(model.generation_config, processor),
         max_length=config.data.max_length,
     )
     guard = Guard(

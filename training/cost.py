@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PretrainedConfig
 
 from latefusion.models.attach import Attachment
-from latefusion.models.entry import entry_of
 from latefusion.models.flops import decoder_flops
+from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry import entry_of
 
 
 def training_flops(
@@ -50,8 +50,7 @@ def backward_ends(model: Any) -> int:
     Args:
         model: a student's, or the Hugging Face model itself.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = inner.get_decoder().layers
+    layers = unwrapped(model).get_decoder().layers
     inside = {id(p) for layer in layers for p in layer.parameters()}
     entry = entry_of(model) or torch.nn.Module()
     after = {id(p) for p in entry.parameters()}  # it runs where vision tokens enter

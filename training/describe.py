@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
+from latefusion.data.bad_rows import usable
 from latefusion.data.collate import IGNORE
-from latefusion.data.guard import usable
 from latefusion.data.streaming import Stream
-from latefusion.models.build import Student
-from latefusion.models.entry import entry_of
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training.config import Config, ModelConfig, Teacher
+from latefusion.models.student.build import Student
+from latefusion.models.student.entry import entry_of
+from latefusion.recipes.launcher import world_size
+from latefusion.recipes.schema import Config, ModelConfig, Teacher
+from latefusion.training.assemble import dtype_of
 from latefusion.training.estimate import estimated, numel
-from latefusion.training.parts import dtype_of
 from latefusion.training.teacher import OtherTeacher
 
 DESCRIBED = 8  # samples whose sizes the printed lines speak of
@@ -56,7 +56,7 @@ def describe(
             *unknown_words(batch["labels"], student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{os.environ.get('WORLD_SIZE', '1')} process(es), teacher {config.teacher.value}"
+            f"{world_size()} process(es), teacher {config.teacher.value}"
             f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross else ''}",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from latefusion.models.where import ADAPTER_CONFIG, check_base_of
-from latefusion.training.claim import check_writable
-from latefusion.training.config import Dtype
-from latefusion.training.words import check_words, parsed
+from latefusion.models.locate import ADAPTER_CONFIG, check_base_of
+from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.schema import Dtype
+from latefusion.training.run_folder import check_writable
 
 
 @dataclass
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
     try:
-        asked = parsed(words, Arguments)
+        asked = parse_words(words, Arguments)
         check(asked)
 
         from latefusion.training.publish import export  # torch and all that, which no refusal has to wait for

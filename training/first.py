@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch.distributed as dist
+
+from latefusion.recipes.launcher import world_size
 
 PAUSE = 0.2  # seconds between two looks
 
@@ -27,7 +28,7 @@ def first_says(what: str, work: Callable[[], Any]) -> Any:
     Raises:
         ValueError: `work` raised it, or FileNotFoundError.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         return work()
     meeting, rank = _rendezvous()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import sys
@@ -16,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from latefusion.training.choices import TRACKERS
+from latefusion.recipes.launcher import world_size
+from latefusion.recipes.schema import TRACKERS
 
 METRICS = "metrics.jsonl"
 REFRESH = 0.5  # seconds
@@ -115,7 +115,7 @@ class Monitor:
             "eta_seconds": (now - self.begun) / max(1, done - self.first) * (self.steps - done),
         }
         if self.peak is not None:
-            rates["mfu"] = flops / seconds / (self.peak * int(os.environ.get("WORLD_SIZE", "1")))
+            rates["mfu"] = flops / seconds / (self.peak * world_size())
         return {key: _significant(value) for key, value in rates.items()}
 
     def log(self, done: int, values: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from latefusion.models.attach import Attachment
+from latefusion.models.inputs import fresh_inputs, image_features, unwrapped
 from latefusion.models.policies.base import Policy
 from latefusion.training.cost import backward_ends, computed_flops
 from latefusion.training.teacher import OtherTeacher
@@ -113,7 +113,7 @@ class Objective:
             if not self.share_images:
                 inputs, nothing = self.tower_first(inputs, labels.device)
             with self.added(nothing):
-                logits = forward(**fresh(inputs)).logits[learnt].float()  # [N, V]
+                logits = forward(**fresh_inputs(inputs)).logits[learnt].float()  # [N, V]
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
         loss, kl = ce, torch.zeros_like(ce)
         scored = logits[:, : self.vocabulary]
@@ -182,14 +182,14 @@ class Objective:
             ):  # in the dtype of its weights, as at inference
                 if self.other.sharded:
                     inputs, _ = self.tower_first(inputs, learnt.device, self.other.model)
-                return self.other.forward(**fresh(inputs)).logits[learnt][:, : self.vocabulary].float()
+                return self.other.forward(**fresh_inputs(inputs)).logits[learnt][:, : self.vocabulary].float()
         training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter(), self.attachment.using(self.teacher):
                 if not self.share_images:
                     inputs, _ = self.tower_first(inputs, learnt.device)
-                return self.model(**fresh(inputs)).logits[learnt].float()
+                return self.model(**fresh_inputs(inputs)).logits[learnt].float()
         finally:
             self.model.train(training)
 
@@ -222,12 +222,8 @@ class Objective:
 
     def encode(self, inputs: Mapping[str, Any], owner: Any = None) -> Any:
         owner = owner or self.model
-        model: Any = owner.get_base_model() if isinstance(owner, PeftModel) else owner
-        encoder = model.base_model.get_image_features
-        names = [name for name in inspect.signature(encoder).parameters if name in inputs]
         sharded = isinstance(owner, FSDPModule)  # then the outermost module gathers the weights
-        encode = owner.get_image_features if sharded else encoder
-        return encode(**{name: inputs[name] for name in names}, return_dict=True)
+        return image_features(owner if sharded else unwrapped(owner).base_model, inputs)
 
     def encode_blank(self, device: torch.device, owner: Any = None) -> Tensor:
         """Zero, by way of the vision tower and the projector (of `owner`; None: the student's)."""
@@ -291,10 +287,3 @@ def distillation_from(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperat
         rest = 1 - logprobs.exp().sum(-1)  # [N]
         kl = kl + torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0).sum()
     return temperature**2 * kl
-
-
-def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A copy for one forward pass, which may write into `mm_encoder_outputs`."""
-    if "mm_encoder_outputs" not in inputs:
-        return inputs
-    return {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.identity import identity
+from latefusion.models.fingerprint import identity
 from latefusion.models.policies.base import Policy
-from latefusion.training.config import Config
+from latefusion.recipes.schema import Config
 from latefusion.training.teacher import shared_vocabulary
 
 TEACHER = "teacher.json"

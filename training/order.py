@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from latefusion.data.config import Group
-from latefusion.data.guard import Checked
+from latefusion.data.bad_rows import Checked
 from latefusion.data.streaming import Stream
-from latefusion.training.config import TrainConfig
+from latefusion.recipes.schema import Group, TrainConfig
 
 POOL = 50  # steps whose samples are sorted by length together
 

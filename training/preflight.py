@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,14 +10,14 @@ from typing import TypeVar
 from omegaconf import DictConfig
 
 from latefusion.data.places import check_places
-from latefusion.models.where import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
+from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
+from latefusion.models.policies.configured import check_depths, check_known, schedule_of
+from latefusion.recipes.check import check_config
+from latefusion.recipes.launcher import rank, world_size
+from latefusion.recipes.schema import Config, Tune
 from latefusion.training.checkpoints import checkpoints, find
-from latefusion.training.checks import read
-from latefusion.training.choices import Tune
-from latefusion.training.claim import check_launch, check_unclaimed, check_writable
-from latefusion.training.config import Config
-from latefusion.training.policies import check_depths, check_known, schedule_of
 from latefusion.training.resumed import check_unchanged
+from latefusion.training.run_folder import check_launch, check_unclaimed, check_writable
 
 Found = TypeVar("Found")
 
@@ -33,7 +32,7 @@ def checked(cfg: DictConfig) -> tuple[Config, Path | None]:
     def checks(config: Config) -> Path | None:
         resumed = check(config)
         notes = [] if resumed is None else check_unchanged(cfg, config.output_dir)
-        if notes and int(os.environ.get("RANK", "0")) == 0:
+        if notes and rank() == 0:
             print("\n".join(notes), flush=True)
         return resumed
 
@@ -47,7 +46,7 @@ def checked_teaching(cfg: DictConfig) -> Config:
 
 def _in_a_sentence(cfg: DictConfig, checks: Callable[[Config], Found]) -> tuple[Config, Found]:
     try:
-        config = read(cfg)
+        config = check_config(cfg)
         return config, checks(config)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -97,7 +96,7 @@ def check_inputs(config: Config) -> None:
     asked = config.schedule
     if asked.profile is not None and not Path(asked.profile).exists() and not asked.auto:
         raise FileNotFoundError(
-            f"no profile at {asked.profile}; name the folder that eval/profile.py wrote: schedule.profile=FOLDER."
+            f"no profile at {asked.profile}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
         )
     schedule_of(asked)
     teachers = None if other is None else known_layers(other, config.kl.revision)
@@ -131,7 +130,7 @@ def check_output(config: Config) -> Path | None:
     check_writable(output)
     check_unclaimed(output)
     if config.resume is not False:
-        samples = train.batch_size * train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        samples = train.batch_size * train.accumulation * world_size()
         return find(output, config.resume, samples=samples)
     written = any(
         (output / name).exists() for name in (ADAPTER_CONFIG, "config.json")

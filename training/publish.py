@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import HfApi
 
-from latefusion.models.entry import entry_of
-from latefusion.models.saved import ENTRY_WEIGHTS, load_student, merge, save_student
-from latefusion.training.card import model_card
-from latefusion.training.config import Dtype
+from latefusion.models.student.entry import entry_of
+from latefusion.models.student.save import ENTRY_WEIGHTS, load_student, merge, save_student
+from latefusion.recipes.schema import Dtype
+from latefusion.training.model_card import model_card
 
 if TYPE_CHECKING:
     from latefusion.training.export import Arguments

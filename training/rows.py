@@ -7,10 +7,10 @@ from typing import Any
 
 from latefusion.data.collate import Collator
 from latefusion.data.findings import collator_of
-from latefusion.training.config import Config
+from latefusion.models.policies.configured import teacher
+from latefusion.recipes.schema import Config
+from latefusion.training.assemble import dtype_of, guarded
 from latefusion.training.offline import Taught, expected
-from latefusion.training.parts import dtype_of, guarded
-from latefusion.training.policies import teacher
 
 
 def check_rows(config: Config, dataset: Any, begins: Sequence[Any], *, cache: str | None) -> None:

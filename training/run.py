@@ -15,23 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from latefusion.data import sources
-from latefusion.data.config import Source
-from latefusion.data.guard import SKIPPED_FILE, skipped
-from latefusion.data.messages import Refused, sentence
+from latefusion.data.bad_rows import SKIPPED_FILE, skipped
+from latefusion.data.samples import Refused, sentence
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
-from latefusion.models.build import Student
-from latefusion.models.entry import entry_of
-from latefusion.training.calibrate import settle_entry
-from latefusion.training.card import model_card
-from latefusion.training.checkpoints import CannotSave, discard_after, step_of
-from latefusion.training.claim import claimed, leave_mark
-from latefusion.training.config import Config, Tune
-from latefusion.training.describe import describe, first_samples
-from latefusion.training.guard import PREEMPTED, Preempted
-from latefusion.training.nonfinite import NonFinite
-from latefusion.training.offline import Stale
-from latefusion.training.parts import (
+from latefusion.models.policies.configured import evaluates
+from latefusion.models.student.build import Student
+from latefusion.models.student.entry import entry_of
+from latefusion.recipes.launcher import local_world_size, rank
+from latefusion.recipes.schema import Config, Source, Tune
+from latefusion.training.assemble import (
     base_of,
     dtype_of,
     examples,
@@ -42,11 +35,18 @@ from latefusion.training.parts import (
     student_of,
     training_collator,
 )
-from latefusion.training.policies import evaluates
+from latefusion.training.calibrate import settle_entry
+from latefusion.training.checkpoints import CannotSave, discard_after, step_of
+from latefusion.training.describe import describe, first_samples
+from latefusion.training.model_card import model_card
+from latefusion.training.nonfinite import NonFinite
+from latefusion.training.offline import Stale
 from latefusion.training.preflight import checked
+from latefusion.training.prepare import settle_schedule
 from latefusion.training.resumed import CONFIG
 from latefusion.training.rows import check_rows
-from latefusion.training.settle import settle_schedule
+from latefusion.training.run_folder import claimed, leave_mark
+from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
 
 
@@ -90,7 +90,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             collator = packing(config, student, guard)
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
-        first = int(os.environ.get("RANK", "0")) == 0
+        first = rank() == 0
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             print(describe(config, student, some, objective.other), flush=True)
@@ -119,7 +119,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
 
 def clear(config: Config, resumed: Path | None) -> None:
     """Take out of the output folder what a run left there that this one does over."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
         if resumed is None:
             for name in (SKIPPED_FILE, MARKS):
@@ -128,7 +128,7 @@ def clear(config: Config, resumed: Path | None) -> None:
 
 def settle_threads(config: Config) -> None:
     if not torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = local_world_size()
         torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // processes))
 
 
@@ -168,7 +168,7 @@ def check_evaluation(config: Config) -> None:
     """Raise, before training, if the questions that the run ends with are not there or are none."""
     if not evaluates(config):
         return
-    from latefusion.eval.predict import check_questions
+    from latefusion.eval.comparison.answers import check_questions
 
     try:
         check_questions(questions_of(config))

@@ -15,7 +15,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.training.checks import explain
+from latefusion.recipes.compose import compose_tree
 from latefusion.training.preflight import checked_teaching
 
 
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        explain([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+        compose_tree([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except ValueError as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base import load_base, load_processor
+from latefusion.models.base_model import load_base, load_processor
+from latefusion.models.executor.vision import vision_token_ids
+from latefusion.models.locate import EMBEDDED
 from latefusion.models.policies.base import Policy
-from latefusion.models.vision import vision_token_ids
-from latefusion.models.where import EMBEDDED
-from latefusion.training.config import Config
-from latefusion.training.policies import check_depths, teaches
+from latefusion.models.policies.configured import check_depths, teaches
+from latefusion.recipes.schema import Config
 
 SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
 

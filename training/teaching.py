@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,14 +15,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from latefusion.data.bad_rows import SKIPPED_FILE, Bad, Guard, skipped
 from latefusion.data.collate import BadRow, Collator
-from latefusion.data.guard import SKIPPED_FILE, Bad, Guard, skipped
-from latefusion.training import parts
-from latefusion.training.config import Config, EntryInit
+from latefusion.models.policies.configured import teacher
+from latefusion.recipes.launcher import local_rank, rank, world_size
+from latefusion.recipes.schema import Config, EntryInit
+from latefusion.training import assemble as parts
 from latefusion.training.describe import first_samples
 from latefusion.training.engines.teachers import settle_teacher
 from latefusion.training.offline import TEACHER, expected, rows_of, write
-from latefusion.training.policies import teacher
 from latefusion.training.preflight import checked_teaching
 from latefusion.training.rows import check_rows
 from latefusion.training.run import settle_threads
@@ -42,9 +42,7 @@ def answer(config: Config) -> None:
         SystemExit: what cannot work, in one sentence.
     """
     started = time.perf_counter()
-    rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-    )
+    process, world = rank(), world_size()
     try:
         check_models(config)
         policy = teacher(config)
@@ -77,17 +75,17 @@ def answer(config: Config) -> None:
         settle_teacher(config, objective.other, device)
     else:
         if torch.cuda.is_available():
-            runs.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+            runs.to(f"cuda:{local_rank()}")
         device = runs.device
     folder = Path(config.kl.cache or "")
     (folder / TEACHER).unlink(missing_ok=True)  # what was there is no longer whole
-    if rank == 0:
+    if process == 0:
         (folder / SKIPPED_FILE).unlink(missing_ok=True)
         for old in folder.glob("teacher-*.arrow"):
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
     pad, told = student.processor.tokenizer.pad_token_id, expected(config, student.processor, policy)
-    size, mine = config.train.batch_size, range(rank, len(dataset), world)
+    size, mine = config.train.batch_size, range(process, len(dataset), world)
 
     def answers(batch: dict[str, Any]) -> torch.Tensor:
         moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
@@ -103,14 +101,14 @@ def answer(config: Config) -> None:
                 yield list(rows_of(samples, batch, wanted, pad=pad, k=told["k"], temperature=temperature))
             elif blank is not None:
                 answers(blank)  # the other processes wait for this one's shards
-            if rank == 0 and sys.stderr.isatty():
+            if process == 0 and sys.stderr.isatty():
                 print(f"\r{start + len(rows)}/{len(mine)} samples", end="", file=sys.stderr)
 
     try:
-        count = write(folder, batches(), rank=rank, world=world)
+        count = write(folder, batches(), rank=process, world=world)
     except (ValueError, OSError) as error:  # a row that must not be left out, a full disk
         raise SystemExit(f"error: {error}") from error
-    if rank == 0:
+    if process == 0:
         (folder / TEACHER).write_text(json.dumps({**told, "files": world}, indent=1) + "\n")
         size = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
         by = f" by the first of {world} processes" if world > 1 else ""

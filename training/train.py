@@ -2,7 +2,7 @@
 
     accelerate launch training/train.py recipe=late_fusion model=embedded data=scenes engine=accelerate
 
-Recipes, models, data and engines are the YAML files in `recipes/`; `training/config.py` describes every key.
+Recipes, models, data and engines are the YAML files in `recipes/`; `recipes/schema.py` describes every key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.training.checks import explain
+from latefusion.recipes.compose import compose_tree
 from latefusion.training.preflight import checked
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's business with transformers
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        explain([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+        compose_tree([argument for argument in sys.argv[1:] if not argument.startswith("-")])
     except ValueError as error:
         sys.exit(f"error: {error}")
     main()

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from latefusion.eval.comparison.answers import Answer, images_of
 from latefusion.eval.metrics import normalise
-from latefusion.eval.predict import Answer, images_of
 from latefusion.eval.tasks.base import Task
 
 THUMBNAIL = 224  # pixels, longest side

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from latefusion.eval.efficiency import PEAK_PROMPTS
-from latefusion.eval.predict import Answer
+from latefusion.eval.comparison.answers import Answer
+from latefusion.eval.comparison.cost import PEAK_PROMPTS
 from latefusion.eval.report import figures, svg, tables
 from latefusion.eval.report.gallery import disagreements
 from latefusion.eval.report.methods import methods

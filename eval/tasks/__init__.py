@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
 from latefusion.eval.tasks import choice, documents, exact, vqa, yes_no
 from latefusion.eval.tasks.base import Task
+from latefusion.recipes.compose import did_you_mean
 
 # name: how to load it from (a folder or hub id, a split), and the split that is usually reported
 TASKS: dict[str, tuple[Callable[[str, str], Task], str]] = {
@@ -38,8 +38,7 @@ def load_task(name: str, where: str, split: str | None = None) -> Task:
         FileNotFoundError: its data are not there.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, TASKS)
         raise ValueError(f"task {name!r} does not exist{hint}; tasks can be {', '.join(TASKS)}.")
     load, usual = TASKS[name]
     return load(where, split or usual)

@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 
 from latefusion.data.sources import read
+from latefusion.eval.comparison.answers import Answer, Score, exact_match
 from latefusion.eval.metrics import Measure
-from latefusion.eval.predict import Answer, Score, exact_match
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -32,7 +32,7 @@ class Task:
 
     Attributes:
         name: what tables call it.
-        rows: columns of `latefusion.eval.predict.COLUMNS`, `images` and `prompt` (the question as it is put to the
+        rows: columns of `comparison.answers.COLUMNS`, `images` and `prompt` (the question as it is put to the
             model), and what `score` reads.
         metric: what the mean of the scores is called.
         score: of `(prediction, row)`, from 0 to 1.

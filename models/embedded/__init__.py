@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from latefusion.models.where import EMBEDDED_WEIGHTS
+from latefusion.models.locate import EMBEDDED_WEIGHTS
 
 WEIGHTS = EMBEDDED_WEIGHTS
 
@@ -15,7 +15,7 @@ def load_base(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGene
     if not (WEIGHTS / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no weights in {WEIGHTS}; check out models/embedded/weights, or train them with "
-            "`python -m latefusion.models.embedded.train_base`"
+            "`python -m latefusion.training.embedded.train_base`"
         )
     model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=dtype or torch.bfloat16)
     return model.eval(), AutoProcessor.from_pretrained(WEIGHTS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+
+from latefusion.recipes.compose import did_you_mean
 
 if TYPE_CHECKING:
     from latefusion.models.policies.base import Policy
@@ -32,8 +33,7 @@ def recipe_of(name: str) -> Path:
     if name.endswith(".yaml") and not file.is_file():
         raise FileNotFoundError(f"no policy file at {name}; name one, or one of {', '.join(names())}.")
     if not file.is_file():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, names())
         raise ValueError(f"policy={name} does not exist{hint}; policy can be {', '.join(names())}.")
     return file
 
@@ -50,7 +50,6 @@ def named(name: str, **overrides: Any) -> Policy:
     exists = sorted(inspect.signature(policy).parameters)
     for key in overrides:
         if key not in exists:
-            near = difflib.get_close_matches(key, exists, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(key, exists)
             raise ValueError(f"policy {name} has no {key!r}{hint}; it has {', '.join(exists)}.")
     return policy(**arguments | overrides)

@@ -12,16 +12,17 @@ from torch import nn
 from transformers import TrainingArguments
 
 from latefusion.data.collate import Collator
-from latefusion.models.build import Student
-from latefusion.models.saved import spare_deepspeed_the_guess
+from latefusion.models.student.build import Student
+from latefusion.models.student.save import spare_deepspeed_the_guess
+from latefusion.recipes.launcher import rank
+from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.checkpoints import writing_result
-from latefusion.training.config import Config, NonFiniteStep
-from latefusion.training.engines import fsdp
+from latefusion.training.engines import sharding as fsdp
 from latefusion.training.engines.teachers import settle_teacher
 from latefusion.training.engines.trainer import StudentTrainer
-from latefusion.training.guard import Preempted, check_world
 from latefusion.training.monitor import trackers
 from latefusion.training.objective import Objective
+from latefusion.training.signals import Preempted, check_world
 
 ALONE = {  # DeepSpeed wants a process group even for the one process that a bare `accelerate launch` starts
     "RANK": "0",
@@ -71,7 +72,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
         ddp_broadcast_buffers=False,  # none changes
         use_cpu=cpu,
         logging_nan_inf_filter=train.on_nonfinite is NonFiniteStep.skip,  # else `Watch` stops the run
-        report_to=trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0) or "none",
+        report_to=trackers(train.trackers, main=rank() == 0) or "none",
         run_name=config.name,
         disable_tqdm=True,  # `Monitor` shows the progress
         deepspeed=config.engine.deepspeed,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from latefusion.models.build import Student
-from latefusion.training.config import Config, NonFiniteStep
+from latefusion.models.student.build import Student
+from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.monitor import Monitor
 from latefusion.training.nonfinite import Watch
 from latefusion.training.order import Order

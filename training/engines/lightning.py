@@ -6,7 +6,6 @@ no state of loaders or generators to continue bit for bit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,18 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
 from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.build import Student
-from latefusion.models.saved import save_student
+from latefusion.models.student.build import Student
+from latefusion.models.student.save import save_student
+from latefusion.recipes.launcher import local_world_size, rank, world_size
+from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import step_of, writing, writing_result
-from latefusion.training.config import Config
 from latefusion.training.engines.instruments import monitor_of, watch_of
 from latefusion.training.engines.teachers import settle_teacher
-from latefusion.training.guard import Preempted, Signals, check_world
 from latefusion.training.monitor import Monitor, trackers
 from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order, order_of
+from latefusion.training.signals import Preempted, Signals, check_world
 
 STATE = "lightning.ckpt"
 
@@ -45,8 +45,8 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
     if config.engine.fsdp:
         raise ValueError("engine.fsdp needs engine.trainer=accelerate.")
     train = config.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = world_size()
+    local = local_world_size()
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=local,
@@ -55,10 +55,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
         precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
         max_steps=train.steps,
         max_epochs=-1,
-        logger=[
-            logger(name, config)
-            for name in trackers(train.trackers, main=int(os.environ.get("RANK", "0")) == 0)
-        ],
+        logger=[logger(name, config) for name in trackers(train.trackers, main=rank() == 0)],
         log_every_n_steps=train.log_every,
         use_distributed_sampler=False,
         enable_model_summary=False,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from latefusion.training.config import Config
-from latefusion.training.engines import fsdp
-from latefusion.training.parts import in_shards
+from latefusion.recipes.schema import Config
+from latefusion.training.assemble import in_shards
+from latefusion.training.engines import sharding as fsdp
 from latefusion.training.teacher import OtherTeacher
 
 

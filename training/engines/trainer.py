@@ -12,17 +12,17 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from latefusion.data.guard import skipped
-from latefusion.models.build import Student
-from latefusion.models.saved import load_entry, save_student
+from latefusion.data.bad_rows import skipped
+from latefusion.models.student.build import Student
+from latefusion.models.student.save import load_entry, save_student
+from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import writing
-from latefusion.training.config import Config
-from latefusion.training.engines import fsdp
+from latefusion.training.engines import sharding as fsdp
 from latefusion.training.engines.instruments import monitor_of, watch_of
-from latefusion.training.guard import Signals
 from latefusion.training.monitor import Monitor
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order, order_of
+from latefusion.training.signals import Signals
 
 
 class StudentTrainer(Trainer):

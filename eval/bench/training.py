@@ -1,0 +1,278 @@
+"""What a recipe's training step takes against dense LoRA: time and memory, beside what its FLOPs promise.
+
+    python eval/bench/training.py --shape small --threads 1 --json outputs/bench_training.json
+    python eval/bench/training.py --shape llava-1.5-7b --device cuda --dtype bfloat16 --batch 8
+
+A step is the product's own: student, objective and optimizer of `training/`, on random weights and made-up vision
+features (the frozen vision tower costs every recipe the same, and is neither run nor predicted). The schedules are
+those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Two tables:
+
+* step time and peak memory (beyond weights and optimizer) of each recipe without a teacher, in turn within every round
+  (`bench_executor` says why), beside what the FLOPs say. With LoRA in all layers, so that only the schedule differs,
+  and in the busy ones alone, the recipes' default, where the backward pass ends at the first of them. And what this
+  machine allows: products of few rows run at a lower speed than those of many, so steps on text alone are timed too,
+  at the numbers of tokens that the layers have, and each layer is given its share of those;
+* what the teacher adds: online (a dense one, which `VisiPruner` costs at most, or nearly so) and offline (its answers
+  read from a cache).
+
+`--json` is written after each of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from latefusion.eval.bench.timing import parser, setting
+from latefusion.eval.bench.training_steps import Bench
+from latefusion.eval.memory import peak_bytes
+from latefusion.models.policies.configured import schedule_of
+from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.compose import compose_config
+from latefusion.recipes.schema import RECIPES
+
+SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
+PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched
+PUBLISHED_LAYERS, PUBLISHED_VISION = 32, 576
+NO_LATE_FUSION = ("align",)  # a stage before it
+TARGETS = {
+    "late_fusion": (1.8, 0.6),
+    "late_fusion_pyramid": (3.5, 0.35),
+}  # speed-up, peak memory, without a teacher
+LEAST_SHARE = 0.9  # of the speed-up that FLOPs promise
+APART = 1.25  # numbers of tokens nearer to each other than this are not all timed
+
+
+def recipes(layers: int, n_vision: int) -> dict[str, VisionSchedule]:
+    """The schedule of each recipe, dense first; of recipes with the same one, the one with the shortest name."""
+    found: dict[str, VisionSchedule] = {"dense": VisionSchedule()}
+    names = sorted(
+        (path.stem for path in (RECIPES / "recipe").glob("*.yaml")), key=lambda name: (len(name), name)
+    )
+    for name in (n for n in names if n not in NO_LATE_FUSION):
+        schedule = compose_config([f"model={PUBLISHED}", f"recipe={name}"]).schedule
+        stretched = stretch(schedule_of(schedule), layers, n_vision)
+        if stretched not in found.values():
+            found[name] = stretched
+    return found
+
+
+def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSchedule:
+    """A schedule for `PUBLISHED` at the same places of a decoder with so many layers, on so many vision tokens."""
+
+    def layer(i: int) -> int:
+        return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
+
+    keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
+    if schedule.cross:
+        return replace(schedule, enter=0, exit=None, keep=keep, cross=[layer(i) for i in schedule.cross])
+    leaves = None if schedule.exit is None else layer(schedule.exit)
+    return VisionSchedule(enter=layer(schedule.enter), exit=leaves, keep=keep)
+
+
+def sizes(tokens: Iterable[int]) -> list[int]:
+    """Of these numbers of tokens, ascending, those to time; the others lie between two of them."""
+    chosen: list[int] = []
+    for n in sorted(set(tokens)):
+        if not chosen or n >= APART * chosen[-1] or n == max(tokens):
+            chosen.append(n)
+    return chosen
+
+
+def allowed(tokens: list[int], times: dict[int, list[float]], dense: list[float]) -> float:
+    """The ratio to the dense step's time that a step with `tokens` in its layers could have on this machine.
+
+    Args:
+        times: seconds of a step on text, by tokens and round; dense: of the dense step.
+    """
+    each = []
+    for i, whole in enumerate(dense):
+        at = [times[n][i] for n in times]
+        each.append(float(np.interp(tokens, list(times), at).mean()) / whole)
+    return statistics.median(each)
+
+
+def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
+    """Median over rounds of the ratio within a round, with quartiles."""
+    each = [t / r for t, r in zip(times, reference, strict=True)]
+    low, ratio, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {"ratio": ratio, "low": low, "high": high, "seconds": statistics.median(times)}
+
+
+def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, Any]]:
+    """Step time and peak memory of each recipe against dense LoRA, without a teacher."""
+    timed = sizes([n for schedule in schedules.values() for n in bench.tokens(schedule)])
+    cases = {(name, busy): schedule for name, schedule in schedules.items() for busy in (False, True)}
+    del cases["dense", True]  # all its layers are busy
+    works = {case: bench.step(schedule, busy=case[1]) for case, schedule in cases.items()}
+    everything: dict[Any, Any] = {**works, **{n: bench.on_text(n) for n in timed}}
+    times = bench.rounds(everything)
+    plain = {n: times.pop(n) for n in timed}
+    peaks = {case: peak_bytes(work, torch.device(bench.args.device)) for case, work in works.items()}
+    dense = ("dense", False)
+    rows = []
+    for (name, busy), schedule in cases.items():
+        time = ratios(times[name, busy], times[dense])
+        promised = bench.flops(schedule, busy=busy) / bench.flops(schedules["dense"])
+        row = {
+            "recipe": name,
+            "lora": "busy" if busy else "all",
+            **time,
+            "speedup": 1 / time["ratio"],
+            "predicted_speedup": 1 / promised,
+            "share_of_prediction": promised / time["ratio"],
+            "peak_bytes": peaks[name, busy],
+            "peak_ratio": peaks[name, busy] / peaks[dense],
+            "schedule": schedule.to_dict(),
+        }
+        if not busy and not schedule.cross:  # frozen tokens are projected only
+            limit = allowed(bench.tokens(schedule), plain, times[dense])
+            row |= {"allowed_speedup": 1 / limit, "share_of_allowed": limit / time["ratio"]}
+        rows.append(row)
+    return rows
+
+
+def teachers(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, Any]]:
+    """What a teacher adds to the dearest and the cheapest recipe's step, online and offline."""
+    cheapest = min(schedules, key=lambda name: bench.flops(schedules[name]))
+    rows = []
+    for name in ("dense", cheapest):
+        times = bench.rounds(
+            {t: bench.step(schedules[name], teacher=t) for t in ("none", "online", "offline")}
+        )
+        for teacher in ("online", "offline"):
+            promised = bench.flops(schedules[name], teacher=teacher) / bench.flops(schedules[name])
+            rows.append(
+                {
+                    "recipe": name,
+                    "teacher": teacher,
+                    **ratios(times[teacher], times["none"]),
+                    "predicted_ratio": promised,
+                }
+            )
+    return rows
+
+
+def show_steps(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    columns = (
+        "step",
+        "speed-up (quartiles)",
+        "FLOPs say",
+        "share",
+        "machine allows",
+        "share",
+        "peak",
+        "of dense",
+    )
+    for column in ("recipe", "LoRA", *columns):
+        table.add_column(column, justify="left" if column in ("recipe", "LoRA") else "right")
+    for row in rows:
+        bounded = "allowed_speedup" in row
+        table.add_row(
+            row["recipe"],
+            row["lora"],
+            f"{1e3 * row['seconds']:.0f} ms",
+            f"{row['speedup']:.2f}x ({1 / row['high']:.2f} to {1 / row['low']:.2f})",
+            f"{row['predicted_speedup']:.2f}x",
+            f"{row['share_of_prediction']:.0%}",
+            f"{row['allowed_speedup']:.2f}x" if bounded else "",
+            f"{row['share_of_allowed']:.0%}" if bounded else "",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['peak_ratio']:.0%}",
+        )
+    console = Console(width=132)
+    console.print(table)
+    for row in rows:
+        if row["recipe"] in TARGETS:
+            console.print(verdict(row), highlight=False)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether a recipe's row meets its targets, in a line."""
+    speedup, peak = TARGETS[row["recipe"]]
+    said = [
+        f"{row['speedup']:.2f}x of {speedup}x {met(row['speedup'] >= speedup)}",
+        f"{row['share_of_prediction']:.0%} of {LEAST_SHARE:.0%} {met(row['share_of_prediction'] >= LEAST_SHARE)}",
+        f"peak {row['peak_ratio']:.0%} of {peak:.0%} {met(row['peak_ratio'] <= peak)}",
+    ]
+    return f"targets of {row['recipe']}, LoRA in {row['lora']} layers: {', '.join(said)}"
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "missed"
+
+
+def show_teachers(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="What a teacher adds to the step (LoRA in all layers)")
+    for column in ("recipe", "teacher", "step", "of the step without (quartiles)", "FLOPs say"):
+        table.add_column(column, justify="left" if column in ("recipe", "teacher") else "right")
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            row["teacher"],
+            f"{1e3 * row['seconds']:.0f} ms",
+            f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})",
+            f"{row['predicted_ratio']:.2f}x",
+        )
+    Console(width=132).print(table)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shape", default="small", choices=sorted(SHAPES))
+    options.add_argument("--layers", type=int, help="instead of the shape's")
+    options.add_argument("--hidden", type=int, help="instead of the shape's; a multiple of 64")
+    options.add_argument("--text", type=int, default=64, help="text tokens a sample")
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--json", type=Path, help="also write the rows here")
+    args = options.parse_args()
+    layers, hidden = SHAPES[args.shape]
+    args.layers, args.hidden = args.layers or layers, args.hidden or hidden
+    torch.set_num_threads(args.threads)
+
+    bench = Bench(args, args.layers)
+    schedules = recipes(args.layers, args.vision)
+    gc.disable()
+    title = (
+        f"LoRA step, {args.layers} layers x {args.hidden}, {args.batch} x ({args.vision} + {args.text}) tokens, "
+        f"{setting(args)}"
+    )
+    result: dict[str, Any] = {"title": title, **versions(), "steps": steps(bench, schedules)}
+    show_steps(result["steps"], title)
+    write(result, args.json)
+    gc.collect()
+    result["teachers"] = teachers(bench, schedules)
+    show_teachers(result["teachers"])
+    write(result, args.json)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""What `report.json` holds, part by part: every number of the report and where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from latefusion.eval import metrics
+from latefusion.eval.comparison import cost as efficiency
+from latefusion.eval.comparison.answers import Answer
+from latefusion.eval.comparison.systems import System, entry_adapter, model_of
+from latefusion.eval.metrics import normalise
+from latefusion.eval.tasks.base import Task
+
+VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
+
+
+def describe_systems(
+    model: Any,
+    systems: dict[str, System],
+    tasks: Sequence[Task],
+    answers: dict[str, list[Answer]],
+    units: dict[str, list[Answer]],
+    costs: dict[str, efficiency.Cost],
+    reference: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
+    compute = {
+        key: efficiency.compute(
+            model_of(model, system).config, answers[key], system.policy, entry_adapter(model, system)
+        )
+        for key, system in systems.items()
+    }
+    base = compute[reference]
+    return {
+        key: {
+            **system.describe(),
+            "accuracy": accuracies(units[key], seed),
+            "tasks": {task.name: _task_scores(task, answers[key], units[key], seed) for task in tasks},
+            "flops": _ratio(compute[key].flops, base.flops),
+            "vision_macs": _ratio(compute[key].vision_macs, base.vision_macs),
+            "vision_attention": _ratio(compute[key].attention_pairs, base.attention_pairs),
+            "vision_tokens": {
+                "per_layer": compute[key].vision_tokens,
+                **_ratio(fmean(compute[key].vision_tokens), fmean(base.vision_tokens)),
+            },
+            **(_costs(costs[key], costs[reference]) if key in costs else {}),
+        }
+        for key, system in systems.items()
+    }
+
+
+def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:
+    reported = {}  # by some devices and systems
+    if cost.joules is not None and base.joules is not None:
+        reported["joules"] = _ratio(cost.joules, base.joules)
+    if cost.peak_bytes is not None and base.peak_bytes is not None:
+        reported["peak_bytes"] = _ratio(cost.peak_bytes, base.peak_bytes)
+    return {
+        "ttft": asdict(cost.ttft),
+        "tpot": asdict(cost.tpot),
+        "kv_bytes": _ratio(cost.kv_bytes, base.kv_bytes),
+        "working_bytes": _ratio(cost.working_bytes, base.working_bytes),
+        **reported,
+    }
+
+
+def accuracies(units: Sequence[Answer], seed: int) -> dict[str, Any]:
+    """Overall, and by question type; of several tasks the unweighted mean, and by task."""
+    scores, scenes, names = _columns(units)
+    return {
+        "overall": asdict(metrics.mean_of_tasks(scores, scenes, names, seed=seed)),
+        "types": {
+            name: asdict(metrics.accuracy([u.score for u in chosen], [u.scene for u in chosen]))
+            for name, chosen in _by_type(units).items()
+        },
+    }
+
+
+def _task_scores(task: Task, answers: Sequence[Answer], units: Sequence[Answer], seed: int) -> dict[str, Any]:
+    said = [answer for answer in answers if answer.task == task.name]
+    scenes = [answer.scene for answer in said]
+    measures = {name: (m, metrics.measure(m, scenes, seed=seed)) for name, m in task.measures(said).items()}
+    return {
+        "score": accuracies([unit for unit in units if unit.task == task.name], seed),
+        "measures": {name: {**asdict(e), "most": m.most} for name, (m, e) in measures.items()},
+    }
+
+
+def compare(first: Sequence[Answer], second: Sequence[Answer], seed: int) -> dict[str, Any]:
+    """The first against the second on the same questions, overall and by type, and how often they say the same."""
+    scores, scenes, names = _columns(first)
+    others, _, _ = _columns(second)
+    same = [normalise(a.prediction) == normalise(b.prediction) for a, b in zip(first, second, strict=True)]
+    mine, theirs = _by_type(first), _by_type(second)
+    return {
+        **asdict(metrics.paired(scores, others, scenes, tasks=names, seed=seed)),
+        "agreement": asdict(metrics.accuracy(same, scenes)),
+        "types": {
+            name: asdict(
+                metrics.paired(
+                    [u.score for u in mine[name]],
+                    [u.score for u in theirs[name]],
+                    [u.scene for u in mine[name]],
+                    seed=seed,
+                )
+            )
+            for name in mine
+        },
+    }
+
+
+def _columns(units: Sequence[Answer]) -> tuple[list[float], list[str], list[str]]:
+    return [u.score for u in units], [u.scene for u in units], [u.task for u in units]
+
+
+def _by_type(units: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """Questions of one type together; of several tasks, those of one task."""
+    several = len({unit.task for unit in units}) > 1
+    groups: dict[str, list[Answer]] = {}
+    for unit in sorted(units, key=lambda u: "" if several else u.type):
+        groups.setdefault(unit.task if several else unit.type, []).append(unit)
+    return groups
+
+
+def _ratio(value: float, base: float) -> dict[str, float]:
+    return {"mean": value, "ratio": value / base if base else float("nan")}
+
+
+def describe_data(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What is asked, with a fingerprint of every question as it is put and every right answer."""
+    each = {}
+    for task in tasks:
+        rows = task.rows.with_format(None)
+        names = [n for n in ("id", "prompt", "question", "answer", "answers") if n in rows.column_names]
+        if "prompt" in names:
+            names.remove("question")
+        digest = hashlib.sha256()
+        for row in zip(*(rows[name] for name in names), strict=True):
+            digest.update(repr(row).encode())
+        each[task.name] = {
+            "split": task.split,
+            "source": task.source,
+            "metric": task.metric,
+            "ocr": task.ocr,
+            "questions": len(rows),
+            "scenes": len(set(rows["scene"])),
+            "types": dict(sorted(Counter(rows["type"]).items())),
+            "max_new_tokens": task.max_new_tokens,
+            "fingerprint": digest.hexdigest()[:16],
+        }
+    if len(tasks) == 1:
+        return {**next(iter(each.values())), "tasks": each}
+    return {
+        "split": "benchmark",
+        "questions": sum(task["questions"] for task in each.values()),
+        "scenes": sum(task["scenes"] for task in each.values()),
+        "types": {name: task["questions"] for name, task in each.items()},
+        "fingerprint": " ".join(task["fingerprint"] for task in each.values()),
+        "tasks": each,
+    }
+
+
+def check_same_data(stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise ValueError if a stored report is about other questions."""
+    if stored["data"]["fingerprint"] != data["fingerprint"]:
+        raise ValueError(
+            f"the reference asked other questions (fingerprint {stored['data']['fingerprint']}, here "
+            f"{data['fingerprint']}); use the same tasks, split and samples."
+        )
+
+
+def check_reference(
+    stored: Mapping[str, Any],
+    answers: Sequence[Answer],
+    tasks: Sequence[Task],
+    tolerance: float,
+) -> None:
+    """Raise ValueError if this run's reference row is further from a stored one than `tolerance`.
+
+    Args:
+        stored: an earlier `report.json`; answers: of the reference system.
+    """
+    units = [unit for task in tasks for unit in task.units([a for a in answers if a.task == task.name])]
+    before = stored["systems"][stored["roles"]["reference"]]["accuracy"]
+    now = accuracies(units, 0)
+    pairs = {"overall": (before["overall"], now["overall"])} | {
+        name: (before["types"][name], now["types"][name]) for name in (now["types"] if len(tasks) > 1 else ())
+    }
+    for name, (old, new) in pairs.items():
+        if abs(old["value"] - new["value"]) > tolerance:
+            raise ValueError(
+                f"the dense row does not reproduce the reference: {100 * new['value']:.1f}% {name}, stored "
+                f"{100 * old['value']:.1f}% (at most {100 * tolerance:g} points apart); find out why before comparing "
+                "anything with it."
+            )
+
+
+def describe_model(model: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "architecture": (model.config.architectures or [type(model).__name__])[0],
+        "layers": len(answers[0].tokens),
+        "vision_tokens": max(answers[0].vision_tokens),
+        "text_tokens": fmean(answer.text_tokens for answer in answers),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weight_bytes": efficiency.weight_bytes(model),
+    }
+
+
+def describe_environment(model: Any, seconds: float, processes: int) -> dict[str, Any]:
+    device = model.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": device.type,
+        "hardware": hardware,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: not-a-number becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

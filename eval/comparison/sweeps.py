@@ -1,0 +1,117 @@
+"""How time grows with the batch and with the text: decoder prefill and answers a second, systems taking turns.
+
+What is timed runs on images that were encoded before, so it is the decoder's alone, beside what the FLOPs of the
+tokens that entered each layer predict for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import ceil
+from statistics import fmean
+from typing import Any
+
+from latefusion.eval.comparison.answers import prompt_inputs, prompt_of
+from latefusion.eval.comparison.cost import Spread, generate, seconds, spread
+from latefusion.eval.comparison.systems import System, running
+from latefusion.models.flops import decoder_flops
+from latefusion.models.inputs import encode_images, fresh_inputs
+
+Row = dict[str, Any]
+
+
+def against_batch(
+    *, model: Any, processor: Any, rows: Sequence[Row], sizes: Sequence[int], **common: Any
+) -> list[dict[str, Any]]:
+    """Prefill and throughput at each batch size; `rows` are repeated to fill a batch.
+
+    Returns:
+        A dict a size: `batch`, and per system `prefill` (seconds), `predicted` (FLOPs ratio) and
+        `per_second` (answers of `new_tokens`, decoder only; a ratio above 1 is faster).
+    """
+    batches = [[rows[i % len(rows)] for i in range(size)] for size in sizes]
+    inputs = [prompt_inputs(model, processor, batch) for batch in batches]
+    points = _measure(model=model, inputs=inputs, answers=True, **common)
+    return [{"batch": size, "systems": point} for size, point in zip(sizes, points, strict=True)]
+
+
+def against_text(
+    *, model: Any, processor: Any, row: Row, lengths: Sequence[int], **common: Any
+) -> list[dict[str, Any]]:
+    """Prefill of one prompt whose question is repeated until the prompt has about so many text tokens."""
+    limit = model.config.get_text_config().max_position_embeddings
+    points = []
+    for length in lengths:
+        question = row.get("prompt") or row["question"]
+        once = len(processor.tokenizer(question, add_special_tokens=False).input_ids)
+        text = " ".join([question] * max(1, ceil(length / once)))
+        images = [part for m in prompt_of(row) for part in m["content"] if part["type"] == "image"]
+        content = [*images, {"type": "text", "text": text}]
+        inputs = prompt_inputs(
+            model, processor, [{**row, "messages": [{"role": "user", "content": content}]}]
+        )
+        if inputs["input_ids"].shape[1] <= limit:
+            points.append((int((inputs["input_ids"] != model.config.image_token_id).sum()), inputs))
+    measured = _measure(model=model, inputs=[found for _, found in points], answers=False, **common)
+    return [{"text_tokens": n, "systems": point} for (n, _), point in zip(points, measured, strict=True)]
+
+
+def _measure(
+    *,
+    model: Any,
+    attachment: Any,
+    systems: dict[str, System],
+    reference: str,
+    inputs: Sequence[dict[str, Any]],
+    answers: bool,
+    repeats: int,
+    new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    points = []
+    for prompt in inputs:
+        prefill: dict[str, list[float]] = {key: [] for key in systems}
+        whole: dict[str, list[float]] = {key: [] for key in systems}
+        flops: dict[str, float] = {}
+        encoded: dict[int, dict[str, Any]] = {}
+        for repeat in range(repeats + 1):  # the first is the warm-up
+            keys = list(systems)
+            for key in keys[repeat % len(keys) :] + keys[: repeat % len(keys)]:
+                with running(model, attachment, systems[key]) as active:
+                    if id(active) not in encoded:
+                        encoded[id(active)] = encode_images(active, prompt)
+                    work = partial(
+                        active, **fresh_inputs(encoded[id(active)]), use_cache=True, logits_to_keep=1
+                    )
+                    took = seconds(work, active.device)
+                    if repeat == 0:
+                        owner = systems[key].student.attachment if systems[key].student else attachment
+                        flops[key] = fmean(
+                            decoder_flops(active.config, r.tokens, r.frozen) for r in owner.trace
+                        )
+                    else:
+                        prefill[key].append(took)
+                    if answers:
+                        work = partial(generate, active, fresh_inputs(encoded[id(active)]), new_tokens)
+                        took = seconds(work, active.device)
+                        if repeat:
+                            whole[key].append(took)
+            advance()
+        count = len(prompt["input_ids"])
+        points.append(
+            {
+                key: {
+                    "prefill": vars(spread(prefill[key], prefill[reference])),
+                    "predicted": flops[key] / flops[reference],
+                    **({"per_second": _rate(whole[key], whole[reference], count)} if answers else {}),
+                }
+                for key in systems
+            }
+        )
+    return points
+
+
+def _rate(times: list[float], reference: list[float], count: int) -> dict[str, float]:
+    found: Spread = spread([count / t for t in times], [count / t for t in reference])
+    return vars(found)

@@ -1,0 +1,219 @@
+"""What is compared: a model under a policy, with its adapters on or off, with or without its image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from latefusion.models.attach import attached
+from latefusion.models.base_model import compute_dtype, load_base, twin
+from latefusion.models.fingerprint import identity
+from latefusion.models.locate import ADAPTER_CONFIG, check_base
+from latefusion.models.policies import named
+from latefusion.models.policies.base import Policy
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.build import Student
+from latefusion.models.student.entry import entry_of
+from latefusion.models.student.save import load, load_student
+
+if TYPE_CHECKING:
+    from latefusion.eval.comparison.answers import Answer
+
+NAMES = {
+    "dense": "Dense base",
+    "visipruner": "VisiPruner",
+    "visipruner_13b": "VisiPruner 13B",
+    "fastv": "FastV",
+    "pyramiddrop": "PyramidDrop",
+    "vtw": "VTW",
+    "divprune": "DivPrune",
+    "random": "Random half",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One thing to compare: the model at hand under a policy, with its trained adapters on or off.
+
+    Attributes:
+        name: what tables and figures call it.
+        policy: which vision tokens each layer sees (`VisionSchedule()` is dense).
+        adapters: LoRA and entry adapter active (the student) or disabled (the base, or a student without adapters).
+        blind: asked without the image.
+        control: shows what the tokens are worth, and is not timed.
+        student: a further checkpoint, whose model is another; None: the model at hand.
+        source: what was loaded, for the record.
+    """
+
+    name: str
+    policy: Policy
+    adapters: bool = False
+    blind: bool = False
+    control: bool = False
+    student: Student | None = field(default=None, repr=False)
+    source: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from another system, as JSON holds it."""
+        return {
+            "name": self.name,
+            "policy": {"type": type(self.policy).__name__, **vars(self.policy)},
+            "adapters": self.adapters,
+            "blind": self.blind,
+            "control": self.control,
+            "source": self.source,
+        }
+
+
+@contextmanager
+def running(model: Any, attachment: Any, system: System) -> Iterator[Any]:
+    """The model as `system`: its policy attached, its adapters on or off, no gradients; yields the model."""
+    if system.student is not None:
+        model, attachment = system.student.model, system.student.attachment
+    off = isinstance(model, PeftModel) and not system.adapters
+    with attachment.using(system.policy), model.disable_adapter() if off else nullcontext(), torch.no_grad():
+        yield model
+
+
+def policies_of(chosen: Sequence[Any]) -> dict[str, System]:
+    """Systems of the base under policies of `recipes/policy/`.
+
+    Args:
+        chosen: names, or `{name: {argument: value}}` where some of a recipe's arguments are replaced.
+
+    Raises:
+        ValueError: there is no such policy or argument.
+    """
+    systems: dict[str, System] = {}
+    titles: list[str] = []
+    for entry in chosen:
+        name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        policy = named(name, **(changes or {}))
+        said = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
+        title = f"{NAMES.get(name, name)} ({said})" if said else NAMES.get(name, name)
+        titles.append(title)
+        number = titles.count(title)
+        key = name if name not in systems else f"{name}_{len(titles)}"
+        systems[key] = System(name=title if number == 1 else f"{title} no. {number}", policy=policy)
+    return systems
+
+
+class Students:
+    """Trained checkpoints; those of one base share its weights in memory.
+
+    Args:
+        bases: base models by the name that checkpoints know them by; they are not run themselves.
+    """
+
+    def __init__(self, bases: dict[str, PreTrainedModel] | None = None):
+        self.bases = dict(bases or {})
+
+    def load(self, folder: str | Path) -> Student:
+        """The student in a folder, with modules of its own over its base's weights.
+
+        Raises:
+            FileNotFoundError: the folder holds no student, or its base is not there.
+        """
+        if (Path(folder) / ADAPTER_CONFIG).is_file():
+            name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            student = load_student(folder, base=self.base(name))
+        else:  # all its weights were trained, or adapters merged into them
+            model, processor = load(folder)
+            attachment = attached(model)
+            assert attachment is not None and isinstance(attachment.policy, VisionSchedule)
+            student = Student(
+                model=model, processor=processor, attachment=attachment, schedule=attachment.policy
+            )
+        if torch.cuda.is_available():
+            student.model.cuda()
+        return student
+
+    def base(self, name: str) -> PreTrainedModel:
+        """A model of one's own over the weights of a base."""
+        if name not in self.bases:
+            check_base(name)
+            self.bases[name], _ = load_base(name, dtype=compute_dtype())
+        return twin(self.bases[name])
+
+
+def further(
+    students: Students, folders: Sequence[str | Path], processor: ProcessorMixin, taken: str = ""
+) -> dict[str, System]:
+    """A system for each further checkpoint, named as its folder is (and those above it, where that is not enough).
+
+    Args:
+        processor: of the model at hand; taken: a name that another system has.
+
+    Raises:
+        FileNotFoundError: a folder holds no student, or its base is not there.
+        ValueError: its prompts are made otherwise than those of the model at hand.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    found = {}
+    for folder, path in zip(folders, paths, strict=True):
+        ends = [taken, *("/".join(other.parts) for other in set(paths) - {path})]
+        depth = 1
+        while any(f"/{end}".endswith("/" + "/".join(path.parts[-depth:])) for end in ends):
+            depth += 1
+        student = students.load(folder)
+        if _prompts_of(student.processor) != _prompts_of(processor):
+            raise ValueError(
+                f"the base of {folder} reads prompts in another way than this run's; compare it in a run of its own."
+            )
+        found[str(folder)] = System(
+            name="/".join(path.parts[-depth:]),
+            policy=student.schedule,
+            adapters=isinstance(student.model, PeftModel),
+            student=student,
+            source=identity(folder),
+        )
+    return found
+
+
+def _prompts_of(processor: Any) -> tuple[Any, ...]:
+    """What makes a prompt: vocabulary, chat template, size of images."""
+    images = processor.image_processor.to_dict()
+    return processor.tokenizer.get_vocab(), processor.chat_template, images
+
+
+def model_of(model: Any, system: System) -> Any:
+    """The model that a system runs."""
+    return model if system.student is None else system.student.model
+
+
+def entry_adapter(model: Any, system: System) -> Any:
+    """The entry adapter that a system runs, or None; a base inside PEFT has its own switched off."""
+    found = model_of(model, system)
+    return entry_of(found) if system.adapters or not isinstance(found, PeftModel) else None
+
+
+def controls(
+    systems: dict[str, System], answers: dict[str, list[Answer]], reference: str
+) -> dict[str, System]:
+    """What the vision tokens are worth: no image at all, and random tokens at the budget of each method.
+
+    A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
+    """
+    found = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
+    whole = _tokens(answers[reference])
+    for key, system in systems.items():
+        share = round(_tokens(answers[key]) / whole, 3) if whole else 1.0
+        if key != reference and not system.control and 0 < share < 1:
+            policy = named("random", keep_ratio=share)
+            found[f"random_{share:g}"] = System(
+                name=f"Random {100 * share:.3g}%", policy=policy, control=True
+            )
+    return found
+
+
+def _tokens(answers: list[Answer]) -> float:
+    """Vision tokens a layer, mean over questions."""
+    return fmean(fmean(answer.vision_tokens) for answer in answers)

@@ -1,0 +1,156 @@
+"""Example images of a profile: where the last prompt token looks, and which vision tokens the schedule keeps."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from latefusion.eval.fusion.style import ORANGE
+from latefusion.models.explain import grid_shape, pixels, run_lengths
+
+SIDE = 168  # pixels of the longer side of an image with its map
+SHOWN = 2  # images of a sample at most
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as the model sees it.
+
+    Attributes:
+        tokens: which of the sample's vision tokens are its.
+        grid: their rows and columns; None where their places are not known (tiles).
+    """
+
+    image: Image.Image
+    tokens: range
+    grid: tuple[int, int] | None
+
+
+def views(row: Mapping[str, Tensor], sample: dict[str, Any], vision_ids: Collection[int]) -> list[View]:
+    """The first images of a sample.
+
+    Args:
+        row: what the collator makes of the sample: images that it crops are shown cropped.
+    """
+    images = sample["images"]
+    lengths = run_lengths(torch.isin(row["input_ids"][0], torch.tensor(sorted(vision_ids))))
+    each = sum(lengths) // len(images)
+    if len(lengths) < len(images) and all(length % each == 0 for length in lengths):
+        lengths = [each] * len(images)  # side by side
+    if len(lengths) != len(images):
+        return [View(image, range(0), None) for image in images[:SHOWN]]
+    seen, grids = pixels(row.get("pixel_values"), len(images)), row.get("image_grid_thw")
+    found, first = [], 0
+    for i, length in enumerate(lengths):
+        grid = grid_shape(length, None if grids is None else grids[i].tolist())
+        reshaped = seen and images[i].width * seen[i].height != images[i].height * seen[i].width
+        image = seen[i] if grid and reshaped else images[i]
+        found.append(View(image, range(first, first + length), grid))
+        first += length
+    return found[:SHOWN]
+
+
+def examples(
+    folder: Path, found: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
+) -> list[dict[str, Any]]:
+    """The first few samples as the page has them, each also a PNG in `folder`; `shown`: of each its `views`."""
+    rows = []
+    for i, (sample, seen) in enumerate(zip(samples, shown, strict=False)):
+        pictures = []
+        for number, view in enumerate(seen):
+            name = f"image {number + 1}: " if len(sample["images"]) > 1 else ""
+            pictures += [(name + label, picture) for label, picture in maps(found, i, view)]
+        strip([picture for _, picture in pictures]).save(folder / f"example_{i}.png")
+        question = [part for m in sample["messages"][:-1] for part in m["content"] if m["role"] != "system"]
+        rows.append(
+            {
+                "question": " ".join(part["text"] for part in question if part["type"] == "text"),
+                "answer": " ".join(part["text"] for part in sample["messages"][-1]["content"]),
+                "pictures": [(label, uri(picture)) for label, picture in pictures],
+                "hidden": len(sample["images"]) - len(seen),
+                "unknown": any(view.grid is None for view in seen),
+            }
+        )
+    return rows
+
+
+def maps(found: dict[str, Any], i: int, view: View) -> list[tuple[str, Image.Image]]:
+    """The image of sample `i`, attention at three layers over it, and what is kept of it."""
+    if view.grid is None:
+        return [("the image", scaled(view))]
+    schedule, layers = found["chosen"]["schedule"], found["layers"]
+    middle = (schedule["enter"] + (schedule["exit"] or layers)) // 2
+    pictures = [("the image", scaled(view))]
+    for layer in sorted({0, middle, layers - 1}):
+        attention = [found["maps"][i]["attention"][layer][token] for token in view.tokens]
+        pictures.append((f"attention, layer {layer}", heat(view, attention)))
+    for layer, tokens in found["kept"]["tokens"][i] or []:
+        mine = [token - view.tokens.start for token in tokens if token in view.tokens]
+        if str(layer) in map(str, schedule["keep"]) and len(mine) < len(view.tokens):
+            pictures.append((f"kept from layer {layer}: {len(mine)}", masked(view, mine)))
+    return pictures
+
+
+def scaled(view: View) -> Image.Image:
+    """As large as the page wants it, its sides as those of its grid."""
+    wide, high = view.grid[::-1] if view.grid else view.image.size
+    factor = SIDE / max(wide, high)
+    size = (max(1, round(wide * factor)), max(1, round(high * factor)))
+    small = view.image.width < size[0]
+    return view.image.convert("RGB").resize(
+        size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    )
+
+
+def heat(view: View, attention: Sequence[float]) -> Image.Image:
+    """Where attention falls, from dark to bright (`cividis`, safe for colour-blind readers), over a grey image."""
+    assert view.grid is not None
+    top, base = max(attention) or 1.0, scaled(view)
+    cells = Image.new("RGB", view.grid[::-1])
+    colours = mpl.colormaps["cividis"]
+    cells.putdata([tuple(round(255 * c) for c in colours((value / top) ** 0.5)[:3]) for value in attention])
+    grey = base.convert("L").convert("RGB")
+    return Image.blend(grey, cells.resize(base.size, Image.Resampling.NEAREST), 0.72)
+
+
+def masked(view: View, tokens: Sequence[int]) -> Image.Image:
+    """The image where tokens were kept, faint elsewhere, kept tokens framed."""
+    assert view.grid is not None
+    base = scaled(view)
+    shown = Image.blend(base.convert("L").convert("RGB"), Image.new("RGB", base.size, "#ffffff"), 0.75)
+    draw = ImageDraw.Draw(shown)
+    down, across = base.height / view.grid[0], base.width / view.grid[1]
+    for token in tokens:
+        row, column = divmod(token, view.grid[1])
+        left, right = round(column * across), round((column + 1) * across)
+        top, bottom = round(row * down), round((row + 1) * down)
+        shown.paste(base.crop((left, top, right, bottom)), (left, top))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=ORANGE)
+    return shown
+
+
+def strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Side by side."""
+    whole = Image.new(
+        "RGB", (sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)), "#ffffff"
+    )
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width + 8
+    return whole
+
+
+def uri(image: Image.Image) -> str:
+    data = io.BytesIO()
+    image.quantize(64).save(data, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

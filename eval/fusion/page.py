@@ -1,0 +1,107 @@
+"""`report.html`: one file with everything a profile found, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from latefusion.eval.fusion import figures
+from latefusion.eval.fusion.examples import View, examples
+
+
+def write_report(
+    folder: Path, found: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
+) -> None:
+    """Draw every picture and write the page.
+
+    Args:
+        found: what `profile.json` holds; samples: for the examples; shown: images of the first of them.
+    """
+    drawings = figures.draw(found, folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}"
+    page = environment.get_template("template.html").render(
+        found=found,
+        headline=headline(found),
+        stages=stages_in_words(found),
+        drawings={name: Markup(text) for name, text in drawings.items()},
+        examples=examples(folder, found, samples, shown),
+    )
+    (folder / "report.html").write_text(page)
+
+
+def headline(found: dict[str, Any]) -> str:
+    chosen = found["chosen"]
+    schedule, layers = chosen["schedule"], found["layers"]
+    enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
+    see = f"{enter} to {leave - 1} see" if leave - enter > 1 else f"layer {enter} alone sees"
+    right = ""
+    if found["labelled"]:
+        right = (
+            f" {100 * chosen['accuracy']:.1f}% of the answers are right, "
+            f"{100 * found['dense_accuracy']:.1f}% in the dense model."
+        )
+    return (
+        f"Of {layers} decoder layers, {see} vision tokens, {_keeps(schedule)}: "
+        f"{100 * chosen['flops']:.0f}% of the FLOPs, untrained.{right}"
+    )
+
+
+def _keeps(schedule: dict[str, Any]) -> str:
+    if not schedule["keep"]:
+        return "all of them"
+    first, *rest = schedule["keep"].items()
+    return ", ".join(
+        [f"{first[1]} of them from layer {first[0]} on", *(f"{k} from {layer}" for layer, k in rest)]
+    )
+
+
+def stages_in_words(found: dict[str, Any]) -> str:
+    """Whether the three stages of VisiPruner's paper appear, plainly."""
+    a, b, layers = found["ends"]["enter"], found["ends"]["exit"], found["layers"]
+    bound = found["wishes"]["bound"]
+    parts = [
+        f"Shallow: hiding the image from the text in {_span(0, a)} stays within the bound of {bound:g} nats."
+        if a
+        else f"Shallow: there is no such stage; layer 0 alone already costs more than {bound:g} nats.",
+        f"Deep: so does hiding it from layer {b} on."
+        if b < layers
+        else f"Deep: there is no such stage; the last layer still costs more than {bound:g} nats.",
+    ]
+    single = {int(row["layer"]): row["kl"] for row in found["curves"]["single"]}
+    peak = max(single, key=lambda layer: single[layer])
+    inside = [layer for layer, kl in single.items() if kl > bound]
+    parts.append(
+        f"Middle: {_needed(inside)} (beyond the bound), layer {peak} most ({single[peak]:.3f} nats)."
+    )
+    schedule = found["chosen"]["schedule"]
+    enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
+    if (enter, leave) != (a, b):
+        parts.append(
+            f"The schedule's band, {_span(enter, leave)}, is wider, as both ends hidden at once, or the entry, "
+            "cost more."
+            if enter <= a and leave >= b
+            else f"The schedule's band is {_span(enter, leave)}."
+        )
+    verdict = "All three stages appear." if a and b < layers else "Not all three stages appear."
+    return f"{verdict} {' '.join(parts)}"
+
+
+def _needed(layers: Sequence[int]) -> str:
+    if len(layers) < 2:
+        return f"layer {layers[0]} alone is needed by itself" if layers else "no layer is needed by itself"
+    return f"layers {', '.join(map(str, layers))} are each needed by themselves"
+
+
+def _span(first: int, end: int) -> str:
+    return f"layers {first} to {end - 1}" if end - first > 1 else f"layer {first}"

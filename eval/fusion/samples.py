@@ -1,0 +1,209 @@
+"""Which prompts a profile runs over, as batches whose samples share the place of their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latefusion.data.bad_rows import Bad
+from latefusion.data.collate import IGNORE, Collator
+from latefusion.models.executor.vision import vision_token_ids
+from latefusion.models.inputs import encode_images, fresh_inputs
+from latefusion.training.objective import label_columns
+
+
+@dataclass(frozen=True)
+class Group:
+    """A batch that is not made yet.
+
+    Attributes:
+        numbers: of its samples among all.
+        make: encodes its images and collates it.
+        places: of the vision tokens, the same in every sample; lengths: tokens of each sample.
+        answers: tokens of all answers.
+        content: a hash of what the model is given.
+    """
+
+    numbers: tuple[int, ...]
+    make: Callable[[], Batch]
+    places: tuple[int, ...]
+    lengths: tuple[int, ...]
+    answers: int
+    content: str = ""
+
+    @property
+    def together(self) -> bool:
+        """Whether no text stands between vision tokens."""
+        return self.places[-1] - self.places[0] + 1 == len(self.places)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their answers, padded on the right.
+
+    Attributes:
+        names: of the samples.
+        inputs: of the model; images as `mm_encoder_outputs`, so that no forward encodes them again.
+        labels: int64 `[B, T]`, the answer's tokens, -100 elsewhere; queries: int64 `[B, Q]`, the token before it.
+        vision: bool `[B, T]`.
+    """
+
+    names: tuple[str, ...]
+    inputs: dict[str, Any]
+    labels: Tensor
+    queries: Tensor
+    vision: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    @property
+    def columns(self) -> Tensor:
+        """Positions that predict an answer token in any sample, int64 `[R]`."""
+        return label_columns(self.labels)
+
+    @property
+    def real(self) -> Tensor:
+        """Bool `[B, T]`, false for padding."""
+        return self.inputs["attention_mask"].bool()
+
+    def fresh(self) -> dict[str, Any]:
+        """The inputs, for a forward that may write into `mm_encoder_outputs`."""
+        return fresh_inputs(self.inputs)
+
+    def head(self, cut: int) -> dict[str, Any]:
+        """The inputs of the first `cut` tokens."""
+        shape = self.labels.shape
+        return {
+            name: value[:, :cut] if isinstance(value, Tensor) and value.shape[:2] == shape else value
+            for name, value in self.fresh().items()
+        }
+
+    def rest(self, cut: int) -> dict[str, Any]:
+        """The inputs of what follows on the head's cache: text alone."""
+        found = {
+            name: value[:, cut:]
+            for name, value in self.inputs.items()
+            if isinstance(value, Tensor) and value.shape[:2] == self.labels.shape
+        }
+        return {**found, "attention_mask": self.inputs["attention_mask"]}
+
+
+def collated(
+    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Batch:
+    """A batch of samples, on the model's device, images encoded."""
+    inputs: dict[str, Any] = dict(collator(samples))
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
+    labels, queries = inputs.pop("labels"), inputs.pop("queries")
+    tokens = torch.tensor(sorted(set(vision_token_ids(model.base_model.config).values())))
+    vision = torch.isin(inputs["input_ids"], tokens.to(model.device)) & inputs["attention_mask"].bool()
+    return Batch(tuple(names), encode_images(model, inputs), labels, queries, vision)
+
+
+def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], size: int) -> list[Group]:
+    """Batches of at most `size` samples.
+
+    Samples whose images stand at the same places share a batch (`causal.Continued` runs on such), like lengths
+    together.
+    """
+    vision_ids = set(vision_token_ids(model.base_model.config).values())
+    keys: list[tuple[tuple[int, ...], int]] = []
+    answers: list[int] = []
+    content: list[bytes] = []
+    for sample in samples:
+        row = collator([sample])
+        content.append(_hashed(row))
+        ids = row["input_ids"][0].tolist()
+        keys.append((tuple(i for i, token in enumerate(ids) if token in vision_ids), len(ids)))
+        answers.append(int((row["labels"] != IGNORE).sum()))
+    order = sorted(range(len(samples)), key=lambda i: (keys[i], i))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and keys[groups[-1][0]][0] == keys[i][0] and len(groups[-1]) < size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+
+    def maker(group: list[int]) -> Callable[[], Batch]:
+        return lambda: collated(
+            model, collator, [samples[i] for i in group], [str(samples[i].get("id", i)) for i in group]
+        )
+
+    return [
+        Group(
+            tuple(group),
+            maker(group),
+            places=keys[group[0]][0],
+            lengths=tuple(keys[i][1] for i in group),
+            answers=sum(answers[i] for i in group),
+            content=sha256(b"".join(content[i] for i in group)).hexdigest()[:16],
+        )
+        for group in groups
+    ]
+
+
+def _hashed(row: dict[str, Tensor]) -> bytes:
+    digest = sha256()
+    for name in sorted(row):
+        value = row[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def counts(groups: Sequence[Group]) -> tuple[float, float]:
+    """Text and vision tokens of a sample, on average, answers included."""
+    samples = sum(len(group.numbers) for group in groups)
+    vision = sum(len(group.numbers) * len(group.places) for group in groups)
+    return (sum(sum(group.lengths) for group in groups) - vision) / samples, vision / samples
+
+
+def first_exchange(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample up to its first answer, or all of it if there is none, with the images shown until then."""
+    messages = sample["messages"]
+    roles = [message["role"] for message in messages]
+    kept = messages[: roles.index("assistant") + 1] if "assistant" in roles else messages
+    shown = sum(part["type"] == "image" for message in kept for part in message["content"])
+    return {**sample, "messages": list(kept), "images": sample["images"][:shown]}
+
+
+class NoImages(ValueError):
+    """No row has an image."""
+
+
+def distinct_images(
+    rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
+) -> list[dict[str, Any]]:
+    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
+
+    Args:
+        fits: whether a row, which may be `Bad`, can be used; it may raise.
+
+    Raises:
+        NoImages: no row that can be used has one.
+    """
+    found: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    for i in range(len(rows)):
+        given = rows[i]
+        row = None if isinstance(given, Bad) else first_exchange(given)
+        if row is not None and (not row["images"] or ("scene" in row and row["scene"] in seen)):
+            continue
+        if not fits(given) or row is None:
+            continue
+        seen.add(row.get("scene"))
+        found.append(row)
+        if len(found) == n:
+            break
+    if not found:
+        raise NoImages("the data has no sample with an image; name data with images.")
+    return found

@@ -1,0 +1,282 @@
+"""The plugin of lmms-eval: its hundreds of tasks on a checkpoint, or on any model under a policy.
+
+    pip install 'latefusion[lmms-eval]'
+    lmms-eval eval --model latefusion --model_args checkpoint=outputs/late_fusion --tasks gqa,pope
+    lmms-eval eval --model latefusion --tasks mme --model_args pretrained=HUB_ID,policy=fastv,keep_ratio=0.25
+    lmms-eval eval --model latefusion --force_simple --tasks seedbench_ppl --model_args checkpoint=outputs/late_fusion
+
+lmms-eval finds it by the entry point `lmms_eval.models`; latefusion itself never imports this module. Tasks that rank
+given answers need `--force_simple`: lmms-eval builds them for its older interface alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from latefusion.eval.comparison.systems import System, running
+from latefusion.eval.lmms_eval_parts import Chat, Pair, Until, chat_of, cut, dtype_of, generation, user
+from latefusion.models.attach import attach
+from latefusion.models.base_model import load_base
+from latefusion.models.inputs import unwrapped
+from latefusion.models.policies import named
+from latefusion.models.student.save import load_student
+
+MANIFEST = ModelManifest(
+    model_id="latefusion",
+    chat_class_path=f"{__name__}.LateFusion",
+    simple_class_path=f"{__name__}.LateFusionSimple",
+)
+
+
+class LateFusion(lmms):
+    """A model under a policy, asked by lmms-eval.
+
+    Args:
+        checkpoint: folder of a trained student, run with its adapters under its schedule; or pretrained: a base alone
+            (`embedded`, a hub id, a folder).
+        policy: name of `recipes/policy/`; for a checkpoint None is its own schedule, and another policy runs on its
+            base, adapters off. For a base None is dense.
+        batch_size: prompts a batch.
+        device: None: CUDA if there is one, else the CPU.
+        dtype: `bfloat16`, `float16` or `float32`; None: bfloat16 where the hardware has it.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`; None: the model's default.
+        arguments: of the policy, in place of its recipe's (`keep_ratio=0.25`).
+
+    Raises:
+        ValueError: neither or both of checkpoint and pretrained are given, or there is no such policy or argument.
+        FileNotFoundError: there are no such weights.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        *,
+        checkpoint: str | None = None,
+        pretrained: str | None = None,
+        policy: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        **arguments: Any,
+    ):
+        super().__init__()
+        if (checkpoint is None) == (pretrained is None):
+            raise ValueError(
+                "name either a trained checkpoint=FOLDER or a base pretrained=PATH in --model_args."
+            )
+        chosen = named(policy or "dense", **arguments)
+        accelerator = Accelerator()
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        precision = dtype_of(dtype, accelerator.device)
+        self.model: Any
+        if checkpoint is not None:
+            student = load_student(checkpoint, dtype=precision)
+            self.model, self.processor, self.attachment = student.model, student.processor, student.attachment
+            own = policy is None
+            self.system = System(name="", policy=student.schedule if own else chosen, adapters=own)
+        else:
+            assert pretrained is not None
+            self.model, self.processor = load_base(pretrained, dtype=precision)
+            self.attachment = attach(self.model, chosen)
+            self.system = System(name="", policy=chosen)
+        if attn_implementation is not None:
+            unwrapped(self.model).set_attn_implementation(attn_implementation)
+        self.model.to(device or accelerator.device)
+        self.batch_size = int(batch_size)
+        self.accelerator = accelerator
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answers in the order of the requests; requests with equal settings share a batch."""
+        chats = [self._chat(request) for request in requests]
+        settings = [self._settings(request) for request in requests]
+        return self._batched(chats, settings, self._generate, "answers")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """Of each request the answer of every round; what later rounds ask depends on the answers before.
+
+        Requests that are in the same round share batches.
+        """
+        said: list[list[str]] = [[] for _ in requests]
+        told: list[Any] = [None] * len(requests)  # what a task hands from round to round
+        going, number = list(range(len(requests))), 0
+        while going:
+            chats: dict[int, Chat] = {}
+            for i in going:
+                chat, done, before, told[i] = self._round(requests[i], number, said[i], told[i])
+                said[i] = before
+                if not done:
+                    chats[i] = chat
+            going = list(chats)
+            settings = [self._settings(requests[i]) for i in going]
+            answers = self._batched(
+                [chats[i] for i in going], settings, self._generate, f"round {number + 1}"
+            )
+            for i, answer in zip(going, answers, strict=True):
+                said[i] = [*said[i], answer.text]
+            number += 1
+        return said
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Pair]:
+        """Of each given answer its mean negative log-likelihood a token (nats), and whether it is the greedy one.
+
+        lmms-eval calls the first a log-likelihood, but takes the choice with the least of it, so it is a loss, as its
+        own models return it. A policy chooses tokens by the prompt alone, as it does when the model answers by itself.
+        """
+        chats, answers = [], []
+        for request in requests:
+            if len(request.args) == 2:  # an answer without its prompt
+                context, answer = request.args
+                chats.append(user(context, []))
+            else:
+                context, target, visual, document, task, split = request.args
+                row = self.task_dict[task][split][document]
+                answer = target if isinstance(target, str) else str(target(row))
+                chats.append(user(context, visual(row) or [] if visual is not None else []))
+            answers.append(answer)
+        return self._batched(chats, answers, self._rank_given, "given answers", apart=False)
+
+    def _chat(self, request: Instance) -> Chat:
+        """What a request asks: `args` are context, messages of a document, settings, document, task, split."""
+        _, messages_of, _, document, task, split = request.args
+        return chat_of(messages_of(self.task_dict[task][split][document]))
+
+    def _settings(self, request: Instance) -> dict[str, Any]:
+        return dict(request.args[2])
+
+    def _round(
+        self, request: Instance, number: int, said: list[str], told: Any
+    ) -> tuple[Chat, bool, list[str], Any]:
+        """What a round asks; whether there is none any more; the answers as the task keeps them; what it hands on."""
+        _, messages_of, _, document, task, split = request.args
+        row = self.task_dict[task][split][document]
+        if number == 0:
+            return chat_of(messages_of(row)), False, said, told
+        asked, done, before, told = messages_of(
+            row, round_idx=number, previous_output=said, previous_round_info=told
+        )
+        return chat_of(asked or []), done, list(before) if before is not None else said, told
+
+    def _batched(
+        self,
+        chats: Sequence[Chat],
+        settings: Sequence[Any],
+        work: Callable[[list[Chat], list[Any]], list[Any]],
+        name: str,
+        *,
+        apart: bool = True,
+    ) -> list[Any]:
+        """`work` on batches, its results in the order of `chats`.
+
+        Prompts with and without pictures share no batch; `apart`: nor do those of different settings.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for i, (chat, setting) in enumerate(zip(chats, settings, strict=True)):
+            groups.setdefault((repr(setting) if apart else "", not chat[1]), []).append(i)
+        found: dict[int, Any] = {}
+        with tqdm(total=len(chats), disable=self.rank != 0, desc=f"latefusion, {name}") as bar:
+            for group in groups.values():
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    results = work([chats[i] for i in batch], [settings[i] for i in batch])
+                    found.update(zip(batch, results, strict=True))
+                    bar.update(len(batch))
+        return [found[i] for i in range(len(chats))]
+
+    def _inputs(self, texts: list[str], chats: Sequence[Chat]) -> Any:
+        pictures = [list(images) for _, images in chats]
+        return self.processor(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, dtype=self.model.dtype)
+
+    def _prompts(self, chats: Sequence[Chat]) -> list[str]:
+        return [
+            self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            for messages, _ in chats
+        ]
+
+    def _generate(self, chats: list[Chat], settings: list[dict[str, Any]]) -> list[GenerationResult]:
+        inputs = self._inputs(self._prompts(chats), chats)
+        until = settings[0].get("until", [])
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        prompt = inputs["input_ids"].shape[1]
+        until_stop = Until(stops, self.processor, prompt)
+        with running(self.model, self.attachment, self.system):
+            output = self.model.generate(
+                **inputs, **generation(settings[0]), stopping_criteria=StoppingCriteriaList([until_stop])
+            )
+        new = output[:, prompt:]  # [B, N]
+        said = self.processor.batch_decode(new, skip_special_tokens=True)
+        padding = self.processor.tokenizer.pad_token_id
+        counts = new.shape[1] - (new.flip(1) != padding).int().argmax(1)  # [B], without padding at the end
+        return [
+            GenerationResult(text=cut(text, stops), token_counts=TokenCounts(output_tokens=int(count)))
+            for text, count in zip(said, counts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _rank_given(self, chats: list[Chat], answers: list[str]) -> list[Pair]:
+        prompts = self._prompts(chats)
+        whole = self._inputs(
+            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], chats
+        )
+        counts = []  # tokens of each answer: those that differ once it follows its prompt
+        for i, (prompt, chat) in enumerate(zip(prompts, chats, strict=True)):
+            bare = self._inputs([prompt], [chat])["input_ids"][0]
+            full = whole["input_ids"][i][whole["attention_mask"][i].bool()]
+            n = min(len(bare), len(full))
+            same = int((bare[:n] == full[:n]).int().cumprod(0).sum())
+            counts.append(len(full) - same)
+        if empty := [answer for answer, count in zip(answers, counts, strict=True) if count == 0]:
+            raise ValueError(f"a given answer {empty[0]!r} has no token; leave it out of the task's choices.")
+        ids, end, longest = whole["input_ids"], whole["input_ids"].shape[1], max(counts)  # [B, T]
+        asked = torch.tensor([[end - count - 1] for count in counts], device=ids.device)  # [B, 1]
+        with running(self.model, self.attachment, self.system), self.attachment.queries(asked):
+            logits = self.model(**whole, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
+        given = ids[:, end - longest :]  # [B, A]
+        places = torch.arange(longest, device=ids.device)
+        answer = places >= longest - torch.tensor(counts, device=ids.device)[:, None]  # [B, A]
+        loss = -logits.log_softmax(-1).gather(-1, given[..., None])[..., 0]  # [B, A]
+        mean = (loss * answer).sum(1) / answer.sum(1)
+        greedy = ((logits.argmax(-1) == given) | ~answer).all(1)
+        return [Pair(*pair) for pair in zip(mean.tolist(), greedy.tolist(), strict=True)]
+
+
+class LateFusionSimple(LateFusion):
+    """The same by lmms-eval's older interface (`--force_simple`), which alone has tasks that rank given answers."""
+
+    is_simple = True
+
+    def _chat(self, request: Instance) -> Chat:
+        """`args` are context, settings, pictures of a document, document, task, split."""
+        context, _, visual, document, task, split = request.args
+        return user(context, visual(self.task_dict[task][split][document]) or [])
+
+    def _settings(self, request: Instance) -> dict[str, Any]:
+        return dict(request.args[1])
+
+    def _round(
+        self, request: Instance, number: int, said: list[str], told: Any
+    ) -> tuple[Chat, bool, list[str], Any]:
+        context, _, visual, text_of, document, task, split = request.args
+        row = self.task_dict[task][split][document]
+        if number == 0:
+            return user(context, visual(row) or []), False, said, told
+        pictures, text, done, before, told = text_of(
+            row, previous_output=said, round_idx=number, previous_round_info=told
+        )
+        return user(text or "", pictures or []), done, list(before) if before is not None else said, told

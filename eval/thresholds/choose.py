@@ -1,0 +1,180 @@
+"""From every setting's numbers to the one that is chosen, and the files that say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from latefusion.eval.metrics import accuracy, paired
+
+ROWS = 12  # of the table
+HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "FLOPs, %")
+LABELLED = ("accuracy, %", "against dense, points")
+
+
+def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, Any]:
+    """Write `calibration.json`, `table.md` and `policy.yaml`, and print the table.
+
+    Raises:
+        ValueError: no setting stays under the bound; what was tried is written all the same.
+    """
+    asked, columns, correct = results["arguments"], results["columns"], results["correct"]
+    dense, number = columns["dense_flops"].mean(), (~np.isnan(columns["kl"])).sum(1)  # [settings]
+    kl, flops = np.nanmean(columns["kl"], 1), np.nanmean(columns["flops"] / columns["dense_flops"], 1)
+    prompts = columns["kl"].shape[1]
+    complete = number == prompts  # the others were ruled out before
+    rows = [
+        {
+            **setting,
+            "stages": list(setting["stages"]),
+            "prompts": int(number[i]),
+            "kl": float(kl[i]),
+            "kl_standard_error": float(np.nanstd(columns["kl"][i]) / np.sqrt(number[i])),
+            "same_answer": float(np.nanmean(columns["same"][i])),
+            "flops_ratio": float(flops[i]),
+            "vision_tokens_per_layer": float(np.nanmean(columns["vision"][i])),
+            "accuracy": float(np.mean(correct[i])) if correct is not None and complete[i] else None,
+        }
+        for i, setting in enumerate(results["settings"])
+    ]
+    partial, kl = kl, np.where(complete, kl, np.inf)
+    best = cheapest(kl, flops, asked["kl"])
+    shown = [] if best is None else around(front(kl, flops), best, ROWS)
+    lines = [line(rows[i], results, i) for i in shown]
+    out = {
+        "arguments": asked,
+        "prompts": prompts,
+        "seconds": results["seconds"],
+        "dense": {
+            "flops": float(dense),
+            "vision_tokens_per_layer": float(columns["dense_vision"].mean()),
+            "accuracy": None if correct is None else float(columns["right"].mean()),
+        },
+        "shallow_limit": results["shallow_limit"],
+        "chosen": None if best is None else rows[best],
+        "front": [rows[i] for i in front(kl, flops)],
+        "settings": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calibration.json").write_text(json.dumps(out, indent=1) + "\n")
+    if best is None:
+        nearest = rows[int(partial.argmin())]
+        raise ValueError(
+            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} "
+            f"prompts), at boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower "
+            "tokens_thresholds."
+        )
+    header = HEADER + (LABELLED if correct is not None else ())
+    bold = shown.index(best)
+    (folder / "table.md").write_text(markdown(header, lines, bold))
+    (folder / "policy.yaml").write_text(recipe(rows[best], out))
+    report(out, header, lines, bold, console, folder)
+    return out
+
+
+def cheapest(kl: NDArray, flops: NDArray, bound: float) -> int | None:
+    """The setting of least FLOPs with KL at most `bound`, then of least KL, then the first; None: there is none."""
+    fits = np.flatnonzero(kl <= bound)
+    return int(fits[np.lexsort((fits, kl[fits], flops[fits]))[0]]) if len(fits) else None
+
+
+def front(kl: NDArray, flops: NDArray) -> list[int]:
+    """Settings that no other beats in both, from least FLOPs to least KL."""
+    found, least = [], np.inf
+    for i in np.lexsort((np.arange(len(kl)), kl, flops)):
+        if kl[i] < least:
+            found.append(int(i))
+            least = kl[i]
+    return found
+
+
+def around(found: list[int], best: int, rows: int) -> list[int]:
+    """At most `rows` of the front, `best` among them, half of them cheaper."""
+    at = found.index(best)
+    start = max(0, min(at - rows // 2, len(found) - rows))
+    return found[start : start + rows]
+
+
+def line(row: dict[str, Any], results: dict[str, Any], i: int) -> list[str]:
+    """A table's cells."""
+    cells = [
+        str(row["boundary"]),
+        f"{row['layer_threshold']:g} / {row['tokens_threshold']:g}",
+        ", ".join(row["stages"]),
+        f"{row['kl']:.4f}",
+        f"{100 * row['same_answer']:.1f}",
+        f"{100 * row['flops_ratio']:.1f}",
+    ]
+    correct = results["correct"]
+    if correct is not None:
+        scenes, dense = results["scenes"], results["columns"]["right"]
+        of, gap = accuracy(correct[i], scenes), paired(correct[i], dense, scenes).difference
+        cells += [
+            f"{100 * of.value:.1f} ({100 * of.low:.1f}–{100 * of.high:.1f})",
+            f"{100 * gap.value:+.2f} ({100 * gap.low:+.2f} to {100 * gap.high:+.2f})",
+        ]
+    return cells
+
+
+def markdown(header: tuple[str, ...], lines: list[list[str]], bold: int) -> str:
+    rule = ["---:" if name not in ("stages",) else "---" for name in header]
+    body = [[f"**{cell}**" if n == bold else cell for cell in cells] for n, cells in enumerate(lines)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [list(header), rule, *body])
+
+
+def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
+    asked = out["arguments"]
+    stages = ", ".join(row["stages"])
+    return (
+        f"# VisiPruner for {asked['model']}, calibrated on {out['prompts']} prompts of {asked['data']}, "
+        f"{asked['split']}:\n"
+        f"# {row['flops_ratio']:.1%} of the dense decoder's FLOPs at KL {row['kl']:.4f} (bound {asked['kl']:g}), "
+        f"{row['same_answer']:.1%} of the answers unchanged.\n"
+        "_target_: latefusion.models.policies.visipruner.settings.VisiPruner\n"
+        f"boundary: {row['boundary']}\n"
+        f"layer_threshold: {row['layer_threshold']:g}\n"
+        f"tokens_threshold: {row['tokens_threshold']:g}\n"
+        f"exit_threshold: {asked['exit_threshold']:g}\n"
+        f"exit_patience: {asked['exit_patience']}\n"
+        f"stages: [{stages}]\n"
+        f"sink_rule: {asked['sink_rule']}\n"
+    )
+
+
+def report(
+    out: dict[str, Any],
+    header: tuple[str, ...],
+    lines: list[list[str]],
+    bold: int,
+    console: Console,
+    folder: Path,
+) -> None:
+    row, dense = out["chosen"], out["dense"]["accuracy"]
+    of_dense = "" if dense is None else f"; dense answers {dense:.1%} right"
+    ran = sum(row["prompts"] == out["prompts"] for row in out["settings"])
+    title = (
+        f"Best of {len(out['settings'])} settings, {ran} of them on all {out['prompts']} prompts{of_dense}"
+    )
+    table = Table(title=title)
+    narrow = [
+        n for n, name in enumerate(header) if name not in ("stages", LABELLED[1])
+    ]  # the rest is in table.md
+    for n in narrow:
+        table.add_column(header[n].replace("layer / tokens threshold", "thresholds"), justify="right")
+    for n, cells in enumerate(lines):
+        table.add_row(*(cells[i].split(" (")[0] for i in narrow), style="bold" if n == bold else "")
+    console.print(table)
+    console.print(
+        f"Chosen: boundary {row['boundary']}, layer_threshold {row['layer_threshold']:g}, tokens_threshold "
+        f"{row['tokens_threshold']:g}, stages {', '.join(row['stages'])}: {row['flops_ratio']:.1%} of the FLOPs, "
+        f"{row['same_answer']:.1%} of the answers unchanged ({out['seconds']:.0f} s).\n"
+        f"Use it: policy={folder / 'policy.yaml'}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,257 @@
+"""Finds the setting of VisiPruner of least FLOPs whose KL to dense stays under a bound, on all prompts.
+
+The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
+out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
+more than all prompts together may have. And a prefill of each prompt says what a setting computes at least
+(`survey.floor`), so nothing dearer than a setting known to be under the bound need run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from latefusion.eval.comparison.answers import progress_bar
+from latefusion.eval.thresholds import replay as calibration
+from latefusion.eval.thresholds.floor import floor
+from latefusion.eval.thresholds.prefills import Prompts, Setting, policy_of, prefix, settings
+from latefusion.eval.thresholds.replay import Batch, Outcome
+from latefusion.models.attach import Attachment
+from latefusion.models.fingerprint import identity
+from latefusion.models.flops import decoder_flops
+
+if TYPE_CHECKING:
+    from latefusion.data.prompts import Questions
+    from latefusion.eval.calibrate import Arguments
+
+PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
+SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
+EXACT = 1e-9  # relative; sums of floats in another order are equal
+
+
+class Search:
+    """All settings on as many prompts as it takes, batch by batch; what is done is kept on disk."""
+
+    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Questions):
+        self.asked, self.attachment, self.rows = asked, attachment, rows
+        self.prompts = Prompts(asked, attachment, processor, rows)
+        self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
+        layers = len(attachment.layers)
+        boundaries = list(range(layers - 1)) if asked.boundaries is None else asked.boundaries
+        first, _ = self.prompts.dense_batch(self.prompts.batches[0])
+        recorded = calibration.record(first, attachment, 0, asked.sink_rule)
+        self.longest = max(attachment.trace, key=lambda record: record.tokens[0])
+        self.thresholds = asked.tokens_thresholds or scale(recorded)
+        self.limit = self.shallow_limit(boundaries, first, recorded.logits)
+        self.settings = [
+            setting
+            for setting in settings(asked, boundaries, self.thresholds)
+            if "shallow" not in setting["stages"] or setting["boundary"] <= self.limit
+        ]
+        for setting in self.settings:
+            policy_of(setting, asked).validate(layers)
+        self.prefixes = sorted({0, *map(prefix, self.settings)})
+        self.folder = Path(asked.output) / "batches" / self.fingerprint()
+        self.sweeps = 0
+
+    def cost(self) -> str:
+        """What the search will compute, said before it does."""
+        config, layers = self.attachment.model.config, len(self.attachment.layers)
+        text, vision = self.longest.tokens[0] - self.longest.vision[0], self.longest.vision[0]
+        dense = decoder_flops(config, self.longest.tokens)
+        passes, resumed = 0, 0.0
+        for shallow in {prefix(s) for s in self.settings}:
+            mine = [s for s in self.settings if prefix(s) == shallow]
+            fusions = range(min(s["boundary"] for s in mine) + 1, layers - 1)
+            kinds = {(s["tokens_threshold"], "deep" in s["stages"]) for s in mine}
+            passes += len(kinds) * len(fusions)
+            left = text + vision // 4
+            resumed += (
+                sum(decoder_flops(config, [left] * (layers - 1 - f)) for f in fusions) * len(kinds) / dense
+            )
+        first, prefills = self.ends[1] / self.ends[-1], 1 + len(self.prefixes)
+        return (
+            f"{len(self.rows)} prompts in {len(self.prompts.batches)} batches, {len(self.settings)} settings. Each "
+            f"prompt: the dense answer and {prefills - 1} recorded prefill{'s' * (prefills > 2)}. Then all settings on "
+            f"the first batch, {passes} short passes over what is left after fusion at most; on the others those that "
+            "are not ruled out yet, the most promising first, after one more recorded prefill each time. Together at "
+            f"least like {prefills + 1 + resumed * first:.1f} dense prefills of every prompt "
+            f"({dense / 1e9:.2g} GFLOPs each), {prefills + 2 + resumed:.0f} or more if nothing can be ruled out."
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Every setting's numbers on every prompt that it ran on; NaN elsewhere."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batches = self.prompts.batches
+        with progress_bar() as progress:
+            task, done = progress.add_task("Survey", total=len(self.rows)), []
+            for number, rows in enumerate(batches):
+                work = partial(self.prompts.survey, rows, self.prefixes, self.thresholds)
+                done.append(self.kept(f"survey_{number:05d}", work))
+                progress.advance(task, len(rows))
+            self.dense = joined(done)
+            self.floors = np.stack([self.floor(setting) for setting in self.settings])  # [settings, N]
+            empty = partial(np.full, self.floors.shape, np.nan)
+            self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
+            self.sweep(self.alive(), 1, progress)
+            while not np.isfinite(self.best()) and self.alive().any():
+                self.sweep(self.promising(), len(batches), progress)
+            self.sweep(self.alive(), len(batches), progress)
+            return self.results(self.correct(progress))
+
+    # ---------------------------------------------------------------- what can be ruled out
+
+    def ran(self) -> NDArray[np.bool_]:
+        """Which settings ran on which prompts, bool `[settings, N]`."""
+        return ~np.isnan(self.columns["kl"])
+
+    def best(self) -> float:
+        """The FLOPs, against dense, of the cheapest setting that ran on all prompts and is under the bound."""
+        whole = self.ran().all(1) & (np.nansum(self.columns["kl"], 1) <= self.most)
+        return min(self.least_flops()[whole], default=np.inf)
+
+    @property
+    def most(self) -> float:
+        """What the KL of all prompts may add up to."""
+        return self.asked.kl * len(self.rows) * (1 + EXACT)
+
+    def least_flops(self) -> NDArray:
+        """What each setting computes at least, against dense: exact where it ran."""
+        flops = np.where(self.ran(), self.columns["flops"], self.floors)
+        return (flops / self.dense["dense_flops"]).mean(1)
+
+    def alive(self) -> NDArray[np.bool_]:
+        """The settings that are neither known to the end nor ruled out."""
+        under = np.nansum(self.columns["kl"], 1) <= self.most
+        return ~self.ran().all(1) & under & (self.least_flops() <= self.best() * (1 + EXACT))
+
+    def promising(self) -> NDArray[np.bool_]:
+        """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""
+        alive = np.flatnonzero(self.alive())
+        kl = np.nanmean(self.columns["kl"][alive], 1)
+        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.asked.kl)))[:PROBES]
+        return np.isin(np.arange(len(self.settings)), alive[first])
+
+    def floor(self, setting: Setting) -> NDArray:
+        shallow = prefix(setting)
+        return floor(
+            self.attachment.model.config,
+            setting,
+            least=self.dense[f"least_{shallow}"],
+            kept=self.dense[f"kept_{shallow}"][:, self.thresholds.index(setting["tokens_threshold"])],
+            text=self.dense["text"],
+            vision=self.dense["vision"],
+            patience=self.asked.exit_patience,
+        )
+
+    # ---------------------------------------------------------------- passes over the prompts
+
+    def sweep(self, which: NDArray[np.bool_], batches: int, progress: Any) -> None:
+        """Run these settings on so many batches, as long as any of them is not ruled out."""
+        self.sweeps += 1  # also where nothing is left to do: files are named by it
+        if not which.any():
+            return
+        task = progress.add_task(f"{which.sum()} settings", total=int(self.ends[batches]))
+        for number, rows in enumerate(self.prompts.batches[:batches]):
+            here = slice(self.ends[number], self.ends[number + 1])
+            left = np.flatnonzero(which & self.alive() & ~self.ran()[:, here].any(1))
+            if len(left):
+                mine, written = [self.settings[i] for i in left], self.dense["answers"][:, here]
+                work = partial(self.prompts.try_on, rows, written, mine)
+                found = self.kept(f"sweep{self.sweeps}_{number:05d}", work)
+                for name, column in self.columns.items():
+                    column[left, here] = found[name]
+            progress.advance(task, len(rows))
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives, from disk if it was computed before."""
+        file = self.folder / f"{name}.npz"
+        if not file.exists():
+            part = file.with_suffix(".part.npz")
+            np.savez(part, **compute())
+            part.replace(file)  # whole or not at all
+        with np.load(file) as arrays:
+            return dict(arrays)
+
+    def correct(self, progress: Any) -> NDArray | None:
+        """Which settings that ran on all prompts write which label, `[settings, N]`; None without labels."""
+        if not self.prompts.labelled:
+            return None
+        right = self.dense["right"]
+        correct = self.columns["same"] * right
+        wrong, whole = np.flatnonzero(right == 0), np.flatnonzero(self.ran().all(1))
+        if not (len(wrong) and len(whole)):
+            return correct
+        task = progress.add_task("Labels", total=len(wrong))
+        for start in range(0, len(wrong), self.asked.batch_size):
+            at = wrong[start : start + self.asked.batch_size]
+            rows, mine = [self.prompts.order[i] for i in at], [self.settings[i] for i in whole]
+            correct[np.ix_(whole, at)] = self.prompts.try_labels(rows, mine)
+            progress.advance(task, len(at))
+        return correct
+
+    # ---------------------------------------------------------------- around it
+
+    def shallow_limit(self, boundaries: Sequence[int], first: Batch, dense: torch.Tensor) -> int:
+        """The last boundary up to which the shallow rule alone stays under the bound, on one batch."""
+        limit = 0
+        if any("shallow" in stages for stages in self.asked.stages):
+            for boundary in sorted(b for b in boundaries if b > 0):
+                logits = calibration.record(first, self.attachment, boundary, self.asked.sink_rule).logits
+                outcome = calibration.judge(first, self.attachment, logits, dense)
+                if outcome.kl.mean() > self.asked.kl:
+                    break
+                limit = boundary
+        return limit
+
+    def fingerprint(self) -> str:
+        """Of all that a batch's numbers depend on."""
+        known = {k: v for k, v in asdict(self.asked).items() if k != "output"}
+        described = json.dumps(
+            [
+                known,
+                identity(self.asked.model),
+                self.settings,
+                self.rows.source,
+                self.rows.known,
+                str(self.attachment.model.dtype),
+            ],
+            sort_keys=True,
+        )
+        return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
+
+    def results(self, correct: NDArray | None) -> dict[str, Any]:
+        clusters = [row["scene"] for row in self.rows.known]
+        dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
+        return {
+            "arguments": asdict(self.asked),
+            "settings": self.settings,
+            "shallow_limit": self.limit,
+            "columns": self.columns | dense,
+            "correct": correct,
+            "scenes": [str(clusters[i]) for i in self.prompts.order],
+        }
+
+
+def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Arrays of several batches, side by side."""
+    return {name: np.concatenate([batch[name] for batch in batches], axis=-1) for name in batches[0]}
+
+
+def scale(recorded: calibration.Recorded) -> list[float]:
+    """`tokens_threshold`s that keep about `SHARES` of the vision tokens in the layers of the middle half."""
+    quarter = len(recorded.norms) // 4
+    norms = torch.cat([norm[norm >= 0] for norm in recorded.norms[quarter : 3 * quarter]])
+    at = torch.quantile(
+        norms.double().cpu()[:: max(1, len(norms) // 1_000_000)], 1 - torch.tensor(SHARES).double()
+    )
+    return sorted({float(f"{value:.1g}") for value in at.tolist()})

@@ -1,0 +1,1 @@
+"""Which tokens each decoder layer sees. Reading order: schedule, policies/base, executor/layout, executor/forward."""

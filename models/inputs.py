@@ -1,0 +1,55 @@
+"""Helpers around a model's inputs: unwrap PEFT, encode images once, copy inputs for a forward, stop tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The Hugging Face model inside PEFT's wrapper, or the model itself if it is not wrapped."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace `pixel_values` by the features that the decoder receives, so that no later forward encodes them.
+
+    Args:
+        model: an image-text model, with or without PEFT's wrapper.
+        inputs: of the model. Without `pixel_values` they are returned as they are.
+
+    Returns:
+        The inputs with `mm_encoder_outputs` in place of `pixel_values`; the grids stay, M-RoPE needs them.
+    """
+    if "pixel_values" not in inputs:
+        return dict(inputs)
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": image_features(unwrapped(model).base_model, inputs)}}
+
+
+def image_features(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What `model.get_image_features` makes of the inputs that it takes; its `pooler_output` goes into the decoder."""
+    names = [name for name in inspect.signature(model.get_image_features).parameters if name in inputs]
+    return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
+
+
+def fresh_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the inputs for one forward or `generate`, which may write into `mm_encoder_outputs`."""
+    if "mm_encoder_outputs" not in inputs:
+        return dict(inputs)
+    return {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+
+
+def stop_ids(generation_config: Any) -> list[int]:
+    """The ids of the tokens at which `generate` stops."""
+    stop = generation_config.eos_token_id
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+
+
+def stop_tokens(generation_config: Any, processor: Any) -> list[str]:
+    """The tokens at which `generate` stops, as the collator takes them."""
+    return processor.tokenizer.convert_ids_to_tokens(stop_ids(generation_config))

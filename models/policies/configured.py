@@ -1,0 +1,110 @@
+"""The policies that a configuration states, the student's and the teacher's; without torch.
+
+`training/prepare.py` puts a profile's schedule into the configuration.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.schema import Config, ScheduleConfig, Source, Teacher, Tune, VisiPrunerConfig
+
+if TYPE_CHECKING:
+    from latefusion.models.policies.base import Policy
+
+
+def schedule_of(config: ScheduleConfig) -> VisionSchedule:
+    """Raises ValueError if its values contradict each other."""
+    if config.cross is not None and not (
+        isinstance(config.cross, list) and all(isinstance(layer, int) for layer in config.cross)
+    ):
+        raise ValueError(f"schedule.cross={config.cross} must be a list of layers: schedule.cross=[8,12].")
+    if config.cross is not None and not config.cross:
+        raise ValueError(
+            "schedule.cross=[] names no layer; say which layers of this model read vision tokens: model.cross=[8,12]."
+        )
+    if config.keep is not None and not _says_how_many(config.keep):
+        raise ValueError(
+            f"schedule.keep={config.keep} must say how many tokens stay from which layer on: "
+            "'schedule.keep={12: 64, 16: 8}'."
+        )
+    return VisionSchedule.from_dict(
+        {
+            "enter": config.enter or 0,
+            "exit": config.exit,
+            "keep": config.keep,
+            "cross": config.cross,
+            "positions": config.positions.value,
+        }
+    )
+
+
+def _says_how_many(keep: Any) -> bool:
+    if not isinstance(keep, dict):
+        return False
+    return all(isinstance(k, int) and str(layer).isdigit() for layer, k in keep.items())
+
+
+def visipruner(config: VisiPrunerConfig) -> VisiPruner:
+    return VisiPruner(**{**vars(config), "stages": tuple(config.stages)})
+
+
+def teacher(config: Config) -> Policy | None:
+    """The policy that the teacher runs under."""
+    if config.teacher is Teacher.none:
+        return None
+    thresholds = config.model.visipruner if config.kl.model is None else config.kl.visipruner
+    return VisionSchedule() if config.teacher is Teacher.dense else visipruner(thresholds)
+
+
+def check_known(config: Config) -> None:
+    """Raise ValueError if nobody has said where vision tokens enter: a model that the recipes know nothing of."""
+    asked = config.schedule
+    if asked.enter is None and asked.cross is None:
+        raise ValueError(
+            f"nothing is known of where model.path={config.model.path} fuses: say schedule.enter=N and "
+            "schedule.exit=N, or schedule=auto to have it profiled first (recipe=dense: every layer sees vision)."
+        )
+
+
+def check_layers(config: Config, num_layers: int) -> None:
+    """Raise ValueError if the schedule does not fit a decoder of so many layers."""
+    try:
+        schedule_of(config.schedule).validate(num_layers)
+    except ValueError as error:
+        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
+
+
+def check_depths(config: Config, layers: int | None, teachers: int | None) -> None:
+    """Raise ValueError if the schedule or the thresholds are for a deeper model.
+
+    Args:
+        layers: of the model's decoder; teachers: of that of `kl.model`; None: not known (yet).
+    """
+    thresholds = visipruner(config.model.visipruner)
+    policy = teacher(config) if teaches(config) else None
+    if layers is not None:
+        if not config.schedule.auto and config.schedule.profile is None:
+            check_layers(config, layers)
+        if policy is not None and config.kl.model is None:
+            policy.validate(layers)
+        if evaluates(config):
+            thresholds.validate(layers)
+    if policy is not None and teachers is not None:
+        try:
+            policy.validate(teachers)
+        except ValueError as error:
+            raise ValueError(f"kl.model={config.kl.model} cannot run under its policy: {error}") from None
+
+
+def teaches(config: Config) -> bool:
+    """Whether there is a teacher whose answers count."""
+    return config.teacher is not Teacher.none and config.kl.weight > 0
+
+
+def evaluates(config: Config) -> bool:
+    """Whether the run ends with an evaluation, which compares the student with the base under VisiPruner."""
+    asked = config.data.eval_path is not None or config.data.source is Source.scenes
+    return config.eval.enabled and config.tune is not Tune.full and asked

@@ -1,0 +1,102 @@
+"""The entry adapter: shapes projected vision features to what a layer `enter > 0` expects of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latefusion.models.inputs import unwrapped
+
+ENTRY = "vision_entry"
+
+
+class CalibratedEntry(nn.Module):
+    """A fixed affine map with a bias per place in the image, `x @ weight + bias[order % places]`; new: the identity.
+
+    `entry_fit.py` fits it, in closed form, to the states with which the dense vision tokens reach layer `enter`.
+
+    Args:
+        hidden_size: of the decoder.
+        places: tokens of an image, or 1: one bias for all (images of different sizes).
+    """
+
+    weight: Tensor  # [D, D]
+    bias: Tensor  # [places, D]
+
+    def __init__(self, *, hidden_size: int, places: int):
+        super().__init__()
+        self.register_buffer("weight", torch.eye(hidden_size))
+        self.register_buffer("bias", torch.zeros(places, hidden_size))
+
+    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+        """`[..., D]` to the same shape and dtype; `order` int64 `[...]`: which of its sample's vision tokens."""
+        x = hidden_states.to(self.weight.dtype)
+        return (x @ self.weight + self.bias[order % len(self.bias)]).to(hidden_states.dtype)
+
+
+class EntryAdapter(nn.Module):
+    """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`; the identity when new.
+
+    The vision rows that reach layer `enter` are the projector's output, while the layer was trained on
+    states that all layers before it had refined. With `places`, x is first calibrated (`start`, not trained).
+
+    Args:
+        hidden_size: of the decoder.
+        rank: of the low-rank part; 0: there is none, a scale per channel alone.
+        places: of a `CalibratedEntry` to start from; 0: none.
+    """
+
+    def __init__(self, *, hidden_size: int, rank: int, places: int = 0):
+        super().__init__()
+        self.start = CalibratedEntry(hidden_size=hidden_size, places=places) if places else None
+        self.scale = nn.Parameter(torch.zeros(hidden_size))
+        self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank, hidden_size, bias=False) if rank else None
+        if self.up is not None:
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden_states: Tensor, order: Tensor | None = None) -> Tensor:
+        """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights.
+
+        Args:
+            order: int64 `[...]`, which of its sample's vision tokens each row is; a calibrated start needs it.
+        """
+        x = hidden_states.to(self.scale.dtype)
+        if self.start is not None:
+            assert order is not None
+            x = self.start(x, order)
+        mapped = x + x * self.scale
+        if self.down is not None and self.up is not None:
+            mapped = mapped + self.up(self.down(x))
+        return mapped.to(hidden_states.dtype)
+
+    def flops(self, tokens: float) -> float:
+        """Of its matrix products for so many vision tokens."""
+        width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
+        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
+
+
+def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """`rank` and `places` of the adapter whose weights have these shapes."""
+    return shapes.get("down.weight", (0,))[0], shapes.get("start.bias", (0,))[0]
+
+
+def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
+    """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""
+    if rank < 0:
+        raise ValueError(f"entry rank {rank} must not be negative; 0 is a scale alone.")
+    if entry_of(model) is not None:
+        raise ValueError("the model already has an entry adapter; load a fresh base model.")
+    hidden_size = model.config.get_text_config().hidden_size
+    with model.device:
+        entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places)
+    model.add_module(ENTRY, entry)
+    return entry
+
+
+def entry_of(model: nn.Module) -> nn.Module | None:
+    """The entry adapter of a Hugging Face model (PEFT's wrapper of it, if the model is wrapped), or None."""
+    return unwrapped(model)._modules.get(ENTRY)

@@ -1,0 +1,250 @@
+"""Calibrated entry: the affine map from what the projector makes to the dense model's states at layer `enter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latefusion.models.attach import Attachment
+from latefusion.models.inputs import fresh_inputs
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry import ENTRY, CalibratedEntry, entry_of
+
+RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
+
+
+class TooFew(ValueError):
+    """There are fewer vision tokens than the map has inputs."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted entry.
+
+    Attributes:
+        entry: the map.
+        explained: share of the variance of the dense states (around their mean at each place) that it explains in the
+            images it was fitted on.
+        tokens: vision tokens it was fitted on.
+        unseen: the same share in the last batch, of a map fitted on the batches before it; None: they are too few.
+        raw: the share in the last batch that the rows explain as they are.
+    """
+
+    entry: CalibratedEntry
+    explained: float
+    tokens: int
+    unseen: float | None
+    raw: float | None
+
+
+@torch.no_grad()
+def fit_entry(
+    attachment: Attachment,
+    batches: Iterable[tuple[dict[str, Any], Tensor]],
+    enter: int,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Ridge regression from the rows that enter at layer `enter` to what the dense model has there, in closed form.
+
+    Runs the layers before `enter` alone. Each place in the image has its own bias if all images have equally many
+    tokens; else there is one bias.
+
+    Args:
+        attachment: of a model without an entry adapter.
+        batches: inputs of the model and their vision tokens, bool `[B, T]`.
+        enter: at least 1.
+
+    Raises:
+        TooFew: there are fewer vision tokens than the map has inputs.
+        ValueError: they are all alike.
+    """
+    model = attachment.model
+    if entry_of(model) is not None:
+        raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
+    sums, before, last = None, None, None  # all batches; all but the last; the last
+    for inputs, vision in batches:
+        given, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
+        wanted = _dense_states(attachment, inputs, vision, enter)  # [N, D]
+        sizes = set(vision.sum(1).tolist())
+        before, last = sums, _Sums.of(given, wanted, order, sizes)
+        sums = last if before is None else before.plus(last)
+        advance()
+    if sums is None or last is None:
+        raise ValueError("calibration needs at least one image; give it some.")
+    if len(sums.sizes) > 1:  # a place means nothing where images differ in size
+        sums, before, last = sums.pooled(), before and before.pooled(), last.pooled()
+    if not sums.enough():
+        raise TooFew(
+            f"{sums.tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
+            f"{sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows that "
+            "can be read) or entry.init=identity."
+        )
+    weight, bias = sums.solve()  # [D, D], [places, D]
+    with weight.device:
+        entry = CalibratedEntry(hidden_size=len(weight), places=len(bias))
+    entry.weight.copy_(weight)
+    entry.bias.copy_(bias)
+    unseen = raw = None
+    if before is not None and before.enough():
+        unseen = before.explained(*before.solve(), last)
+        raw = before.explained(torch.eye(len(weight)).to(weight), torch.zeros_like(bias), last)
+    return Calibration(entry, sums.explained(weight, bias, sums), sums.tokens, unseen, raw)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over tokens, float64: all that the regression needs, whatever the number of images."""
+
+    sizes: frozenset[int]  # vision tokens of a sample
+    xx: Tensor  # [D, D]
+    xy: Tensor  # [D, D]
+    yy: Tensor  # []
+    x: Tensor  # [places, D]
+    y: Tensor  # [places, D]
+    n: Tensor  # [places]
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, order: Tensor, sizes: Iterable[int]) -> _Sums:
+        x, y = x.double(), y.double()
+        places = int(order.max()) + 1
+        zero = x.new_zeros(places, x.shape[1])
+        return cls(
+            frozenset(sizes),
+            x.T @ x,
+            x.T @ y,
+            y.square().sum(),
+            zero.index_add(0, order, x),
+            zero.index_add(0, order, y),
+            order.bincount(minlength=places).double(),
+        )
+
+    def plus(self, other: _Sums) -> _Sums:
+        places = max(len(self.n), len(other.n))
+
+        def add(a: Tensor, b: Tensor) -> Tensor:
+            wide = a.new_zeros(places, *a.shape[1:])
+            wide[: len(a)] += a
+            wide[: len(b)] += b
+            return wide
+
+        return _Sums(
+            self.sizes | other.sizes,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+            add(self.x, other.x),
+            add(self.y, other.y),
+            add(self.n, other.n),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return int(self.n.sum())
+
+    def pooled(self) -> _Sums:
+        """As if all tokens were at one place."""
+        x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
+        return replace(self, x=x, y=y, n=n)
+
+    def enough(self) -> bool:
+        """Whether there are more tokens than the map has inputs and biases."""
+        return self.tokens > self.x.shape[1] + len(self.n)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """The map's weight `[D, D]` and bias `[places, D]`."""
+        mean_x, mean_y = self.x / self.n[:, None], self.y / self.n[:, None]
+        xx = self.xx - self.x.T @ mean_x
+        xy = self.xy - self.x.T @ mean_y
+        ridge = RIDGE * xx.diagonal().mean()
+        if not ridge > 0:
+            raise ValueError(
+                "the projector gives all images the same vision tokens, so no map can be fitted to them; check that "
+                "the model's weights are loaded."
+            )
+        weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
+        return weight, mean_y - mean_x @ weight
+
+    def explained(self, weight: Tensor, bias: Tensor, found: _Sums) -> float:
+        """Share of the variance in `found`, around these sums' means, that a map explains."""
+        means = self.y / self.n[:, None]
+        return float(1 - found.error(weight, bias) / found.error(torch.zeros_like(weight), means))
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Squared error of `x @ weight + bias`, summed over the tokens."""
+        return (
+            self.yy
+            - 2 * (weight * self.xy).sum()
+            + (weight * (self.xx @ weight)).sum()
+            + 2 * (bias * (self.x @ weight - self.y)).sum()
+            + (self.n[:, None] * bias.square()).sum()
+        )
+
+
+class _Enough(Exception):
+    """Ends a forward whose further layers nobody needs."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for an entry adapter, and keeps what it is given."""
+
+    seen: tuple[Tensor, Tensor]
+
+    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+        self.seen = hidden_states, order
+        raise _Enough
+
+
+def _entering(
+    attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int
+) -> tuple[Tensor, Tensor]:
+    """Rows `[N, D]` that an entry adapter would get, and which of their sample's vision tokens they are `[N]`."""
+    recorder = _Recorder()
+    with installed(attachment.model, recorder):
+        _run(attachment, inputs, VisionSchedule(enter=enter))
+    rows, order = recorder.seen  # [B, n, D], [B, n], padded on the left
+    n = rows.shape[1]
+    valid = torch.arange(n, device=rows.device) >= n - vision.sum(1, keepdim=True)  # [B, n]
+    return rows[valid], order[valid]
+
+
+def _dense_states(attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int) -> Tensor:
+    """The dense model's input of layer `enter` at its vision tokens, `[N, D]`."""
+    found: list[Tensor] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0][vision])
+        raise _Enough
+
+    handle = attachment.layers[enter].register_forward_pre_hook(look)
+    try:
+        _run(attachment, inputs, VisionSchedule())
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _run(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedule) -> None:
+    inputs = fresh_inputs(inputs)
+    try:
+        with attachment.using(schedule):
+            attachment.model(**inputs, use_cache=False, logits_to_keep=1)
+    except _Enough:
+        return
+    raise ValueError(f"no vision token reached layer {schedule.enter}; calibrate on samples with images.")
+
+
+@contextmanager
+def installed(model: PreTrainedModel, entry: nn.Module) -> Iterator[None]:
+    """The model with `entry` as its entry adapter."""
+    model.add_module(ENTRY, entry)
+    try:
+        yield
+    finally:
+        del model._modules[ENTRY]

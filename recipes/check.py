@@ -1,0 +1,187 @@
+"""Checks the values of a composed configuration: each refusal is one sentence that names the value and the fix."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from math import inf
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latefusion.recipes.schema import (
+    TRACKERS,
+    Config,
+    EntryInit,
+    Group,
+    NonFiniteStep,
+    Source,
+    Teacher,
+    Trainer,
+    Tune,
+)
+
+
+def check_config(cfg: DictConfig) -> Config:
+    """The composed configuration as a checked `Config`.
+
+    Raises:
+        ValueError: a value is missing or out of range.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if "model.path" in missing:
+        raise ValueError("model.path is not set; model=other needs model.path=HUB_ID_OR_FOLDER.")
+    for key in missing:
+        raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    _refuse_additions(config)
+    train, lora, kl = config.train, config.lora, config.kl
+    for key, value in (
+        ("train.steps", train.steps),
+        ("train.batch_size", train.batch_size),
+        ("train.accumulation", train.accumulation),
+        ("train.log_every", train.log_every),
+        ("train.save_every", train.save_every),
+        ("train.keep_checkpoints", train.keep_checkpoints),
+        ("lora.r", lora.r),
+        ("lora.alpha", lora.alpha),
+        ("eval.batch_size", config.eval.batch_size),
+        ("kl.top_k", kl.top_k),
+        ("data.turns", config.data.turns),
+        ("data.shuffle_buffer", config.data.shuffle_buffer),
+        ("data.max_length", config.data.max_length or 1),
+        ("train.prefetch", train.prefetch),
+        ("entry.images", config.entry.images),
+        ("schedule.samples", config.schedule.samples),
+        ("train.threads", 1 if train.threads is None else train.threads),
+        ("eval.samples", 1 if config.eval.samples is None else config.eval.samples),
+        ("data.scenes", 1 if config.data.scenes is None else config.data.scenes),
+    ):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1.")
+    for key, number in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.max_grad_norm", train.max_grad_norm),
+        ("kl.temperature", kl.temperature),
+        ("schedule.bound", config.schedule.bound),
+    ):
+        if not 0 < number < inf:
+            raise ValueError(f"{key}={number} must be positive and finite.")
+    for key, number in (
+        ("train.weight_decay", train.weight_decay),
+        ("train.workers", train.workers),
+        ("train.seed", train.seed),
+        ("data.seed", config.data.seed),
+        ("entry.rank", config.entry.rank),
+        ("kl.weight", kl.weight),
+    ):
+        if not 0 <= number < inf:
+            raise ValueError(f"{key}={number} must not be negative, and finite.")
+    for key, number in (
+        ("train.warmup", train.warmup),
+        ("train.adam_beta2", train.adam_beta2),
+        ("lora.dropout", lora.dropout),
+        ("train.narrow", 0.0 if train.narrow == 1 else train.narrow),
+    ):
+        if not 0 <= number < 1:
+            raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
+        raise ValueError(
+            f"schedule.budget={config.schedule.budget} is a part of dense FLOPs: above 0, at most 1."
+        )
+    if not config.output_dir:
+        raise ValueError("output_dir is empty; name a folder with output_dir=FOLDER.")
+    if lora.targets is not None and not lora.targets:
+        raise ValueError(
+            "lora.targets=[] names no layer; leave it out for every linear layer of the decoder."
+        )
+    for name in train.trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
+        if name != "tensorboard" and not any(map(find_spec, TRACKERS[name])):
+            raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
+    _check_data(config)
+    if config.schedule.cross is not None and (
+        train.narrow > 0 or config.schedule.auto or config.schedule.profile
+    ):
+        raise ValueError(
+            "schedule.cross leaves no band for train.narrow to narrow or a profile to choose: use train.narrow=0 and "
+            "schedule=given."
+        )
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+        )
+    if config.resume is not False and config.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
+    if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
+        raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+        raise ValueError(
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+        )
+    if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
+        raise ValueError(
+            "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
+    taught = config.teacher is not Teacher.none and kl.weight > 0
+    if config.tune is Tune.full and taught and kl.model is None:
+        raise ValueError(
+            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, tune=lora, or "
+            "another model as the teacher, kl.model=PATH."
+        )
+    if kl.model is not None and not taught:
+        raise ValueError(
+            f"kl.model={kl.model} would teach nothing; use teacher=visipruner or teacher=dense with kl.weight above "
+            "0, or leave kl.model out."
+        )
+    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if (
+        config.model.load_in_4bit
+        and (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+    ):
+        raise ValueError(
+            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
+        )
+    if lora.train_projector and config.model.projector is None:
+        raise ValueError(
+            "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
+        )
+    return config
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source in (Source.llava, Source.dataset) and data.path is None:
+        raise ValueError(f"data.path is not set; name the {data.source.value} data with data.path=PATH.")
+    if data.source is Source.mixture and not data.parts:
+        raise ValueError("data.parts is empty; name the mixture's sources: data.parts=[{path: PATH}, ...].")
+    for number, part in enumerate(data.parts):
+        if part.source not in (Source.llava, Source.dataset):
+            raise ValueError(f"data.parts[{number}].source={part.source.value} must be llava or dataset.")
+        if not 0 < part.weight < float("inf"):
+            raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive and finite.")
+    if data.pack and config.kl.model is not None and config.kl.cache is None:
+        raise ValueError(
+            "data.pack=true is for one model's layout of rows: with kl.model use kl.cache, or data.pack=false."
+        )
+    if data.pack and data.isolate:
+        raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
+    if data.streaming and data.source is Source.scenes:
+        raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
+    if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
+        raise ValueError(
+            f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "
+            "and data.streaming=false."
+        )
+
+
+def _refuse_additions(node: Any, prefix: str = "") -> None:
+    """Hydra's `+key=value` adds keys even to a typed node."""
+    exists = sorted(f.name for f in fields(node))
+    for name, value in vars(node).items():
+        if name not in exists:
+            raise ValueError(f"{prefix}{name} does not exist; there are {', '.join(exists)}.")
+        if is_dataclass(value):
+            _refuse_additions(value, f"{prefix}{name}.")

@@ -1,0 +1,117 @@
+"""From a command line to a checked configuration: compose `recipes/`, parse `key=value` words, explain a typo."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from latefusion.recipes.check import check_config
+from latefusion.recipes.schema import RECIPES, Config
+
+Kind = TypeVar("Kind")
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Compose the configuration of a run from `recipes/` and these command-line overrides, and check it.
+
+    Raises:
+        ValueError: names the bad key or value and what exists.
+    """
+    return check_config(compose_tree(overrides))
+
+
+def compose_tree(overrides: Sequence[str]) -> DictConfig:
+    """Compose without a check of the values.
+
+    Raises:
+        ValueError: a key, group or word that does not exist, named with what does.
+    """
+    with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
+        try:
+            return compose("config", list(overrides))
+        except OverrideParseException as error:
+            raise ValueError(
+                f"{error.override} is not read as key=value; in a shell, quote what has brackets or spaces: "
+                "'schedule.keep={12: 64}'."
+            ) from None
+        except AssertionError:  # what OmegaConf makes of a key inside a dictionary that is None
+            nested = [word for word in overrides if "." in word.partition("=")[0]]
+            raise ValueError(
+                f"one of {', '.join(nested)} sets a key inside one that holds nothing; give it as a whole: "
+                "KEY={NAME: VALUE}."
+            ) from None
+        except MissingConfigException as error:
+            options = ", ".join(error.options or ())
+            group, _, choice = (error.missing_cfg_file or "").partition("/")
+            folder = (
+                " (a folder or hub id of your own: model=other model.path=...)" if group == "model" else ""
+            )
+            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}{folder}.") from None
+        except ConfigCompositionException as error:
+            cause = error.__cause__
+            if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+                raise ValueError(_unknown_config_key(str(cause.full_key))) from None
+            reason = (str(cause) if cause else str(error)).splitlines()[0].rstrip(".")
+            override = str(error).splitlines()[0].removeprefix("Error merging override ")
+            raise ValueError(f"{override}: {reason}.") from None
+
+
+def _unknown_config_key(key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    root = compose("config")
+    try:
+        keys = {str(k) for k in OmegaConf.select(root, parent)} if parent else {"recipe", *map(str, root)}
+        exists = sorted(keys)
+    except TypeError:  # the parent is itself a value
+        return f"{key} does not exist: {parent} is a value."
+    return f"{key} does not exist{did_you_mean(name, exists)}; {parent or 'the top level'} has {', '.join(exists)}."
+
+
+def did_you_mean(name: str, existing: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for the existing name nearest to a mistyped one; empty if none is near."""
+    near = difflib.get_close_matches(name, list(existing), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_words(words: Sequence[str], kind: type, usage: str) -> list[str]:
+    """The words, `--` before them forgiven; ends the program with how to use it where one says nothing of a key."""
+    words = [word.removeprefix("--") for word in words]
+    if any("=" not in word for word in words):
+        sys.exit(f"{usage}\n{kind.__doc__}")
+    return words
+
+
+def parse_words(words: Sequence[str] | Any, kind: type[Kind]) -> Kind:
+    """The arguments that `key=value` words (or a DictConfig of them) say; the others keep their defaults.
+
+    Raises:
+        ValueError: a key that does not exist, a value of another type, or none for a key that needs one.
+    """
+    try:
+        said = words if OmegaConf.is_config(words) else OmegaConf.from_cli(list(words))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), said)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ValueError(f"{key} is not set; add {key}=VALUE.")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(refusal(error, [field.name for field in fields(kind)])) from None  # type: ignore[arg-type]
+
+
+def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
+    """One sentence of what OmegaConf refused."""
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
+        return unknown_key(str(error.full_key), keys)
+    return f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; the keys are {', '.join(keys)}."
+
+
+def unknown_key(key: str, keys: Sequence[str]) -> str:
+    """One sentence of a key that does not exist."""
+    return f"{key} does not exist{did_you_mean(key, keys)}; the keys are {', '.join(keys)}."

@@ -1,0 +1,404 @@
+"""Every key of a run's configuration and its type: what `training/train.py` accepts, composed from `recipes/`.
+
+First the keys that take one of a few names, then `data`, then the rest; `Config` at the end holds them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+RECIPES = Path(__file__).parent
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+"""Of `train.trackers`, each with the packages any of which it needs."""
+
+
+class Teacher(Enum):
+    """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
+
+    visipruner = "visipruner"
+    dense = "dense"
+    none = "none"
+
+
+class Tune(Enum):
+    """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
+    `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
+    and so no base to teach (`teacher=none`, or `kl.model`)."""
+
+    lora = "lora"
+    align = "align"
+    full = "full"
+
+
+class Variant(Enum):
+    """`rslora`: arXiv 2312.03732; `dora`: arXiv 2402.09353."""
+
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+
+
+class Layers(Enum):
+    """Decoder layers with LoRA: the `busy` ones, in which vision tokens take part under the schedule, or `all`."""
+
+    all = "all"
+    busy = "busy"
+
+
+class Positions(Enum):
+    """What RoPE counts where vision tokens are missing: the model's own positions, or the tokens that are there."""
+
+    original = "original"
+    reindexed = "reindexed"
+
+
+class EntryKind(Enum):
+    """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
+
+    none = "none"
+    scale = "scale"
+    low_rank = "low_rank"
+
+
+class EntryInit(Enum):
+    """What the entry adapter starts from: `identity`, or `calibrated` (models/student/entry_fit.py)."""
+
+    identity = "identity"
+    calibrated = "calibrated"
+
+
+class Scheduler(Enum):
+    """How the learning rate goes on after the warm-up, by transformers' names."""
+
+    linear = "linear"
+    cosine = "cosine"
+    cosine_with_restarts = "cosine_with_restarts"
+    polynomial = "polynomial"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    inverse_sqrt = "inverse_sqrt"
+
+
+class Trainer(Enum):
+    accelerate = "accelerate"
+    lightning = "lightning"
+
+
+class Dtype(Enum):
+    """`auto`: bfloat16 where the hardware computes in it, else float32."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class NonFiniteStep(Enum):
+    """What to do with a step whose loss or gradient is not a number."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Source(Enum):
+    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
+    `mixture`: several of the last two, by weight."""
+
+    scenes = "scenes"
+    llava = "llava"
+    dataset = "dataset"
+    mixture = "mixture"
+
+
+OnError = Enum("OnError", {"skip": "skip", "raise": "raise"})
+"""What a row that cannot be used means: another takes its place and it is counted, or the run stops."""
+
+
+class Group(Enum):
+    """What the samples of a step have in common; `modality`: all with images or all without, and then length."""
+
+    none = "none"
+    length = "length"
+    modality = "modality"
+
+
+@dataclass
+class PartConfig:
+    """A source of a mixture; `weight` is its share of the rows, relative to the others'."""
+
+    source: Source = Source.dataset
+    path: str = MISSING
+    images: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from.
+
+    Attributes:
+        source: kind of source.
+        path: file, dataset folder or hub id (unused by `scenes` and `mixture`).
+        images: folder that the image paths in the data are relative to.
+        split: to train on; `eval.split` names the one to evaluate on.
+        streaming: read rows as they are used, for data that do not fit on the disk; shuffled in a buffer.
+        shuffle_buffer: rows in that buffer.
+        parts: what a `mixture` is made of.
+        eval_path: like `path` (no JSON), questions and answers for the evaluation (unused by `scenes`; None: none).
+        scenes: how many scenes to render for training (`scenes` only; None: the source's default).
+        turns: how many questions about one image a training sample holds at most (`scenes` only).
+        isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
+            (one number a token) positions, under sdpa or eager attention.
+        pack: let the samples of a batch without images share rows, each seeing itself alone, so that no padding is
+            computed; `group=modality` makes such batches.
+        seed: of rendered scenes, mixtures and streams.
+        max_length: the most tokens, vision included, that a sample may have; None: any number.
+        too_long: what a longer sample means: `skip` (another takes its place, and it is counted) or `raise`.
+            Nothing is ever cut.
+        on_error: the same for every other row that cannot be used; `python data/validate.py data=...` lists them.
+        group: what the samples of a step have in common: `none`, `length`, or `modality` (and length).
+    """
+
+    source: Source = MISSING
+    path: str | None = None
+    images: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    parts: list[PartConfig] = field(default_factory=list)
+    eval_path: str | None = None
+    scenes: int | None = None
+    turns: int = 1
+    isolate: bool = False
+    pack: bool = False
+    seed: int = 0
+    max_length: int | None = None
+    too_long: OnError = OnError.skip
+    on_error: OnError = OnError["raise"]
+    group: Group = Group.none
+
+
+@dataclass
+class ScheduleConfig:
+    """A `VisionSchedule`; layers count from 0.
+
+    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
+    untyped, so that an override replaces all of it. `enter` None: nobody has said where, so no run can begin.
+    """
+
+    enter: int | None = None
+    exit: int | None = None
+    keep: Any = None
+    cross: Any = None
+    positions: Positions = Positions.original
+
+
+@dataclass
+class RunScheduleConfig(ScheduleConfig):
+    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+
+    Attributes:
+        enter: of a run whose recipe says nothing, the first layer: `recipe=dense`.
+        auto: `schedule=auto`: profile the model before training (or read `profile`).
+        profile: folder that `eval/profile_model.py` wrote.
+        samples, bound, budget: of the profile that `auto` makes.
+    """
+
+    enter: int | None = 0
+    auto: bool = False
+    profile: str | None = None
+    samples: int = 64
+    bound: float = 0.05
+    budget: float | None = None
+
+
+@dataclass
+class VisiPrunerConfig:
+    """The arguments of `VisiPruner`; the paper's values for LLaVA-1.5-7B."""
+
+    boundary: int = 6
+    layer_threshold: float = 0.995
+    tokens_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_patience: int = 2
+    stages: list[str] = field(default_factory=lambda: ["shallow", "middle", "deep"])
+    sink_rule: str = "first"
+
+
+@dataclass
+class ModelConfig:
+    """A base model, and what is known of where it fuses.
+
+    Attributes:
+        path: `embedded`, a hub id, or a local folder.
+        tuned_for: the `path` that the other settings were chosen for; None: any. With another a run says so.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        processor: settings that the processor is loaded with (`max_pixels`, `crop_to_patches`, ...).
+        load_in_4bit: hold the decoder in 4 bits (QLoRA); needs bitsandbytes.
+        trust_remote_code: run code that comes with the weights.
+        attention: the implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
+            model's default.
+        projector: name of the module between vision tower and decoder, for `lora.train_projector`.
+        schedule: where its late-fusion student sees vision tokens.
+        pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
+        cross: layers that read frozen vision tokens, for `recipe=cross_only`.
+        visipruner: its calibrated thresholds.
+    """
+
+    path: str = MISSING
+    tuned_for: str | None = None
+    revision: str | None = None
+    processor: dict[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    attention: str | None = None
+    projector: str | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    pyramid: ScheduleConfig = field(default_factory=ScheduleConfig)
+    cross: list[int] = field(default_factory=list)
+    visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
+
+
+@dataclass
+class EngineConfig:
+    """Who runs the loop.
+
+    Attributes:
+        trainer: the file in `training/engines/`.
+        deepspeed: a DeepSpeed configuration, or None.
+        fsdp: an FSDP configuration of transformers, or None.
+        processes: that the run must consist of, asserted at its start; None: as many as the launcher started.
+    """
+
+    trainer: Trainer = Trainer.accelerate
+    deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    processes: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
+
+    `narrow` is the fraction of `steps` over which the band narrows from all layers to `schedule` (0: it is fixed).
+    `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
+    `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
+    """
+
+    steps: int = 500
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    accumulation: int = 1
+    warmup: float = 0.03
+    narrow: float = 0.0
+    scheduler: Scheduler = Scheduler.cosine
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: Dtype = Dtype.auto
+    gradient_checkpointing: bool = False
+    threads: int | None = None
+    workers: int = 0
+    prefetch: int = 2
+    on_nonfinite: NonFiniteStep = NonFiniteStep.stop
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the decoder; `targets` None: every linear layer of every decoder layer."""
+
+    variant: Variant = Variant.lora
+    layers: Layers = Layers.busy
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] | None = None
+    train_projector: bool = False
+
+
+@dataclass
+class EntryConfig:
+    """The entry adapter; `rank` is that of a `low_rank` one, 0: none.
+
+    `images` of the training set calibrate it, if `init` says so.
+    """
+
+    kind: EntryKind = EntryKind.low_rank
+    rank: int = 16
+    init: EntryInit = EntryInit.identity
+    images: int = 256
+
+
+@dataclass
+class KLConfig:
+    """Distillation: `weight` times KL(teacher || student) at this temperature.
+
+    Attributes:
+        model: another model to be the teacher, frozen, of the same tokenizer and with the same number of vision
+            tokens an image: a hub id or folder; None: the student's own base.
+        revision: of `model`.
+        visipruner: thresholds of `model`; `model.visipruner` are those of the student's base.
+        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
+        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
+            is matched too.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    model: str | None = None
+    revision: str | None = None
+    visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
+    cache: str | None = None
+    top_k: int = 32
+
+
+@dataclass
+class EvalConfig:
+    """The evaluation after training; `samples` None: the whole split."""
+
+    enabled: bool = True
+    split: str = "test"
+    samples: int | None = None
+    batch_size: int = 32
+
+
+@dataclass
+class Config:
+    """Everything; `name` is the recipe's, and names the output folder.
+
+    `resume` is true (the newest checkpoint) or a step (the checkpoint of that step).
+    """
+
+    name: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
+    teacher: Teacher = Teacher.visipruner
+    tune: Tune = Tune.lora
+    init: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    entry: EntryConfig = field(default_factory=EntryConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output_dir: str = MISSING
+    resume: bool | int = False
+    overwrite: bool = False
+
+
+SCHEMA = OmegaConf.structured(Config)
+OmegaConf.set_struct(SCHEMA.model.processor, False)  # any key may be added: what there are, its class knows
+ConfigStore.instance().store(name="schema", node=SCHEMA)

@@ -1,0 +1,324 @@
+"""From files to samples: every layout and format, each damage in its own row, mixtures and streams."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_images import JPEG, PNG
+
+from latefusion.data import sources
+from latefusion.data.load import training_data
+from latefusion.data.mixing import Mixture
+from latefusion.data.samples import BadSample, messages_of
+from latefusion.data.streaming import Stream
+from latefusion.recipes.schema import DataConfig, PartConfig, Source
+
+IMG = {"type": "image"}
+
+
+def text(value: str) -> dict:
+    return {"type": "text", "text": value}
+
+
+def turn(role: str, *parts) -> dict:
+    return {"role": role, "content": [text(p) if isinstance(p, str) else p for p in parts]}
+
+
+def shade(value: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (value, value, value))
+
+
+def said(*values: str) -> list[dict]:
+    return [{"from": who, "value": v} for who, v in zip(["human", "gpt"] * 3, values, strict=False)]
+
+
+QUESTION, ANSWER = {"role": "user", "content": "how many?"}, {"role": "assistant", "content": "2"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shade(9).save(tmp_path / "a.png")
+    shade(8).save(tmp_path / "b.png")
+    return tmp_path
+
+
+def written(folder, *records, name="chat.json") -> str:
+    path = folder / name
+    lines = name.endswith("l")
+    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(list(records)))
+    return str(path)
+
+
+def test_scenes_give_one_question_a_row():
+    rows = sources.scenes("validation", n_scenes=2)
+    sample = rows[0]
+    (user, assistant), (image,) = sample["messages"], sample["images"]
+    assert user["content"] == [IMG, text(sample["question"])] and image.size == (96, 96)
+    assert assistant == turn("assistant", sample["answer"])
+
+
+def test_llava_json_places_images_where_they_stand(folder):
+    path = written(
+        folder,
+        {"id": "x", "image": "a.png", "conversations": said("<image>\nwhat is it?", "red")},
+        {
+            "id": 5,
+            "image": ["a.png", "b.png"],
+            "conversations": said("what is it?\n<image>", "red", "and<image>?", "no"),
+        },
+        {"conversations": said("how many?", "2")},
+    )
+    rows = sources.llava(path, str(folder))
+    assert rows[0]["messages"] == [turn("user", IMG, "what is it?"), turn("assistant", "red")]
+    assert rows[1]["messages"][0] == turn("user", "what is it?", IMG)
+    assert rows[1]["messages"][2] == turn("user", "and", IMG, "?")
+    assert [image.getpixel((0, 0))[0] for image in rows[1]["images"]] == [9, 8]
+    assert rows[2]["images"] == [] and [rows.identity(i) for i in range(3)] == ["x", "5", "2"]
+    assert rows.sizes() == [(22, 1), (35, 2), (10, 0)]
+
+
+BAD_MESSAGES = [
+    ({"messages": []}, "has no messages"),
+    ({"messages": [QUESTION]}, "ends with the user, so that there is no last answer"),
+    ({"messages": [QUESTION, ANSWER, QUESTION]}, "ends with the user"),
+    ({"messages": [ANSWER, QUESTION, ANSWER]}, "begins with the assistant"),
+    ({"messages": [{"role": "system", "content": "be kind"}]}, "nothing but a system prompt"),
+    ({"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "an empty answer in turn 1"),
+    ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "an empty turn 0"),
+    (
+        {"messages": [QUESTION, turn("assistant", IMG, "2")], "images": ["a.png"]},
+        "image in the answer of turn 1",
+    ),
+    (
+        {"messages": [{"role": "tool", "content": "x"}, ANSWER]},
+        "a message of role 'tool'; it can be system, ",
+    ),
+    (
+        {"messages": [turn("user", {"type": "video"}), ANSWER]},
+        "a message part .*video.*; parts are texts and",
+    ),
+    ({"messages": [turn("user", IMG, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
+    ({"messages": [turn("user", "?"), ANSWER], "images": ["a.png"]}, r"has 1 image\(s\) but 0 placeholder"),
+    ({"messages": "hello"}, "has messages that are str, not a list"),
+    ({"text": "hello"}, r"has neither messages nor conversations \(it has text\)"),
+    ({"conversations": said("what?", "red"), "image": "a.png"}, r"has 1 image\(s\) but 0 placeholder"),
+    ({"conversations": said("<image>what?", "red")}, r"has 0 image\(s\) but 1 placeholder"),
+    ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn from 'robot'; it can be from human, gpt"),
+    ({"conversations": [{"from": "human"}]}, "a turn without a text 'value'"),
+    ({"messages": [QUESTION, ANSWER], "images": ["c.png"]}, r"has a bad image: c\.png cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD_MESSAGES)
+def test_what_contradicts_itself_is_one_sentence_when_it_is_asked_for(folder, record, reason):
+    good = {"messages": [QUESTION, ANSWER], "images": ["b.png"]}
+    rows = sources.dataset(written(folder, good, record), split="train")
+    assert rows[0]["messages"] == [turn("user", IMG, "how many?"), turn("assistant", "2")]
+    with pytest.raises(BadSample, match=reason) as error:
+        rows[1]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("how many?", [IMG, IMG, text("how many?")]),  # TRL: images first where nothing says where they stand
+        ("one <image> and <image>?", [text("one "), IMG, text(" and "), IMG, text("?")]),
+        ([text("a"), IMG, text("b"), {"type": "image", "text": None}], [text("a"), IMG, text("b"), IMG]),
+    ],
+)
+def test_contents_are_parts_or_strings(content, parts):
+    messages = messages_of({"messages": [{"role": "user", "content": content}, ANSWER]}, 2)
+    assert messages[0]["content"] == parts
+
+
+def test_broken_utf8_and_broken_json_cost_their_own_row(folder):
+    good = json.dumps({"messages": [QUESTION, ANSWER]}).encode()
+    bad = good.replace(b"many", b"m\xff\xfeny")
+    (folder / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, bad, b"{oh", b"[1]", b"", good]))
+    rows = sources.dataset(str(folder / "x.jsonl"), split="train")
+    assert len(rows) == 5 and rows[0]["messages"] == rows[4]["messages"]
+    for index, reason in (
+        (1, "broken UTF-8 in turn 0"),
+        (2, r"is no JSON \("),
+        (3, "is list, not an object"),
+    ):
+        with pytest.raises(BadSample, match=reason):
+            rows[index]
+    (folder / "x.json").write_bytes(b"[" + good + b"," + bad + b"]")
+    rows = sources.llava(str(folder / "x.json"), None)
+    assert rows[0]["messages"][1] == turn("assistant", "2")
+    with pytest.raises(BadSample, match="broken UTF-8"):
+        rows[1]
+
+
+def test_missing_data_is_one_sentence_with_the_fix(folder):
+    with pytest.raises(FileNotFoundError, match=r"no conversation file at nowhere\.json; .*data\.path="):
+        sources.llava("nowhere.json", None)
+    path = written(folder, {"id": 1, "image": "c.png", "conversations": said("<image>", "red")})
+    with pytest.raises(FileNotFoundError, match=r"no image folder at nowhere; .*data\.images="):
+        sources.llava(path, "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no image c\.png in .*data\.images="):
+        sources.llava(path, str(folder))
+    (folder / "cut.json").write_text('[{"id": 1')
+    with pytest.raises(ValueError, match=r"cut\.json is no JSON list"):
+        sources.llava(str(folder / "cut.json"), None)
+
+
+def rows_with_images() -> list[dict]:
+    def row(data: bytes, answer: str) -> dict:
+        messages = [turn("user", {"type": "image", "text": None}, "how many?"), turn("assistant", answer)]
+        return {"id": f"row {answer}", "messages": messages, "images": [{"bytes": data, "path": None}]}
+
+    return [row(PNG, "1"), row(JPEG[: len(JPEG) // 2], "2"), row(PNG, "3")]
+
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "messages": [
+            {
+                "role": datasets.Value("string"),
+                "content": [{"type": datasets.Value("string"), "text": datasets.Value("string")}],
+            }
+        ],
+        "images": datasets.List(datasets.Image()),
+    }
+)
+
+
+@pytest.fixture(params=["saved", "parquet file", "parquet folder", "arrow", "jsonl"])
+def stored(request, folder):
+    """Three rows, the second's image truncated, in one of the formats."""
+    table = datasets.Dataset.from_list(rows_with_images(), features=FEATURES)
+    path = folder / "set"
+    if request.param == "saved":
+        table.save_to_disk(path)
+    elif request.param == "arrow":
+        path = folder / "set.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.data.schema) as writer:
+            writer.write_table(table.data.table)
+    elif request.param == "jsonl":
+        (folder / "cut.jpg").write_bytes(JPEG[: len(JPEG) // 2])
+        names = ("a.png", "cut.jpg", "a.png")
+        rows = [{**r, "images": [n]} for r, n in zip(rows_with_images(), names, strict=True)]
+        return written(folder, *rows, name="set.jsonl")
+    else:
+        path.mkdir()
+        table.to_parquet(path / "part.parquet")
+        path = path / "part.parquet" if request.param.endswith("file") else path
+    return str(path)
+
+
+def test_every_format_gives_the_same_samples(stored):
+    rows = sources.dataset(stored, split="train")
+    assert len(rows) == 3 and rows.identity(1) == "row 2"
+    assert rows[0]["messages"] == [turn("user", IMG, "how many?"), turn("assistant", "1")]
+    assert rows[0]["images"][0].mode == "RGB" and rows[2]["id"] == "row 3"
+    assert [images for _, images in rows.sizes()] == [1, 1, 1] and rows.sizes()[0][0] == 10
+    with pytest.raises(BadSample, match=r"has a bad image: .*truncated"):
+        rows[1]
+
+
+def test_every_format_streams_the_same_samples(stored):
+    data = DataConfig(source=Source.dataset, path=stored, streaming=True, shuffle_buffer=1)
+    found = training_data(data).first(6)
+    answers = []
+    for row in found:
+        try:
+            answers.append(row.make()["messages"][1]["content"][0]["text"])
+        except BadSample:
+            answers.append("bad")
+    assert sorted(answers[:3]) == sorted(answers[3:]) == ["1", "3", "bad"]  # endless: epoch after epoch
+
+
+def test_text_that_is_no_utf8_costs_its_own_row_in_parquet_too(folder):
+    def binary(first: bytes):
+        contents = pa.array([first, b"how many?"], pa.binary()).view(pa.string())
+        return pa.StructArray.from_arrays([pa.array(["user", "user"]), contents], ["role", "content"])
+
+    answers = pa.StructArray.from_arrays(
+        [pa.array(["assistant"] * 2), pa.array(["2", "2"])], ["role", "content"]
+    )
+    turns = pa.concat_arrays([binary(b"m\xff\xfe").cast(answers.type), answers]).take(pa.array([0, 2, 1, 3]))
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 2, 4], turns)}), folder / "x.parquet")
+    rows = sources.dataset(str(folder / "x.parquet"), split="train")
+    assert rows[1]["messages"][0] == turn("user", "how many?") and rows[1]["images"] == []
+    with pytest.raises(BadSample, match="broken UTF-8"):
+        rows[0]
+    assert rows.sizes() == [(0, 0), (10, 0)]
+
+
+def test_what_is_no_such_data_set_is_refused(folder):
+    datasets.Dataset.from_list([{"question": "x"}]).save_to_disk(folder / "other")
+    with pytest.raises(ValueError, match=r"no column 'messages' \(it has question\)"):
+        sources.dataset(str(folder / "other"), split="train")
+    for path in ("nowhere", "nowhere.parquet"):
+        with pytest.raises(FileNotFoundError, match="no data set with a split 'train' at"):
+            sources.dataset(str(folder / path), split="train")
+
+
+# ---------------------------------------------------------------------------- mixtures and streams
+
+
+def numbered(folder, name: str, n: int) -> str:
+    rows = [{"id": f"{name}{i}", "messages": [QUESTION, ANSWER]} for i in range(n)]
+    return written(folder, *rows, name=f"{name}.jsonl")
+
+
+def test_a_mixture_draws_each_source_by_its_weight(folder):
+    parts = [sources.dataset(numbered(folder, name, n), split="train") for name, n in (("a", 10), ("b", 30))]
+    mixed = Mixture(parts, [3, 1], seed=0)
+    names = [mixed[i]["id"][2:] for i in range(len(mixed))]
+    assert len(mixed) == 40 and sum(name[0] == "a" for name in names) == 30
+    assert all(names.count(f"a{i}") == 3 for i in range(10))  # repeated whole before any is drawn more often
+    assert len({name for name in names if name[0] == "b"}) == 10
+    assert mixed.identity(0) == "0:a0" and len(mixed.sizes()) == 40
+    assert names != [m["id"][2:] for m in (Mixture(parts, [3, 1], seed=1)[i] for i in range(40))]
+    with pytest.raises(ValueError, match=r"data\.parts\[0\]\.weight=1 is less than one row of 40; raise it"):
+        Mixture(parts, [1, 100], seed=0)
+    plain = Mixture(parts, [10, 30], seed=0)
+    assert sorted(plain[i]["id"] for i in range(40)) == sorted({plain[i]["id"] for i in range(40)})
+
+
+def test_a_mixture_is_what_the_configuration_says(folder):
+    chat = written(folder, {"id": "x", "image": "a.png", "conversations": said("<image>?", "red")})
+    parts = [
+        PartConfig(source=Source.llava, path=chat, images=str(folder)),
+        PartConfig(path=numbered(folder, "b", 3)),
+    ]
+    rows = training_data(DataConfig(source=Source.mixture, parts=parts))
+    assert sorted(rows[i]["id"][:3] for i in range(4)) == ["0:x", "0:x", "1:b", "1:b"] and rows[0]["row"] == 0
+    (folder / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"none\.jsonl have no rows"):
+        training_data(DataConfig(source=Source.dataset, path=str(folder / "none.jsonl")))
+
+
+def opened(rows) -> list[str]:
+    return [row.make()["id"] for row in rows]
+
+
+def test_a_stream_is_shuffled_and_mixed(folder):
+    one = DataConfig(source=Source.dataset, path=numbered(folder, "a", 8), streaming=True)
+    rows = training_data(one)
+    alone = opened(rows.first(16))
+    assert sorted(alone[:8]) == sorted(alone[8:]) == [f"a{i}" for i in range(8)] and alone[:8] != alone[8:]
+    assert alone[:8] != sorted(alone[:8]) and opened([rows[11], rows.after(11), rows[3]]) == [
+        alone[i] for i in (11, 12, 3)
+    ]
+    two = DataConfig(
+        source=Source.mixture,
+        streaming=True,
+        parts=[PartConfig(path=one.path, weight=1), PartConfig(path=numbered(folder, "b", 5), weight=3)],
+    )
+    names = opened(training_data(two).first(400))
+    assert 60 < sum(name[0] == "a" for name in names) < 140
+
+
+def test_a_stream_of_nothing_ends_in_a_sentence(folder):
+    table = datasets.IterableDataset.from_generator(lambda: iter(())).with_format("arrow")
+    with pytest.raises(ValueError, match="the stream has no rows"):
+        Stream([table], [dict], weights=[1], seed=0, buffer=1)[0]

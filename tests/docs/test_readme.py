@@ -1,0 +1,110 @@
+"""Every command and every snippet of README.md runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+QUICK = ["train.steps=2", "train.batch_size=2", "train.save_every=1", "data.scenes=4"]
+QUICK_EVALUATION = ["eval.split=validation", "eval.samples=8"]
+SCRIPTS = {  # what makes each of them quick
+    "python eval/evaluate.py ": ["samples=8", "output=evaluation"],
+    "python eval/generate.py ": [],
+    "python eval/calibrate.py ": ["samples=8", "boundaries=[7]", "output=calibration"],
+    "python eval/profile_model.py ": ["samples=8", "images=40", "output=profile"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("bash")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def execute(snippet: str) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__readme__"})
+
+
+def test_the_snippet_on_a_model_that_one_has(capsys: pytest.CaptureFixture[str]) -> None:
+    execute(blocks("python")[0])
+    assert "TraceRecord(fusion_layer=" in capsys.readouterr().out
+
+
+def test_make_train_and_make_test_do_what_readme_says() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"make train", "make test"} <= set(commands())
+    assert re.search(
+        r"^train:.*\n\t.*accelerate launch training/train\.py recipe=late_fusion$", makefile, re.MULTILINE
+    )
+    assert re.search(r"^test:.*\n\t.*pytest", makefile, re.MULTILINE)
+
+
+def test_the_table_is_that_of_the_recipe() -> None:
+    """Whoever changes the recipe measures it anew; the rows of the table are the file's."""
+    found = json.loads((ROOT / "docs/results/make_train.json").read_text())["systems"]
+    recipe = OmegaConf.load(ROOT / "recipes/model/embedded.yaml").model
+    shown, wanted = found["student"]["policy"], recipe.schedule
+    assert (shown["enter"], shown["exit"]) == (wanted.enter, wanted.exit)
+    assert {int(layer): k for layer, k in shown["keep"].items()} == dict(wanted.keep)
+    for name, value in recipe.visipruner.items():
+        assert found["pruned"]["policy"][name] == value
+    student, flops = (found["student"][name] for name in ("accuracy", "flops"))
+    assert f"{student['overall']['value']:.1%} of the answers right" in README
+    assert f"for {flops['ratio']:.0%} of the decoder's work" in README
+
+
+def test_every_command_is_known() -> None:
+    """A command of another kind needs a test of its own."""
+    for command in commands():
+        assert command.startswith(("make ", "accelerate launch training/train.py ", *SCRIPTS)), command
+
+
+def run(command: str, folder: Path, extra: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of README in `folder`, with the repository's scripts and a few further arguments."""
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
+    head = {
+        "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
+        "python": [sys.executable],
+    }[words[0]]
+    rest = words[2:] if words[0] == "accelerate" else words[1:]
+    return subprocess.run([*head, *rest, *extra], cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_every_command_and_what_follows_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for command in commands():
+        if command.startswith("make "):
+            continue
+        if command.startswith("python "):
+            (extra,) = (more for start, more in SCRIPTS.items() if command.startswith(start))
+            done = run(command, tmp_path, extra)
+        elif "llava_1_5_7b" in command:
+            done = run(command, tmp_path, [])
+            assert done.returncode != 0 and re.search(
+                r"^error: .*llava-hf/llava-1\.5-7b-hf.*\.$", done.stderr, re.M
+            )
+            continue
+        else:
+            more = ["train.steps=3"] if "resume=true" in command else []
+            done = run(command, tmp_path, [*QUICK, *QUICK_EVALUATION, *more])
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "outputs/late_fusion/report.html").is_file()
+    assert (tmp_path / "evaluation/report.json").is_file()
+    assert (tmp_path / "calibration/calibration.json").is_file()
+    assert (tmp_path / "profile/schedule.yaml").is_file()
+    monkeypatch.chdir(tmp_path)
+    execute(blocks("python")[1])
+    assert (tmp_path / "outputs/merged/config.json").is_file()

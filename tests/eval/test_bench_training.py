@@ -1,0 +1,56 @@
+"""The benchmark of training steps: which recipes it compares, and one small run of it."""
+
+import json
+import sys
+
+import pytest
+
+from latefusion.eval.bench import training as bench_training
+from latefusion.models.schedule import VisionSchedule
+
+
+def test_recipes_are_compared_on_the_schedules_they_give_the_published_model():
+    published = bench_training.recipes(32, 576)
+    assert next(iter(published)) == "dense"
+    assert published["late_fusion"] == VisionSchedule(enter=8, exit=24)
+    keep = {10: 215, 14: 10, 16: 5, 18: 1}
+    assert published["late_fusion_pyramid"] == VisionSchedule(enter=8, exit=24, keep=keep)
+    half = bench_training.recipes(16, 288)["late_fusion_pyramid"]
+    assert half == VisionSchedule(enter=4, exit=12, keep={5: 108, 7: 5, 8: 2, 9: 1})
+    assert published["cross_only"] == VisionSchedule(cross=range(8, 24, 2))
+    assert bench_training.recipes(16, 288)["cross_only"] == VisionSchedule(cross=range(4, 12))
+    assert len({json.dumps(s.to_dict()) for s in published.values()}) == len(published)
+
+
+def test_what_the_machine_allows_is_a_mean_over_layers_of_steps_on_text():
+    pyramid = [64] * 4 + [640, 279, 279, 74, 69, 65, 65, 65] + [64] * 4
+    assert bench_training.sizes(pyramid) == [64, 279, 640]  # 65 to 74 lie between the first two
+    times = {10: [1.0, 2.0, 4.0], 20: [3.0, 6.0, 12.0]}
+    limit = bench_training.allowed([10, 20, 15, 10], times, [3.0, 6.0, 24.0])
+    assert limit == (1 + 3 + 2 + 1) / 4 / 3  # the median round
+
+
+@pytest.mark.slow
+def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+    sizes = "--layers 8 --hidden 64 --vision 32 --text 16 --rounds 2 --threads 1 --clock cpu"
+    monkeypatch.setattr(sys, "argv", ["x", *sizes.split(), "--json", str(tmp_path / "found.json")])
+    bench_training.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["recipe"], row["lora"]): row for row in found["steps"]}
+    dense = rows["dense", "all"]
+    assert dense["speedup"] == dense["peak_ratio"] == dense["predicted_speedup"] == 1
+    for name in ("late_fusion", "late_fusion_pyramid"):
+        in_all, busy = rows[name, "all"], rows[name, "busy"]
+        assert in_all["predicted_speedup"] > 1.3 and 0.2 < in_all["peak_ratio"] < 0.9
+        assert in_all["allowed_speedup"] > 0 and in_all["share_of_allowed"] > 0
+        assert busy["predicted_speedup"] > in_all["predicted_speedup"]  # no backward pass below the band
+        assert busy["peak_bytes"] < in_all["peak_bytes"]
+    cheapest = max(
+        (name for name, lora in rows if lora == "all"), key=lambda n: rows[n, "all"]["predicted_speedup"]
+    )
+    assert [(r["recipe"], r["teacher"]) for r in found["teachers"]] == [
+        (name, teacher) for name in ("dense", cheapest) for teacher in ("online", "offline")
+    ]
+    assert found["teachers"][0]["predicted_ratio"] == 1.5 and found["teachers"][1]["predicted_ratio"] == 1
+    said = capsys.readouterr().out
+    assert "late_fusion_pyramid" in said and "targets of late_fusion, LoRA in busy layers" in said

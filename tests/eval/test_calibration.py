@@ -1,0 +1,279 @@
+"""Calibration: shared prefills give what each setting alone gives; the choice and its files are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.families import build, prompt, vision_tokens
+from helpers.tiny_base import save_tiny_base
+from rich.console import Console
+from rich.progress import Progress
+
+from latefusion.data import prompts as questions
+from latefusion.data.scenes import load_scenes
+from latefusion.eval import calibrate, evaluate, generate
+from latefusion.eval.thresholds import choose as chosen
+from latefusion.eval.thresholds import replay as calibration
+from latefusion.eval.thresholds.floor import fusion_layers
+from latefusion.eval.thresholds.prefills import Prompts, ended, policy_of, settings
+from latefusion.eval.thresholds.search import Search
+from latefusion.models.attach import attach
+from latefusion.models.base_model import load_base
+from latefusion.models.flops import decoder_flops
+from latefusion.models.policies import named
+from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.models.schedule import VisionSchedule
+
+ANSWERS = [[5, 6, 7], [8], [9, 4]]
+
+
+def batch_of(family: str, model: Any) -> calibration.Batch:
+    inputs = prompt(family, ["tt I tt", "t I t I ttt", "I tttt"])
+    return calibration.Batch.build(model, inputs, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("family", "stages"),
+    [
+        ("llava", ("middle",)),
+        ("llava", ("shallow", "middle", "deep")),
+        ("qwen3_vl", ("middle", "deep")),
+        ("gemma3", ("shallow", "middle", "deep")),
+    ],
+)
+@torch.no_grad()
+def test_shared_prefills_give_what_a_setting_alone_gives(family: str, stages: tuple[str, ...]) -> None:
+    model = build(family)
+    batch = batch_of(family, model)
+    fused, seen = set(), set()
+    with attach(model, VisionSchedule()) as attachment:
+        dense, same = calibration.dense(batch, attachment)
+        assert np.allclose(same.kl, 0)
+        for boundary in (1, 2):
+            shallow = boundary if "shallow" in stages else 0
+            recorded = calibration.record(batch, attachment, shallow, "first")
+            unpruned = calibration.judge(batch, attachment, recorded.logits, dense)
+            middle = sorted(recorded.least[boundary + 1 :].flatten())
+            for threshold in (middle[len(middle) // 3] + 1e-4, middle[2 * len(middle) // 3] + 1e-4):
+                norms = sorted(recorded.norms[3][vision_tokens(batch.inputs)].tolist())
+                policy = VisiPruner(
+                    boundary=boundary,
+                    layer_threshold=min(threshold, 1.0),
+                    tokens_threshold=(norms[4] + norms[5]) / 2,
+                    exit_threshold=0.95,
+                    stages=stages,
+                )
+                with attachment.using(policy):
+                    logits = batch.logits(attachment)
+                    alone = calibration.judge(batch, attachment, logits, dense)
+                    layers = [record.fusion_layer for record in attachment.trace]
+                    tokens = [record.tokens for record in attachment.trace]
+                fusion = fusion_layers(recorded.least, boundary, policy.layer_threshold)
+                assert [None if f == len(recorded.states) else f for f in fusion] == layers
+                shared = unpruned
+                for layer in {int(f) for f in fusion if f < len(recorded.states) - 1}:
+                    found = calibration.resume(batch, attachment, recorded, layer, policy)
+                    outcome = calibration.judge(batch, attachment, found, dense)
+                    shared = outcome.where(fusion == layer, shared)
+                np.testing.assert_allclose(shared.kl, alone.kl, atol=1e-5)
+                np.testing.assert_array_equal(shared.same, alone.same)
+                np.testing.assert_array_equal(shared.flops, alone.flops)
+                np.testing.assert_array_equal(shared.vision, alone.vision)
+                wanted = [
+                    decoder_flops(model.config, [n - len(a) for n in t])
+                    for t, a in zip(tokens, ANSWERS, strict=True)
+                ]
+                np.testing.assert_array_equal(alone.flops, wanted)
+                fused |= set(layers)
+                seen |= {tuple(t) for t in tokens}
+    assert len(fused) >= 2 and len(seen) >= 4, "the settings should differ in what they do"
+
+
+@torch.no_grad()
+def test_an_answer_behind_its_prompt_is_judged_as_if_generated() -> None:
+    model = build("llava")
+    inputs = prompt("llava", ["tt I tt", "t I t I ttt", "I tttt"])
+    policy = VisiPruner(boundary=1, layer_threshold=0.999, tokens_threshold=0.05, stages=("middle", "deep"))
+    with attach(model, policy) as attachment:
+        written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        assert attachment.trace[0].fusion_layer is not None
+        answers = written.tolist()
+        answers[1][2] = (answers[1][2] + 1) % 90
+        batch = calibration.Batch.build(model, inputs, answers)
+        logits = batch.logits(attachment)
+        assert calibration.judge(batch, attachment, logits, logits).same.tolist() == [True, False, True]
+    assert model.get_decoder().layers[0].forward.__func__ is type(model.get_decoder().layers[0]).forward
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_cheapest_and_front() -> None:
+    kl, flops = np.array([0.5, 0.01, 0.02, 0.03, 0.02]), np.array([0.2, 0.8, 0.6, 0.5, 0.6])
+    assert chosen.cheapest(kl, flops, 0.02) == 2
+    assert chosen.cheapest(kl, flops, 1.0) == 0
+    assert chosen.cheapest(kl, flops, 0.001) is None
+    assert chosen.front(kl, flops) == [0, 3, 2, 1]
+    assert chosen.around([0, 3, 2, 1], 2, 3) == [3, 2, 1] and chosen.around([0, 3, 2, 1], 0, 2) == [0, 3]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+def asked(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
+    small = {"samples": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
+    return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
+
+
+def test_the_command_goes_on_where_it_stopped_and_says_the_same(
+    base: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
+    bars, add = [], Progress.add_task
+
+    def adding(self: Any, description: str, **more: Any) -> Any:
+        bars.append((description, more["total"]))
+        return add(self, description, **more)
+
+    monkeypatch.setattr(Progress, "add_task", adding)
+    whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
+    assert bars and all(total > 0 and not name.startswith("0 ") for name, total in bars), bars
+    batches, run = [], Prompts.try_on
+
+    def stopping(self: Any, rows: Any, written: Any, settings: Any) -> Any:
+        batches.append((rows, settings))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return run(self, rows, written, settings)
+
+    monkeypatch.setattr(Prompts, "try_on", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
+    again = calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
+    assert batches[2] == batches[3] and batches[3] not in batches[:2], "a finished batch was run again"
+    for found in (whole, again):
+        found["seconds"] = found["arguments"]["output"] = None
+    assert again == whole
+
+    policy = named(str(tmp_path / "cut" / "policy.yaml"))
+    best = whole["chosen"]
+    assert isinstance(policy, VisiPruner) and policy.boundary == best["boundary"]
+    assert best["kl"] <= 0.5 and best["prompts"] == whole["prompts"] == 12
+    cheaper = [s for s in whole["settings"] if s["prompts"] == 12 and s["flops_ratio"] < best["flops_ratio"]]
+    assert all(s["kl"] > 0.5 for s in cheaper)
+    table = (tmp_path / "cut" / "table.md").read_text()
+    assert table.startswith("| boundary |") and f"**{best['boundary']}**" in table
+
+
+GRID = {
+    "boundaries": [0, 2],
+    "layer_thresholds": [0.9, 0.999],
+    "tokens_thresholds": [0.3, 3.0],
+    "stages": [["middle", "deep"], ["middle"]],
+    "exit_threshold": 0.9,
+}
+
+
+@torch.no_grad()
+def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> None:
+    """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
+    model, processor = load_base(base, dtype=torch.float32)
+    given = asked(base, tmp_path, samples=15, batch_size=5, **GRID)
+    rows = questions.read(given)
+    with attach(model, VisionSchedule()) as attachment:
+        prompts = Prompts(given, attachment, processor, rows)
+        alone: dict[int, list[tuple[Any, Any]]] = {}
+        for batch in (prompts.dense_batch(batch)[0] for batch in prompts.batches):
+            dense, unpruned = calibration.dense(batch, attachment)
+            for number, setting in enumerate(settings(given, GRID["boundaries"], GRID["tokens_thresholds"])):
+                with attachment.using(policy_of(setting, given)):
+                    outcome = calibration.judge(batch, attachment, batch.logits(attachment), dense)
+                alone.setdefault(number, []).append((outcome.kl, outcome.flops / unpruned.flops))
+        kl, cost = (
+            np.array([np.concatenate(c).mean() for c in column])
+            for column in zip(*(zip(*found, strict=True) for found in alone.values()), strict=True)
+        )
+        ruled_out = 0
+        for bound in (kl.min() / 2, *np.quantile(kl, [0.1, 0.5, 1.0]) + 1e-4):
+            search = Search(
+                asked(base, tmp_path, kl=float(bound), samples=15, batch_size=5, **GRID),
+                attachment,
+                processor,
+                rows,
+            )
+            columns = search.run()["columns"]
+            ran, floors = search.ran().all(1), (search.floors / search.dense["dense_flops"]).mean(1)
+            assert (floors <= cost + 1e-9).all() and floors.max() <= 1
+            np.testing.assert_allclose(columns["kl"].mean(1)[ran], kl[ran], atol=1e-5)
+            np.testing.assert_allclose(search.least_flops()[ran], cost[ran])
+            wanted = chosen.cheapest(kl, cost, bound)
+            found = chosen.cheapest(np.where(ran, columns["kl"].mean(1), np.inf), search.least_flops(), bound)
+            assert (found is None) == (wanted is None)
+            if found is not None and wanted is not None:
+                assert (cost[found], kl[found]) == pytest.approx((cost[wanted], kl[wanted]))
+            ruled_out += int((~ran).sum())
+    assert ruled_out > len(kl), "hardly anything was ruled out"
+
+
+def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) -> None:
+    """Which settings write a given answer, as accuracy counts it, against what each of them generates."""
+    rows = questions.of_scenes(load_scenes("validation", n_scenes=2))
+    model, processor = load_base(base, dtype=torch.float32)
+    with attach(model, VisionSchedule()) as attachment:
+        given = asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])
+        search = Search(given, attachment, processor, rows)
+        inputs = search.prompts.encoded([rows[i] for i in range(len(rows))])
+        written = {}
+        for number, setting in enumerate([None, *search.settings]):
+            policy = VisionSchedule() if setting is None else policy_of(setting, given)
+            with attachment.using(policy), torch.no_grad():
+                kwargs = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+                ids = model.generate(**kwargs, max_new_tokens=3, do_sample=False)[
+                    :, inputs["input_ids"].shape[1] :
+                ]
+            written[number] = [ended(row, search.prompts.stops) for row in ids.tolist()]
+        batch = calibration.Batch.build(model, inputs, written[2])
+        recorded = calibration.record(batch, attachment, 0, "first")
+        outcomes = search.prompts.outcomes(batch, recorded, search.settings)
+    for number, outcome in enumerate(outcomes, 1):
+        assert outcome.same.tolist() == [a == b for a, b in zip(written[number], written[2], strict=True)]
+    assert outcomes[1].same.all() and not outcomes[0].same.all()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"kl": 0}, "kl=0 must be positive"),
+        ({"stages": [["shallow"]]}, r"stages=\['shallow'\] saves nothing without 'middle'"),
+        ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
+        ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"boundaries": [5]}, "boundary=5 leaves no layer to fuse in"),
+        (
+            {"kl": 1e-9, "boundaries": [0], "layer_thresholds": [1.0], "tokens_thresholds": [50.0]},
+            "no setting stays",
+        ),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(base: str, tmp_path: Any, more: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as error:
+        calibrate.calibrate(asked(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [calibrate.main, generate.main, evaluate.main])
+def test_a_wrong_key_is_answered_with_those_that_exist(command: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"error: modle does not exist \(did you mean model\?\); the keys are .*model"
+    ):
+        command(["modle=embedded"])
+    with pytest.raises(SystemExit, match=r"max_new_tokens|batch_size") as error:
+        command(["max_new_tokens=many" if command is not evaluate.main else "batch_size=many"])
+    assert "'many'" in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,230 @@
+"""One evaluation of a tiny random model: its answers, its costs, its complaints."""
+
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import evaluated_student as evaluated
+from helpers.evaluated_student import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
+
+from latefusion.data.scenes import load_scenes
+from latefusion.data.sources import scenes as scene_samples
+from latefusion.eval.comparison import cost as efficiency
+from latefusion.eval.comparison.answers import answer_questions, prompt_inputs
+from latefusion.eval.comparison.systems import System, running
+from latefusion.eval.evaluate import main
+from latefusion.models.attach import attach
+from latefusion.models.inputs import encode_images
+from latefusion.models.schedule import VisionSchedule
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return evaluated.processor()
+
+
+@pytest.fixture(scope="module")
+def student():
+    return evaluated.student()
+
+
+@pytest.fixture(scope="module")
+def naive():
+    return evaluated.naive()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return evaluated.questions()
+
+
+@pytest.fixture(scope="module")
+def run():
+    return evaluated.full_run()
+
+
+def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
+    folder, results = run
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for key, said in naive.items():
+        mine = [line for line in lines if line["system"] == key]
+        assert [line["prediction"] for line in mine] == [text for text, _ in said]
+        assert [line["text_tokens"] for line in mine] == [n for _, n in said]
+        assert [line["id"] for line in mine] == list(questions["id"])
+        right = [text == answer for (text, _), answer in zip(said, questions["answer"], strict=True)]
+        assert [line["correct"] for line in mine] == right
+        overall = results["systems"][key]["accuracy"]["overall"]
+        assert overall["value"] == pytest.approx(np.mean(right)) and overall["n"] == len(right)
+    texts = {key: [text for text, _ in said] for key, said in naive.items()}
+    assert len(set(texts["dense"])) > 3 and all(a != b for a, b in pairwise(texts.values()))  # else it tests
+    assert results["systems"]["dense"]["accuracy"]["overall"]["value"] > 0.3  # little
+
+
+def test_rows_of_the_training_sources_are_asked_the_same(student, processor):
+    asked = {"model": student.model.eval(), "processor": processor, "attachment": student.attachment}
+    asked |= {"systems": {"dense": SYSTEMS["dense"]}, "batch_size": 7}
+    plain = answer_questions(**asked, dataset=load_scenes("test", 1))["dense"]
+    assert answer_questions(**asked, dataset=scene_samples("test", n_scenes=1))["dense"] == plain
+
+
+def by_hand(n_text: int, vision: list[int]) -> int:
+    """FLOPs of a prefill: two a multiply-add of q, k, v, o, scores, weighted sum, gate, up, down."""
+    head, total = WIDTH // HEADS, 0
+    for n in (n_text + v for v in vision):
+        q_and_o, k_and_v = 2 * (2 * n * WIDTH * WIDTH), 2 * (2 * n * WIDTH * head)
+        total += q_and_o + k_and_v + 2 * (2 * n * n * WIDTH) + 3 * (2 * n * WIDTH * MLP)
+    return total
+
+
+TOKENS = {"dense": [16, 16, 16, 16], "pruned": [16, 16, 3, 3], "student": [0, 16, 5, 0]}
+TOKENS |= {"blind": [0] * 4, "random_0.594": [10] * 4, "random_0.328": [5] * 4}
+
+
+@pytest.mark.parametrize("key", SYSTEMS)
+def test_flops_and_vision_tokens_equal_the_count_by_hand(run, naive, key):
+    found = run[1]["systems"][key]
+    lengths = [n_text for _, n_text in naive[key]]
+    assert found["vision_tokens"]["per_layer"] == TOKENS[key]
+    looked = {"dense": 0, "pruned": 2, "student": 1}[key]  # layers from enter up to the keep of layer 2
+    chosen = [looked * 2 * n * (n + VISION) * WIDTH for n in lengths]  # scores of the text's rows, all keys
+    entry = 2 * VISION * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2
+    rows = zip(lengths, chosen, strict=True)
+    wanted = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
+    assert found["flops"]["mean"] == pytest.approx(wanted)
+    dense = np.mean([by_hand(n, TOKENS["dense"]) for n in lengths])
+    assert found["flops"]["ratio"] == pytest.approx(found["flops"]["mean"] / dense)
+
+
+@pytest.mark.parametrize("key", SYSTEMS)
+def test_kv_bytes_equal_the_count_by_hand(run, naive, questions, key):
+    lengths = [naive[key][i][1] for i in (0, len(questions) // 2)]  # the two prompts of the latency
+    per_token = 2 * (WIDTH // HEADS) * 4  # one key and one value of one head, float32
+    wanted = np.mean([sum(n + v for v in TOKENS[key]) * per_token for n in lengths])
+    assert run[1]["systems"][key]["kv_bytes"]["mean"] == wanted
+
+
+def test_encoded_images_leave_what_positions_are_made_of():
+    """Qwen's M-RoPE reads the grids of images that are encoded already."""
+
+    class Tower:
+        def get_image_features(self, pixel_values, image_grid_thw=None, **options):
+            return pixel_values + image_grid_thw.sum()
+
+    model = SimpleNamespace(base_model=Tower())
+    inputs = {"input_ids": 1, "pixel_values": torch.ones(2), "image_grid_thw": torch.ones(1, 3)}
+    encoded = encode_images(model, inputs)
+    assert sorted(encoded) == ["image_grid_thw", "input_ids", "mm_encoder_outputs"]
+    assert encoded["mm_encoder_outputs"]["image"].tolist() == [4, 4]
+
+
+def test_time_of_an_answer_separates_the_first_token(monkeypatch):
+    clock = iter([0.0, 1.0, 8.0, 10.0, 12.0, 15.0])  # start, prompt, then four tokens
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(clock))
+
+    def generate(model, inputs, new_tokens, *, streamer):
+        for _ in range(1 + new_tokens):
+            streamer.put(None)
+
+    monkeypatch.setattr(efficiency, "generate", generate)
+    assert efficiency.time_answer(SimpleNamespace(device=torch.device("cpu")), {}, 4) == (8.0, 2.0)
+
+
+def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, student, processor):
+    order, seconds = [], {None: 1.0, 3: 0.5}
+
+    def timed(model, inputs, new_tokens):
+        keep = student.attachment.policy.keep.get(2)
+        order.append(keep)
+        drift = 1.0 if len(order) <= 4 else 3.0  # the machine gets slower
+        return drift * seconds[keep], drift
+
+    monkeypatch.setattr(efficiency, "time_answer", timed)
+    two = {key: SYSTEMS[key] for key in ("dense", "pruned")}
+    prompts = [prompt_inputs(student.model, processor, [load_scenes("test", 1)[i]]) for i in (0, 1)]
+    found = efficiency.measure(
+        model=student.model.eval(),
+        attachment=student.attachment,
+        systems=two,
+        prompts=prompts,
+        reference="dense",
+        repeats=2,
+        new_tokens=2,
+    )
+    assert order == [None, 3, 3, None, 3, None, None, 3]
+    assert found["pruned"].ttft.ratio == found["pruned"].ttft.ratio_q75 == 0.5
+    assert found["dense"].ttft.median == 2.0 and found["dense"].tpot.ratio == 1.0
+
+
+def test_images_are_encoded_once_for_all_systems_of_the_same_weights(student, processor):
+    inputs = prompt_inputs(student.model, processor, [load_scenes("test", 1)[0]])
+    with running(student.model.eval(), student.attachment, SYSTEMS["dense"]):
+        encoded = encode_images(student.model, inputs)
+        assert "pixel_values" not in encoded
+        assert torch.equal(student.model(**inputs).logits, student.model(**encoded).logits)
+
+
+def test_one_question_is_enough_for_a_report(student, questions, tmp_path):
+    student.model.train()
+    results = evaluated.evaluate(tmp_path, tasks=[evaluated.task(questions.select([1]))], latency_prompts=5)
+    assert student.model.training  # given back as it came
+    assert np.isnan(results["paired"]["dense"]["ratio"]["value"])  # nobody is right
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["paired"]["dense"]["ratio"]["value"] is None
+    assert stored["settings"]["latency_prompts"] == 1 and stored["data"]["split"] == "test"
+    assert (tmp_path / "report.html").is_file() and not (tmp_path / "unfinished").exists()
+
+
+def refused(folder, **changes):
+    with pytest.raises(ValueError) as error:
+        evaluated.evaluate(folder, **changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
+    folder = tmp_path / "report"
+    assert "column 'type'" in refused(folder, tasks=[evaluated.task(questions.remove_columns("type"))])
+    assert "no question" in refused(folder, tasks=[evaluated.task(questions.select([]))])
+    assert "'oracle'" in refused(folder, candidate="oracle")
+    late = {**SYSTEMS, "late": System(name="", policy=VisionSchedule(enter=9))}
+    assert "late: enter names layer 9" in refused(folder, systems=late)
+    plain = tiny_model()
+    attach(plain, VisionSchedule())
+    assert "adapters" in refused(folder, model=plain)
+    assert not folder.exists()
+
+
+def test_a_broken_configuration_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
+    with pytest.raises(SystemExit, match="is no configuration of a run") as error:
+        main([f"checkpoint={tmp_path}"])
+    assert "colour" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["checkpoint=outputs/nowhere"], "outputs/nowhere"),
+        (["checkpoint=."], "config.yaml"),
+        (["split=test"], "checkpoint"),
+        (["model=embedded"], "policies=[visipruner]"),
+        (["model=embedded", "policies=[fastvv]"], "did you mean fastv"),
+        (["model=embedded", "policies=[{fastv: {kep: 1}}]"], "'kep'"),
+        (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
+        (["model=embedded", "policies=[fastv]", "data=my.jsonl"], "data=FILE"),
+        (["model=embedded", "policies=[fastv]", "tasks=[gqa]", "data=my.jsonl"], "exclude each other"),
+        (["--reference=before.json", "checkpoint=.", "policies=[fastv]"], "config.yaml"),
+        (["model=embedded", "policies=[fastv]", "reference=before.json"], "before.json"),
+        (["checkpont=outputs/late_fusion"], "checkpont"),
+        (["samples=many", "checkpoint=x"], "many"),
+        (["--help"], "split: of the questions"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert says in str(error.value)

@@ -1,0 +1,187 @@
+"""What a profile costs, in FLOPs and bytes that torch counts, against a prefill of the same prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.families import LAYERS, shared
+from helpers.planted_models import grouped, measurer, planted
+from test_profile_causal import batch_of
+from test_profile_planted import BOUND
+from test_profile_planted import batch_of as planted_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from latefusion.eval.fusion import cost, decide
+from latefusion.eval.fusion.causal import Runner, knock_outs
+from latefusion.eval.fusion.cost import OPTIONAL, Shape
+from latefusion.eval.fusion.run import shapes
+from latefusion.eval.fusion.samples import Group, counts
+from latefusion.eval.fusion.study import Study, Wishes
+from latefusion.eval.memory import peak_bytes
+from latefusion.models.attach import attach
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry_fit import fit_entry
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+PROMPTS = [  # mostly vision, as in any MLLM
+    ("llava", "t IIIIIIII tttt"),
+    ("llava", "t IIII t IIII tttt"),  # what cannot be continued
+    ("qwen3_vl", "tItItItIt tttt"),
+    ("gemma3", "t I tttt"),
+    ("gemma3", "t IIIIIIII tttt"),  # longer than the window of its local attention
+    ("paligemma", "IIIIIIII tttt"),
+]
+WORDY = [  # mostly text
+    ("llava", "t I" + 40 * "t"),
+    ("llava", "t I" + 30 * "t" + "I tttt"),
+    ("qwen3_vl", "t I" + 40 * "t"),
+    ("gemma3", "I" + 40 * "t"),
+    ("paligemma", "I" + 40 * "t"),
+]
+
+
+@pytest.mark.parametrize(("family", "row"), PROMPTS)
+def test_knock_outs_take_two_prefills_a_layer_and_the_memory_of_one(family: str, row: str) -> None:
+    """At most 2 L + 3 prefills for L layers, as announced, and at most 1.3 times what a prefill holds."""
+    model, batch = shared(family), batch_of(family, [row] * 2)
+
+    def prefill() -> Any:
+        with torch.no_grad():
+            return model(**batch.fresh(), use_cache=True, logits_to_keep=batch.columns)
+
+    wanted, cpu = knock_outs(LAYERS), torch.device("cpu")
+    with attach(model, VisionSchedule()) as attachment:
+        runner = Runner(model, attachment, batch)
+        with FlopCounterMode(display=False) as one:
+            prefill()
+        with FlopCounterMode(display=False) as every:
+            runner.effects(wanted)
+        measured = every.get_total_flops() / one.get_total_flops()
+        assert measured <= 2 * LAYERS + 3
+        (shape,) = shapes(attachment, grouped([batch]))
+        announced = cost.knock_outs(model.config, shape)
+        assert 0.9 * announced <= measured <= 1.1 * announced  # lm_head, which is not announced, counts here
+        assert peak_bytes(lambda: runner.effects(wanted), cpu) <= 1.3 * peak_bytes(prefill, cpu)
+
+
+@pytest.mark.parametrize(("family", "row"), [("gemma3", "t I tttt"), ("paligemma", "IIII tttt")])
+def test_layers_are_computed_as_often_as_their_knock_outs_need(family: str, row: str) -> None:
+    """Counted layer by layer: layer i belongs to the ways that part at or before it."""
+    model, batch = shared(family), batch_of(family, [row] * 2)
+    length = batch.labels.shape[1]
+    with attach(model, VisionSchedule()) as attachment, counted(model) as calls:
+        Runner(model, attachment, batch).effects(knock_outs(LAYERS))
+    for i, tokens in calls.items():
+        assert tokens <= batch.size * length * (5 * i + 6), i
+    assert calls[0] < 6 * batch.size * length
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Counter[int]]:
+    """Tokens that each layer's MLP computes inside."""
+    calls: Counter[int] = Counter()
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda m, args, out, i=i: calls.update({i: out.shape[0] * out.shape[1]})
+        )
+        for i, layer in enumerate(model.get_decoder().layers)
+    ]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("family", "row"), WORDY)
+def test_prompts_of_mostly_text_stay_within_two_prefills_a_layer(
+    family: str, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer's tokens counted, with a constant small enough to matter to six layers."""
+    monkeypatch.setattr(cost, "KNOCK_OUTS", 3)
+    model, batches = shared(family), [batch_of(family, [row, row + "t"]), batch_of(family, [row, row + "tt"])]
+    with attach(model, VisionSchedule()) as attachment:
+        made = measurer(model, attachment, batches, tmp_path / "measured.jsonl")
+        with counted(model) as calls:
+            found = made.effects()
+        whole = [Runner(model, attachment, batch).effects(knock_outs(LAYERS))[1] for batch in batches]
+    prefills = sum(calls.values()) / (LAYERS * sum(batch.labels.numel() for batch in batches))
+    assert made.plan.cost.knock_outs <= 2 * LAYERS + 3
+    assert made.plan.cost.knock_outs == pytest.approx(prefills, rel=0.03)  # by FLOPs and by tokens
+    assert any(made.plan.left_out)
+    for key in knock_outs(LAYERS):
+        kl = [value for effects in whole for value in effects[key].kl]
+        for i, left in enumerate(made.plan.left_out):
+            if key[0] in left:
+                kl[2 * i : 2 * i + 2] = [None, None]
+        assert found[f"{key[0]} {key[1]}"]["kl"] == kl, key
+
+
+@pytest.mark.parametrize("continued", [True, False])
+def test_whatever_the_prompts_two_prefills_a_layer_and_a_constant_are_announced(continued: bool) -> None:
+    config = shared("llava").config.get_text_config()
+    layers = config.num_hidden_layers
+    try:
+        for config.num_hidden_layers in (2, 16, 32, 80):
+            for text in (10, 100, 1000, 10000):
+                shape = Shape(4, 8, text + 600, 601, 600, tried=True, continued=continued)
+                usual = Shape(4, 8, 640, 601, 600, tried=True, continued=continued)
+                for batches in ([shape] * 2, [shape] * 7, [usual, shape, usual], [shape, usual, shape]):
+                    plan = cost.planned(config, batches)
+                    assert plan.cost.knock_outs <= 2 * config.num_hidden_layers + 8
+                    for kind in OPTIONAL:
+                        assert sum(kind in left for left in plan.left_out) <= (len(batches) + 1) // 2
+                    if text <= 100:
+                        assert not any(plan.left_out)
+        assert cost.planned(config, [shape]).left_out == [()]
+        assert cost.planned(config, [shape] * 2).left_out == [("frozen",), ("single",)]
+    finally:
+        config.num_hidden_layers = layers
+
+
+def test_every_batch_counts_in_what_is_announced() -> None:
+    config = shared("llava").config
+    short = Shape(10, 20, 700, 601, 600, tried=True, continued=True)
+    long = Shape(2, 4, 5000, 601, 600, tried=False, continued=False)
+    mean = (10 * cost.knock_outs(config, short) + 2 * cost.knock_outs(config, long)) / 12
+    assert cost.planned(config, [short, long]).cost.knock_outs == pytest.approx(mean)
+    assert cost.planned(config, [long, short]).cost.knock_outs == pytest.approx(mean)
+    two = Group((0, 2), make=pytest.fail, places=(1, 2, 3), lengths=(5, 7), answers=2)
+    one = Group((1,), make=pytest.fail, places=(0, 1), lengths=(10,), answers=1)
+    assert counts([two, one]) == (pytest.approx(14 / 3), pytest.approx(8 / 3))
+
+
+def test_no_more_bands_are_measured_than_are_announced() -> None:
+    ends = [(enter, leave, n) for n in range(2, 14) for enter in range(n) for leave in range(n + 1)]
+    assert max(len(decide.near_bands(*end)) for end in ends) == decide.BANDS
+
+
+def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_path: Path) -> None:
+    """In two batches, whose dense answers are computed once and held, or anew for each schedule."""
+    model = planted("llava", 1, 5)
+    batches = [planted_batch(model, 6, images=8), planted_batch(model, 6, images=8)]
+    with attach(model, VisionSchedule()) as attachment:
+        with FlopCounterMode(display=False) as one:
+            Runner(model, attachment, batches[0]).answers(VisionSchedule())
+        made = measurer(model, attachment, batches, tmp_path / "m.jsonl")
+        with FlopCounterMode(display=False) as all_of_it:
+            Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
+                lambda enter: fit_entry(attachment, [(b.fresh(), b.vision) for b in batches], enter)
+            )
+        with FlopCounterMode(display=False) as again:
+            made.schedule(VisionSchedule(exit=1), None, 0.0)
+    announced = made.plan.cost.total
+    assert made.plan.hold and all_of_it.get_total_flops() <= announced * 2 * one.get_total_flops()
+    assert again.get_total_flops() < one.get_total_flops()  # no dense forward among them
+
+
+def test_answers_too_many_to_hold_are_announced_as_computed_again() -> None:
+    config = shared("llava").config
+    few, many = (Shape(4, n, 700, 601, 600, tried=True, continued=True) for n in (8, 2**23))
+    held, anew = cost.planned(config, [few] * 2), cost.planned(config, [few, many])
+    assert held.hold and not anew.hold
+    assert anew.cost.deciding - held.cost.deciding == pytest.approx(cost.SCHEDULES)

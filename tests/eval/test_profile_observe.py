@@ -1,0 +1,263 @@
+"""Attention, contribution, lenses and the search against plain code: loops over eager attention maps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.families import LAYERS, VOCAB, prompt, shared, text_tokens, vision_tokens
+
+from latefusion.eval.fusion import decide, lenses
+from latefusion.eval.fusion.observe import Watch, fusion_layer, look
+from latefusion.models.attach import attach
+from latefusion.models.schedule import VisionSchedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+ROWS = ["tt I I ttt", "t I ttt"]
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """The watch of an sdpa model, and what the same weights' eager attention says."""
+    inputs = prompt("llava", ROWS, side="right")
+    last = inputs["attention_mask"].sum(1) - 1
+    eager, values = shared("llava", "eager"), {}
+    handles = [
+        layer.self_attn.v_proj.register_forward_hook(lambda m, a, out, i=i: values.update({i: out.detach()}))
+        for i, layer in enumerate(eager.get_decoder().layers)
+    ]
+    with torch.no_grad():
+        plain = eager(**inputs, output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    watch, model = Watch(), shared("llava")
+    with attach(model, watch), torch.no_grad(), lenses.states_at(model.get_decoder().layers, last) as states:
+        logits = model(**inputs).logits
+    torch.testing.assert_close(
+        logits[text_tokens(inputs)], plain.logits[text_tokens(inputs)], atol=1e-5, rtol=1e-5
+    )
+    return inputs, last, watch, states, plain, values
+
+
+def head_value(values: torch.Tensor, b: int, t: int, h: int) -> np.ndarray:
+    """Value vector that head h of 4 reads from token t; two heads share one."""
+    return values[b, t].view(2, 8)[h // 2].numpy().astype(np.float64)
+
+
+def test_looks_equal_loops_over_attention_maps(seen) -> None:
+    inputs, last, watch, _, plain, values = seen
+    vision = vision_tokens(inputs)
+    for layer, b in itertools.product(range(LAYERS), range(2)):
+        found, q, n = watch.looks[layer][b], int(last[b]), int(last[b]) + 1
+        maps = plain.attentions[layer][b, :, q].numpy().astype(np.float64)  # [H, T]
+        places = vision[b].nonzero().flatten().tolist()
+        weights = [maps[:, t].mean() for t in places]
+        assert found.share == pytest.approx(sum(weights), rel=1e-4)
+        p = np.array(weights) / sum(weights)
+        assert found.entropy == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-4)
+        held, count = 0.0, 0
+        for x in sorted(p, reverse=True):
+            held, count = held + x, count + 1
+            if held >= 0.9:
+                break
+        assert found.tokens == count
+        parts = {
+            t: np.concatenate([maps[h, t] * head_value(values[layer], b, t, h) for h in range(4)])
+            for t in range(n)
+        }
+        whole = sum(parts.values())
+        cosines = [
+            np.dot(whole - parts[t], whole) / np.linalg.norm(whole - parts[t]) / np.linalg.norm(whole)
+            for t in places
+        ]
+        norms = [np.linalg.norm(parts[t]) for t in places]
+        assert found.cosine == pytest.approx(
+            [min(cosines), *np.quantile(cosines, [0.01, 0.1, 0.5])], abs=1e-4
+        )
+        assert found.norm == pytest.approx([max(norms), *np.quantile(norms, [0.99, 0.9, 0.5])], rel=1e-3)
+        sizes = [
+            np.mean([np.abs(values[layer][b, t].view(2, 8)[g].numpy()).sum() for g in range(2)])
+            for t in places
+        ]
+        ranks = [np.argsort(np.argsort(v)) for v in (weights, sizes)]
+        assert found.sink == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
+
+
+def test_even_attention_has_the_greatest_entropy_and_no_sink() -> None:
+    even = torch.full((10,), 0.05)
+    found = look(even, torch.ones(10), torch.ones(10), torch.zeros(10))
+    assert found.share == pytest.approx(0.5) and found.entropy == pytest.approx(math.log(10))
+    assert found.tokens in (9, 10) and found.sink == 0.0
+
+
+def test_vision_out_of_reach_draws_no_attention() -> None:
+    """Behind the window of local attention: numbers, not NaN."""
+    found = look(torch.zeros(5), torch.rand(5), torch.ones(5), torch.zeros(5))
+    assert (found.share, found.entropy, found.tokens, found.sink) == (0.0, 0.0, 0, 0.0)
+
+
+def test_the_fusion_layer_is_the_first_below_the_threshold(seen) -> None:
+    looks = [layer[0] for layer in seen[2].looks]
+    minima = [found.cosine[0] for found in looks]
+    threshold = sorted(minima)[2] + 1e-6
+    assert fusion_layer(looks, threshold) == next(i for i, c in enumerate(minima) if c < threshold)
+    assert fusion_layer(looks, -1.0) is None
+
+
+def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
+    _, last, _, states, plain, _ = seen
+    model = shared("llava")
+    for layer in range(LAYERS - 1):  # the last recorded state is normed already
+        for b in range(2):
+            state = plain.hidden_states[layer + 1][b, last[b]]
+            normed = state / (state.square().mean() + model.config.text_config.rms_norm_eps).sqrt()
+            scores = model.lm_head.weight @ (normed * model.get_decoder().norm.weight)
+            found = lenses.logit_lens(model, states[layer])[b]
+            torch.testing.assert_close(found, scores.softmax(0), atol=1e-5, rtol=1e-4)
+    final = lenses.logit_lens(model, states[-1])
+    expected = torch.stack([plain.logits[b, last[b]].softmax(0) for b in range(2)])
+    torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
+    _, last, watch, _, plain, values = seen
+    model, layer = shared("llava"), 3
+    shares, norms = lenses.value_output_lens(model, layer, watch.heads[layer])
+    weight = model.get_decoder().layers[layer].self_attn.o_proj.weight.detach()
+    total = torch.zeros(32)
+    for b, h in itertools.product(range(2), range(4)):
+        q = int(last[b])
+        maps = plain.attentions[layer][b, h, q]
+        out = sum(maps[t] * values[layer][b, t].view(2, 8)[h // 2] for t in range(q + 1))
+        written = weight[:, h * 8 : h * 8 + 8] @ out
+        total = total + written if b == 0 else total
+        torch.testing.assert_close(norms[b, h], written.norm(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(shares[b, h], lenses.logit_lens(model, written), atol=1e-5, rtol=1e-4)
+    whole = weight @ watch.heads[layer][0].flatten()
+    torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma", "smolvlm", "glm4v"])
+def test_lenses_end_where_the_model_ends_in_every_family(family: str) -> None:
+    """Its logits at the last layer; its attention's output from all heads together."""
+    model, inputs = shared(family), prompt(family, ["tt I ttt", "t I tttt"], side="right")
+    last, watch, written = inputs["attention_mask"].sum(1) - 1, Watch(), {}
+    layers = model.get_decoder().layers
+    handles = [
+        layer.self_attn.register_forward_hook(lambda m, a, out, i=i: written.update({i: out[0]}))
+        for i, layer in enumerate(layers)
+    ]
+    with attach(model, watch), torch.no_grad(), lenses.states_at(layers, last) as states:
+        logits = model(**inputs).logits
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([logits[b, last[b]].softmax(0) for b in range(2)])
+    torch.testing.assert_close(lenses.logit_lens(model, states[-1]), expected, atol=1e-6, rtol=1e-4)
+    for i, layer in enumerate(layers):
+        whole = torch.stack([written[i][b, last[b]] for b in range(2)])
+        with torch.no_grad():
+            made = layer.self_attn.o_proj(watch.heads[i].flatten(1))
+        torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_nearest_words_and_kinds_equal_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words, rows = torch.randn(VOCAB, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    ids, cosines = lenses.nearest_words(words, rows)
+    for row, i, cosine in zip(rows, ids, cosines, strict=True):
+        by_hand = [torch.nn.functional.cosine_similarity(row, word, dim=0).item() for word in words]
+        assert by_hand.index(max(by_hand)) == i and cosine.item() == pytest.approx(max(by_hand), abs=1e-5)
+    mean = rows.mean(0, keepdim=True)
+    spread = (rows - mean).square().sum(-1).mean()
+    rows = rows.repeat(3, 1)
+    rows[[2, 6]] = mean[0] + 1e-3
+    attention = torch.full((27,), 0.01)
+    attention[[5, 6]] = torch.tensor([2.0, 1.9])  # a sink, dead or not, is a sink
+    expected = [0 if i in (5, 6) else 1 if i == 2 else 2 for i in range(27)]
+    assert lenses.kinds(rows, attention, mean, spread).tolist() == expected
+
+
+# ---------------------------------------------------------------- the decision
+
+
+def test_ends_are_the_outermost_layers_of_an_unbroken_run_within_the_bound() -> None:
+    assert decide.latest([0, 0.01, 0.01, 0.5, 0.01], 0.02) == 2
+    assert decide.latest([0, 0.5], 0.02) == 0 and decide.latest([0, 0, 0], 0.02) == 2
+    assert decide.earliest([9, 0.01, 0.5, 0.01, 0], 0.02) == 3
+    assert decide.earliest([9, 9, 0], 0.02) == 2 and decide.earliest([0, 0, 0], 0.02) == 0
+
+
+def test_bands_are_wider_by_a_few_layers_and_hold_at_least_one() -> None:
+    assert decide.near_bands(2, 4, 5) == [(a, b) for a in (0, 1, 2) for b in (4, 5)]
+    assert all(a < b <= 6 for a, b in decide.near_bands(5, 3, 6))
+    kl = {(0, 4): 0.0, (1, 4): 0.03, (2, 4): 0.5, (1, 5): 0.01}
+    cheap = lambda s: (s.exit or 5) - s.enter  # noqa: E731
+    assert decide.cheapest_bands(kl, 0.03, cheap, 5) == [(1, 4), (0, 4), (1, 5)]
+    assert decide.cheapest_bands({**kl, (2, 5): 0.0}, 0.03, cheap, 5)[0] == (2, 5)
+    assert decide.cheapest_bands(kl, -1, cheap, 5) == [(0, 4)]
+
+
+def test_keeps_begin_inside_the_band() -> None:
+    assert decide.keep_layers(2, 3) == [] and decide.keep_layers(2, 4) == [3]
+    assert decide.keep_layers(0, 32, 1) == [1] and decide.keep_layers(0, 32, 2) == [1, 31]
+    found = decide.keep_layers(0, 32)
+    assert len(found) == decide.KEEP_LAYERS and found[0] == 1 and found[-1] == 31
+    assert decide.keep_sizes(144) == [72, 36, 18, 9, 5] and decide.keep_sizes(1) == []
+
+
+def test_pyramids_are_those_that_no_other_beats() -> None:
+    table = {(layer, k): (6 - layer) / k for layer in (2, 3, 5) for k in (8, 4, 2)}
+    flops = lambda keep: sum(k * 0.1 + layer for layer, k in keep.items()) / len(keep)  # noqa: E731
+    found = decide.pyramids(table, flops)
+    every = []
+    for n in (1, 2, 3):
+        for steps in itertools.permutations(table, n):
+            down = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(steps))
+            if down:
+                every.append((flops(dict(steps)), sum(table[s] for s in steps), dict(steps)))
+    for fewer, cost, keep in found:
+        assert (fewer, cost) == pytest.approx((flops(keep), sum(table[s] for s in keep.items())))
+        assert not any(f <= fewer and c < cost for f, c, _ in every)
+    for f, c, _ in every:
+        assert any(fewer <= f and cost <= c for fewer, cost, _ in found)
+    assert [f for f, *_ in found] == sorted(f for f, *_ in found)
+
+
+def test_the_cheapest_within_the_bound_is_found_by_few_probes() -> None:
+    for n, border in itertools.product((1, 2, 7, 40), range(41)):
+        for guess in {0, n // 3, border, n}:
+            asked: list[int] = []
+
+            def within(i: int, asked=asked, border=border) -> bool:
+                asked.append(i)
+                return i >= border
+
+            found = decide.bisect(n, guess, within)
+            assert len(asked) <= decide.PROBES and len(asked) == len(set(asked)) and found >= min(border, n)
+            if n <= 32 or guess == border:
+                assert found == min(border, n)
+    assert decide.spread(0) == [] and decide.spread(1) == [0] and decide.spread(30) == [0, 10, 19, 29]
+
+
+def test_the_front_and_the_choice() -> None:
+    def point(flops: float, kl: float) -> decide.Point:
+        return decide.Point(VisionSchedule(), True, flops, kl, 0.0, 1.0, None)
+
+    points = [
+        point(f, k) for f, k in ((1.0, 0.0), (0.5, 0.01), (0.6, 0.02), (0.3, 0.05), (0.4, 0.05), (0.2, 0.9))
+    ]
+    assert [(p.flops, p.kl) for p in decide.pareto(points)] == [
+        (0.2, 0.9),
+        (0.3, 0.05),
+        (0.5, 0.01),
+        (1.0, 0.0),
+    ]
+    assert decide.choose(points, 0.05, None)[0].flops == 0.3
+    assert decide.choose(points, -1.0, None)[0].kl == 0.0
+    assert decide.choose(points, 0.05, 0.55)[0].flops == 0.5
+    assert "beyond the bound" in decide.choose(points, 0.005, 0.55)[1]
+    small, why = decide.choose(points, 0.05, 0.1)
+    assert small.flops == 0.2 and "no schedule" in why

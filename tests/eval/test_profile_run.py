@@ -1,0 +1,268 @@
+"""A profile from its command line to its files, what training makes of it, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.tiny_base import composed, save_tiny_base, tiny_base
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from latefusion.eval.fusion import command, files
+from latefusion.eval.fusion.measure import Measurer
+from latefusion.models.attach import attach
+from latefusion.models.fingerprint import identity
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.training import run
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"), layers=4)
+
+
+@pytest.fixture(scope="module")
+def profiled(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    words = [
+        f"model={base}",
+        "data=scenes",
+        "samples=6",
+        "images=16",
+        "batch_size=4",
+        "dtype=float32",
+        f"output={folder}",
+    ]
+    own, config = command.parsed([*words, "bound=0.02"])
+    return folder, command.run(own, config)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.refers, self.ids, self.tags = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.refers += [values[name] for name in ("src", "href", "data") if values.get(name)]
+        self.ids += [values["id"]] if "id" in values else []
+
+
+def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
+    folder, found = profiled
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    sections = {"stages", "decision", "agreement", "attention", "examples", "lenses", "method"}
+    assert sections <= set(page.ids) and len(page.ids) == len(set(page.ids)) and page.tags.count("svg") == 8
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.refers)
+    assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(page.tags)
+    assert len(text) < 1_500_000
+    for name in (
+        "stages",
+        "vision_side",
+        "attention",
+        "contribution",
+        "sinks",
+        "settling",
+        "agreement",
+        "pareto",
+    ):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+    stored = json.loads((folder / "profile.json").read_text())
+    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    rows = list(csv.DictReader((folder / "layers.csv").open()))
+    assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
+        [r["kl"] for r in found["curves"]["prefix"]]
+    )
+    assert len(list(csv.DictReader((folder / "samples.csv").open()))) == 6
+    assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
+    schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
+    assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
+    for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
+        assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+
+
+def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
+    files.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
+    assert files.read_entry(tmp_path, identity(str(base))) is not None
+    with pytest.raises(ValueError, match="other weights"):
+        files.read_entry(tmp_path, identity("embedded"))
+
+
+def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
+    batches: list[int] = []
+
+    def spent(self: Measurer) -> None:
+        batches.append(len(self.sources))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Measurer, "looks", spent)
+    words = [f"model={base}", "samples=3", "images=4", "dtype=float32", f"output={tmp_path}"]
+    own, config = command.parsed(words)
+    said = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        command.run(own, config, console=Console(file=said, width=200))
+    first = said.getvalue().splitlines()[0]
+    found = re.match(r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first)
+    assert found is not None, first
+    assert batches == [2], "of one batch nothing can be left out"
+    total, each = (int(number.replace(",", "")) for number in found.groups())
+    assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
+
+
+@pytest.mark.slow
+def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_path) -> None:
+    """Every byte of every file: what one run says, another says."""
+    folder, _ = profiled
+    lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
+    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
+    own, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
+    said = io.StringIO()
+    command.run(own, config, console=Console(file=said, width=200))
+    assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in said.getvalue()
+    names = sorted(file.name for file in folder.iterdir())
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    different = [name for name in names if (tmp_path / name).read_bytes() != (folder / name).read_bytes()]
+    assert different == []
+
+
+def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
+    """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
+    _, found = profiled
+    model, processor = tiny_base(layers=4)
+    own, config = command.parsed([f"model={base}", "samples=6", "images=16"])
+    rows = command.chosen_rows(config.data, own).measured
+    assert len({row["scene"] for row in rows}) == 6
+    for i, row in enumerate(rows):
+        text = processor.apply_chat_template(row["messages"])
+        n = len(processor.tokenizer(row["answer"]).input_ids) + 1
+        inputs = processor(text=text, images=row["images"], return_tensors="pt")
+        with torch.no_grad():
+            dense = model(**inputs).logits.double().log_softmax(-1)
+            with attach(model, VisionSchedule(enter=2)):
+                late = model(**inputs).logits.double().log_softmax(-1)
+        ends = inputs["input_ids"][0].tolist()
+        last = len(ends) - ends[::-1].index(2) - 1  # of <eos>
+        at = range(last - n, last)
+        kl = sum((dense[0, t].exp() * (dense[0, t] - late[0, t])).sum().item() for t in at) / n
+        assert found["effects"]["late 2"]["kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+
+
+def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_path) -> None:
+    folder, _ = profiled
+    (tmp_path / "p").mkdir()
+    for name in ("schedule.yaml", "entry.safetensors"):
+        if (folder / name).exists():
+            (tmp_path / "p" / name).write_bytes((folder / name).read_bytes())
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    entry.weight.normal_(0, 0.2)
+    save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
+    (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
+    small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
+    small += [
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+        "lora.r=2",
+        "entry.rank=2",
+        f"model.path={base}",
+    ]
+    run.run(
+        composed(
+            *small,
+            f"schedule.profile={tmp_path / 'p'}",
+            "entry.init=calibrated",
+            f"output_dir={tmp_path / 'run'}",
+        )
+    )
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (stored,) = (weight for name, weight in weights.items() if name.endswith("start.weight"))
+    assert torch.equal(stored, entry.weight)
+    schedule = json.loads((tmp_path / "run" / "vision_schedule.json").read_text())
+    assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}}
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
+    save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors", metadata={"weights": "others"})
+    with pytest.raises(
+        SystemExit, match=r"error: the entry in .* was fitted to other weights .*\(others, not"
+    ):
+        run.run(
+            composed(
+                *small,
+                f"schedule.profile={tmp_path / 'p'}",
+                "entry.init=calibrated",
+                f"output_dir={tmp_path / 'third'}",
+            )
+        )
+    with pytest.raises(SystemExit, match=r"error: no profile at nowhere"):
+        run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--help"], "samples: prompts to measure on"),
+        (["model=nowhere/at/all"], "nowhere/at/all"),
+        (["model=lava"], "model=lava does not exist; model can be"),
+        (["samples=0", "model=embedded"], "samples=0"),
+        (["samples=1", "model=embedded"], "samples=1 says nothing"),
+        (["bound=-1", "model=embedded"], "bound=-1"),
+        (["budget=3", "model=embedded"], "budget=3"),
+        (
+            ["sampels=3", "model=embedded"],
+            "sampels does not exist (did you mean samples?); the keys are model",
+        ),
+        (["train.steps=3", "model=embedded"], "train.steps does not exist"),
+        (["samples=999999", "model=embedded"], "samples=999999 is more than"),
+        (["data=no/such/folder", "model=embedded"], "no/such/folder"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as error:
+        command.main(words, "usage")
+    assert says in str(error.value) and (words == ["--help"] or len(str(error.value).splitlines()) == 1)
+
+
+def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -> None:
+    _, config = command.parsed(["model=embedded"])
+    deep, shallow = tiny_base(layers=16)[0], tiny_base(layers=4)[0]
+    held = config.model.schedule
+    assert command.by_hand(config, deep) == VisionSchedule(enter=held.enter, exit=held.exit, keep=held.keep)
+    assert command.by_hand(config, shallow) is None  # another model under that name
+    assert command.by_hand(command.parsed([f"model={base}"])[1], deep) is None
+
+
+def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
+    path = save_tiny_base(tmp_path / "base", layers=1)
+    own, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
+        command.run(own, config)
+
+
+def test_a_model_without_images_is_refused(tmp_path) -> None:
+    LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
+        tmp_path
+    )
+    own, config = command.parsed([f"model={tmp_path}", "samples=2"])
+    with pytest.raises(ValueError, match="no model that reads images") as error:
+        command.run(own, config)
+    assert "\n" not in str(error.value)

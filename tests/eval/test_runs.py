@@ -1,0 +1,271 @@
+"""How an evaluation runs: interrupted, in several processes, on several tasks, against a stored reference; energy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import evaluated_student as evaluated
+from helpers.launch import free_port
+from helpers.tiny_base import save_tiny_base
+
+from latefusion.eval.comparison import energy
+from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.systems import policies_of
+from latefusion.eval.ledger import Ledger, Processes
+from latefusion.eval.metrics import Measure
+from latefusion.eval.tasks.base import rows_of
+from latefusion.eval.tasks.choice import circular
+
+ROOT = Path(__file__).parents[2]
+
+
+def ask(ledger: Ledger | None) -> dict[str, list[str]]:
+    student = evaluated.student()
+    student.model.eval()
+    found = answer_questions(
+        model=student.model,
+        processor=evaluated.processor(),
+        attachment=student.attachment,
+        systems=evaluated.SYSTEMS,
+        dataset=evaluated.questions(),
+        batch_size=9,
+        task="scenes",
+        ledger=ledger,
+    )
+    return {key: [answer.prediction for answer in answers] for key, answers in found.items()}
+
+
+def wanted() -> dict[str, list[str]]:
+    return {key: [text for text, _ in said] for key, said in evaluated.naive().items()}
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = evaluated.student().model
+    said, generate, calls = wanted(), model.generate, []
+
+    def interrupted(**kwargs: Any) -> Any:
+        calls.append(len(kwargs["input_ids"]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(Ledger(tmp_path, "identity", Processes()))
+    lines = tmp_path / "unfinished" / "0.jsonl"
+    with lines.open("a") as file:
+        file.write('{"system": "dense", "task": "sce')  # cut off in the middle of a line
+    ledger = Ledger(tmp_path, "identity", Processes())
+    assert ledger.resumed == sum(calls[:3])  # the base's rows of a batch are kept together
+    assert ask(ledger) == said
+    batches = -(-len(evaluated.questions()) // 9)
+    assert len(calls) == 3 * batches + 2  # nothing but what was interrupted was asked twice
+    ledger.close()
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_answers_of_another_evaluation_are_thrown_away(tmp_path: Path) -> None:
+    first = Ledger(tmp_path, {"policy": 1}, Processes())
+    ask(first)
+    assert Ledger(tmp_path, {"policy": 1}, Processes()).resumed == 3 * len(evaluated.questions())
+    assert Ledger(tmp_path, {"policy": 2}, Processes()).resumed == 0
+
+
+def test_processes_share_the_questions(tmp_path: Path) -> None:
+    """The second process answers its half; the first waits for it there and has all of them."""
+    other = Ledger(tmp_path, "identity", Processes(rank=0, count=2))  # the main one makes the folder
+    halves: list[int] = []
+
+    def second_process() -> None:
+        if not halves:
+            halves.append(0)
+            second = Ledger(tmp_path, "identity", Processes(rank=1, count=2))
+            assert ask(second) == wanted()
+
+    other.processes = Processes(rank=0, count=2, wait=second_process)  # type: ignore[misc]
+    assert ask(other) == wanted()
+    lines = [len((tmp_path / f"unfinished/{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert min(lines) > 0.3 * max(lines)
+
+
+def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
+    _, stored = evaluated.full_run()
+    found = evaluated.evaluate(tmp_path / "same", stored=stored)
+    assert found is not None and found["settings"]["reference_reproduced"]
+    other = copy.deepcopy(stored)
+    other["systems"]["dense"]["accuracy"]["overall"]["value"] -= 0.01
+    with pytest.raises(ValueError, match=r"does not reproduce .*\(at most 0\.5 points"):
+        evaluated.evaluate(tmp_path / "drift", stored=other)
+    assert not (tmp_path / "drift/report.json").exists()
+    kept = (tmp_path / "drift/unfinished/0.jsonl").read_text().splitlines()
+    assert {json.loads(line)["system"] for line in kept if line} == {"dense"}  # nobody else was asked
+    other["data"]["fingerprint"] = "0"
+    with pytest.raises(ValueError, match="asked other questions"):
+        evaluated.evaluate(tmp_path / "data", stored=other)
+    assert not (tmp_path / "data").exists()
+
+
+def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> None:
+    rows = evaluated.questions()
+    common = {"question": "is it red ?", "prompt": "is it red ?", "answer": "yes", "type": "a", "images": []}
+    bare = [{**common, "id": f"{q}-{turn}", "scene": q} for q in "xy" for turn in (0, 1)]
+    right = [float(i % 2) for i in range(4)]
+    rotated = evaluated.task(
+        rows_of(bare),
+        name="circles",
+        score=lambda said, row: float(row["id"].endswith("-1")),  # one rotation of each is right
+        units=circular,
+        measures=lambda answers: {"half": Measure(terms=[(right, [1.0] * len(answers))])},
+        max_new_tokens=2,
+    )
+    always = evaluated.task(rows.select(range(3)), name="signs", ocr=True, score=lambda said, row: 0.6)
+    results = evaluated.evaluate(tmp_path, tasks=[rotated, always])
+    assert results is not None
+    found = results["systems"]["student"]
+    assert found["tasks"]["circles"]["score"]["overall"]["value"] == 0
+    assert found["tasks"]["circles"]["score"]["overall"]["n"] == 2  # questions, not rotations
+    assert found["tasks"]["circles"]["measures"]["half"]["value"] == 50
+    assert found["accuracy"]["overall"]["value"] == pytest.approx((0 + 0.6) / 2)
+    assert list(found["accuracy"]["types"]) == ["circles", "signs"] == list(results["data"]["types"])
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy on text in images, %" in page and "circles, its own figures" in page
+
+
+def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
+    """Rows without an image share no batch with the others."""
+    with_image = evaluated.questions()[0]
+    with_image["image"].save(tmp_path / "a.png")
+    common = {"question": with_image["question"], "answer": "no", "type": "a"}
+    rows: Dataset = rows_of(
+        [
+            {**common, "id": "0", "prompt": common["question"], "scene": "0", "images": []},
+            {**common, "id": "1", "prompt": common["question"], "scene": "1", "images": [tmp_path / "a.png"]},
+        ]
+    )
+    student = evaluated.student()
+    student.model.eval()
+    found = answer_questions(
+        model=student.model,
+        processor=evaluated.processor(),
+        attachment=student.attachment,
+        systems={"dense": evaluated.SYSTEMS["dense"]},
+        dataset=rows,
+        batch_size=4,
+        max_new_tokens=6,
+    )["dense"]
+    assert [answer.vision_tokens for answer in found] == [[0] * 4, [16] * 4]
+    assert found[1].prediction == evaluated.naive()["dense"][0][0]
+
+
+def test_policies_by_name_and_with_other_arguments() -> None:
+    chosen = ["fastv", {"fastv": {"keep_ratio": 0.25}}, {"pyramiddrop": {"keep_ratios": {2: 0.5}}}]
+    found = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}])
+    assert {key: system.name for key, system in found.items()} == {
+        "fastv": "FastV",
+        "fastv_2": "FastV (keep_ratio=0.25)",
+        "pyramiddrop": "PyramidDrop",
+        "pyramiddrop_4": "PyramidDrop no. 2",
+    }
+    assert vars(found["fastv_2"].policy)["keep_ratio"] == 0.25
+
+
+def test_energy_of_a_cpu_is_the_sum_of_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, used in (("intel-rapl:0", 900_000), ("intel-rapl:1", 100_000), ("intel-rapl:0:0", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(str(used))
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000")
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    joules = energy.joules_of(torch.device("cpu"))
+    assert joules is not None
+    before = joules()
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("150000")  # wrapped around: 0.25 J more
+    (tmp_path / "intel-rapl:1/energy_uj").write_text("400000")  # 0.3 J more
+    assert joules() - before == pytest.approx(0.55)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "nothing")
+    assert energy.joules_of(torch.device("cpu")) is None
+
+
+def test_energy_of_a_gpu_is_nvml_s_counter_in_joules() -> None:
+    class Refused(Exception):
+        pass
+
+    def handle(uuid: bytes) -> int:
+        if uuid != b"GPU-1234":
+            raise Refused
+        return 7
+
+    nvml: Any = SimpleNamespace(
+        NVMLError=Refused,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetTotalEnergyConsumption=lambda at: 5000 + at,
+    )
+    joules = energy._nvml_counter(nvml, "1234")
+    assert joules is not None and joules() == pytest.approx(5.007)
+    assert energy._nvml_counter(nvml, "other") is None
+
+
+TIMED = {"ttft", "tpot", "joules", "peak_bytes", "vision_seconds", "seconds", "command", "date"}
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMED}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
+    """`kill -9` in the middle of the questions."""
+    base = save_tiny_base(tmp_path / "base")
+    asked = [sys.executable, str(ROOT / "eval/evaluate.py"), f"model={base}", "policies=[{vtw: {layer: 3}}]"]
+    asked += ["samples=120", "batch_size=3", "controls=false", "batches=[]", "lengths=[]"]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    whole = subprocess.run([*asked, f"output={tmp_path / 'whole'}"], timeout=900, **quiet)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = subprocess.Popen([*asked, f"output={tmp_path / 'killed'}"], **quiet)
+    kept = tmp_path / "killed/unfinished/0.jsonl"
+    while not kept.is_file() or kept.read_text().count("\n") < 40:
+        assert killed.poll() is None, "it finished before it could be killed"
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = kept.read_text().count("{")
+    again = subprocess.run(
+        [*asked, f"output={tmp_path / 'killed'}"], timeout=900, **{**quiet, "stdout": subprocess.PIPE}
+    )
+    assert again.returncode == 0 and "answers of an interrupted run" in again.stdout, again.stderr[-3000:]
+    assert 20 <= before < 2 * 120
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert without_times(reports[0]) == without_times(reports[1])
+    said = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "killed")]
+    assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
+    asked = ["model=embedded", "policies=[visipruner]", "samples=12", "batch_size=3", "controls=false"]
+    asked += ["batches=[]", "lengths=[]"]
+    script = str(ROOT / "eval/evaluate.py")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += [f"--main_process_port={free_port()}", script]
+    said = []
+    for name, command in (("one", [sys.executable, script]), ("two", launch)):
+        done = subprocess.run(
+            [*command, *asked, f"output={tmp_path / name}"], capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        said.append([(a["system"], a["id"], a["prediction"]) for a in map(json.loads, lines)])
+    assert said[0] == said[1] and len(said[0]) == 24
+    assert json.loads((tmp_path / "two/report.json").read_text())["environment"]["processes"] == 2

@@ -1,0 +1,255 @@
+"""The calibrated entry: its fit against plain least squares, how a run comes by it, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import prompt, shared, text_tokens, vision_tokens
+from helpers.oracle import band, masked
+from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
+from safetensors.torch import load_file
+
+from latefusion.data.scenes import load_scenes
+from latefusion.eval.fusion.files import ENTRY
+from latefusion.models.attach import attach
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.build import build_student
+from latefusion.models.student.entry import CalibratedEntry, entry_of
+from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
+from latefusion.models.student.save import load, merge, save_student
+from latefusion.training import assemble as parts
+from latefusion.training.calibrate import FITTED, settle_entry
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"), layers=4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
+    """Dense states that are an affine map with a bias a place are reached."""
+    model = shared(family)
+    generator = torch.Generator().manual_seed(0)
+    inputs = prompt(family, ["tt I ttt"] * 20, seed=3)
+    vision = vision_tokens(inputs)
+    weight = torch.randn(32, 32, generator=generator) * 0.2
+    bias = torch.randn(4, 32, generator=generator)
+
+    def shift(layer, args, output):
+        if output.shape[:2] != vision.shape:  # late entry: text alone is computed here
+            return output
+        rows = state[vision].unflatten(0, (-1, 4))
+        moved = output.clone()
+        moved[vision] = (rows @ weight + bias).flatten(0, 1)
+        return moved
+
+    def look(layer, args):
+        nonlocal state
+        state = args[0]
+
+    state = torch.empty(0)
+    layer = model.get_decoder().layers[0]
+    handles = [layer.register_forward_pre_hook(look), layer.register_forward_hook(shift)]
+    try:
+        with attach(model, VisionSchedule()) as attachment:
+            found = fit_entry(attachment, [(inputs, vision)], 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
+    mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
+    torch.testing.assert_close(
+        mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3
+    )
+
+
+def test_a_late_token_gets_the_bias_of_its_place() -> None:
+    """Rows of no, one and two images side by side, against the masked oracle."""
+    model, inputs = shared("llava"), prompt("llava", ["tt I ttt", "tttt", "t I t I tt"])
+    vision = vision_tokens(inputs)
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    generator = torch.Generator().manual_seed(1)
+    entry.weight.normal_(0, 0.3, generator=generator)
+    entry.bias.normal_(0, 1, generator=generator)
+
+    def by_hand(rows: torch.Tensor) -> torch.Tensor:
+        mapped = rows.clone()
+        for b in range(len(rows)):
+            for n, t in enumerate(vision[b].nonzero().flatten().tolist()):
+                mapped[b, t] = rows[b, t] @ entry.weight + entry.bias[n % 4]
+        return mapped
+
+    with torch.no_grad():
+        with installed(model, entry), attach(model, VisionSchedule(enter=2, exit=4)):
+            found = model(**inputs).logits
+        seen = band(vision, 6, 2, 4)
+        with masked(model, vision, seen, padding=inputs["attention_mask"], entry=by_hand):
+            expected = model(**inputs).logits
+    text = text_tokens(inputs)
+    torch.testing.assert_close(found[text], expected[text], atol=2e-5, rtol=1e-4)
+    assert entry_of(model) is None
+
+
+def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> None:
+    model = shared("llava")
+    inputs = prompt("llava", ["tt I ttt", "t I I tt"] * 10)
+    with attach(model, VisionSchedule()) as attachment:
+        assert len(fit_entry(attachment, [(inputs, vision_tokens(inputs))], 2).entry.bias) == 1
+        few = prompt("llava", ["tt I ttt"])
+        with pytest.raises(ValueError, match="use more images"):
+            fit_entry(attachment, [(few, vision_tokens(few))], 2)
+
+
+def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None:
+    model, processor = tiny_base(layers=4)
+    entry = CalibratedEntry(hidden_size=32, places=4)
+    entry.weight.normal_(0, 0.3)
+    entry.bias.normal_(0, 1)
+    student = build_student(
+        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
+        entry_rank=2, calibrated=entry,
+    )  # fmt: skip
+    assert not any(
+        "start" in name for name, weight in student.model.named_parameters() if weight.requires_grad
+    )
+    shake(student, 0.1)
+    row = load_scenes("test", 1)[0]
+    inputs = processor(
+        text=f"<image><user>{row['question']}<assistant>", images=row["image"], return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = student.model.eval()(**inputs).logits
+    save_student(student, tmp_path / "student")
+    merge(tmp_path / "student", tmp_path / "merged", dtype=torch.float32)
+    for name in ("student", "merged"):
+        again, _ = load(tmp_path / name, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def states(model, inputs, vision, layers) -> list[torch.Tensor]:
+    """The dense model's vision rows before these layers, `[N, D]` each, float64."""
+    found: list[torch.Tensor] = []
+    decoder = model.get_decoder()
+    handles = [
+        decoder.layers[layer].register_forward_pre_hook(
+            lambda m, args: found.append(args[0][vision].double())
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kinds", [("tt I ttt",), ("tt I ttt", "t I I tt")])
+def test_what_is_explained_is_what_least_squares_explains(kinds) -> None:
+    """Row by row, without sums: of all batches, and of the last under a map of those before it."""
+    model = shared("llava")
+    batches = [prompt("llava", [*kinds] * 9, seed=seed) for seed in range(3)]
+    with attach(model, VisionSchedule()) as attachment:
+        found = fit_entry(attachment, [(inputs, vision_tokens(inputs)) for inputs in batches], 2)
+    rows, places = [], len(found.entry.bias)
+    assert places == (4 if len(kinds) == 1 else 1)
+    for inputs in batches:
+        x, y = states(model, inputs, vision_tokens(inputs), (0, 2))
+        rows.append((x, y, torch.arange(len(x)) % places))
+
+    def fitted(some):
+        x, y, place = (torch.cat(part) for part in zip(*some, strict=True))
+        means = [torch.stack([part[place == p].mean(0) for p in range(places)]) for part in (x, y)]
+        x, y = x - means[0][place], y - means[1][place]
+        ridge = (RIDGE * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        weight = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, 0 * ridge])).solution
+        return weight, means
+
+    def share(some, weight, means, mapped=None):
+        x, y, place = (torch.cat(part) for part in zip(*some, strict=True))
+        guess = (x - means[0][place]) @ weight + means[1][place] if mapped is None else mapped(x)
+        return float(1 - (y - guess).square().sum() / (y - means[1][place]).square().sum())
+
+    assert found.explained == pytest.approx(share(rows, *fitted(rows)), rel=1e-6)
+    before = fitted(rows[:2])
+    assert found.unseen == pytest.approx(share(rows[2:], *before), rel=1e-6)
+    assert found.raw == pytest.approx(share(rows[2:], *before, mapped=lambda x: x), rel=1e-6)
+    assert found.unseen < found.explained
+
+
+def test_one_batch_leaves_nothing_unseen() -> None:
+    inputs = prompt("llava", ["tt I ttt"] * 20)
+    with attach(shared("llava"), VisionSchedule()) as attachment:
+        found = fit_entry(attachment, [(inputs, vision_tokens(inputs))], 1)
+    assert found.unseen is None and found.raw is None
+
+
+OPTIONS = (
+    "train.dtype=float32",
+    "train.threads=1",
+    "schedule.enter=1",
+    "schedule.exit=3",
+    "schedule.keep=null",
+)
+
+
+def made(config, rows=None, resumed=None) -> Path:
+    """The entry's file, when it is settled."""
+    rows = rows if rows is not None else parts.samples(config.data)
+    settle_entry(config, lambda: parts.base_of(config), lambda: rows, resumed)
+    return Path(config.output_dir) / FITTED / ENTRY
+
+
+def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, capsys) -> None:
+    options = (*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}", "entry.images=64")
+    config = configured(*options)
+    assert config.entry.init.value == "calibrated"  # what the recipe says, of any model
+    file = made(config)
+    assert (
+        "Entry calibrated on 64 images: fitted without the last 16, it explains " in capsys.readouterr().out
+    )
+    first = load_file(file)
+    student = parts.student_of(config)
+    assert torch.equal(entry_of(student.model).start.weight, first["weight"])
+
+    def never():
+        raise AssertionError("fitted again")
+
+    settle_entry(config, never, never, tmp_path / "checkpoint-1")
+    config.entry.images = 32
+    assert not torch.equal(load_file(made(config))["weight"], first["weight"])  # not resumed: anew
+
+
+@pytest.mark.parametrize("without", ["schedule.enter=0", "entry.kind=none", "entry.init=identity"])
+def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, without) -> None:
+    config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}", without)
+    assert not made(config).exists() and parts.student_of(config).model is not None
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (0, "none of the training set's samples has one; use entry.init=identity"),
+        (1, "cannot fit the calibrated entry's map"),
+        (10, "10 images are too few to calibrate the entry at layer 1"),
+    ],
+)
+def test_too_few_images_are_told_so_before_training(base, tmp_path, images, said) -> None:
+    config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
+    rows = [parts.samples(config.data)[i] for i in range(0, 10 * images, 10)]
+    turns = [{"role": role, "content": [{"type": "text", "text": "hm?"}]} for role in ("user", "assistant")]
+    rows += [{"id": "t", "messages": turns, "images": []}]
+    with pytest.raises(ValueError, match=said) as error:
+        made(config, rows)
+    assert "\n" not in str(error.value) and "entry.init=identity" in str(error.value)
+
+
+def test_a_process_that_does_not_see_the_entry_says_so(base, tmp_path) -> None:
+    config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
+    with pytest.raises(FileNotFoundError, match="output_dir=FOLDER that all machines share"):
+        parts.student_of(config)

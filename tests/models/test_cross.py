@@ -1,0 +1,368 @@
+"""Frozen vision tokens (`VisionSchedule(cross=...)`) against a full-length model whose vision rows are put back."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers.families import (
+    FAMILIES,
+    LAYERS,
+    MIXED,
+    TOLERANCE,
+    build,
+    close,
+    continued,
+    prompt,
+    shared,
+    text_tokens,
+    vision_tokens,
+)
+from helpers.oracle import masked
+from peft import LoraConfig, get_peft_model
+from test_executor import asking, generated, gradients, gradients_checkpointed
+from test_flops import N_TEXT, N_VISION, config, counted
+from test_flops import prompt as flops_prompt
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from latefusion import VisionSchedule
+from latefusion.models.accounting import account
+from latefusion.models.attach import attach, attached
+from latefusion.models.student.entry import install_entry
+
+CROSS = [(1, 3, 4), (0, 2), (0, 5)]
+
+# a second implementation, and gradients, where a family is different; elsewhere in the slow tier
+SPECIAL = ("llava", "gemma3", "paligemma", "qwen3_vl")
+EVERY = [
+    pytest.param(
+        family, attention, marks=[] if attention == "sdpa" or family in SPECIAL else pytest.mark.slow
+    )
+    for family in FAMILIES
+    for attention in ("sdpa", "eager")
+]
+SOME = [
+    pytest.param(
+        family, attention, marks=[] if family in SPECIAL and attention == "sdpa" else pytest.mark.slow
+    )
+    for family in FAMILIES
+    for attention in ("sdpa", "eager")
+]
+WITHOUT_MASK = [
+    pytest.param(family, marks=[] if family in SPECIAL else pytest.mark.slow) for family in FAMILIES
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def seen_at(vision: torch.Tensor, cross: tuple[int, ...]) -> list[torch.Tensor]:
+    return [vision if i in cross else torch.zeros_like(vision) for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize(("family", "attention"), EVERY)
+def test_frozen_tokens_equal_the_model_that_puts_them_back(family: str, attention: str) -> None:
+    model = shared(family, attention)
+    for side, cross in (("left", CROSS[0]), ("left", CROSS[1]), ("right", CROSS[2])):
+        inputs = prompt(family, MIXED, side)
+        vision, text = vision_tokens(inputs), text_tokens(inputs)
+        with torch.no_grad():
+            hide = masked(
+                model, vision, seen_at(vision, cross), padding=inputs["attention_mask"], frozen=True
+            )
+            with hide:
+                expected = model(**inputs, use_cache=False).logits[text]
+            with attach(model, VisionSchedule(cross=cross)):
+                assert close(model(**inputs, use_cache=False).logits[text], expected)
+                assert close(model(**inputs, use_cache=True).logits[text], expected)
+
+
+@pytest.mark.parametrize("family", WITHOUT_MASK)
+def test_without_padding_there_is_no_mask_to_start_from(family: str) -> None:
+    model, inputs = shared(family), prompt(family, ["tt I ttt", "t I tttt"])
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    with torch.no_grad():
+        with masked(model, vision, seen_at(vision, (1, 4)), padding=inputs["attention_mask"], frozen=True):
+            expected = model(**inputs, use_cache=False).logits[text]
+        with attach(model, VisionSchedule(cross=(1, 4))):
+            assert close(model(**inputs, use_cache=False).logits[text], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_reads_what_the_prefill_left(family: str) -> None:
+    model, inputs, cross = shared(family), prompt(family, MIXED), (1, 3, 4)
+    with torch.no_grad():
+        with attach(model, VisionSchedule(cross=cross)):
+            out = generated(model, inputs)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        longer = continued(family, inputs, new)
+        vision = torch.nn.functional.pad(vision_tokens(inputs), (0, new.shape[1]))
+        with masked(model, vision, seen_at(vision, cross), padding=longer["attention_mask"], frozen=True):
+            expected = model(**longer, use_cache=False).logits[:, -new.shape[1] - 1 : -1]
+    assert close(torch.stack(out.logits, 1), expected)
+
+
+@pytest.mark.parametrize(("family", "attention"), SOME)
+def test_gradients_reach_weights_and_image(family: str, attention: str) -> None:
+    """With the same ones under gradient checkpointing, which computes each layer a second time."""
+    model, inputs, cross = shared(family, attention), prompt(family, MIXED, "right"), (1, 2, 4)
+    vision = vision_tokens(inputs)
+    with masked(model, vision, seen_at(vision, cross), padding=inputs["attention_mask"], frozen=True):
+        expected, expected_loss = gradients(model, inputs)
+    with attach(model, VisionSchedule(cross=cross)):
+        (found, loss), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
+    assert found.keys() == expected.keys()
+    scale = max(1.0, *(grad.abs().max().item() for grad in expected.values()))
+    assert all(close(found[name], expected[name], TOLERANCE * scale) for name in found)
+    assert abs(loss - expected_loss) <= TOLERANCE and all(torch.equal(found[n], again[n]) for n in found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keeps_rank_by_what_was_read(attention: str) -> None:
+    model, inputs, cross = shared("llava", attention), prompt("llava", MIXED), (1, 2, 4)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    schedule = VisionSchedule(cross=cross, keep={2: 3, 4: 2})
+    with torch.no_grad(), attach(model, schedule) as attachment:
+        logits, trace = model(**inputs).logits[text], attachment.trace
+    seen = seen_at(vision, cross)
+    for layer in (2, 4):
+        chosen = torch.zeros_like(vision)
+        for record in trace:
+            assert record.vision[layer] == min(schedule.keep[layer], record.n_vision)
+        scores = ranked_frozen(inputs, vision, seen, [i for i in cross if i < layer])
+        for b in range(len(vision)):
+            left = [t for t in seen[1 if layer == 2 else 2][b].nonzero().flatten().tolist()]
+            for t in sorted(left, key=lambda t: (-scores[b][t], t))[: schedule.keep[layer]]:
+                chosen[b, t] = True
+        seen[layer] = chosen
+    assert [record.kept for record in trace if record.n_vision] == [
+        row.nonzero().flatten().tolist() for row in seen[4] if row.any()
+    ]
+    with torch.no_grad(), masked(model, vision, seen, padding=inputs["attention_mask"], frozen=True):
+        assert close(logits, model(**inputs, use_cache=False).logits[text])
+
+
+def ranked_frozen(
+    inputs: dict[str, Any], vision: torch.Tensor, seen: list[torch.Tensor], layers: list[int]
+) -> list[dict[int, float]]:
+    """Per sample, the largest share that a token had in what a head of an asking row reads, in loops."""
+    eager = shared("llava", "eager")
+    score: list[dict[int, float]] = [{} for _ in vision]
+    for layer in layers:
+        attention = eager.get_decoder().layers[layer].self_attn
+        values: dict[str, torch.Tensor] = {}
+        handle = attention.v_proj.register_forward_hook(lambda m, a, out, values=values: values.update(v=out))
+        with masked(eager, vision, seen, frozen=True), torch.no_grad():
+            maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer]
+        handle.remove()
+        value = values["v"].unflatten(-1, (-1, attention.head_dim))  # [B, T, Hkv, D]
+        group = maps.shape[1] // value.shape[2]
+        for b, rows in enumerate(asking(inputs)):
+            tokens = seen[layer][b].nonzero().flatten().tolist()
+            for h in range(maps.shape[1]):
+                for q in rows:
+                    read = {
+                        t: (maps[b, h, q, t] * value[b, t, h // group]).norm().item() ** 2 for t in tokens
+                    }
+                    for t in tokens:
+                        score[b][t] = max(score[b].get(t, 0.0), read[t] / sum(read.values()))
+    return score
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_the_entry_adapter_maps_them_once(family: str) -> None:
+    model, inputs, cross = build(family), prompt(family, MIXED), (2, 4)
+    entry = install_entry(model, rank=4)
+    with torch.no_grad():
+        for weight in entry.parameters():
+            weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    with torch.no_grad():
+        with masked(
+            model,
+            vision,
+            seen_at(vision, cross),
+            padding=inputs["attention_mask"],
+            frozen=True,
+            entry=entry,
+        ):
+            del model._modules["vision_entry"]
+            expected = model(**inputs, use_cache=False).logits[text]
+        model.add_module("vision_entry", entry)
+        with attach(model, VisionSchedule(cross=cross)):
+            assert close(model(**inputs).logits[text], expected)
+
+
+def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
+    """Attached before and after PEFT put its layers around the linear ones."""
+    inputs, cross = prompt("llava", MIXED), (1, 4)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    found = []
+    for first in (True, False):
+        model = build("llava")
+        schedule = VisionSchedule(cross=cross)
+        if first:
+            attach(model, schedule)
+        student = get_peft_model(
+            model, LoraConfig(r=2, target_modules="all-linear", exclude_modules=".*tower.*")
+        )
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for name, weight in student.named_parameters():
+                if "lora_" in name:
+                    weight.normal_(0, 0.3, generator=generator)
+        if not first:
+            attach(student, schedule)
+        rows: dict[str, int] = {}
+
+        def note(name: str, rows: dict[str, int], module: Any, args: tuple, output: Any) -> None:
+            rows[name] = args[0].shape[1]
+
+        for name, module in student.named_modules():
+            if "layers.1." in name and name.endswith("lora_A.default"):
+                module.register_forward_hook(partial(note, name.split(".")[-3], rows))
+        with torch.no_grad():
+            found.append(student(**inputs).logits[text])
+        longest, most_text = 12, 5
+        assert rows == {
+            **dict.fromkeys(("k_proj", "v_proj"), longest),
+            **dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), most_text),
+        }
+    attachment = attached(student)
+    assert attachment is not None
+    attachment.detach()
+    with (
+        torch.no_grad(),
+        masked(
+            student.get_base_model(),
+            vision,
+            seen_at(vision, cross),
+            padding=inputs["attention_mask"],
+            frozen=True,
+        ),
+    ):
+        expected = student(**inputs, use_cache=False).logits[text]
+    assert all(close(logits, expected) for logits in found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kv_heads", [4, 1], ids=["mha", "gqa"])
+def test_flops_are_those_of_a_real_run(kv_heads: int, attention: str) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config(kv_heads, attention)).eval()
+    inputs_embeds, vision = flops_prompt()
+    for schedule in (VisionSchedule(cross=(0, 2, 3)), VisionSchedule(cross=(1, 3, 5), keep={5: 10})):
+        with attach(model, schedule, vision_mask=vision) as attachment:
+            measured = counted(model, inputs_embeds)
+            record = attachment.trace[0]
+        assert schedule.flops(model.config, N_TEXT, N_VISION) == pytest.approx(measured, rel=0.01)
+        own = account(model.config, [record])
+        assert own.flops == schedule.flops(model.config, N_TEXT, N_VISION) - schedule.ranking_flops(
+            model.config, N_TEXT, record.vision
+        )
+        after = N_TEXT - 10  # text after the image
+        assert own.attention == after * sum(record.vision)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_chunks_give_the_same(family: str) -> None:
+    model, inputs = build(family), prompt(family, MIXED)
+    with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 3, 4))):
+        whole = generated(model, copy.deepcopy(inputs))
+        parts = generated(model, copy.deepcopy(inputs), prefill_chunk_size=5)
+    assert close(torch.stack(whole.logits), torch.stack(parts.logits))
+
+
+def test_the_cache_holds_keys_in_the_layers_that_read() -> None:
+    model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
+    with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 4))):
+        cache = model(**inputs).past_key_values
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [5, 9, 5, 5, 9, 5]
+
+
+def test_a_deep_copy_and_a_detached_model_are_their_own() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with attach(model, VisionSchedule(cross=(1, 4))):
+            expected = model(**inputs).logits
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, dense)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().modules())
+        assert torch.equal(twin(**inputs).logits, expected)
+
+
+def test_an_error_inside_the_attention_leaves_nothing_behind() -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+
+    class Broken(Exception):
+        pass
+
+    def broken(*args: Any) -> None:
+        raise Broken
+
+    with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 4))):
+        expected = model(**inputs).logits
+        handle = model.get_decoder().layers[1].self_attn.o_proj.register_forward_pre_hook(broken)
+        with pytest.raises(Broken):
+            model(**inputs)
+        handle.remove()
+        assert not model.get_decoder().layers[1].self_attn.q_proj._forward_pre_hooks
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_layer_of_other_parts_is_refused_before_it_computes() -> None:
+    torch.manual_seed(0)
+    small = Phi3Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    model = Phi3ForCausalLM(small).eval()
+    ids = torch.arange(8)[None] + 3
+    calls: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *a: calls.append(1))
+    sentence = r"^Phi3DecoderLayer has no q_proj, .*: use a schedule without cross\.$"
+    vision = (ids > 4) & (ids < 8)
+    with (
+        attach(model, VisionSchedule(cross=(1,)), vision_mask=vision),
+        pytest.raises(ValueError, match=sentence),
+    ):
+        model(input_ids=ids)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cross": [-1, 2]}, r"^cross=\[-1, 2\] names layer -1; layers count from 0\.$"),
+        ({"cross": [2, 4], "enter": 1}, r"^cross=\[2, 4\] says where .* contradicts enter=1, exit=None"),
+        ({"cross": [2, 4], "exit": 6}, r"contradicts enter=0, exit=6: leave those out\.$"),
+        ({"cross": [2, 4], "keep": {3: 5}}, r"^keep names layer 3, which cross=\[2, 4\] does not read"),
+        ({"cross": [2, 4], "keep": {2: 5}}, r"^keep=\{2: 5\} must lie after enter=2"),
+        ({"positions": "compact"}, r"^positions='compact' is unknown; use original or reindexed\.$"),
+    ],
+)
+def test_contradictions_are_one_sentence(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisionSchedule(**values)
+
+
+def test_it_says_what_it_is() -> None:
+    schedule = VisionSchedule(cross=[4, 1, 4], keep={4: 2}, positions="reindexed")
+    assert (schedule.cross, schedule.enter, schedule.exit) == ((1, 4), 1, 5)
+    assert schedule.vision_tokens(6, 9) == [0, 9, 0, 0, 2, 0]
+    assert VisionSchedule.from_dict(schedule.to_dict()) == schedule
+    assert VisionSchedule().to_dict() == {"enter": 0, "exit": None, "keep": {}}
+    with pytest.raises(ValueError, match=r"^exit names layer 5, .* choose at most 4"):
+        schedule.validate(4)
+    with pytest.raises(
+        ValueError, match=r"^cross=\[1, 4\] has no band that could narrow; use train\.narrow=0"
+    ):
+        schedule.widened(0.5, 6)

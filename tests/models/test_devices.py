@@ -1,0 +1,115 @@
+"""On another device than the CPU, played by `elsewhere`, nothing mixes devices, and results are those of the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.fake_device import Elsewhere, There, inner, move, moved
+from helpers.families import FAMILIES, MROPE_FAMILIES, build, prompt, shared
+from helpers.tiny_base import shake, tiny_student
+
+from latefusion import VisionSchedule
+from latefusion.models.attach import attach
+from latefusion.models.policies.divprune import DivPrune
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.random import Random
+from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.training import assemble as parts
+
+MIXED = ["tt I ttt", "tttt", "t I t I tt"]
+POLICIES = {
+    "keeps": VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}),
+    "cross": VisionSchedule(cross=(1, 3)),
+    "reindexed": VisionSchedule(enter=2, exit=4, positions="reindexed"),
+    "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
+    "fastv": FastV(layer=1),
+    "random": Random(layer=3),
+    "divprune": DivPrune(),
+}
+NEAR = 2e-6
+
+
+def test_mixing_devices_is_noticed():
+    here, there = torch.arange(4.0), There(torch.arange(4.0))
+    with Elsewhere():
+        for mixed in (
+            lambda: here + there,
+            lambda: torch.where(there > 1, here, there),
+            lambda: here[there.long()],
+        ):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        assert isinstance(there * 2 + torch.arange(4, device=there.device), There)
+        assert isinstance(there[torch.tensor([0, 2])], There) and not isinstance(there.cpu(), There)
+        assert (there[2:] + 1).tolist() == [3.0, 4.0] and float(there.sum()) == 6
+
+
+def forward(model: Any, inputs: dict[str, Any], policy: Any, *, steps: int) -> list[torch.Tensor]:
+    """Logits of a prefill and of decode steps, on the CPU."""
+    mask, found = inputs["attention_mask"], []
+    with torch.no_grad(), Elsewhere(), attach(model, policy):
+        out = model(**inputs)
+        found.append(inner(out.logits))
+        for _ in range(steps):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            ids = torch.full((len(mask), 1), 5, device=mask.device)
+            step = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
+            found.append(inner(step.logits))
+    return found
+
+
+def check(family: str, policy: str) -> None:
+    steps = 0 if family in MROPE_FAMILIES else 2
+    expected = forward(shared(family), prompt(family, MIXED), POLICIES[policy], steps=steps)
+    found = forward(move(build(family)), moved(prompt(family, MIXED)), POLICIES[policy], steps=steps)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < NEAR
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies(policy):
+    check("llava", policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["keeps", "cross", "reindexed", "visipruner"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, policy):
+    check(family, policy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="visipruner teaches"),
+        pytest.param(("teacher=none", "lora.train_projector=true"), id="projector", marks=pytest.mark.slow),
+        pytest.param(
+            ("schedule.enter=0", "schedule.exit=null", "schedule.keep=null", "schedule.cross=[1,3]"),
+            id="cross",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_objective_and_its_gradients(options):
+    found = []
+    for place in (lambda x: x, moved):
+        config, student = tiny_student("data.scenes=2", "model.visipruner.boundary=1", *options)
+        shake(student)
+        samples = parts.samples(config.data)
+        batch = parts.collator_of(student, config)([samples[i] for i in range(3)])
+        objective = parts.objective_of(config, student)
+        if place is moved:
+            move(student.model)
+        with Elsewhere():
+            loss, _ = objective(student.model, place(dict(batch)), count=5)
+            loss.backward()
+        weights = student.model.named_parameters()
+        found.append((float(loss.detach()), {n: inner(p.grad) for n, p in weights if p.grad is not None}))
+    (loss, grads), (expected, wanted) = found[1], found[0]
+    assert loss == pytest.approx(expected, rel=1e-5) and grads.keys() == wanted.keys() and len(grads) > 80
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).norm() < 1e-3 * wanted[name].norm() + 1e-4, name

@@ -1,0 +1,271 @@
+"""What must always hold, over every family: identity, oracle, cached = uncached, ranking, gradients.
+
+The last test prints the worst error of each invariant by family (`pytest tests/models/test_executor.py -rP`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from helpers.families import (
+    EVEN,
+    FAMILIES,
+    LAYERS,
+    MIXED,
+    TOLERANCE,
+    continued,
+    prompt,
+    shared,
+    text_tokens,
+    vision_tokens,
+)
+from helpers.oracle import band, masked, ranked
+
+from latefusion import VisionSchedule
+from latefusion.models.attach import attach
+
+# rows of one batch: one image, none, several; different lengths, so all but one row are padded
+BATCHES = [MIXED, EVEN, ["ttI t", "tI ttttttttt"], ["I tt"], ["tt"], ["t I t I t I tttt", "tttttttttt"]]
+BANDS = [(2, 4), (0, 3), (3, None), (1, 5)]
+KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
+
+worst: dict[str, dict[str, float]] = defaultdict(dict)
+
+family_side_attention = [
+    pytest.mark.parametrize("family", FAMILIES),
+    pytest.mark.parametrize("side", ["left", "right"]),
+    pytest.mark.parametrize("attention", ["sdpa", "eager"]),
+]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def everywhere(test: Any) -> Any:
+    for mark in family_side_attention:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def note(family: str, invariant: str, error: float) -> None:
+    """Hold the error to the tolerance, and remember it."""
+    worst[family][invariant] = max(error, worst[family].get(invariant, 0.0))
+    assert error <= TOLERANCE
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def padding(inputs: dict[str, Any]) -> torch.Tensor:
+    return inputs["attention_mask"]
+
+
+def generated(model: Any, inputs: dict[str, Any], tokens: int = 4, **options: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- identity
+
+
+def check_identity(family: str, side: str, attention: str, rows: list[str]) -> None:
+    model, inputs = shared(family, attention), prompt(family, rows, side)
+    with torch.no_grad():
+        logits, out = model(**inputs).logits, generated(model, inputs)
+        for everything in (VisionSchedule(), VisionSchedule(keep={1: 1000})):
+            with attach(model, everything):
+                assert torch.equal(model(**inputs).logits, logits)
+                same = generated(model, inputs)
+        assert torch.equal(same.sequences, out.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(same.logits, out.logits, strict=True))
+        assert torch.equal(model(**inputs).logits, logits)  # and detach gave it back
+
+
+@everywhere
+def test_a_policy_that_keeps_everything_changes_no_bit(family: str, side: str, attention: str) -> None:
+    check_identity(family, side, attention, MIXED)
+
+
+# ---------------------------------------------------------------- oracle
+
+
+def check_bands(family: str, side: str, attention: str, rows: list[str]) -> None:
+    """Uncached and cached prefill under several bands against the full-length model."""
+    model, inputs = shared(family, attention), prompt(family, rows, side)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    with torch.no_grad():
+        for enter, exit in BANDS:
+            with masked(model, vision, band(vision, LAYERS, enter, exit), padding=padding(inputs)):
+                expected = model(**inputs, use_cache=False).logits[text]
+            with attach(model, VisionSchedule(enter=enter, exit=exit)):
+                note(family, "oracle", gap(model(**inputs, use_cache=False).logits[text], expected))
+                note(family, "oracle, cached", gap(model(**inputs, use_cache=True).logits[text], expected))
+
+
+@everywhere
+def test_bands_equal_the_masked_model(family: str, side: str, attention: str) -> None:
+    check_bands(family, side, attention, MIXED)
+    if side == "left":
+        check_bands(family, side, attention, EVEN)  # no padding, so no mask
+
+
+def seen_by_keeps(
+    family: str, inputs: dict[str, Any], schedule: VisionSchedule = KEEPS
+) -> list[torch.Tensor]:
+    return ranked(
+        shared(family, "eager"),
+        inputs,
+        vision_tokens(inputs),
+        enter=schedule.enter,
+        exit=schedule.exit,
+        keep=dict(schedule.keep),
+        queries=asking(inputs),
+    )
+
+
+def asking(inputs: dict[str, Any]) -> list[list[int]]:
+    """Per sample, the last token and the text after the first vision token."""
+    rows = []
+    for real, sees in zip(padding(inputs).tolist(), vision_tokens(inputs).tolist(), strict=True):
+        there = [i for i, r in enumerate(real) if r]
+        rows.append([i for i in there if i == there[-1] or (any(sees[:i]) and not sees[i])])
+    return rows
+
+
+@everywhere
+def test_keeps_choose_by_attention_and_equal_the_masked_model(family: str, side: str, attention: str) -> None:
+    model, inputs = shared(family, attention), prompt(family, MIXED, side)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    seen = seen_by_keeps(family, inputs)
+    with torch.no_grad():
+        with masked(model, vision, seen, padding=padding(inputs)):
+            expected = model(**inputs, use_cache=False).logits[text]
+        with attach(model, KEEPS) as attachment:
+            logits = model(**inputs).logits[text]
+            trace = attachment.trace
+    for record, chosen, sees in zip(trace, seen[4], vision, strict=True):
+        assert record.kept == (chosen.nonzero().flatten().tolist() if sees.any() else None)
+    note(family, "keeps", gap(logits, expected))
+
+
+# ---------------------------------------------------------------- cached = uncached
+
+
+def check_generation(family: str, attention: str, rows: list[str], schedule: VisionSchedule) -> None:
+    """Every step of `generate` against one full-length masked forward over what it wrote."""
+    model, inputs = shared(family, attention), prompt(family, rows)
+    with torch.no_grad():
+        with attach(model, schedule):
+            out = generated(model, inputs, tokens=5)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        if schedule.keep:
+            seen = seen_by_keeps(family, inputs, schedule)
+        else:
+            seen = band(vision_tokens(inputs), LAYERS, schedule.enter, schedule.exit)
+        longer = continued(family, inputs, new)
+        grow = lambda mask: torch.nn.functional.pad(mask, (0, new.shape[1]))  # noqa: E731
+        seen, vision = [grow(mask) for mask in seen], grow(vision_tokens(inputs))
+        with masked(model, vision, seen, padding=padding(longer)):
+            expected = model(**longer, use_cache=False).logits[:, -new.shape[1] - 1 : -1]
+    note(family, "generation", gap(torch.stack(out.logits, 1), expected))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_the_masked_model(family: str, attention: str) -> None:
+    check_generation(family, attention, MIXED, VisionSchedule(enter=2, exit=4))
+    check_generation(family, attention, MIXED, KEEPS)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of all parameters and of the image features, under labels on text that text predicts."""
+    text = text_tokens(inputs)
+    from_text = torch.nn.functional.pad(text, (1, 0))[:, :-1]
+    labels = inputs["input_ids"].masked_fill(~(text & from_text), -100)
+    pooled = inputs["mm_encoder_outputs"]["image"].pooler_output
+    images = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
+    for image in images:
+        image.requires_grad_()
+        image.grad = None
+    model.train()
+    model.zero_grad()
+    loss = model(**inputs, labels=labels, use_cache=False).loss
+    loss.backward()
+    model.eval()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {**grads, **{f"image {i}": image.grad.clone() for i, image in enumerate(images)}}, loss.item()
+
+
+def gradients_checkpointed(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, inputs)
+    model.gradient_checkpointing_disable()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
+    model, inputs = shared(family, attention), prompt(family, MIXED, "right")
+    vision = vision_tokens(inputs)
+    with masked(model, vision, seen_by_keeps(family, inputs), padding=padding(inputs)):
+        expected, expected_loss = gradients(model, inputs)
+    with attach(model, KEEPS):
+        (found, loss), (again, loss_again) = gradients(model, inputs), gradients_checkpointed(model, inputs)
+    assert found.keys() == expected.keys()
+    scale = max(grad.abs().max().item() for grad in expected.values())
+    note(family, "gradients", max(gap(found[name], expected[name]) for name in found) / max(scale, 1.0))
+    note(family, "loss", abs(loss - expected_loss))
+    assert loss == loss_again and all(torch.equal(found[name], again[name]) for name in found)
+
+
+# ---------------------------------------------------------------- all batches (slow)
+
+
+@pytest.mark.slow
+@everywhere
+def test_every_batch(family: str, side: str, attention: str) -> None:
+    for rows in BATCHES:
+        if rows != ["tt"]:
+            check_bands(family, side, attention, rows)
+        check_identity(family, side, attention, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_band_generates(family: str, attention: str) -> None:
+    for rows in BATCHES:
+        for enter, exit in BANDS:
+            check_generation(family, attention, rows, VisionSchedule(enter=enter, exit=exit))
+
+
+def test_worst_errors_by_family() -> None:
+    invariants = sorted({name for errors in worst.values() for name in errors})
+    print(f"{'family':16s}" + "".join(f"{name:>16s}" for name in invariants))
+    for family, errors in worst.items():
+        print(f"{family:16s}" + "".join(f"{errors.get(name, float('nan')):16.1e}" for name in invariants))
+    assert all(error <= TOLERANCE for errors in worst.values() for error in errors.values())

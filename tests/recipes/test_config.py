@@ -1,0 +1,263 @@
+"""What the command line can say: typos and bad values are one sentence, named, with the fix."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_base import composed, configured
+
+from latefusion.recipes.check import check_config
+from latefusion.recipes.compose import compose_tree
+from latefusion.recipes.schema import RECIPES
+from latefusion.training import preflight
+
+TRAIN = Path(preflight.__file__).with_name("train.py")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "train.learning_rat=1",
+            r"train.learning_rat does not exist \(did you mean learning_rate\?\); train has accumulation, ",
+        ),
+        ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
+        (
+            "recipe=late_fuson",
+            "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, late_fusion, ",
+        ),
+        ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
+        (
+            "train.steps=many",
+            "train.steps=many: Value 'many' of type 'str' could not be converted to Integer",
+        ),
+        (
+            "train.scheduler=cosin",
+            r"train.scheduler=cosin: Invalid value 'cosin', expected one of \[linear, cosine, ",
+        ),
+        (
+            "schedule.keep={4:",
+            "schedule.keep={4: is not read as key=value; in a shell, quote what has brackets",
+        ),
+        ("engine.deepspeed.x=1", "one of engine.deepspeed.x=1 sets a key inside one that holds nothing"),
+        ("teacher=me", r"teacher=me: Invalid value 'me', expected one of \[visipruner, dense, none\]"),
+    ],
+)
+def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        compose_tree([override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.steps=0"], "train.steps=0 must be at least 1"),
+        (["train.learning_rate=-1"], "train.learning_rate=-1.0 must be positive"),
+        (
+            ["data=mixture", "data.parts=[{path: a, weight: 0}]"],
+            r"data\.parts\[0\]\.weight=0\.0 must be positive",
+        ),
+        (
+            ["data=mixture", "data.parts=[{path: a, weight: -1}]"],
+            r"parts\[0\]\.weight=-1\.0 must be positive",
+        ),
+        (["data=mixture", "data.parts=[{path: a, weight: inf}]"], r"weight=inf must be positive and finite"),
+        (["train.learning_rate=inf"], "train.learning_rate=inf must be positive and finite"),
+        (["kl.weight=nan"], "kl.weight=nan must not be negative, and finite"),
+        (["train.threads=0"], "train.threads=0 must be at least 1"),
+        (["train.seed=-1"], "train.seed=-1 must not be negative"),
+        (["schedule.budget=3"], "schedule.budget=3.0 is a part of dense FLOPs"),
+        (["lora.targets=[]"], r"lora.targets=\[\] names no layer"),
+        (["output_dir="], "output_dir is empty; name a folder"),
+        (["lora.dropout=1.5"], r"lora.dropout=1.5 must lie in \[0, 1\)"),
+        (["kl.weight=-0.1"], "kl.weight=-0.1 must not be negative"),
+        (["kl.temperature=0"], "kl.temperature=0.0 must be positive"),
+        (["resume=true", "overwrite=true"], "contradict each other"),
+        (["data=dataset"], "data.path is not set; name the dataset data with data.path=PATH"),
+        (["model=other"], "model.path is not set; model=other needs model.path=HUB_ID_OR_FOLDER"),
+        (["output_dir=???"], "output_dir is not set; add output_dir=VALUE"),
+        (["+train.lr=1"], "train.lr does not exist; there are accumulation, "),
+        (["engine=deepspeed_zero2", "engine.trainer=lightning"], "needs engine.trainer=accelerate"),
+        (["lora.train_projector=true", "model.projector=null"], "needs model.projector=NAME"),
+        (
+            ["schedule.cross=[2]", "train.narrow=0.5"],
+            "schedule.cross leaves no band for train.narrow to narrow",
+        ),
+        (["recipe=cross_only", "schedule.profile=x"], "or a profile to choose: use train.narrow=0 and sched"),
+    ],
+)
+def test_a_bad_value_is_a_sentence(overrides, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        check_config(composed(*overrides))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["schedule.enter=10", "schedule.exit=4", "schedule.keep={}"], "enter=10 must be below exit=4"),
+        (["schedule.keep=5"], "schedule.keep=5 must say how many tokens stay from which layer on"),
+        (["schedule.keep={3: many}"], "schedule.keep={3: 'many'} must say how many tokens stay"),
+        (["schedule.cross=[a]", "schedule.keep=null"], r"schedule.cross=\['a'\] must be a list of layers"),
+        (["schedule.keep={3: 4, 5: 6}", "schedule.enter=1", "schedule.exit=9"], "grows from 4"),
+        (["model.path=./nowhere"], r"no model at ./nowhere: there is no such folder; name one, or a hub id"),
+        (["model.path=recipes"], r"no model at recipes: it has no config.json"),
+        (["kl.model=/no/teacher"], "no model at /no/teacher"),
+        (["data=llava_mix665k", "data.path=missing.json"], "no conversation file at missing.json"),
+        (
+            ["data=dataset", "data.path=missing.jsonl"],
+            "no file or folder at missing.jsonl; name the data with data.p",
+        ),
+        (["data=mixture", "data.parts=[{path: ./a}]"], "no file or folder at ./a"),
+        (
+            ["data.eval_path=/no/questions"],
+            "no file or folder at /no/questions; name the data with data.eval_path=",
+        ),
+        (["data=dataset", "data.path=some/hub_id", "data.images=nowhere"], "no image folder at nowhere"),
+        (["init=nowhere"], "no student at nowhere: it has no adapter_config.json"),
+        (["schedule.profile=nowhere"], "no profile at nowhere"),
+        (["model=other", "model.path=./nowhere"], "no model at ./nowhere"),
+        (["model.visipruner.stages=[deep]"], "'deep' without 'middle'"),
+        (["model.visipruner.layer_threshold=2"], r"layer_threshold=2\.0 is a cosine"),
+        (
+            ["model.visipruner.boundary=15"],
+            "boundary=15 leaves no layer to fuse in of a decoder with layers 0 to 15",
+        ),
+        (
+            ["teacher=none", "model.visipruner.boundary=15"],
+            "boundary=15 leaves no layer",
+        ),  # the evaluation prunes
+        (
+            ["kl.model=embedded", "kl.visipruner.boundary=15"],
+            "kl.model=embedded cannot run under its policy: bound",
+        ),
+        (["schedule.exit=17"], "the schedule of model.path=embedded does not fit: exit names layer 17"),
+        (["output_dir=README.md/run"], r"output_dir=README.md/run cannot be written \(Not a directory\)"),
+        (["resume=true", "output_dir=nowhere"], "resume=true finds no checkpoint in nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        preflight.check(configured(*overrides))
+    assert "\n" not in str(error.value)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+for sys.argv in {runs!r}:
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        assert str(error).startswith("error: "), error
+    heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
+    assert not heavy, (sys.argv, heavy)
+print("light")
+"""
+
+
+def test_a_refusal_does_not_wait_for_torch(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    both = [
+        ["train.stps=3"],
+        ["train.steps=0"],
+        ["schedule.enter=99"],
+        ["model=other"],
+        ["model.path=/no/such/model"],
+        ["model.visipruner.tokens_threshold=-1"],
+        ["model.visipruner.boundary=15"],
+        ["data=llava_mix665k", "data.path=missing.json"],
+    ]
+    train = [[f"output_dir={tmp_path}"], [f"output_dir={tmp_path}", "resume=true"]]
+    teach = [[], ["kl.cache=x", "data=dataset", "data.path=x", "data.streaming=true"], ["kl.cache=README.md"]]
+    export = [["checkpoint=x"], ["checkpoint=x", "output=y"], ["chekpoint=x"]]
+    runs = [
+        *([str(TRAIN), *words] for words in [*both, *train]),
+        *(
+            [str(TRAIN.with_name("teach.py")), *words]
+            for words in [*([*w, "kl.cache=x"] for w in both[4:7]), *teach]
+        ),
+        *([str(TRAIN.with_name("export.py")), *words] for words in export),
+    ]
+    code = WITHOUT_TORCH.format(runs=runs)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert ran.stdout == "light\n", ran.stderr
+
+
+def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp_path):
+    about = {
+        "base_model_name_or_path": "embedded",
+        "modules_to_save": ["multi_modal_projector", "vision_entry"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    init = f"init={tmp_path}"
+    with pytest.raises(
+        ValueError, match=r"trained multi_modal_projector, .*; set lora\.train_projector=true\.$"
+    ):
+        preflight.check(configured(init))
+    preflight.check(configured(init, "lora.train_projector=true", "output_dir=nowhere"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": "a/b"}))
+    with pytest.raises(
+        ValueError, match=r"is of the base a/b, but model\.path=embedded; name that one, or, if it"
+    ):
+        preflight.check(configured(init, "lora.train_projector=true"))
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    here = f"output_dir={tmp_path}"
+    with pytest.raises(
+        ValueError, match=r"holds a run already; continue it with resume=true, replace it with"
+    ):
+        preflight.check(configured(here))
+    preflight.check(configured(here, "overwrite=true"))
+    whole = tmp_path / "tune_full"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tune_full holds a run already"):
+        preflight.check(configured(f"output_dir={whole}"))
+    with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: it has no readable files\.json"):
+        preflight.check(configured(here, "resume=true"))
+
+
+def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
+    def band(*overrides):
+        schedule = configured("model=llava_1_5_7b", *overrides).schedule
+        return schedule.enter, schedule.exit, schedule.keep
+
+    assert band() == (8, 24, None)
+    assert band("recipe=late_fusion_pyramid") == (8, 24, {10: 215, 14: 10, 16: 5, 18: 1})
+    assert band("schedule.keep={12: 7}", "schedule.enter=9") == (9, 24, {12: 7})
+    assert band("recipe=dense") == (0, None, None)
+    assert configured("model=llava_1_5_7b", "recipe=dense").output_dir == "outputs/dense"
+
+
+def test_settings_of_the_processor_are_added_to_the_model_s():
+    found = configured(
+        "model=qwen3_vl_4b", "model.processor={do_resize: false}", "model.processor.min_pixels=9"
+    )
+    assert found.model.processor == {"max_pixels": 1310720, "do_resize": False, "min_pixels": 9}
+    with pytest.raises(ValueError, match=r"train\.min_pixels does not exist"):
+        compose_tree(["train.min_pixels=9"])
+
+
+def test_every_recipe_file_starts_with_its_own_launch_command(monkeypatch):
+    """One that the recipe's own settings let begin, where data and weights are."""
+    for name in ("check_places", "check_base", "check_output"):
+        monkeypatch.setattr(preflight, name, lambda *_: None)
+    monkeypatch.setattr("latefusion.models.locate.find_spec", lambda name: name)  # bitsandbytes
+    for path in (RECIPES / "recipe").glob("*.yaml"):
+        first, second = path.read_text().splitlines()[:2]
+        command, *options = second.removeprefix("# accelerate launch ").split(" ")
+        assert (first, command) == ("# @package _global_", "training/train.py")
+        assert options[0] == f"recipe={path.stem}"
+        preflight.check(configured(*options))
+
+
+def test_the_entry_point_explains_and_exits(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), "train.step=3"])
+    with pytest.raises(SystemExit, match=r"error: train.step does not exist \(did you mean steps\?\)"):
+        runpy.run_path(str(TRAIN), run_name="__main__")

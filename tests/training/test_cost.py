@@ -1,0 +1,93 @@
+"""What a step computed, as a share of what the device could: counted, not assumed; the device is made up."""
+
+import json
+
+import pytest
+import torch
+from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_student
+
+from latefusion.data import sources
+from latefusion.training import assemble as parts
+from latefusion.training import monitor, run
+
+
+def layer(n, d, m):
+    """FLOPs of one layer with half as many key heads as heads: q, k, v, o; scores and their sum; gate, up, down."""
+    return 2 * n * 3 * d * d + 2 * 2 * n * n * d + 2 * 3 * n * d * m
+
+
+@pytest.mark.parametrize("teacher", ["none", "dense", "visipruner"])
+def test_flops_are_those_of_the_tokens_that_each_layer_computed(teacher):
+    config, student = tiny_student(f"teacher={teacher}", "model.visipruner.boundary=1")
+    objective = parts.objective_of(config, student)
+    objective.counts = True
+    rows = sources.scenes("validation", n_scenes=2)
+    text_only = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "how many?"}]}],
+        "images": [],
+    }
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
+    text_only["messages"].append(answer)
+    for samples in ([rows[i] for i in range(3)], [text_only]):
+        batch = parts.collator_of(student)(samples)
+        _, terms = objective(student.model, batch, count=1)
+        text = student.model.config.get_text_config()
+        d, m, ids = text.hidden_size, text.intermediate_size, batch["input_ids"]
+        n_vision = (ids == student.model.config.image_token_id).sum(1).tolist()
+        n_text = [real - v for real, v in zip(batch["attention_mask"].sum(1).tolist(), n_vision, strict=True)]
+        columns = (batch["labels"][:, 1:] != -100).any(0).sum().item()
+        head = 2 * columns * len(ids) * d * text.vocab_size
+        band = [0, 0, 4, 4, 2, 0]
+        own = (
+            sum(layer(t + min(v, k), d, m) for t, v in zip(n_text, n_vision, strict=True) for k in band)
+            + head
+        )
+        dense = sum(6 * layer(t + v, d, m) for t, v in zip(n_text, n_vision, strict=True)) + head
+        bare = sum(6 * layer(t, d, m) for t in n_text) + head
+        taught = terms["flops"].item() - 2 * own
+        if teacher == "visipruner" and any(n_vision):
+            assert bare <= taught <= dense
+        else:
+            assert taught == (0 if teacher == "none" else dense)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, "highest", 989e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, "highest", 67e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, "high", 156e12),
+        ("NVIDIA L40S", torch.bfloat16, "highest", 362e12),
+        ("NVIDIA L40", torch.bfloat16, "highest", None),  # is neither an L4 nor an L40S
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, "highest", 165e12),
+        ("AMD Instinct", torch.bfloat16, "highest", None),
+    ],
+)
+def test_the_peak_is_the_devices_in_the_dtype_of_the_run(monkeypatch, name, dtype, precision, peak):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert monitor.peak_flops(dtype) == peak
+
+
+def test_without_a_gpu_there_is_no_share():
+    assert monitor.peak_flops(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "lightning"])
+def test_a_run_logs_the_share(tmp_path, monkeypatch, capsys, engine):
+    monkeypatch.setattr(monitor, "peak_flops", lambda dtype: 1e9 if dtype is torch.float32 else None)
+    base = save_tiny_base(tmp_path / "base")
+    quick = ("train.steps=2", "train.batch_size=4", "train.log_every=1", "train.threads=1", "data.scenes=3")
+    more = ("eval.enabled=false", "model.visipruner.boundary=1", f"model.path={base}", f"engine={engine}")
+    run.run(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
+    found = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [(e["mfu"], e["samples_per_second"], e["tokens_per_second"]) for e in found if "loss" in e]
+    assert len(shares) == 2 and "MFU" in capsys.readouterr().out
+    for (
+        share,
+        samples,
+        tokens,
+    ) in shares:  # 3 passes of 6 layers, but the student's without some vision tokens; heads
+        most = samples * 3 * 6 * layer(tokens / samples, 32, 32) / 1e9
+        assert share == pytest.approx(most, rel=0.4)

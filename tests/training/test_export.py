@@ -1,0 +1,176 @@
+"""From a run to a folder that others load: merged or as adapters, with its card, published or not."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake
+from test_build import inputs_of, logits
+from transformers import AutoModelForImageTextToText
+
+from latefusion.data import sources
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.save import load, save_student
+from latefusion.training import assemble as parts
+from latefusion.training import export, publish
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A trained student, with the configuration and the metrics of its run beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    base = save_tiny_base(folder / "base")
+    options = ("model.attention=sdpa", "entry.init=identity", "lora.train_projector=true")
+    student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}", *options))
+    shake(student, 0.1)
+    save_student(student, folder / "student")
+    (folder / "student" / "config.yaml").write_text(
+        f"name: late_fusion\nmodel: {{path: {base}}}\ndata: {{source: scenes, path: null}}\n"
+        "teacher: visipruner\ntune: lora\nlora: {r: 4}\ntrain: {steps: 90, seed: 0}\n"
+    )
+    accuracy = {"overall": {"value": 0.981, "low": 0.97, "high": 0.99}}
+    results = {
+        "systems": {"student": {"name": "late_fusion", "accuracy": accuracy, "flops": {"ratio": 0.34}}}
+    }
+    (folder / "student" / "report.json").write_text(json.dumps(results))
+    rows = sources.scenes("validation", n_scenes=1)
+    inputs = inputs_of(student, [rows[i] for i in range(3)])
+    return folder / "student", inputs, logits(student.model, inputs)
+
+
+@pytest.mark.parametrize("merged", ["true", "false"])
+def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tmp_path, merged, capsys):
+    source, inputs, expected = checkpoint
+    target = tmp_path / "out"
+    export.main([f"checkpoint={source}", f"output={target}", f"merge={merged}", "dtype=float32"])
+    model, processor = load(target, dtype=torch.float32)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert processor.chat_template
+    card = (target / "README.md").read_text()
+    for wanted in (
+        "base_model: ",
+        "from layer 2 to layer 4 only",
+        '"keep": {\n    "4": 2',
+        "| teacher | visipruner |",
+        "| data | scenes |",
+        "| late_fusion | 98.1% (97.0% to 99.0%) | 34% |",
+        f'lf.load("{target}")',
+    ):
+        assert wanted in card, wanted
+    assert ("runs it *dense*" in card) == (merged == "true")
+    printed = capsys.readouterr().out
+    assert f"{target} is written." in printed
+    if merged == "true":
+        assert "tensors of the base have changed" in printed
+        stock, info = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not torch.allclose(logits(stock, inputs), expected, rtol=1e-2)  # dense, as the card says
+
+
+def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(
+        publish.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"]))
+    )
+    monkeypatch.setattr(
+        publish.HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
+    )
+    arguments = [f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}", "push_to_hub=me/student"]
+    export.main(arguments)
+    assert done[0] == ("me/student", True) and done[1]["repo_id"] == "me/student"
+    assert "Published: https://hub/me/student" in capsys.readouterr().out
+    assert 'lf.load("me/student")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
+    """Saved, loaded, merged, loaded: the same logits, and not those of a band."""
+    base = save_tiny_base(tmp_path / "base")
+    options = ("recipe=cross_only", "model.cross=[2,4]", f"model.path={base}", "model.attention=sdpa")
+    student = parts.student_of(configured(*SMALL, *options))
+    shake(student, 0.1)
+    rows = sources.scenes("validation", n_scenes=1)
+    inputs = inputs_of(student, [rows[i] for i in range(3)])
+    expected = logits(student.model, inputs)
+    save_student(student, tmp_path / "student")
+    export.main(
+        [f"checkpoint={tmp_path / 'student'}", f"output={tmp_path / 'out'}", "merge=true", "dtype=float32"]
+    )
+    for folder in ("student", "out"):
+        model, _ = load(tmp_path / folder, dtype=torch.float32)
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert "text reads them in the layers 2, 4 only" in (tmp_path / "out" / "README.md").read_text()
+    with student.attachment.using(VisionSchedule(enter=2, exit=5)):
+        assert not torch.allclose(logits(student.model, inputs), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["checkpoint=nowhere", "output=x"], "error: no student at nowhere"),
+        (["checkpoint=nowhere"], "error: output is not set; add output=VALUE"),
+        (
+            ["checkpoint=x", "output=y", "merg=true"],
+            "error: merg does not exist (did you mean merge?); the keys are checkpoint",
+        ),
+        ([], "python training/export.py checkpoint="),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(arguments, sentence):
+    with pytest.raises(SystemExit) as end:
+        export.main(arguments)
+    assert sentence in str(end.value.code)
+
+
+def test_a_folder_that_holds_a_model_is_not_overwritten(checkpoint):
+    with pytest.raises(SystemExit, match="holds a model already; choose another output=FOLDER"):
+        export.main([f"checkpoint={checkpoint[0]}", f"output={checkpoint[0]}", "merge=true"])
+
+
+@pytest.mark.parametrize("layers", [5, 7])
+def test_adapters_of_another_base_are_refused(checkpoint, tmp_path, layers):
+    """Of other widths, PEFT says so; of another depth it puts on what fits."""
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    save_tiny_base(tmp_path / "base", layers=layers)
+    named(tmp_path / "student", tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=rf"is of another base than .*base: .*layers\.{min(layers, 6)}\..* is in one"
+    ):
+        load(tmp_path / "student")
+
+
+def test_adapters_without_their_base_and_plain_checkpoints_are_told_before_torch(checkpoint, tmp_path):
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    named(tmp_path / "student", "/gone/base")
+    for source, said in (
+        (
+            tmp_path / "student",
+            r"no model at /gone/base: .*, as base_model_name_or_path in .*adapter_config\.json",
+        ),
+        (checkpoint[0].parent / "base", "base is a plain checkpoint already"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            export.check(export.Arguments(checkpoint=str(source), output=str(tmp_path / "out"), merge=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output=.*file cannot be written \(Not a directory\)"):
+        export.check(export.Arguments(checkpoint=str(checkpoint[0]), output=str(tmp_path / "file")))
+
+
+def test_damaged_adapters_are_named(checkpoint, tmp_path):
+    shutil.copytree(checkpoint[0], tmp_path / "student")
+    os.truncate(tmp_path / "student" / "adapter_model.safetensors", 1000)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged \("):
+        load(tmp_path / "student")
+
+
+def named(student, base):
+    file = student / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
+
+
+def test_merging_does_not_have_deepspeed_guess_the_accelerator(checkpoint, tmp_path, monkeypatch):
+    """transformers imports it as it saves, where it is installed; it warned of its guess amid the output."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    export.main([f"checkpoint={checkpoint[0]}", f"output={tmp_path}", "merge=true", "dtype=float32"])
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

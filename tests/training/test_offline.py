@@ -1,0 +1,291 @@
+"""Distillation without a teacher in the loop: the same loss, and a cache that knows when it is out of date."""
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers.launch import TEACH, launch
+from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_student
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latefusion.models.policies.configured import teacher
+from latefusion.recipes.check import check_config
+from latefusion.training import assemble as parts
+from latefusion.training import run
+from latefusion.training.objective import distillation, distillation_from
+from latefusion.training.offline import Taught, expected
+from latefusion.training.teaching import teach
+
+VOCABULARY = 10_000  # more than there are tokens: all of them
+QUICK = (
+    *(
+        "train.dtype=float32",
+        "train.threads=1",
+        "train.log_every=1",
+        "train.learning_rate=1e-2",
+        "train.steps=2",
+    ),
+    *("train.batch_size=4", "data.scenes=3", "eval.enabled=false", "model.visipruner.boundary=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def options(base, cache, *overrides):
+    where = (f"model.path={base}", f"kl.cache={cache}", f"kl.top_k={VOCABULARY}")
+    return composed(*QUICK, *SMALL, *BAND, *where, *overrides)
+
+
+@pytest.fixture(scope="module")
+def cache(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    teach(options(base, folder))
+    return folder
+
+
+def logged(output):
+    entries = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [[e[name] for name in ("loss", "ce", "kl", "grad_norm")] for e in entries if "loss" in e]
+
+
+def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys):
+    for name, value in (("offline", cache), ("online", "null")):
+        run.run(options(base, value, f"output_dir={tmp_path / name}"))
+    online, offline = logged(tmp_path / "online"), logged(tmp_path / "offline")
+    assert len(online) == 2 and all(kl > 0.01 for _, _, kl, _ in online)
+    for a, b in zip(online, offline, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert "teacher visipruner (offline)" in capsys.readouterr().out
+
+
+def test_no_teacher_runs(base, cache):
+    config, student = tiny_student(f"kl.cache={cache}")
+    assert parts.objective_of(config, student).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "kl.temperature=2",
+            r"were written with temperature=1\.0, but this run has 2\.0; write it with python",
+        ),
+        (
+            "model.visipruner.tokens_threshold=0.3",
+            r"written with teacher=VisiPruner\(.*but this run has VisiPruner\(",
+        ),
+        ("teacher=dense", r"written with teacher=VisiPruner\(.*but this run has VisionSchedule\("),
+        ("kl.top_k=5", r"written with k=\d+, but this run has 5"),
+        ("data.isolate=false", r"written with isolate=True, but this run has False"),
+        (
+            "data.scenes=4",
+            r"sample train-\S+: the teacher's answers in .* were written without it; write it with",
+        ),
+        (
+            "data.turns=2",
+            r"sample train-\S+: the teacher's answers in .* for another prompt, tokenizer or image;",
+        ),
+    ],
+)
+def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, said):
+    with pytest.raises(SystemExit, match=rf"^error: .*{said}"):
+        run.run(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_changed_chat_template_is_noticed(base, cache):
+    config, student = check_config(options(base, cache, "output_dir=x")), None
+    student = parts.student_of(config)
+    told = expected(config, student.processor, teacher(config))
+    Taught(parts.collator_of(student), str(cache), told)
+    student.processor.chat_template += " "
+    with pytest.raises(ValueError, match="were written with tokenizer="):
+        Taught(parts.collator_of(student), str(cache), expected(config, student.processor, teacher(config)))
+
+
+def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
+    """As those of a base that was trained on and saved anew."""
+    config = check_config(options(base, cache, "output_dir=x"))
+    student = parts.student_of(config)
+    told = expected(config, student.processor, parts.teacher(config))
+    again = tmp_path / "base"
+    shutil.copytree(base, again)
+    config.model.path = str(again)
+    moved = expected(config, student.processor, parts.teacher(config))
+    assert moved == {**told, "model": str(again)}, "it is what the folder holds that counts"
+    (file,) = again.glob("*.safetensors")
+    weights = load_file(file)
+    weights[max(weights)].view(-1)[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    changed = {**expected(config, student.processor, parts.teacher(config)), "model": told["model"]}
+    with pytest.raises(ValueError, match=f"were written with weights={told['weights']}, but this run has"):
+        Taught(parts.collator_of(student), str(cache), changed)
+
+
+def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"no teacher's answers in kl.cache=.*; write it with python training/teach.py"
+    ):
+        run.run(options(base, tmp_path / "none", f"output_dir={tmp_path}"))
+    (tmp_path / "teacher.json").write_text(
+        (cache / "teacher.json").read_text().replace('"files": 1', '"files": 2')
+    )
+    with pytest.raises(SystemExit, match=r"0 of 2 files are in kl.cache="):
+        run.run(options(base, tmp_path, f"output_dir={tmp_path}"))
+
+
+def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        teach(options(base, tmp_path))
+    monkeypatch.undo()
+    config = check_config(options(base, cache, "output_dir=x"))
+    student = parts.student_of(config)
+    told = expected(config, student.processor, teacher(config))
+    isolated = parts.collator_of(student, config)
+    whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
+    assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
+    rows = parts.samples(config.data)
+    samples = [rows[i] for i in (3, 0)]
+    a, b = whole(samples), shared(samples)
+    assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])
+    assert torch.allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def larger(base, tmp_path_factory):
+    """What a larger teacher says of 7 samples, some without images and one that cannot be used, in one process."""
+    folder = tmp_path_factory.mktemp("larger")
+    save_tiny_base(folder / "model", layers=9, seed=3)
+    Image.new("RGB", (20, 30), (200, 0, 0)).save(folder / "a.jpg")
+    asked = ["<image>\nwhat color is it?", "how many?", "is it?"] * 2
+    records = [
+        {
+            "id": f"r{i}",
+            **({"image": "a.jpg" if i < 6 else "none.jpg"} if "<image>" in question else {}),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}],
+        }
+        for i, question in enumerate([*asked, "<image>\nwhat?"])
+    ]
+    (folder / "mix.json").write_text(json.dumps(records))
+    options = (
+        *("data=llava_mix665k", f"data.path={folder / 'mix.json'}", f"data.images={folder}"),
+        *(f"kl.model={folder / 'model'}", "kl.visipruner.boundary=2", "data.on_error=skip"),
+        *("train.batch_size=1", "train.dtype=float32", "kl.top_k=5"),
+    )
+    teach(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"kl.cache={folder / 'one'}", *options))
+    return folder / "one", options
+
+
+def told(folder):
+    files = sorted(folder.glob("teacher-*.arrow"))
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    return len(files), {(row["sample"], row["prompt"]): row for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed_zero3", "fsdp2"])
+def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
+    one, options = larger
+    where = (f"kl.cache={tmp_path / 'two'}", f"engine={engine}")
+    said = launch("torchrun", base, tmp_path / "out", *options, *where, script=TEACH)
+    assert "samples taught by the first of 2 processes" in said
+    (files, expected), (both, found) = told(one), told(tmp_path / "two")
+    assert (files, both) == (1, 2) and found.keys() == expected.keys() and len(found) == 6
+    for key, row in expected.items():
+        assert found[key]["tokens"] == row["tokens"]
+        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+    assert (
+        json.loads((tmp_path / "two" / "teacher.json").read_text())["model"] == options[3].partition("=")[2]
+    )
+
+
+@pytest.mark.slow
+def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
+    """The cache says the same of its teacher, so that a run without `kl.model` takes it."""
+    given = (*QUICK, *SMALL, *BAND, f"model.path={base}", "kl.top_k=5")
+    teach(composed(*given, f"kl.cache={tmp_path / 'one'}"))
+    launch(
+        "torchrun",
+        base,
+        tmp_path / "out",
+        *given,
+        f"kl.cache={tmp_path / 'two'}",
+        "engine=deepspeed_zero3",
+        script=TEACH,
+    )
+    (_, wanted), (both, found) = told(tmp_path / "one"), told(tmp_path / "two")
+    assert both == 2 and found.keys() == wanted.keys() and found
+    for key, row in wanted.items():
+        assert found[key]["tokens"] == row["tokens"]
+        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+    one, two = (json.loads((tmp_path / n / "teacher.json").read_text()) for n in ("one", "two"))
+    assert {**one, "files": 2} == two
+
+
+def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(base, tmp_path, capsys):
+    rows = [
+        {"id": f"r{i}", "messages": [said("user", "how many?"), said("assistant", "2")]} for i in range(9)
+    ]
+    rows.append({"id": "last", "messages": [said("user", "how many?")]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = options(base, tmp_path / "cache", "data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
+    with pytest.raises(
+        SystemExit, match=r"^error: row last .*; leave such rows out with data\.on_error=skip\.$"
+    ):
+        teach(given)
+    assert not (tmp_path / "cache" / "teacher.json").exists()
+    given.data.on_error = "skip"
+    teach(given)
+    assert "9 samples taught" in (printed := capsys.readouterr().out)
+    assert "1 row(s) could not be used and were left out: " in printed
+    assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
+
+
+def said(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def test_a_stream_is_not_taught(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
+        teach(options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true"))
+
+
+def logits(seed, n=6, vocabulary=11):
+    return torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_what_is_not_kept_counts_as_one_token(k, temperature):
+    """Against plain sums in numpy; with the whole vocabulary it is the usual distillation."""
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    logprobs, tokens = (teacher / temperature).log_softmax(-1).topk(k)
+    found = distillation_from(student, tokens, logprobs, temperature)
+    total = 0.0
+    for s, t in zip(student.detach().numpy() / temperature, teacher.numpy() / temperature, strict=True):
+        q, p = np.exp(s) / np.exp(s).sum(), np.exp(t) / np.exp(t).sum()
+        kept = np.argsort(-p)[:k]
+        total += sum(p[i] * np.log(p[i] / q[i]) for i in kept)
+        rest = [i for i in range(len(p)) if i not in kept]
+        if rest:
+            total += p[rest].sum() * np.log(p[rest].sum() / q[rest].sum())
+    assert found.item() == pytest.approx(temperature**2 * total, rel=1e-9)
+    whole = distillation(student, teacher, temperature)
+    assert found.item() <= whole.item() + 1e-9
+    if k == 11:
+        (a,), (b,) = (torch.autograd.grad(loss, student) for loss in (found, whole))
+        assert torch.allclose(a, b)
+    assert (
+        torch.autograd.grad(distillation_from(student, tokens, logprobs, temperature), student)[0]
+        .isfinite()
+        .all()
+    )

@@ -1,0 +1,126 @@
+"""`schedule=auto`: profiled once, by the first process; the others wait for it and train under the same schedule."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.launch import free_port, launch
+from helpers.tiny_base import composed, configured, save_tiny_base
+
+from latefusion.eval.fusion import files
+from latefusion.training import first, run
+from latefusion.training import prepare as settle
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.slow
+def test_two_processes_profile_once_and_a_resumed_run_not_at_all(base, tmp_path) -> None:
+    printed = launch("torchrun", base, tmp_path, *AUTO, "entry.init=calibrated")
+    assert "in 2 process(es)" in printed and printed.count("4 samples, 6 layers: up to") == 1
+    trained = json.loads((tmp_path / "vision_schedule.json").read_text())
+    assert trained == files.read_schedule(tmp_path / "profile").to_dict()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "profile").iterdir()}
+    printed = launch(
+        "torchrun", base, tmp_path, *AUTO, "entry.init=calibrated", "resume=true", "train.steps=4"
+    )
+    assert "samples, 6 layers" not in printed and "in 2 process(es)" in printed
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "profile").iterdir()}
+    assert json.loads((tmp_path / "vision_schedule.json").read_text()) == trained
+
+
+@pytest.mark.slow
+def test_one_process_profiles_first(base, tmp_path) -> None:
+    small = ("train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2")
+    small += ("eval.enabled=false", "model=other", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
+    run.run(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
+    trained = json.loads((tmp_path / "vision_schedule.json").read_text())
+    assert trained == files.read_schedule(tmp_path / "profile").to_dict()
+
+
+WORK = """
+import sys, time
+import torch.distributed as dist
+from latefusion.training.first import first_says
+
+def work():
+    time.sleep(1)
+    print("worked", flush=True)
+    if sys.argv[1] == "fails":
+        raise ValueError("it cannot be.")
+    return {"enter": 2}
+
+try:
+    print(first_says("it", work), flush=True)
+except ValueError as error:
+    print(f"error: {error}", flush=True)
+dist.init_process_group("gloo")  # as an engine does afterwards, at the same port
+dist.barrier()
+print("together", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "said"), [("works", "{'enter': 2}"), ("fails", "error: it cannot be.")])
+def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str, said: str) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORK, way],
+            env={**os.environ, **where, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=240)[0].splitlines() for process in processes]
+    assert told == [["worked", said, "together"], [said, "together"]]
+
+
+def test_one_process_needs_no_store(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert first.first_says("it", lambda: {"enter": 1}) == {"enter": 1}
+
+
+def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    made: list[str] = []
+
+    def profile(config) -> None:
+        made.append(config.schedule.profile)
+        (tmp_path / "profile").mkdir(exist_ok=True)
+        (tmp_path / "profile" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
+
+    monkeypatch.setattr(settle, "profile", profile)
+    options = (f"model.path={base}", f"output_dir={tmp_path}", *AUTO)
+    for resumed, times in ((tmp_path, 1), (tmp_path, 1), (None, 2)):  # nothing there yet; there; not resumed
+        config, cfg = configured(*options), composed(*options)
+        settle.settle_schedule(config, cfg, resumed)
+        assert len(made) == times
+        assert (config.schedule.enter, config.schedule.exit, config.schedule.keep) == (1, 3, {2: 2})
+        assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
+
+
+def test_a_folder_that_machines_do_not_share_is_told_so(tmp_path: Path) -> None:
+    wanted = {"enter": 1, "exit": 3, "keep": {}}
+    with pytest.raises(ValueError, match=r"choose an output_dir=FOLDER that all machines share") as error:
+        settle.schedule_at(str(tmp_path), wanted)
+    assert "\n" not in str(error.value)
+    (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 4\n")
+    with pytest.raises(ValueError, match="all machines share"):
+        settle.schedule_at(str(tmp_path), wanted)
+    (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 3\n")
+    assert settle.schedule_at(str(tmp_path), wanted).to_dict() == wanted
+    with pytest.raises(FileNotFoundError, match=r"no schedule.yaml"):
+        settle.schedule_at(str(tmp_path / "nowhere"), None)

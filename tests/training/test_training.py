@@ -1,0 +1,312 @@
+"""Whole runs on a tiny model: every recipe and engine, resuming, accumulation, refusals."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
+from PIL import Image
+from safetensors.torch import load_file
+
+from latefusion.models.attach import attached
+from latefusion.models.student.save import load, load_student, merge
+from latefusion.recipes.schema import RECIPES
+from latefusion.training import run
+
+QUICK = (
+    *("train.dtype=float32", "train.threads=1", "train.log_every=1", "train.learning_rate=1e-2"),
+    *(
+        "train.batch_size=4",
+        "train.steps=2",
+        "data.scenes=4",
+        "eval.enabled=false",
+        "model.visipruner.boundary=1",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def train(base: Path, output: Path, *overrides: str, band: tuple[str, ...] = BAND) -> Path:
+    run.run(composed(*QUICK, *SMALL, *band, f"model.path={base}", f"output_dir={output}", *overrides))
+    return output
+
+
+def history(output: Path, step: int) -> list[dict]:
+    return json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+ALL_RECIPES = sorted(path.stem for path in (RECIPES / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [name for name in ALL_RECIPES if name != "late_fusion_qlora"])
+def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsys):
+    band = {"dense": (), "cross_only": ("model.cross=[2,4]",)}.get(recipe, BAND)
+    train(base, tmp_path, f"recipe={recipe}", band=band)
+    model, processor = load(tmp_path)
+    prompt = processor(
+        text="<image><user>how many?<assistant>", images=Image.new("RGB", (16, 16)), return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
+    printed = capsys.readouterr().out
+    assert f"{recipe}: 0.0" in printed and "vision tokens by layer: 0-" in printed
+    assert "are those of model=embedded, chosen for it; for " in printed  # the base is another
+    assert (tmp_path / "README.md").read_text().count("## Schedule") == 1  # our card, not PEFT's template
+    assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
+    schedule = load_student(tmp_path).schedule
+    wanted = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
+    assert schedule.vision_tokens(6, 4) == wanted
+    assert bool(schedule.cross) == (recipe == "cross_only") == ("frozen: keys and values alone" in printed)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("schedule.exit=9", r"the schedule of model\.path=.* does not fit: exit names layer 9"),
+        ("model.visipruner.boundary=5", "boundary=5 leaves no layer to fuse in"),
+    ],
+)
+def test_what_is_deeper_than_the_model_is_refused_without_its_weights(base, tmp_path, option, sentence):
+    shutil.copytree(base, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        train(tmp_path / "light", tmp_path / "out", option, "entry.init=calibrated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: schedule\.cross=\[\] names no layer; say which layers"):
+        train(base, tmp_path, "recipe=cross_only", "model.cross=[]", band=())
+
+
+def test_positions_are_the_students(base, tmp_path):
+    """Trained, saved, loaded and merged with its positions; they make a difference."""
+    for positions in ("original", "reindexed"):
+        train(base, tmp_path / positions, f"schedule.positions={positions}")
+        assert load_student(tmp_path / positions).schedule.positions == positions
+    first, second = (weights(tmp_path / positions) for positions in ("original", "reindexed"))
+    assert any(not torch.equal(weight, second[name]) for name, weight in first.items())
+    merge(tmp_path / "reindexed", tmp_path / "merged", dtype=torch.float32)
+    model, _ = load(tmp_path / "merged", dtype=torch.float32)
+    attachment = attached(model)
+    assert attachment is not None and attachment.policy == load_student(tmp_path / "reindexed").schedule
+
+
+def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch):
+    def missing(path, **settings):
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.\nInstall it.")
+
+    monkeypatch.setattr("latefusion.models.base_model.AutoProcessor.from_pretrained", missing)
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: the processor of .* needs a package that is not here: Package `num2words` .* Install it\.$",
+    ):
+        train(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors", r"the weights of .* cannot be read \(.*\); download them again"),
+        ("config.json", r".*config\.json is no model's configuration"),
+        ("processor_config.json", r".* holds no processor that can be read \("),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(base, tmp_path, name, said):
+    model = shutil.copytree(base, tmp_path / "model")
+    os.truncate(model / name, 9)
+    with pytest.raises(SystemExit, match=rf"^error: {said}"):
+        train(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("eval.split=tset",),
+            r"on scenes after training cannot be: split 'tset' does not exist; choose one of train",
+        ),
+        (
+            ("data.eval_path={here}/rows.csv",),
+            r"on .*rows\.csv after training cannot be: the dataset has no column 'id'",
+        ),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_training(
+    base, tmp_path, options, said, monkeypatch
+):
+    (tmp_path / "rows.csv").write_text("question\nwhat?\n")
+    monkeypatch.delattr(run, "student_of")
+    with pytest.raises(SystemExit, match=rf"^error: the evaluation {said}"):
+        train(
+            base, tmp_path / "out", "eval.enabled=true", *(option.format(here=tmp_path) for option in options)
+        )
+
+
+def test_the_recipe_in_four_bits_says_what_it_needs(base, tmp_path, monkeypatch):
+    """What it does with it is a test for a GPU: `test_lora.py`."""
+    monkeypatch.setattr("latefusion.models.locate.find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match=r"^error: model\.load_in_4bit=true needs bitsandbytes: pip install bits"
+    ):
+        train(base, tmp_path, "recipe=late_fusion_qlora")
+    with pytest.raises(
+        SystemExit, match=r"^error: model\.load_in_4bit=true is for large models; model=embedded"
+    ):
+        train("embedded", tmp_path, "recipe=late_fusion_qlora", band=())
+
+
+def test_training_lowers_the_loss_and_logs_both_terms(base, tmp_path):
+    train(base, tmp_path, "train.steps=12", "train.save_every=12", "data.scenes=1", "train.batch_size=8")
+    log = [entry for entry in history(tmp_path, 12) if "loss" in entry]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    for entry in log:
+        assert entry["ce"] + entry["kl"] == pytest.approx(entry["loss"], rel=1e-3) and entry["kl"] > 0
+
+
+def test_accumulation_does_not_change_the_run(base, tmp_path):
+    """Losses, gradient norms and what they lead to, for 1 x 8, 2 x 4 and 4 x 2 samples a step."""
+    found = []
+    for accumulation in (1, 2, 4):
+        output = tmp_path / str(accumulation)
+        train(
+            base,
+            output,
+            f"train.accumulation={accumulation}",
+            f"train.batch_size={8 // accumulation}",
+            "train.save_every=2",
+        )
+        found.append([(e["loss"], e["grad_norm"], e["ce"]) for e in history(output, 2) if "loss" in e])
+    assert len(found[0]) == 2
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_a_resumed_run_is_the_same_run(base, tmp_path):
+    """Bit-identical losses and weights, dropout on."""
+    options = ("train.steps=4", "train.save_every=2", "lora.dropout=0.2")
+    whole = train(base, tmp_path / "whole", *options)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    cut = train(base, tmp_path / "cut", *options, "resume=true")
+    losses = [[e["loss"] for e in history(output, 4) if "loss" in e] for output in (whole, cut)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(cut)[name]), name
+    assert any(
+        (weight != weights(whole / "checkpoint-2")[name]).any() for name, weight in weights(cut).items()
+    )
+
+
+def test_a_finished_run_is_refused_and_overwritten_only_when_told(base, tmp_path):
+    train(base, tmp_path, "train.steps=1")
+    with pytest.raises(SystemExit, match=r"error: .* holds a run already; continue it with resume=true"):
+        train(base, tmp_path)
+    train(base, tmp_path, "overwrite=true")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_checkpoints_are_students_too(base, tmp_path):
+    train(base, tmp_path, "train.save_every=1", "train.steps=3", "train.keep_checkpoints=2")
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert load_student(tmp_path / "checkpoint-2").schedule.to_dict() == {
+        "enter": 2,
+        "exit": 5,
+        "keep": {"4": 2},
+    }
+
+
+def test_bfloat16_trains_float32_adapters_on_a_bfloat16_base(base, tmp_path):
+    train(base, tmp_path, "train.dtype=bfloat16", "lora.train_projector=true")
+    assert {weight.dtype for weight in weights(tmp_path).values()} == {torch.float32}
+    loaded = load_student(tmp_path, dtype=torch.bfloat16).model.get_base_model()
+    assert loaded.model.multi_modal_projector.original_module.linear_1.weight.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_changes_nothing(base, tmp_path):
+    found = []
+    for on in ("false", "true"):
+        train(base, tmp_path / on, f"train.gradient_checkpointing={on}", "train.save_every=2")
+        found.append([e["loss"] for e in history(tmp_path / on, 2) if "loss" in e])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A 32-layer model for LLaVA-1.5's published schedule, and a conversation file."""
+    Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
+    turns = [{"from": "human", "value": "<image>\nwhat color is it?"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": i, "image": "a.jpg", "conversations": turns} for i in range(4)]
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    return (
+        save_tiny_base(tmp_path / "base", layers=32),
+        f"data.path={tmp_path / 'mix.json'}",
+        f"data.images={tmp_path}",
+    )
+
+
+def test_the_llava_configuration_runs_on_a_shrunk_model(llava, tmp_path, capsys):
+    base, *data = llava
+    run.run(
+        composed(
+            *("model=llava_1_5_7b", "data=llava_mix665k", *data, f"model.path={base}"),
+            "recipe=late_fusion_pyramid",
+            *("train.steps=1", "train.batch_size=2", "train.dtype=float32", "train.threads=1"),
+            "entry.init=identity",
+            f"output_dir={tmp_path / 'out'}",
+        )
+    )
+    printed = capsys.readouterr().out
+    assert "vision tokens by layer: 0-7: 0, 8-17: 4, 18-23: 1, 24-31: 0" in printed
+    assert "No evaluation: data.eval_path names no data set" in printed
+    assert load_student(tmp_path / "out").schedule.enter == 8
+
+
+def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(llava, monkeypatch, tmp_path):
+    wanted = (
+        "model=llava_1_5_7b",
+        "data=llava_mix665k",
+        "engine=deepspeed_zero3",
+        f"output_dir={tmp_path / 'out'}",
+    )
+
+    def unreachable(self, repo, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(
+        SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
+    ):
+        run.run(composed(*wanted))
+    with pytest.raises(
+        SystemExit, match=r"^error: no conversation file at data/llava_v1_5_mix665k.json; .*data.path="
+    ):
+        run.run(composed(*wanted, f"model.path={llava[0]}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lightning_runs_the_same_objective_and_resumes_bit_for_bit(base, tmp_path):
+    options = (
+        "engine=lightning",
+        "train.steps=4",
+        "train.save_every=2",
+        "train.accumulation=2",
+        "lora.dropout=0.2",
+    )
+    whole = train(base, tmp_path / "whole", *options)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    cut = train(base, tmp_path / "cut", *options, "resume=true")
+    state = torch.load(whole / "checkpoint-4" / "lightning.ckpt", weights_only=True)
+    assert state["global_step"] == 4 and all("lora" in n or "vision_entry" in n for n in state["state_dict"])
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(cut)[name]), name
+    assert load_student(cut).schedule.exit == 5

@@ -1,0 +1,221 @@
+"""What a run is made of: training set, student, collator, objective, each from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+
+from latefusion.data.bad_rows import Guard, usable
+from latefusion.data.collate import Collator
+from latefusion.data.load import training_data
+from latefusion.data.padding_free import Packed, check_isolation
+from latefusion.data.streaming import Stream
+from latefusion.models.base_model import compute_dtype, load_base
+from latefusion.models.inputs import stop_tokens
+from latefusion.models.policies.base import Policy
+from latefusion.models.policies.configured import check_layers, schedule_of, teacher
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.build import Student, build_full, build_student
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.save import start_from
+from latefusion.recipes.schema import (
+    Config,
+    DataConfig,
+    Dtype,
+    EntryConfig,
+    EntryKind,
+    Layers,
+    Tune,
+    Variant,
+)
+from latefusion.training.calibrate import entry_start
+from latefusion.training.objective import Objective
+from latefusion.training.offline import Taught, expected
+from latefusion.training.teacher import load_teacher, shared_vocabulary
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+    return named.get(config.train.dtype) or compute_dtype()
+
+
+def samples(data: DataConfig) -> Any:
+    """The training set: samples `{"messages", "images"}` by index, or a stream of them."""
+    return training_data(data)
+
+
+def base_of(config: Config) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model to start from, and its processor.
+
+    Raises:
+        ValueError: its decoder has too few layers for the schedule.
+    """
+    wanted = config.model
+    model, processor = load_base(
+        wanted.path,
+        dtype=dtype_of(config),
+        revision=wanted.revision,
+        processor=wanted.processor,
+        four_bits=wanted.load_in_4bit,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    if wanted.attention is not None:
+        model.set_attn_implementation(wanted.attention)
+    check_layers(config, model.config.get_text_config().num_hidden_layers)  # a profile's is known only now
+    return model, processor
+
+
+def student_of(config: Config) -> Student:
+    """The student that `config` describes; what `settle_entry` found is its entry adapter's start."""
+    return student_from(config, *base_of(config), entry_start(config))
+
+
+def examples(config: Config, dataset: Any) -> Any:
+    """Samples that can be looked at before training, by index: the training set, or the beginning of a stream."""
+    if not isinstance(dataset, Stream):
+        return dataset
+    return [usable(row) for row in dataset.first(config.entry.images)]
+
+
+def student_from(
+    config: Config,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibrated: CalibratedEntry | None = None,
+) -> Student:
+    """The student that `config` describes, on an already loaded base."""
+    lora, schedule = config.lora, schedule_of(config.schedule)
+    parts = {
+        "schedule": schedule,
+        "entry_rank": entry_rank(config.entry),
+        "calibrated": calibrated,
+        "train": [config.model.projector] if trains_projector(config) else [],
+    }
+    set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
+    if config.tune is Tune.full:
+        return build_full(model, processor, **parts)
+    student = build_student(
+        model,
+        processor,
+        base=config.model.path,
+        rank=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        layers=adapted_layers(config, schedule, model.config.get_text_config().num_hidden_layers),
+        rslora=lora.variant is Variant.rslora,
+        dora=lora.variant is Variant.dora,
+        **parts,
+    )
+    if config.init is not None:
+        start_from(student, config.init)
+    return student
+
+
+def trains_projector(config: Config) -> bool:
+    """Whether the module between vision tower and decoder learns."""
+    return config.model.projector is not None and (
+        config.lora.train_projector or config.tune is not Tune.lora
+    )
+
+
+def entry_rank(entry: EntryConfig) -> int | None:
+    """The rank of the entry adapter, 0 for a scale alone, None for none."""
+    if entry.kind is EntryKind.scale:
+        return 0
+    return entry.rank or None if entry.kind is EntryKind.low_rank else None
+
+
+def adapted_layers(config: Config, schedule: VisionSchedule, num_layers: int) -> list[int] | None:
+    """The decoder layers that get LoRA; None: all."""
+    if config.tune is Tune.align:
+        return []
+    if config.lora.layers is Layers.all:
+        return None
+    return [i for i, busy in enumerate(schedule.vision_tokens(num_layers, 1)) if busy]
+
+
+def collator_of(student: Student, config: Config | None = None) -> Collator:
+    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
+    model = student.model
+    return Collator(
+        processor=student.processor,
+        vision_ids=[model.config.image_token_id],
+        stop=stop_tokens(model.generation_config, student.processor),
+        max_length=config.data.max_length if config else None,
+        isolate=dtype_of(config) if config and config.data.isolate else None,
+    )
+
+
+def training_collator(config: Config, student: Student) -> Collator | Taught:
+    """The collator of a run: that of its data, with the teacher's answers if they were written before."""
+    collator = collator_of(student, config)
+    if config.kl.cache is None:
+        return collator
+    return Taught(collator, config.kl.cache, expected(config, student.processor, teacher(config)))
+
+
+def guarded(config: Config, collator: Collator | Taught, dataset: Any, *, folder: str | None = None) -> Guard:
+    """The collator, with what the configuration wants of rows that cannot be used; `folder` lists them, None: none."""
+    return Guard(
+        collator,
+        on_error=config.data.on_error,
+        too_long=config.data.too_long,
+        dataset=dataset,
+        folder=folder,
+    )
+
+
+def packing(config: Config, student: Student, collator: Guard) -> Guard | Packed:
+    """The collator, its samples without images packed if the configuration says so and the model can take it."""
+    if not config.data.pack:
+        return collator
+    model = student.attachment.model
+    if not (config.engine.deepspeed or config.engine.fsdp):  # there weights may be in shards already
+        check_isolation(model)
+    return Packed.of(model, collator)
+
+
+def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:
+    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch.
+
+    Raises:
+        FileNotFoundError: the other model that is to teach is not there.
+    """
+    offline = config.kl.cache is not None if offline is None else offline
+    policy, other = None if offline else teacher(config), None
+    if config.kl.model is not None and policy is not None:
+        other = load_teacher(config, policy, dtype=dtype_of(config))
+    sharded = config.engine.deepspeed or config.engine.fsdp
+    blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
+    return Objective(
+        model=student.model,
+        attachment=student.attachment,
+        teacher=policy,
+        other=other,
+        vocabulary=None if config.kl.model is None else shared_vocabulary(config),
+        weight=config.kl.weight,
+        temperature=config.kl.temperature,
+        share_images=not trains_projector(config),
+        blank=blank if sharded or trains_projector(config) else None,
+        narrowing=narrowing(config, student),
+        sharded=in_shards(config) and not config.engine.fsdp,  # which gathers all but layers at once
+    )
+
+
+def in_shards(config: Config) -> bool:
+    """Whether the engine spreads weights over the processes."""
+    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage")
+    return stage == 3 or bool(config.engine.fsdp)
+
+
+def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:
+    """The schedule of a moment of the run (0 to 1), if it changes."""
+    if config.train.narrow == 0:
+        return None
+    layers = student.model.config.get_text_config().num_hidden_layers
+    return lambda moment: student.schedule.widened(moment / config.train.narrow, layers)

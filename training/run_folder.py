@@ -1,0 +1,107 @@
+"""The launch of a run and its folder: as many processes as wanted, and one run a folder at a time. Without torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from latefusion.recipes.launcher import rank
+
+LOCK = ".lock"
+MARK = "interrupted"
+
+
+@contextmanager
+def claimed(output_dir: str | Path) -> Iterator[None]:
+    """Hold the output folder of a run against any other. The lock ends with the process, however it ends.
+
+    Only the first process of a run claims it.
+
+    Raises:
+        ValueError: another run holds the folder, or it cannot be written.
+    """
+    if rank() != 0:
+        yield
+        return
+    path = Path(output_dir) / LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={output_dir} cannot be written ({error.strerror}); choose another output_dir=FOLDER."
+        ) from None
+    with file:
+        _lock(file, output_dir)
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
+        file.flush()
+        (Path(output_dir) / MARK).unlink(missing_ok=True)
+        yield
+
+
+def check_writable(folder: str | Path, key: str = "output_dir") -> None:
+    """Raise ValueError if a folder cannot be made, or nothing be written into it."""
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+        raise ValueError(f"{key}={folder} cannot be written ({why}); choose another {key}=FOLDER.")
+
+
+def check_unclaimed(output_dir: str | Path) -> None:
+    """Raise ValueError if another run holds the folder at this moment."""
+    path = Path(output_dir) / LOCK
+    if rank() == 0 and os.access(path, os.W_OK):
+        with path.open("a+") as file:
+            _lock(file, output_dir)
+
+
+def _lock(file: TextIO, output_dir: str | Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = json.loads(file.read() or "{}")
+        raise ValueError(
+            f"{output_dir} is in use by another run (process {holder.get('process', '?')} on "
+            f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it, or choose "
+            "another output_dir=FOLDER."
+        ) from None
+
+
+def check_launch(processes: int | None) -> None:
+    """Refuse to start where several processes would each train by themselves, or fewer than wanted.
+
+    Args:
+        processes: that the run must consist of; None: as many as the launcher says.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    world = os.environ.get("WORLD_SIZE")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world is None and tasks > 1:
+        raise ValueError(
+            f"SLURM started {tasks} tasks but WORLD_SIZE is not set, so each would train by itself; export RANK, "
+            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as docs/training.md shows."
+        )
+    if processes is not None and int(world or 1) != processes:
+        raise ValueError(
+            f"engine.processes={processes}, but {world or 1} process(es) were started; launch with "
+            f"torchrun --nproc_per_node or accelerate launch --multi_gpu --num_processes."
+        )
+
+
+def leave_mark(output_dir: str | Path, step: int) -> None:
+    """A file for launchers, which replace a process's exit status by their own; the next start removes it."""
+    (Path(output_dir) / MARK).write_text(f"{step}\n")
