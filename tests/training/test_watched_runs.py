@@ -169,8 +169,8 @@ def test_answers_in_words_that_the_tokenizer_does_not_know_are_told():
 
 
 def test_trackers_are_named_or_refused(monkeypatch, capsys):
-    for module in ("monitor", "checks"):
-        monkeypatch.setattr(f"latefusion.training.{module}.find_spec", lambda name: name == "wandb" or None)
+    for module in ("training.monitor", "recipes.check"):
+        monkeypatch.setattr(f"latefusion.{module}.find_spec", lambda name: name == "wandb" or None)
     assert trackers(["tensorboard", "wandb"], main=True) == ["wandb"]
     assert "TensorBoard is not installed" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"train.trackers=trackio is not installed; pip install trackio"):
