@@ -1,27 +1,18 @@
-"""Answers of an evaluation that has not finished, on disk, so that it goes on where it stopped.
-
-A process appends what it was answered to a file of its own; every process reads them all. A finished evaluation
-leaves none behind, so only an interrupted one is ever resumed.
-"""
+"""Results of interrupted work on disk, so that a second start goes on where the first one stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latefusion.eval.comparison.answers import Answer
-
-FOLDER = "unfinished"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Who else evaluates: this process's number, how many there are, and how to wait for all of them."""
+    """Who shares the work: this process's number, how many there are, and how to wait for all of them."""
 
     rank: int = 0
     count: int = 1
@@ -33,42 +24,59 @@ class Processes:
 
 
 class Ledger:
-    """Answers so far.
+    """Results by key, written to disk as soon as they are made.
+
+    A process writes to a file of its own (`NAME.jsonl` the main one, `NAME.1.jsonl` the second, ...) and reads all of
+    them. The first line of a file names what its results belong to: a file of another identity is not read, and is
+    overwritten by the process that owns it. A line that an interruption cut off is dropped.
 
     Args:
-        folder: of the report.
-        identity: everything that an answer depends on; answers of another identity are thrown away.
+        path: JSON lines of the main process.
+        identity: everything that a result depends on, as JSON can hold it.
+        processes: those that share the work; None: this one alone.
+
+    Attributes:
+        values: results by key, as JSON gives them back.
+        resumed: how many of them an earlier start has left.
     """
 
-    def __init__(self, folder: Path, identity: Any, processes: Processes):
-        self.folder, self.processes = folder / FOLDER, processes
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        stamp = self.folder / "identity"
-        if processes.main and (not stamp.is_file() or stamp.read_text() != name):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            stamp.write_text(name)
-        processes.wait()
-        self.answers: dict[tuple[str, str, str], Answer] = {}
+    def __init__(self, path: Path, identity: Any, processes: Processes | None = None):
+        self.path, self.processes = path, processes or Processes()
+        described = json.dumps(identity, sort_keys=True, default=str)
+        self.identity = hashlib.sha256(described.encode()).hexdigest()[:16]
+        rank = self.processes.rank
+        self.file = path if rank == 0 else path.with_suffix(f".{rank}{path.suffix}")
+        self.values: dict[str, Any] = {}
         self.read()
-        self.resumed = len(self.answers)
+        self.resumed = len(self.values)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")  # an interruption here loses nothing
+        lines = [{"identity": self.identity}, *_results(self.file, self.identity)]
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(self.file)
 
     def read(self) -> None:
-        """Take in what all processes have written; a line cut off by an interruption does not count."""
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    answer = Answer.from_dict(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-                self.answers[answer.system, answer.task, answer.id] = answer
+        """Take in what all processes have written."""
+        for file in self.files():
+            self.values |= {line["key"]: line["value"] for line in _results(file, self.identity)}
 
-    def add(self, answers: Iterable[Answer]) -> None:
-        with (self.folder / f"{self.processes.rank}.jsonl").open("a") as lines:
-            lines.write("\n")  # what stands before may have been cut off
-            for answer in answers:
-                self.answers[answer.system, answer.task, answer.id] = answer
-                lines.write(json.dumps(answer.to_dict()) + "\n")
+    def files(self) -> list[Path]:
+        """The files of all processes."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix[1:]}"))
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Keep these results."""
+        with self.file.open("a") as file:
+            for key, value in results.items():
+                line = json.dumps({"key": key, "value": value})
+                self.values[key] = json.loads(line)["value"]
+                file.write(line + "\n")
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The result kept under `key`, computed now if there is none."""
+        if key not in self.values:
+            self.add({key: compute()})
+        return self.values[key]
 
     def together(self) -> None:
         """Wait for all processes and read what they wrote."""
@@ -77,6 +85,21 @@ class Ledger:
             self.read()
 
     def close(self) -> None:
-        """The evaluation is finished."""
+        """Delete the files: the work is finished."""
         if self.processes.main:
-            shutil.rmtree(self.folder)
+            for file in self.files():
+                file.unlink()
+
+
+def _results(file: Path, identity: str) -> list[dict[str, Any]]:
+    """The results in a file; none if it belongs to other work."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    whole = [line for line in map(_parsed, lines) if line is not None]
+    return whole[1:] if whole and whole[0] == {"identity": identity} else []
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

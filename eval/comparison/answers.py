@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -177,8 +178,12 @@ def answer_questions(
     with progress_bar(disable=ledger is not None and not ledger.processes.main) as progress:
         bar = progress.add_task(f"Questions {task}".strip(), total=sum(map(len, batches)))
         for batch in batches:
-            known = ledger.answers if ledger else {}
-            todo = {k: s for k, s in systems.items() if any((k, task, ids[i]) not in known for i in batch)}
+            kept = ledger.values if ledger else {}
+            todo = {
+                key: system
+                for key, system in systems.items()
+                if any(ledger_key(key, task, ids[i]) not in kept for i in batch)
+            }
             rows = [dataset[i] for i in batch] if todo else []
             for group in _groups(todo):
                 said = _ask(model, processor, attachment, group, rows, max_new_tokens)
@@ -189,12 +194,20 @@ def answer_questions(
                 for key, answers in new.items():
                     found[key].update(zip(batch, answers, strict=True))
                 if ledger:
-                    ledger.add(answer for answers in new.values() for answer in answers)
+                    made = [answer for answers in new.values() for answer in answers]
+                    ledger.add({ledger_key(a.system, a.task, a.id): a.to_dict() for a in made})
             progress.advance(bar, len(batch))
     if ledger is None:
         return {key: [rows[i] for i in range(len(dataset))] for key, rows in found.items()}
     ledger.together()
-    return {key: [ledger.answers[key, task, name] for name in ids] for key in systems}
+    return {
+        key: [Answer.from_dict(ledger.values[ledger_key(key, task, name)]) for name in ids] for key in systems
+    }
+
+
+def ledger_key(system: str, task: str, name: str) -> str:
+    """The key under which the ledger keeps a system's answer to the question `name` of a task."""
+    return json.dumps([system, task, name])
 
 
 def _batches(tokenizer: Any, plain: Dataset, size: int) -> list[list[int]]:

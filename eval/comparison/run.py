@@ -30,6 +30,7 @@ from latefusion.eval.tasks.base import Task
 
 SCHEMA = 2  # of report.json; raise it when a key changes its meaning
 NEW_TOKENS = 6  # generated while timing: the first and five further ones
+UNFINISHED = "unfinished.jsonl"  # answers of an evaluation that was interrupted
 TOLERANCE = 0.005  # by which the dense base may miss a stored reference
 
 
@@ -110,7 +111,7 @@ def evaluate_run(
     folder.mkdir(parents=True, exist_ok=True)
     systems = dict(systems)
     identity = [source, str(model.dtype), {k: s.describe() for k, s in systems.items()}, data]
-    ledger = Ledger(folder, found.plain(identity), processes)
+    ledger = Ledger(folder / UNFINISHED, found.plain(identity), processes)
     if ledger.resumed and processes.main:
         print(f"Going on with {ledger.resumed:,} answers of an interrupted run in {folder}.", flush=True)
     was_training = model.training

@@ -18,9 +18,9 @@ from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import Runner, knock_outs
 from latefusion.eval.fusion.cost import Plan
 from latefusion.eval.fusion.decide import Point
-from latefusion.eval.fusion.ledger import Ledger
 from latefusion.eval.fusion.observe import Watch
 from latefusion.eval.fusion.samples import Batch, Group
+from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.trace import PrefillTrace
 from latefusion.models.schedule import VisionSchedule
@@ -97,7 +97,7 @@ class Measurer:
     def looks(self) -> dict[str, Any]:
         """What the dense model attends to and what its states say, per sample and layer (`observe.Look`, lenses)."""
         names = [f"looks / {i}" for i in range(len(self.sources))]
-        if names[0] in self.ledger.found and any(name not in self.ledger.found for name in names):
+        if names[0] in self.ledger.values and any(name not in self.ledger.values for name in names):
             self._look(self._batch(0))  # the others are judged by its mean
         return self._gathered("looks", self._look, [1.0] * len(self.sources))
 

@@ -17,11 +17,11 @@ from latefusion.eval.fusion.causal import Runner
 from latefusion.eval.fusion.continued import Continued, cacheable
 from latefusion.eval.fusion.cost import Cost, Shape, planned
 from latefusion.eval.fusion.files import write
-from latefusion.eval.fusion.ledger import Ledger
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
 from latefusion.eval.fusion.samples import Group, batches, counts
 from latefusion.eval.fusion.study import Study, Wishes
 from latefusion.eval.fusion.summary import summarise
+from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens

@@ -174,7 +174,7 @@ def test_one_question_is_enough_for_a_report(student, questions, tmp_path):
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["paired"]["dense"]["ratio"]["value"] is None
     assert stored["settings"]["latency_prompts"] == 1 and stored["data"]["split"] == "test"
-    assert (tmp_path / "report.html").is_file() and not (tmp_path / "unfinished").exists()
+    assert (tmp_path / "report.html").is_file() and not (tmp_path / "unfinished.jsonl").exists()
 
 
 def refused(folder, **changes):

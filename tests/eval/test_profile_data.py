@@ -243,7 +243,7 @@ def test_measurements_are_of_these_weights_and_prompts_alone(
         seen: list[str] = []
 
         def looks(self: Measurer) -> None:
-            seen.append(self.ledger.about)
+            seen.append(self.ledger.identity)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Measurer, "looks", looks)

@@ -17,10 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from latefusion.eval.fusion import files
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import knock_outs
-from latefusion.eval.fusion.ledger import Ledger
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.samples import Batch, counts
 from latefusion.eval.fusion.study import Study, Wishes
+from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry

@@ -15,9 +15,9 @@ from test_profile_causal import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.eval.fusion import lenses, summary
 from latefusion.eval.fusion.causal import KINDS, knock_outs
-from latefusion.eval.fusion.ledger import Ledger
 from latefusion.eval.fusion.measure import Measurer, interval
 from latefusion.eval.fusion.samples import Group
+from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 

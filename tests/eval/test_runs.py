@@ -61,40 +61,45 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(model, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ask(Ledger(tmp_path, "identity", Processes()))
-    lines = tmp_path / "unfinished" / "0.jsonl"
+        ask(Ledger(tmp_path / "unfinished.jsonl", "identity", Processes()))
+    lines = tmp_path / "unfinished.jsonl"
     with lines.open("a") as file:
         file.write('{"system": "dense", "task": "sce')  # cut off in the middle of a line
-    ledger = Ledger(tmp_path, "identity", Processes())
+    ledger = Ledger(tmp_path / "unfinished.jsonl", "identity", Processes())
     assert ledger.resumed == sum(calls[:3])  # the base's rows of a batch are kept together
     assert ask(ledger) == said
     batches = -(-len(evaluated.questions()) // 9)
     assert len(calls) == 3 * batches + 2  # nothing but what was interrupted was asked twice
     ledger.close()
-    assert not (tmp_path / "unfinished").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_answers_of_another_evaluation_are_thrown_away(tmp_path: Path) -> None:
-    first = Ledger(tmp_path, {"policy": 1}, Processes())
+    first = Ledger(tmp_path / "unfinished.jsonl", {"policy": 1}, Processes())
     ask(first)
-    assert Ledger(tmp_path, {"policy": 1}, Processes()).resumed == 3 * len(evaluated.questions())
-    assert Ledger(tmp_path, {"policy": 2}, Processes()).resumed == 0
+    assert Ledger(tmp_path / "unfinished.jsonl", {"policy": 1}, Processes()).resumed == 3 * len(
+        evaluated.questions()
+    )
+    assert Ledger(tmp_path / "unfinished.jsonl", {"policy": 2}, Processes()).resumed == 0
 
 
 def test_processes_share_the_questions(tmp_path: Path) -> None:
     """The second process answers its half; the first waits for it there and has all of them."""
-    other = Ledger(tmp_path, "identity", Processes(rank=0, count=2))  # the main one makes the folder
+    other = Ledger(
+        tmp_path / "unfinished.jsonl", "identity", Processes(rank=0, count=2)
+    )  # the main one makes the folder
     halves: list[int] = []
 
     def second_process() -> None:
         if not halves:
             halves.append(0)
-            second = Ledger(tmp_path, "identity", Processes(rank=1, count=2))
+            second = Ledger(tmp_path / "unfinished.jsonl", "identity", Processes(rank=1, count=2))
             assert ask(second) == wanted()
 
     other.processes = Processes(rank=0, count=2, wait=second_process)  # type: ignore[misc]
     assert ask(other) == wanted()
-    lines = [len((tmp_path / f"unfinished/{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    files = (tmp_path / "unfinished.jsonl", tmp_path / "unfinished.1.jsonl")
+    lines = [len(file.read_text().splitlines()) for file in files]
     assert min(lines) > 0.3 * max(lines)
 
 
@@ -107,8 +112,8 @@ def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not reproduce .*\(at most 0\.5 points"):
         evaluated.evaluate(tmp_path / "drift", stored=other)
     assert not (tmp_path / "drift/report.json").exists()
-    kept = (tmp_path / "drift/unfinished/0.jsonl").read_text().splitlines()
-    assert {json.loads(line)["system"] for line in kept if line} == {"dense"}  # nobody else was asked
+    kept = (tmp_path / "drift/unfinished.jsonl").read_text().splitlines()[1:]
+    assert {json.loads(line)["value"]["system"] for line in kept} == {"dense"}  # nobody else was asked
     other["data"]["fingerprint"] = "0"
     with pytest.raises(ValueError, match="asked other questions"):
         evaluated.evaluate(tmp_path / "data", stored=other)
@@ -234,13 +239,13 @@ def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
     whole = subprocess.run([*asked, f"output={tmp_path / 'whole'}"], timeout=900, **quiet)
     assert whole.returncode == 0, whole.stderr[-3000:]
     killed = subprocess.Popen([*asked, f"output={tmp_path / 'killed'}"], **quiet)
-    kept = tmp_path / "killed/unfinished/0.jsonl"
+    kept = tmp_path / "killed/unfinished.jsonl"
     while not kept.is_file() or kept.read_text().count("\n") < 40:
         assert killed.poll() is None, "it finished before it could be killed"
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    before = kept.read_text().count("{")
+    before = kept.read_text().count("\n") - 1
     again = subprocess.run(
         [*asked, f"output={tmp_path / 'killed'}"], timeout=900, **{**quiet, "stdout": subprocess.PIPE}
     )
