@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from latefusion.models.policies.scheduled import ScheduleDecision
 
 SCHEDULE_FILE = "vision_schedule.json"
-POSITIONS = ("original", "reindexed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,6 @@ class VisionSchedule:
     keys and values are computed, with the layer's own weights. That much is the paper's abstract; which layers, that
     reading shares the text's softmax, original positions, and `keep` among them are choices made here.
 
-    `positions` says what RoPE counts in a layer that lacks some vision tokens: `"original"`, the places that the model
-    gave, gaps left open, or `"reindexed"`, the tokens that are there, gaps closed (`models/executor/positions.py`).
-
     Raises:
         ValueError: the numbers contradict each other.
     """
@@ -49,13 +45,10 @@ class VisionSchedule:
     exit: int | None = None
     keep: Mapping[int, int] = field(default_factory=dict)
     cross: Sequence[int] = ()
-    positions: str = "original"
 
     def __post_init__(self) -> None:
         keep = dict(sorted((int(layer), int(k)) for layer, k in self.keep.items()))
         object.__setattr__(self, "keep", keep)
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions={self.positions!r} is unknown; use {' or '.join(POSITIONS)}.")
         self._settle_cross()
         if self.enter < 0:
             raise ValueError(f"enter={self.enter} must not be negative; layers count from 0.")
@@ -155,7 +148,6 @@ class VisionSchedule:
             enter=round(self.enter * progress),
             exit=None if wide_exit == num_layers and self.exit is None else wide_exit,
             keep=keep,
-            positions=self.positions,
         )
 
     def flops(
@@ -195,8 +187,6 @@ class VisionSchedule:
         values["keep"] = {str(i): k for i, k in self.keep.items()}
         if self.cross:
             values["cross"] = list(self.cross)
-        if self.positions != "original":
-            values["positions"] = self.positions
         return values
 
     @classmethod
@@ -210,7 +200,6 @@ class VisionSchedule:
             exit=values.get("exit"),
             keep={int(i): int(k) for i, k in (values.get("keep") or {}).items()},
             cross=values.get("cross") or (),
-            positions=values.get("positions", "original"),
         )
 
     def save(self, folder: str | Path) -> None:

@@ -52,13 +52,6 @@ class Layers(Enum):
     busy = "busy"
 
 
-class Positions(Enum):
-    """What RoPE counts where vision tokens are missing: the model's own positions, or the tokens that are there."""
-
-    original = "original"
-    reindexed = "reindexed"
-
-
 class EntryKind(Enum):
     """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
 
@@ -197,7 +190,6 @@ class ScheduleConfig:
     exit: int | None = None
     keep: Any = None
     cross: Any = None
-    positions: Positions = Positions.original
 
 
 @dataclass

@@ -23,18 +23,10 @@ class Track:
         tail: number of entries after them, which hold the newest `tail` positions in every sample.
         length: logical length: all tokens seen, computed by this layer or not.
         ragged: whether `head` has padding.
-        free: int64 `[B]`, positions that re-indexing has freed so far, which later tokens move down by; None: none.
     """
 
-    def __init__(
-        self,
-        head: Tensor | None = None,
-        tail: int = 0,
-        length: int = 0,
-        ragged: bool = False,
-        free: Tensor | None = None,
-    ):
-        self.head, self.tail, self.length, self.ragged, self.free = head, tail, length, ragged, free
+    def __init__(self, head: Tensor | None = None, tail: int = 0, length: int = 0, ragged: bool = False):
+        self.head, self.tail, self.length, self.ragged = head, tail, length, ragged
         self._last: tuple[str, object, Track] | None = None
 
     @property
@@ -52,20 +44,17 @@ class Track:
         tail = torch.arange(self.length - self.tail, self.length, device=device).expand(batch, -1)
         return tail if self.head is None else torch.cat([self.head, tail], dim=1)
 
-    def append(
-        self, layout: Layout | None, length: int, forward: object, free: Tensor | None = None
-    ) -> Track:
+    def append(self, layout: Layout | None, length: int, forward: object) -> Track:
         """After a forward over `length` tokens, of which `layout` were computed; `forward` is its name."""
         if layout is None:
             grown = self.tail + length, self.length + length
-            return self._once("text", forward, lambda: Track(self.head, *grown, self.ragged, self.free))
+            return self._once("text", forward, lambda: Track(self.head, *grown, self.ragged))
 
         def make() -> Track:
             new = layout.positions(self.length)
             old = self.positions(new.shape[0], new.device)
             ragged = self.ragged or layout.valid is not None
-            both = free if self.free is None else self.free if free is None else self.free + free
-            return Track(torch.cat([old, new], dim=1), 0, self.length + length, ragged, both)
+            return Track(torch.cat([old, new], dim=1), 0, self.length + length, ragged)
 
         return self._once("layout", layout, make)
 
@@ -76,7 +65,7 @@ class Track:
     def _crop(self, tokens: int) -> Track:
         start = self.length - tokens
         if tokens <= self.tail:
-            return Track(self.head, self.tail - tokens, start, self.ragged, self.free)
+            return Track(self.head, self.tail - tokens, start, self.ragged)
         if self.head is None:
             return Track()
         rest = tokens - self.tail  # newest entries of head, which must be these very tokens in every sample
@@ -85,15 +74,14 @@ class Track:
             raise ValueError(
                 f"crop(-{tokens}) reaches into tokens that the policy removed: crop at most {self.tail}."
             )
-        return Track(self.head[:, :-rest], 0, start, self.ragged, self.free)
+        return Track(self.head[:, :-rest], 0, start, self.ragged)
 
     def rows(self, operation: str, argument: object, change: Callable[[Tensor], Tensor]) -> Track:
         """With the samples rearranged by `change`, which `operation` and `argument` identify."""
 
         def make() -> Track:
             head = None if self.head is None else change(self.head)
-            free = None if self.free is None else change(self.free)
-            return Track(head, self.tail, self.length, self.ragged, free)
+            return Track(head, self.tail, self.length, self.ragged)
 
         return self._once(operation, argument, make)
 

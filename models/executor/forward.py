@@ -23,7 +23,6 @@ from latefusion.models.executor.cache import (
 from latefusion.models.executor.frozen_rows import TEXT_ROWS, narrows
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import compact_mask, needs_no_mask, reading_mask
-from latefusion.models.executor.positions import Gaps, RotaryCall, moved, positions_of
 from latefusion.models.executor.returns import Returns
 from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
 
@@ -68,8 +67,6 @@ class Forward:
         self.full: Tensor | None = None  # [B, T, D]
         self.freezes = False  # the policy has frozen tokens, or will
         self.text: Layout | None = None  # the segment's text rows, if its vision tokens are frozen
-        self.gaps: Gaps | None = None  # if the segment's positions are re-indexed
-        self.rotary: list[RotaryCall] = []  # of this forward
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.entered = False  # the entry adapter has run
         self.unseen: tuple[Tensor, Sequence[int]] | None = (
@@ -114,9 +111,8 @@ class Forward:
             return None if hidden_states is args[0] else ((hidden_states, *args[1:]), kwargs)
 
         kwargs = dict(kwargs)
-        earlier = None if cache is None else scheduled_layer(cache, i, self.start).track.free
-        if self.layout is not None or earlier is not None:
-            kwargs["position_embeddings"] = self._rope(kwargs["position_embeddings"], earlier)
+        if self.layout is not None:
+            kwargs["position_embeddings"] = self._rope(kwargs["position_embeddings"])
         kwargs["attention_mask"] = self._mask(i, layer, kwargs.get("attention_mask"), cache, hidden_states)
         if self.layout is not None:
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
@@ -174,7 +170,7 @@ class Forward:
             full = entering.put(full, self.entry(entering.take(full), order))
             self.entered = True
         self._memo.clear()
-        self.text, self.gaps, self.freezes = None, None, self.freezes or frozen
+        self.text, self.freezes = None, self.freezes or frozen
         if everything:
             self.layout, self.full = None, None
             return full
@@ -185,8 +181,6 @@ class Forward:
         if frozen and any(counts):
             text = (prompt.real & ~prompt.vision).gather(1, self.layout.index)  # [B, n]
             self.text = Layout.build(text, texts)
-        if selection.reindexed and counts != prompt.n_vision:
-            self.gaps = Gaps.of(positions_of(self.rotary, prompt), self.layout, prompt.real)
         return self.layout.take(full)
 
     def _entering(self, i: int, vision: Tensor, counts: Sequence[int]) -> Layout | None:
@@ -204,18 +198,13 @@ class Forward:
 
     # ---------------------------------------------------------------- what a layer is handed
 
-    def _rope(self, embeddings: tuple[Tensor, Tensor], earlier: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The layer's `(cos, sin)`; `earlier`: positions that its cache has freed, int64 `[B]`."""
-        key = ("rope", id(embeddings), id(earlier))
+    def _rope(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The layer's `(cos, sin)`."""
+        key = ("rope", id(embeddings))
         if key not in self._memo:
+            assert self.layout is not None
             cos, sin = embeddings  # [B|1, T, D]
-            if self.gaps is not None or earlier is not None:
-                call = next(call for call in self.rotary if call.embeddings[0] is cos)
-                cos, sin = moved(call, self.layout, self.gaps, earlier)
-            else:
-                assert self.layout is not None
-                cos, sin = self.layout.take(cos), self.layout.take(sin)
-            self._memo[key] = (embeddings, earlier), (cos, sin)
+            self._memo[key] = embeddings, (self.layout.take(cos), self.layout.take(sin))
         return self._memo[key][1]
 
     def _mask(
@@ -227,8 +216,7 @@ class Forward:
         if cache is not None:
             store = scheduled_layer(cache, i, self.start)
             before, offset, keys = store.track, store.get_mask_sizes(self.length)[1], stored(store, n)
-        free = None if self.gaps is None else self.gaps.free
-        track = before.append(self.layout, self.length, self.name, free)
+        track = before.append(self.layout, self.length, self.name)
         if cache is not None:
             store.track = track
         if track.complete and self.layout is None:

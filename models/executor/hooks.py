@@ -20,7 +20,6 @@ from latefusion.models.executor.cache import check_cache, is_scheduled
 from latefusion.models.executor.forward import Forward
 from latefusion.models.executor.frozen_rows import ReadingLayer
 from latefusion.models.executor.masks import attention_window
-from latefusion.models.executor.positions import RotaryCall
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, given_vision
 from latefusion.models.policies.base import Policy, Prompt
@@ -79,10 +78,6 @@ class Hooks:
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
                 yield layer.register_forward_hook(partial(self._after_layer, i))
-        if "rotary_emb" in decoder._modules:
-            yield decoder.get_submodule("rotary_emb").register_forward_hook(
-                self._after_rotary, with_kwargs=True
-            )
         yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
@@ -160,10 +155,6 @@ class Hooks:
         elif past == 0:
             self._last = TextTrace(self._real(batch, length, tokens.device), len(self.layers))
         self._forward = forward
-
-    def _after_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._forward is not None:
-            self._forward.rotary.append(RotaryCall(module, _named(module, args, kwargs), output))
 
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._forward is None:

@@ -52,14 +52,11 @@ class Selection:
         counts: None means that only the device knows them; the executor then asks once (a host sync).
         frozen: they are only read: their keys and values are computed, their states stay as they are. A token that
             was never but frozen may leave and return.
-        reindexed: RoPE counts the tokens that take part, as if the others had never been there; else every token
-            keeps the position that the model gave it.
     """
 
     vision: Tensor
     counts: tuple[int, ...] | None = None
     frozen: bool = False
-    reindexed: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ def schedule_of(config: ScheduleConfig) -> VisionSchedule:
             "exit": config.exit,
             "keep": config.keep,
             "cross": config.cross,
-            "positions": config.positions.value,
         }
     )
 

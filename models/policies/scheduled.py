@@ -50,7 +50,7 @@ class ScheduleDecision:
 
     def _selection(self, vision: Tensor, counts: tuple[int, ...]) -> Selection:
         schedule = self.schedule
-        return Selection(vision, counts, bool(schedule.cross), schedule.positions == "reindexed")
+        return Selection(vision, counts, bool(schedule.cross))
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
         shares = [

@@ -94,47 +94,6 @@ def masked(
 
 
 @contextmanager
-def reindexed(model: Any, vision: Tensor, seen: Sequence[Tensor], padding: Tensor) -> Iterator[None]:
-    """The model with positions closed up in every layer, token by token in loops; inside `masked`."""
-    decoder = model.get_decoder()
-    calls: list[tuple[tuple, dict, tuple]] = []
-
-    def after_rotary(module: Any, args: tuple, kwargs: dict, output: tuple) -> None:
-        calls.append((args, kwargs, output))
-
-    def closed(ids: Tensor, layer: int) -> Tensor:
-        axes = ids if ids.dim() == 3 else ids[None]
-        new = axes.expand(-1, *vision.shape).clone()
-        for b in range(vision.shape[0]):
-            there, gone = set(), set()
-            for t in range(vision.shape[1]):
-                if padding[b, t]:
-                    absent = bool(vision[b, t]) and not bool(seen[layer][b, t])
-                    (gone if absent else there).update(new[:, b, t].tolist())
-            free = sorted(gone - there)
-            for a in range(new.shape[0]):
-                for t in range(vision.shape[1]):
-                    value = new[a, b, t].item()
-                    new[a, b, t] = value - sum(f < value for f in free)
-        return new if ids.dim() == 3 else new[0]
-
-    def before_layer(i: int, kwargs: dict) -> dict:
-        args, named, _ = next(call for call in calls if call[2][0] is kwargs["position_embeddings"][0])
-        if "position_ids" in named:
-            named = {**named, "position_ids": closed(named["position_ids"], i)}
-        else:
-            args = (args[0], closed(args[1], i), *args[2:])
-        return {**kwargs, "position_embeddings": decoder.rotary_emb.forward(*args, **named)}
-
-    handles = [decoder.rotary_emb.register_forward_hook(after_rotary, with_kwargs=True)]
-    for i, layer in enumerate(decoder.layers):
-        hook = lambda module, args, kwargs, i=i: (args, before_layer(i, kwargs))  # noqa: E731
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    with gone_afterwards(handles):
-        yield
-
-
-@contextmanager
 def blinded(
     model: Any,
     vision: Tensor,

@@ -165,7 +165,7 @@ def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypa
         return waits, listed
 
     stock_waits, stock_lists = looks()
-    cross = VisionSchedule(cross=(1, 3), positions="reindexed")
+    cross = VisionSchedule(cross=(1, 3))
     for policy in (VisionSchedule(), BAND, KEEPS, cross):
         with attach(model, policy):
             waits, listed = looks()

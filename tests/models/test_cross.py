@@ -346,7 +346,6 @@ def test_a_layer_of_other_parts_is_refused_before_it_computes() -> None:
         ({"cross": [2, 4], "exit": 6}, r"contradicts enter=0, exit=6: leave those out\.$"),
         ({"cross": [2, 4], "keep": {3: 5}}, r"^keep names layer 3, which cross=\[2, 4\] does not read"),
         ({"cross": [2, 4], "keep": {2: 5}}, r"^keep=\{2: 5\} must lie after enter=2"),
-        ({"positions": "compact"}, r"^positions='compact' is unknown; use original or reindexed\.$"),
     ],
 )
 def test_contradictions_are_one_sentence(values: dict, message: str) -> None:
@@ -355,7 +354,7 @@ def test_contradictions_are_one_sentence(values: dict, message: str) -> None:
 
 
 def test_it_says_what_it_is() -> None:
-    schedule = VisionSchedule(cross=[4, 1, 4], keep={4: 2}, positions="reindexed")
+    schedule = VisionSchedule(cross=[4, 1, 4], keep={4: 2})
     assert (schedule.cross, schedule.enter, schedule.exit) == ((1, 4), 1, 5)
     assert schedule.vision_tokens(6, 9) == [0, 9, 0, 0, 2, 0]
     assert VisionSchedule.from_dict(schedule.to_dict()) == schedule

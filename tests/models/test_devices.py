@@ -22,7 +22,6 @@ MIXED = ["tt I ttt", "tttt", "t I t I tt"]
 POLICIES = {
     "keeps": VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}),
     "cross": VisionSchedule(cross=(1, 3)),
-    "reindexed": VisionSchedule(enter=2, exit=4, positions="reindexed"),
     "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
     "fastv": FastV(layer=1),
     "random": Random(layer=3),
@@ -76,7 +75,7 @@ def test_policies(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["keeps", "cross", "reindexed", "visipruner"])
+@pytest.mark.parametrize("policy", ["keeps", "cross", "visipruner"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, policy):
     check(family, policy)

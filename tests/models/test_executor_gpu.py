@@ -33,7 +33,6 @@ POLICIES = {
     "band": VisionSchedule(enter=2, exit=4),
     "keeps": VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}),
     "cross": VisionSchedule(cross=(1, 3)),
-    "reindexed": VisionSchedule(enter=2, exit=4, positions="reindexed"),
     "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
     "fastv": FastV(),
     "random": Random(layer=3),

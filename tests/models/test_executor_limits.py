@@ -202,7 +202,7 @@ class NoStream:
     def __exit__(self, *error: object) -> None: ...
 
 
-@pytest.mark.parametrize("schedule", [KEEPS, CROSS, VisionSchedule(enter=2, exit=4, positions="reindexed")])
+@pytest.mark.parametrize("schedule", [KEEPS, CROSS, VisionSchedule(enter=2, exit=4)])
 def test_an_offloaded_cache_holds_the_same(schedule: VisionSchedule, monkeypatch: Any) -> None:
     """Its bookkeeping, on a CPU; that the copies between devices are right, a GPU must show."""
     model, inputs = build("llava"), prompt("llava", MIXED)

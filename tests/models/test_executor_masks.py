@@ -275,7 +275,7 @@ def flash() -> Iterator[str]:
 
 RANKED = (
     VisionSchedule(enter=1, exit=5, keep={2: 3, 3: 1}),
-    VisionSchedule(cross=(1, 3), keep={3: 2}, positions="reindexed"),
+    VisionSchedule(cross=(1, 3), keep={3: 2}),
 )
 
 

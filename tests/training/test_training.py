@@ -11,8 +11,7 @@ from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file
 
-from latefusion.models.attach import attached
-from latefusion.models.student.save import load, load_student, merge
+from latefusion.models.student.save import load, load_student
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import run
 
@@ -86,19 +85,6 @@ def test_what_is_deeper_than_the_model_is_refused_without_its_weights(base, tmp_
 def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: schedule\.cross=\[\] names no layer; say which layers"):
         train(base, tmp_path, "recipe=cross_only", "model.cross=[]", band=())
-
-
-def test_positions_are_the_students(base, tmp_path):
-    """Trained, saved, loaded and merged with its positions; they make a difference."""
-    for positions in ("original", "reindexed"):
-        train(base, tmp_path / positions, f"schedule.positions={positions}")
-        assert load_student(tmp_path / positions).schedule.positions == positions
-    first, second = (weights(tmp_path / positions) for positions in ("original", "reindexed"))
-    assert any(not torch.equal(weight, second[name]) for name, weight in first.items())
-    merge(tmp_path / "reindexed", tmp_path / "merged", dtype=torch.float32)
-    model, _ = load(tmp_path / "merged", dtype=torch.float32)
-    attachment = attached(model)
-    assert attachment is not None and attachment.policy == load_student(tmp_path / "reindexed").schedule
 
 
 def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch):
