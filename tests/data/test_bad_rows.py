@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.data_rows import ANSWER, QUESTION, llava_turns, text_part, write_numbered_rows, write_rows
+from helpers.pictures import JPEG, PNG, decompression_bomb
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_images import JPEG, PNG, bomb
-from test_sources import ANSWER, QUESTION, numbered, said, text, written
 from torch.utils.data import DataLoader
 
 from latefusion.data import findings, validate
@@ -55,7 +55,10 @@ GOOD = [
     chat(QUESTION, answer("\u200b")),
     chat(user("is it<image>red?"), ANSWER, images=["a.png"]),
     chat(QUESTION, ANSWER, broken="is fun", record=5, latefusion=None),
-    {"conversations": said("what?\n<image>", "red", "and <image>?", "no"), "image": ["a.png", "a.png"]},
+    {
+        "conversations": llava_turns("what?\n<image>", "red", "and <image>?", "no"),
+        "image": ["a.png", "a.png"],
+    },
 ]
 BAD = [
     {},
@@ -66,18 +69,18 @@ BAD = [
     chat(QUESTION, answer("")),
     chat(QUESTION, answer([])),
     chat(user(" \n"), ANSWER),
-    chat(user([text("")]), ANSWER),
+    chat(user([text_part("")]), ANSWER),
     chat(QUESTION, {"role": "tool", "content": "x"}, ANSWER),
     chat({"role": ["user"], "content": "x"}, ANSWER),
     chat(user(5), ANSWER),
-    chat(user([text(5)]), ANSWER),
+    chat(user([text_part(5)]), ANSWER),
     chat({"role": "user"}, ANSWER),
     chat(None, ANSWER),
     {"messages": {"role": "user"}},
     {"conversations": [{"from": ["human"], "value": "x"}]},
-    {"conversations": said("what?", "red"), "image": "a.png"},
-    {"conversations": said("<image><image>", "red"), "image": "a.png"},
-    chat(user([text("an <image>?")]), ANSWER),
+    {"conversations": llava_turns("what?", "red"), "image": "a.png"},
+    {"conversations": llava_turns("<image><image>", "red"), "image": "a.png"},
+    chat(user([text_part("an <image>?")]), ANSWER),
     chat(QUESTION, answer("an <image>"), images=["a.png"]),
     chat(QUESTION, answer("2 <eos> red")),
     chat(user("what " * LIMIT), ANSWER),
@@ -93,7 +96,13 @@ BROKEN = [b"null", b"{oh", b"[]]", b"\xff\xfe", b"[" * 9999, b'{"id": ' + b"1" *
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    pictures = {"a.png": PNG, "lies.jpg": PNG, "cut.jpg": JPEG[:200], "bomb.png": bomb(), "note.png": b"no"}
+    pictures = {
+        "a.png": PNG,
+        "lies.jpg": PNG,
+        "cut.jpg": JPEG[:200],
+        "bomb.png": decompression_bomb(),
+        "note.png": b"no",
+    }
     for name, data in {**pictures, "empty.png": b""}.items():
         (folder / name).write_bytes(data)
     (folder / "folder").mkdir()
@@ -169,14 +178,14 @@ def test_they_agree_on_any_rows_in_any_order(folder, tmp_path_factory, drawn, st
 
 
 def test_every_row_has_a_size_to_be_grouped_by(folder):
-    path = written(folder, *GOOD, *BAD, name="sizes.jsonl")
+    path = write_rows(folder, *GOOD, *BAD, name="sizes.jsonl")
     sizes = training_data(configuration(path, group="length").data).rows.sizes()
     assert len(sizes) == len(GOOD) + len(BAD) and sizes[3] == (10, 2)
 
 
 def test_a_row_that_a_mixture_repeats_is_left_out_once_by_all_workers(folder, tmp_path):
-    bad = written(folder, chat(QUESTION), chat(QUESTION, ANSWER), chat(QUESTION), name="few.jsonl")
-    good = numbered(folder, "many", 20)
+    bad = write_rows(folder, chat(QUESTION), chat(QUESTION, ANSWER), chat(QUESTION), name="few.jsonl")
+    good = write_numbered_rows(folder, "many", 20)
     for streaming in ("true", "false"):
         parts = f"data.parts=[{{path: {bad}, weight: 3}},{{path: {good}}}]"
         rows = training_data(configured("data=mixture", parts, f"data.streaming={streaming}").data)
@@ -191,7 +200,7 @@ def test_a_row_that_a_mixture_repeats_is_left_out_once_by_all_workers(folder, tm
 
 
 def test_workers_give_the_batches_of_none(folder, tmp_path):
-    path = written(folder, *[{**row, "id": i} for i, row in enumerate([*GOOD, *BAD])], name="work.jsonl")
+    path = write_rows(folder, *[{**row, "id": i} for i, row in enumerate([*GOOD, *BAD])], name="work.jsonl")
     rows = training_data(configuration(path).data)
 
     def batches(workers):
@@ -206,7 +215,7 @@ def test_workers_give_the_batches_of_none(folder, tmp_path):
 def test_a_bad_row_far_into_a_run_ends_it_in_one_sentence(folder, tmp_path):
     rows = [{"id": f"g{i}", **GOOD[0]} for i in range(9)] + [{"id": f"b{i}", **BAD[2]} for i in range(9)]
     base = save_tiny_base(tmp_path / "base")
-    path, out = written(folder, *rows, name="late.jsonl"), f"output_dir={tmp_path / 'out'}"
+    path, out = write_rows(folder, *rows, name="late.jsonl"), f"output_dir={tmp_path / 'out'}"
     quick = ("train.dtype=float32", "train.steps=9", "teacher=none", "train.trackers=[]", "train.threads=1")
     with pytest.raises(SystemExit, match=r"^error: row b\d ends with the user, .*data\.on_error=skip\.$"):
         options = ("data=dataset", f"data.path={path}", f"model.path={base}", "train.workers=1")
@@ -231,6 +240,6 @@ def test_files_of_other_kinds_and_damaged_ones_are_one_sentence(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(SystemExit, match=f"^error: .*{reason}"):
             validate.main(["data=dataset", f"data.path={tmp_path / name}"])
-    good = numbered(tmp_path, "a", 3)
+    good = write_numbered_rows(tmp_path, "a", 3)
     with pytest.raises(SystemExit, match=r"^error: data\.eval_path=.*\.jsonl is JSON, .*eval/evaluate\.py"):
         validate.main(["data=dataset", f"data.path={good}", f"data.eval_path={good}"])

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.tiny_base import composed
-from test_sources import IMG, turn, written
 
 from latefusion.data import validate
 from latefusion.data.findings import kind
@@ -54,10 +54,10 @@ def test_the_summary_counts_reasons_without_what_is_the_row_s_own(reasons, told)
 @pytest.fixture
 def broken(tmp_path) -> str:
     rows = [{"id": f"ends{i}", "messages": [turn("user", "is it red?")]} for i in range(3)]
-    lost = {"id": "lost", "messages": [turn("user", IMG, "what?"), ANSWER], "images": ["lost.png"]}
+    lost = {"id": "lost", "messages": [turn("user", IMAGE_PART, "what?"), ANSWER], "images": ["lost.png"]}
     (tmp_path / "here.png").touch()
     empty = {**lost, "id": "empty", "images": ["here.png"]}
-    return written(tmp_path, empty, lost, *rows, name="broken.jsonl")
+    return write_rows(tmp_path, empty, lost, *rows, name="broken.jsonl")
 
 
 @pytest.mark.slow

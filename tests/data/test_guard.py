@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, text_part, turn, write_rows
+from helpers.pictures import PNG
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, tiny_base
 from PIL import Image
-from test_images import PNG
-from test_sources import ANSWER, IMG, QUESTION, text, turn, written
 
 from latefusion.data import validate
 from latefusion.data.bad_rows import SKIPPED_FILE, Bad, Checked, Guard, skipped
@@ -152,13 +152,13 @@ def mixed(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes(PNG[: len(PNG) // 2])
     rows = [
-        {"id": "seen", "messages": [turn("user", IMG, "how many?"), ANSWER], "images": ["a.png"]},
+        {"id": "seen", "messages": [turn("user", IMAGE_PART, "how many?"), ANSWER], "images": ["a.png"]},
         {"id": "text", "messages": [QUESTION, ANSWER]},
-        {"id": "cut", "messages": [turn("user", IMG, "how many?"), ANSWER], "images": ["cut.png"]},
+        {"id": "cut", "messages": [turn("user", IMAGE_PART, "how many?"), ANSWER], "images": ["cut.png"]},
         {"id": "user", "messages": [QUESTION]},
         {"id": "long", "messages": [LONG, ANSWER]},
     ]
-    return written(tmp_path, *rows, name="mixed.jsonl")
+    return write_rows(tmp_path, *rows, name="mixed.jsonl")
 
 
 def train(base, output, data, *overrides):
@@ -213,7 +213,7 @@ def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
     old = tmp_path / "out" / "checkpoint-5"
     old.mkdir(parents=True)
     rows = Path(mixed).read_text().splitlines()
-    good = written(tmp_path, *map(json.loads, (rows[0], rows[1], rows[4])), name="good.jsonl")
+    good = write_rows(tmp_path, *map(json.loads, (rows[0], rows[1], rows[4])), name="good.jsonl")
     with pytest.raises(SystemExit, match=rf"^error: {said}"):
         train(base, tmp_path / "out", good, "data.max_length=12", "overwrite=true", *options)
     assert old.is_dir()
@@ -223,9 +223,9 @@ def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
 def test_calibration_takes_rows_that_training_takes(base, tmp_path, wanted, monkeypatch):
     """Beyond the first rows, which are tried before: row 10 asks too much. Nothing is computed before it is refused."""
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    seen = {"messages": [turn("user", IMG, "how many?"), ANSWER], "images": ["a.png"]}
-    long = {**seen, "messages": [turn("user", IMG, LONG["content"]), ANSWER]}
-    data = written(tmp_path, *[seen] * 10, long, *[seen] * 3, name="rows.jsonl")
+    seen = {"messages": [turn("user", IMAGE_PART, "how many?"), ANSWER], "images": ["a.png"]}
+    long = {**seen, "messages": [turn("user", IMAGE_PART, LONG["content"]), ANSWER]}
+    data = write_rows(tmp_path, *[seen] * 10, long, *[seen] * 3, name="rows.jsonl")
     used = []
     monkeypatch.setattr(calibrate, "batches", lambda *given: used.append(given[2]) or [])
     monkeypatch.setattr(calibrate, "fit_entry", lambda *_: pytest.fail("computes"))
@@ -258,7 +258,7 @@ def test_validate_lists_every_bad_row_with_its_reason(base, mixed, capsys, strea
 
 
 def test_validate_of_good_data_and_of_none(base, tmp_path, capsys, monkeypatch):
-    good = written(tmp_path, {"messages": [QUESTION, ANSWER]}, name="good.jsonl")
+    good = write_rows(tmp_path, {"messages": [QUESTION, ANSWER]}, name="good.jsonl")
     with pytest.raises(SystemExit) as end:
         validate.main(["data=dataset", f"data.path={good}"])
     assert end.value.code == 0 and "All 1 rows can be used." in capsys.readouterr().err
@@ -273,8 +273,8 @@ def test_validate_of_good_data_and_of_none(base, tmp_path, capsys, monkeypatch):
 
 
 def test_a_mixture_names_the_part_and_the_row(tmp_path, mixed):
-    good = written(tmp_path, {"messages": [QUESTION, ANSWER]}, name="good.jsonl")
+    good = write_rows(tmp_path, {"messages": [QUESTION, ANSWER]}, name="good.jsonl")
     parts = f"data.parts=[{{path: {good}}},{{path: {mixed}, weight: 5}}]"
     rows = training_data(configured("data=mixture", parts).data)
     bad = [row.id for row in map(rows.__getitem__, range(len(rows))) if isinstance(row, Bad)]
-    assert set(bad) == {"1:cut", "1:user"} and text("how many?") in rows[0]["messages"][0]["content"]
+    assert set(bad) == {"1:cut", "1:user"} and text_part("how many?") in rows[0]["messages"][0]["content"]

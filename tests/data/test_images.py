@@ -2,41 +2,13 @@
 
 import io
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
+from helpers.pictures import JPEG, PNG, decompression_bomb, encode, noise
 from PIL import Image
 
 from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def noise(mode: str = "RGB", size: tuple[int, int] = (32, 24)) -> Image.Image:
-    channels = {"RGB": 3, "CMYK": 4, "L": 1}[mode]
-    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(values.squeeze(), mode=mode)
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 30,000 x 30,000 pixels."""
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
-    body = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-PNG = encoded(noise(), "PNG")
-JPEG = encoded(noise(), "JPEG", quality=95)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +20,7 @@ JPEG = encoded(noise(), "JPEG", quality=95)
         (JPEG[: len(JPEG) // 2], r"cannot be decoded \(.*truncated"),
         (PNG[: len(PNG) // 2], r"cannot be decoded \("),
         (PNG[:60] + bytes(20) + PNG[80:], r"cannot be decoded|is no image"),
-        (bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
+        (decompression_bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
         ("nowhere.png", r"nowhere\.png cannot be read \(No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": None, "path": 5}, "has a path that is int"),
@@ -100,7 +72,7 @@ def test_paths_bytes_and_pictures_are_the_same_picture(tmp_path):
 def test_16_bit_grey_is_scaled_and_not_clipped():
     values = np.array([[0, 256 * 10, 256 * 200, 65535]], np.uint16)
     for kind in ("PNG", "TIFF"):
-        image = load_image(encoded(Image.fromarray(values), kind))
+        image = load_image(encode(Image.fromarray(values), kind))
         assert image.mode == "RGB" and np.asarray(image)[0, :, 0].tolist() == [0, 10, 200, 255]
     with pytest.raises(BadImage, match="pixels from 0 to 70000"):
         load_image(Image.fromarray(np.array([[0, 70_000]], np.int32)))
@@ -111,7 +83,7 @@ def test_exif_orientation_is_applied():
     upright.paste((255, 0, 0), (0, 0, 30, 5))  # red above
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to see it upright
-    stored = encoded(upright.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+    stored = encode(upright.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
     assert Image.open(io.BytesIO(stored)).size == (20, 30)
     image = load_image(stored)
     assert image.size == (30, 20) and image.getpixel((15, 1))[0] > 200 > 50 > image.getpixel((15, 15))[0]
@@ -120,14 +92,14 @@ def test_exif_orientation_is_applied():
 def test_an_animation_is_its_first_frame():
     frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0))]
     for kind in ("GIF", "WEBP"):
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
         image = load_image(data)
         assert image.size == (8, 8) and image.getpixel((4, 4))[0] > 240 > 20 > image.getpixel((4, 4))[1]
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_other_colours_become_rgb(mode):
-    image = load_image(encoded(noise(mode), "JPEG"))
+    image = load_image(encode(noise(mode), "JPEG"))
     assert image.mode == "RGB" and image.size == (32, 24)
 
 
@@ -135,7 +107,7 @@ def test_other_colours_become_rgb(mode):
 def test_cmyk_ink_becomes_the_colour_it_prints(kind):
     """Magenta and yellow ink on white paper are red, black ink is black; a JPEG of Adobe's holds them inverted."""
     for ink, colour in (((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0,) * 4, (255,) * 3)):
-        seen = load_image(encoded(Image.new("CMYK", (8, 8), ink), kind)).getpixel((4, 4))
+        seen = load_image(encode(Image.new("CMYK", (8, 8), ink), kind)).getpixel((4, 4))
         assert np.abs(np.subtract(seen, colour)).max() < 12
 
 
@@ -143,10 +115,10 @@ def test_cmyk_ink_becomes_the_colour_it_prints(kind):
 @pytest.mark.parametrize("transparency", [0, bytes(range(256))])
 def test_palette_with_transparency_becomes_rgb(transparency):
     image = noise("L").convert("P")
-    seen = load_image(encoded(image, "PNG", transparency=transparency))
+    seen = load_image(encode(image, "PNG", transparency=transparency))
     assert seen.mode == "RGB" and (np.asarray(seen) == np.asarray(image.convert("RGB"))).all()
 
 
 def test_black_and_white_become_rgb():
-    seen = load_image(encoded(noise("L").convert("1"), "PNG"))
+    seen = load_image(encode(noise("L").convert("1"), "PNG"))
     assert seen.mode == "RGB" and set(np.asarray(seen).flat) == {0, 255}

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.families import FAMILIES, MROPE_FAMILIES, prompt, shared
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, shake, tiny_student
 from PIL import Image
-from test_sources import IMG, turn, written
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.padding_free import Packed, check_isolation, fitted
@@ -157,9 +157,9 @@ def test_a_run_with_packing_is_the_run_without(tmp_path, monkeypatch):
     rows = [{**row, "images": []} for row in TEXTS]
     Image.new("RGB", (20, 20), (200, 0, 0)).save(tmp_path / "a.png")
     rows += [
-        {"messages": [turn("user", IMG, "what color?"), turn("assistant", "red")], "images": ["a.png"]}
+        {"messages": [turn("user", IMAGE_PART, "what color?"), turn("assistant", "red")], "images": ["a.png"]}
     ] * 4
-    data = written(tmp_path, *rows, name="chat.jsonl")
+    data = write_rows(tmp_path, *rows, name="chat.jsonl")
     losses = []
     for pack in ("false", "true"):
         options = (

@@ -6,8 +6,18 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from test_images import JPEG, PNG
+from helpers.data_rows import (
+    ANSWER,
+    IMAGE_PART,
+    QUESTION,
+    grey_image,
+    llava_turns,
+    text_part,
+    turn,
+    write_numbered_rows,
+    write_rows,
+)
+from helpers.pictures import JPEG, PNG
 
 from latefusion.data import sources
 from latefusion.data.load import training_data
@@ -16,65 +26,37 @@ from latefusion.data.samples import BadSample, messages_of
 from latefusion.data.streaming import Stream
 from latefusion.recipes.schema import DataConfig, PartConfig, Source
 
-IMG = {"type": "image"}
-
-
-def text(value: str) -> dict:
-    return {"type": "text", "text": value}
-
-
-def turn(role: str, *parts) -> dict:
-    return {"role": role, "content": [text(p) if isinstance(p, str) else p for p in parts]}
-
-
-def shade(value: int) -> Image.Image:
-    return Image.new("RGB", (16, 16), (value, value, value))
-
-
-def said(*values: str) -> list[dict]:
-    return [{"from": who, "value": v} for who, v in zip(["human", "gpt"] * 3, values, strict=False)]
-
-
-QUESTION, ANSWER = {"role": "user", "content": "how many?"}, {"role": "assistant", "content": "2"}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    shade(9).save(tmp_path / "a.png")
-    shade(8).save(tmp_path / "b.png")
+    grey_image(9).save(tmp_path / "a.png")
+    grey_image(8).save(tmp_path / "b.png")
     return tmp_path
-
-
-def written(folder, *records, name="chat.json") -> str:
-    path = folder / name
-    lines = name.endswith("l")
-    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(list(records)))
-    return str(path)
 
 
 def test_scenes_give_one_question_a_row():
     rows = sources.scenes("validation", n_scenes=2)
     sample = rows[0]
     (user, assistant), (image,) = sample["messages"], sample["images"]
-    assert user["content"] == [IMG, text(sample["question"])] and image.size == (96, 96)
+    assert user["content"] == [IMAGE_PART, text_part(sample["question"])] and image.size == (96, 96)
     assert assistant == turn("assistant", sample["answer"])
 
 
 def test_llava_json_places_images_where_they_stand(folder):
-    path = written(
+    path = write_rows(
         folder,
-        {"id": "x", "image": "a.png", "conversations": said("<image>\nwhat is it?", "red")},
+        {"id": "x", "image": "a.png", "conversations": llava_turns("<image>\nwhat is it?", "red")},
         {
             "id": 5,
             "image": ["a.png", "b.png"],
-            "conversations": said("what is it?\n<image>", "red", "and<image>?", "no"),
+            "conversations": llava_turns("what is it?\n<image>", "red", "and<image>?", "no"),
         },
-        {"conversations": said("how many?", "2")},
+        {"conversations": llava_turns("how many?", "2")},
     )
     rows = sources.llava(path, str(folder))
-    assert rows[0]["messages"] == [turn("user", IMG, "what is it?"), turn("assistant", "red")]
-    assert rows[1]["messages"][0] == turn("user", "what is it?", IMG)
-    assert rows[1]["messages"][2] == turn("user", "and", IMG, "?")
+    assert rows[0]["messages"] == [turn("user", IMAGE_PART, "what is it?"), turn("assistant", "red")]
+    assert rows[1]["messages"][0] == turn("user", "what is it?", IMAGE_PART)
+    assert rows[1]["messages"][2] == turn("user", "and", IMAGE_PART, "?")
     assert [image.getpixel((0, 0))[0] for image in rows[1]["images"]] == [9, 8]
     assert rows[2]["images"] == [] and [rows.identity(i) for i in range(3)] == ["x", "5", "2"]
     assert rows.sizes() == [(22, 1), (35, 2), (10, 0)]
@@ -89,7 +71,7 @@ BAD_MESSAGES = [
     ({"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "an empty answer in turn 1"),
     ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "an empty turn 0"),
     (
-        {"messages": [QUESTION, turn("assistant", IMG, "2")], "images": ["a.png"]},
+        {"messages": [QUESTION, turn("assistant", IMAGE_PART, "2")], "images": ["a.png"]},
         "image in the answer of turn 1",
     ),
     (
@@ -100,12 +82,12 @@ BAD_MESSAGES = [
         {"messages": [turn("user", {"type": "video"}), ANSWER]},
         "a message part .*video.*; parts are texts and",
     ),
-    ({"messages": [turn("user", IMG, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
+    ({"messages": [turn("user", IMAGE_PART, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
     ({"messages": [turn("user", "?"), ANSWER], "images": ["a.png"]}, r"has 1 image\(s\) but 0 placeholder"),
     ({"messages": "hello"}, "has messages that are str, not a list"),
     ({"text": "hello"}, r"has neither messages nor conversations \(it has text\)"),
-    ({"conversations": said("what?", "red"), "image": "a.png"}, r"has 1 image\(s\) but 0 placeholder"),
-    ({"conversations": said("<image>what?", "red")}, r"has 0 image\(s\) but 1 placeholder"),
+    ({"conversations": llava_turns("what?", "red"), "image": "a.png"}, r"has 1 image\(s\) but 0 placeholder"),
+    ({"conversations": llava_turns("<image>what?", "red")}, r"has 0 image\(s\) but 1 placeholder"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn from 'robot'; it can be from human, gpt"),
     ({"conversations": [{"from": "human"}]}, "a turn without a text 'value'"),
     ({"messages": [QUESTION, ANSWER], "images": ["c.png"]}, r"has a bad image: c\.png cannot be read"),
@@ -115,8 +97,8 @@ BAD_MESSAGES = [
 @pytest.mark.parametrize(("record", "reason"), BAD_MESSAGES)
 def test_what_contradicts_itself_is_one_sentence_when_it_is_asked_for(folder, record, reason):
     good = {"messages": [QUESTION, ANSWER], "images": ["b.png"]}
-    rows = sources.dataset(written(folder, good, record), split="train")
-    assert rows[0]["messages"] == [turn("user", IMG, "how many?"), turn("assistant", "2")]
+    rows = sources.dataset(write_rows(folder, good, record), split="train")
+    assert rows[0]["messages"] == [turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")]
     with pytest.raises(BadSample, match=reason) as error:
         rows[1]
     assert "\n" not in str(error.value)
@@ -125,9 +107,16 @@ def test_what_contradicts_itself_is_one_sentence_when_it_is_asked_for(folder, re
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("how many?", [IMG, IMG, text("how many?")]),  # TRL: images first where nothing says where they stand
-        ("one <image> and <image>?", [text("one "), IMG, text(" and "), IMG, text("?")]),
-        ([text("a"), IMG, text("b"), {"type": "image", "text": None}], [text("a"), IMG, text("b"), IMG]),
+        # as TRL writes it: images first where nothing says where they stand
+        ("how many?", [IMAGE_PART, IMAGE_PART, text_part("how many?")]),
+        (
+            "one <image> and <image>?",
+            [text_part("one "), IMAGE_PART, text_part(" and "), IMAGE_PART, text_part("?")],
+        ),
+        (
+            [text_part("a"), IMAGE_PART, text_part("b"), {"type": "image", "text": None}],
+            [text_part("a"), IMAGE_PART, text_part("b"), IMAGE_PART],
+        ),
     ],
 )
 def test_contents_are_parts_or_strings(content, parts):
@@ -158,7 +147,7 @@ def test_broken_utf8_and_broken_json_cost_their_own_row(folder):
 def test_missing_data_is_one_sentence_with_the_fix(folder):
     with pytest.raises(FileNotFoundError, match=r"no conversation file at nowhere\.json; .*data\.path="):
         sources.llava("nowhere.json", None)
-    path = written(folder, {"id": 1, "image": "c.png", "conversations": said("<image>", "red")})
+    path = write_rows(folder, {"id": 1, "image": "c.png", "conversations": llava_turns("<image>", "red")})
     with pytest.raises(FileNotFoundError, match=r"no image folder at nowhere; .*data\.images="):
         sources.llava(path, "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no image c\.png in .*data\.images="):
@@ -205,7 +194,7 @@ def stored(request, folder):
         (folder / "cut.jpg").write_bytes(JPEG[: len(JPEG) // 2])
         names = ("a.png", "cut.jpg", "a.png")
         rows = [{**r, "images": [n]} for r, n in zip(rows_with_images(), names, strict=True)]
-        return written(folder, *rows, name="set.jsonl")
+        return write_rows(folder, *rows, name="set.jsonl")
     else:
         path.mkdir()
         table.to_parquet(path / "part.parquet")
@@ -216,7 +205,7 @@ def stored(request, folder):
 def test_every_format_gives_the_same_samples(stored):
     rows = sources.dataset(stored, split="train")
     assert len(rows) == 3 and rows.identity(1) == "row 2"
-    assert rows[0]["messages"] == [turn("user", IMG, "how many?"), turn("assistant", "1")]
+    assert rows[0]["messages"] == [turn("user", IMAGE_PART, "how many?"), turn("assistant", "1")]
     assert rows[0]["images"][0].mode == "RGB" and rows[2]["id"] == "row 3"
     assert [images for _, images in rows.sizes()] == [1, 1, 1] and rows.sizes()[0][0] == 10
     with pytest.raises(BadSample, match=r"has a bad image: .*truncated"):
@@ -264,13 +253,11 @@ def test_what_is_no_such_data_set_is_refused(folder):
 # ---------------------------------------------------------------------------- mixtures and streams
 
 
-def numbered(folder, name: str, n: int) -> str:
-    rows = [{"id": f"{name}{i}", "messages": [QUESTION, ANSWER]} for i in range(n)]
-    return written(folder, *rows, name=f"{name}.jsonl")
-
-
 def test_a_mixture_draws_each_source_by_its_weight(folder):
-    parts = [sources.dataset(numbered(folder, name, n), split="train") for name, n in (("a", 10), ("b", 30))]
+    parts = [
+        sources.dataset(write_numbered_rows(folder, name, n), split="train")
+        for name, n in (("a", 10), ("b", 30))
+    ]
     mixed = Mixture(parts, [3, 1], seed=0)
     names = [mixed[i]["id"][2:] for i in range(len(mixed))]
     assert len(mixed) == 40 and sum(name[0] == "a" for name in names) == 30
@@ -285,10 +272,10 @@ def test_a_mixture_draws_each_source_by_its_weight(folder):
 
 
 def test_a_mixture_is_what_the_configuration_says(folder):
-    chat = written(folder, {"id": "x", "image": "a.png", "conversations": said("<image>?", "red")})
+    chat = write_rows(folder, {"id": "x", "image": "a.png", "conversations": llava_turns("<image>?", "red")})
     parts = [
         PartConfig(source=Source.llava, path=chat, images=str(folder)),
-        PartConfig(path=numbered(folder, "b", 3)),
+        PartConfig(path=write_numbered_rows(folder, "b", 3)),
     ]
     rows = training_data(DataConfig(source=Source.mixture, parts=parts))
     assert sorted(rows[i]["id"][:3] for i in range(4)) == ["0:x", "0:x", "1:b", "1:b"] and rows[0]["row"] == 0
@@ -302,7 +289,7 @@ def opened(rows) -> list[str]:
 
 
 def test_a_stream_is_shuffled_and_mixed(folder):
-    one = DataConfig(source=Source.dataset, path=numbered(folder, "a", 8), streaming=True)
+    one = DataConfig(source=Source.dataset, path=write_numbered_rows(folder, "a", 8), streaming=True)
     rows = training_data(one)
     alone = opened(rows.first(16))
     assert sorted(alone[:8]) == sorted(alone[8:]) == [f"a{i}" for i in range(8)] and alone[:8] != alone[8:]
@@ -312,7 +299,10 @@ def test_a_stream_is_shuffled_and_mixed(folder):
     two = DataConfig(
         source=Source.mixture,
         streaming=True,
-        parts=[PartConfig(path=one.path, weight=1), PartConfig(path=numbered(folder, "b", 5), weight=3)],
+        parts=[
+            PartConfig(path=one.path, weight=1),
+            PartConfig(path=write_numbered_rows(folder, "b", 5), weight=3),
+        ],
     )
     names = opened(training_data(two).first(400))
     assert 60 < sum(name[0] == "a" for name in names) < 140

@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, turn, write_numbered_rows, write_rows
 from helpers.launch import launch
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file
-from test_sources import ANSWER, IMG, QUESTION, numbered, turn, written
 from torch.utils.data import DataLoader
 
 from latefusion.data import bad_rows as guard
@@ -37,7 +37,7 @@ def names(rows) -> list[str]:
 
 
 def mixture(folder) -> DataConfig:
-    parts = [PartConfig(path=numbered(folder, name, n)) for name, n in (("a", 30), ("b", 17))]
+    parts = [PartConfig(path=write_numbered_rows(folder, name, n)) for name, n in (("a", 30), ("b", 17))]
     return DataConfig(source=Source.mixture, streaming=True, shuffle_buffer=8, parts=parts)
 
 
@@ -117,13 +117,13 @@ def data_of(folder) -> str:
     rows = [
         {
             "id": f"r{i}",
-            "messages": [turn("user", *([IMG] if i % 3 else []), question), turn("assistant", answer)],
+            "messages": [turn("user", *([IMAGE_PART] if i % 3 else []), question), turn("assistant", answer)],
             "images": ["a.png"] if i % 3 else [],
         }
         for i in range(9)
         for question, answer in [asked[i % 2 + (i > 4)]]
     ]
-    return written(folder, *rows, name="rows.jsonl")
+    return write_rows(folder, *rows, name="rows.jsonl")
 
 
 def streaming_of(data: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def browse(chromium: str, page: Path, *arguments: str, width: int = 1280) -> sub
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    shutil.copy(evaluated.full_run()[0] / "report.html", path)
+    shutil.copy(evaluated_student.full_run()[0] / "report.html", path)
     return path
 
 
@@ -90,7 +90,7 @@ def found_in(chromium: str, page: Path, *arguments: str, width: int = 1280) -> d
 
 def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
     found = found_in(chromium, page)
-    systems = evaluated.full_run()[1]["systems"]
+    systems = evaluated_student.full_run()[1]["systems"]
     assert found["before"] == found["back"] == list(systems)
     by_flops = sorted(systems, key=lambda key: systems[key]["flops"]["mean"])
     assert [systems[key]["flops"]["mean"] for key in found["flops"]] == [

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 from helpers.evaluated_student import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
 
 from latefusion.data.scenes import load_scenes
@@ -23,27 +23,27 @@ from latefusion.models.schedule import VisionSchedule
 
 @pytest.fixture(scope="module")
 def processor():
-    return evaluated.processor()
+    return evaluated_student.processor()
 
 
 @pytest.fixture(scope="module")
 def student():
-    return evaluated.student()
+    return evaluated_student.student()
 
 
 @pytest.fixture(scope="module")
 def naive():
-    return evaluated.naive()
+    return evaluated_student.naive()
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return evaluated.questions()
+    return evaluated_student.questions()
 
 
 @pytest.fixture(scope="module")
 def run():
-    return evaluated.full_run()
+    return evaluated_student.full_run()
 
 
 def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
@@ -168,7 +168,9 @@ def test_images_are_encoded_once_for_all_systems_of_the_same_weights(student, pr
 
 def test_one_question_is_enough_for_a_report(student, questions, tmp_path):
     student.model.train()
-    results = evaluated.evaluate(tmp_path, tasks=[evaluated.task(questions.select([1]))], latency_prompts=5)
+    results = evaluated_student.evaluate(
+        tmp_path, tasks=[evaluated_student.task(questions.select([1]))], latency_prompts=5
+    )
     assert student.model.training  # given back as it came
     assert np.isnan(results["paired"]["dense"]["ratio"]["value"])  # nobody is right
     stored = json.loads((tmp_path / "report.json").read_text())
@@ -179,15 +181,17 @@ def test_one_question_is_enough_for_a_report(student, questions, tmp_path):
 
 def refused(folder, **changes):
     with pytest.raises(ValueError) as error:
-        evaluated.evaluate(folder, **changes)
+        evaluated_student.evaluate(folder, **changes)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     folder = tmp_path / "report"
-    assert "column 'type'" in refused(folder, tasks=[evaluated.task(questions.remove_columns("type"))])
-    assert "no question" in refused(folder, tasks=[evaluated.task(questions.select([]))])
+    assert "column 'type'" in refused(
+        folder, tasks=[evaluated_student.task(questions.remove_columns("type"))]
+    )
+    assert "no question" in refused(folder, tasks=[evaluated_student.task(questions.select([]))])
     assert "'oracle'" in refused(folder, candidate="oracle")
     late = {**SYSTEMS, "late": System(name="", policy=VisionSchedule(enter=9))}
     assert "late: enter names layer 9" in refused(folder, systems=late)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 
 from latefusion.eval import memory
 from latefusion.eval.comparison import cost as efficiency
@@ -64,8 +64,8 @@ def test_peak_memory_is_this_work_s_and_not_the_history(cuda: torch.device) -> N
 def test_an_answer_s_clock_starts_on_an_idle_device(cuda: torch.device) -> None:
     from latefusion.data.scenes import load_scenes
 
-    model = evaluated.tiny_model().to(cuda)
-    inputs = prompt_inputs(model, evaluated.processor(), [load_scenes("test", 1)[0]])
+    model = evaluated_student.tiny_model().to(cuda)
+    inputs = prompt_inputs(model, evaluated_student.processor(), [load_scenes("test", 1)[0]])
     efficiency.time_answer(model, inputs, 2)  # the first call compiles and allocates
     quick, _ = efficiency.time_answer(model, inputs, 2)
     torch.cuda._sleep(2_000_000_000)

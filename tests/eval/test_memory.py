@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 from transformers import DynamicCache
 
 from latefusion.eval import memory
@@ -76,9 +76,9 @@ def test_where_the_kernel_keeps_no_record_nothing_is_claimed(
 
 
 def test_every_timed_method_has_its_peak_in_report_and_table() -> None:
-    _, results = evaluated.full_run()
+    _, results = evaluated_student.full_run()
     weights = results["model"]["weight_bytes"]
     for system in results["systems"].values():
         assert system["control"] or system["peak_bytes"]["mean"] > weights
     assert "peak memory" in [row.label for row in tables.rows(results)]
-    assert "resident memory (VmHWM)" in (evaluated.full_run()[0] / "report.html").read_text()
+    assert "resident memory (VmHWM)" in (evaluated_student.full_run()[0] / "report.html").read_text()

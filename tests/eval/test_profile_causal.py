@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families import LAYERS, prompt, shared, vision_tokens
+from helpers.families import LAYERS, shared
 from helpers.oracle import band, masked
 from helpers.oracle import blinded as blinded_oracle
+from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import KINDS, Runner, knock_outs
@@ -21,18 +22,6 @@ from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-ONE_IMAGE = ["tt I tttt", "tt I tttttt"]
-MIXED = ["tt I ttt", "t I tt I ttt"]
-
-
-def batch_of(family: str, rows: list[str]) -> Batch:
-    """Padded on the right, the last two tokens of each row its answer."""
-    inputs = prompt(family, rows, side="right")
-    ids, real = inputs["input_ids"], inputs["attention_mask"].sum(1)
-    labels = torch.full_like(ids, -100)
-    for row, length in enumerate(real.tolist()):
-        labels[row, length - 2 : length] = ids[row, length - 2 : length]
-    return Batch(tuple(map(str, rows)), inputs, labels, (real - 3)[:, None], vision_tokens(inputs))
 
 
 def judged(model: Any, batch: Batch, kind: str, layer: int) -> Answers:

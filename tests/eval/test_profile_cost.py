@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.families import LAYERS, shared
-from helpers.planted_models import grouped, measurer, planted
-from test_profile_causal import batch_of
-from test_profile_planted import BOUND
-from test_profile_planted import batch_of as planted_batch
+from helpers.planted_models import BOUND, grouped, measurer, planted, planted_batch
+from helpers.profile_batches import batch_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from latefusion.eval.fusion import cost, decide

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models_with_processors import collator_of, model_and_processor
 from PIL import Image
-from test_profile_pixels import collator_of, fitted
 
 from latefusion.eval.fusion.examples import SIDE, View, examples, maps, views
 
@@ -99,7 +99,7 @@ def test_a_keep_that_holds_all_of_a_small_image_has_no_picture() -> None:
 
 def test_examples_of_a_family_with_grids_have_their_maps(tmp_path) -> None:
     """Pixels through the processor, wide and square ones."""
-    model, _ = fitted("qwen2_5_vl")
+    model, _ = model_and_processor("qwen2_5_vl")
     for width, height in ((56, 56), (84, 56)):
         question = [{"type": "image"}, {"type": "text", "text": "what color is it ?"}]
         sample = {

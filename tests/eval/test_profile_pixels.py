@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.families import CONFIGS, LAYERS, build_from, prompt, vision_tokens
-from helpers.processors import STOP, processor, vision_id
+from helpers.models_with_processors import collator_of, model_and_processor
 from PIL import Image
 from rich.console import Console
 
-from latefusion.data.collate import Collator
 from latefusion.eval.comparison.answers import prompt_inputs
 from latefusion.eval.fusion.run import calibrate, profile
 from latefusion.eval.fusion.samples import collated
 from latefusion.eval.fusion.study import Wishes
 from latefusion.models.attach import attach
-from latefusion.models.inputs import encode_images, stop_tokens
+from latefusion.models.inputs import encode_images
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import fit_entry, installed
 
@@ -30,30 +28,6 @@ FAMILIES = [
     pytest.param("gemma3", marks=pytest.mark.slow),
     pytest.param("internvl", marks=pytest.mark.slow),
 ]
-
-
-@cache
-def fitted(family: str) -> tuple[Any, Any]:
-    """A random model with its tower, whose tokens are its processor's."""
-    made, config = processor(family), CONFIGS[family]()
-    tokens = made.tokenizer.convert_tokens_to_ids
-    config.image_token_id = vision_id(family)
-    if family.startswith("qwen"):
-        config.video_token_id = tokens("<|video_pad|>")
-        config.vision_start_token_id, config.vision_end_token_id = tokens(
-            ["<|vision_start|>", "<|vision_end|>"]
-        )
-        config.vision_config.patch_size = made.image_processor.patch_size
-    if family == "internvl":
-        config.vision_config.patch_size = [7, 7]  # four tokens a tile of 28 x 28
-    model = build_from(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if not weight.any() and "projection_weight" in name:  # Gemma3 starts from zero there
-                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    model.generation_config.eos_token_id = tokens(STOP[family])
-    model.generation_config.suppress_tokens = [config.image_token_id]
-    return model, made
 
 
 def samples(n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -73,18 +47,9 @@ def samples(n: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def collator_of(family: str) -> Collator:
-    model, made = fitted(family)
-    return Collator(
-        processor=made,
-        vision_ids=[model.config.image_token_id],
-        stop=stop_tokens(model.generation_config, made),
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, tmp_path) -> None:
-    model, made = fitted(family)
+    model, made = model_and_processor(family)
     rows = samples(4)
     found = profile(
         model=model, processor=made, samples=rows, fit_on=samples(20, seed=1), labelled=True,
@@ -110,7 +75,7 @@ def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_entry_is_calibrated_from_pixels(family: str) -> None:
     """Exactly what a forward with pixels gives to the layer, for the images it was fitted on."""
-    model, rows = fitted(family)[0], samples(24, seed=2)
+    model, rows = model_and_processor(family)[0], samples(24, seed=2)
     collator, states = collator_of(family), []
     with attach(model, VisionSchedule()) as attachment:
         found = calibrate(attachment, collator, rows, 2, 8)
@@ -138,7 +103,7 @@ def test_an_entry_is_calibrated_from_pixels(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_from_encoded_images_is_generation_from_pixels(family: str) -> None:
     """What evaluation does, dense and under a schedule, in a batch of images of two shapes."""
-    model, made = fitted(family)
+    model, made = model_and_processor(family)
     inputs = prompt_inputs(model, made, samples(3, seed=3))
     with torch.no_grad():
         encoded = encode_images(model, inputs)
@@ -159,7 +124,7 @@ def test_generation_from_encoded_images_is_generation_from_pixels(family: str) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_with_encoded_images_answers_as_its_pixels(family: str) -> None:
-    model, collator, rows = fitted(family)[0], collator_of(family), samples(3, seed=4)
+    model, collator, rows = model_and_processor(family)[0], collator_of(family), samples(3, seed=4)
     batch = collated(model, collator, rows, ["0", "1", "2"])
     inputs = {k: v for k, v in collator(rows).items() if k not in ("labels", "queries")}
     assert "pixel_values" not in batch.inputs and int(batch.vision.sum()) > 0

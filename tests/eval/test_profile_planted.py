@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families import HIDDEN, IMAGE, LAYERS, TOKENS_PER_IMAGE, shared
-from helpers.planted_models import NO_PLAN, grouped, measurer, planted, questions
+from helpers.families import HIDDEN, LAYERS, TOKENS_PER_IMAGE, shared
+from helpers.planted_models import BOUND, NO_PLAN, grouped, measurer, planted, planted_batch, questions
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.eval.fusion import files
@@ -26,23 +26,9 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
 
-BOUND = 1e-5
-
-
-def batch_of(model: Any, samples: int = 12, images: int = 1) -> Batch:
-    """Labels are what the dense model says."""
-    inputs = questions(samples, images=images)
-    ids = inputs["input_ids"]
-    with torch.no_grad():
-        said = model(**inputs).logits.argmax(-1)
-    labels = torch.full_like(ids, -100)
-    labels[:, -2:] = said[:, -3:-1]
-    queries = torch.full((samples, 1), ids.shape[1] - 3)
-    return Batch(tuple(map(str, range(samples))), inputs, labels, queries, ids == IMAGE)
-
 
 def study(model: Any, attachment: Any, ledger: Path, **wishes: Any) -> tuple[dict[str, Any], Measurer]:
-    batch = batch_of(model)
+    batch = planted_batch(model)
     made = measurer(model, attachment, [batch], ledger)
     found = Study(made, Wishes(**{"bound": BOUND, **wishes}), True, *counts(made.sources))
     return found.run(lambda enter: fit_entry(attachment, [(batch.fresh(), batch.vision)], enter)), made
@@ -188,8 +174,8 @@ def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tm
     """Said in a sentence; what was measured before is not thrown away."""
     model = planted("llava", 1, 4)
     with attach(model, VisionSchedule()) as attachment:
-        made = measurer(model, attachment, [batch_of(model)], tmp_path / "m.jsonl")
-        few = batch_of(model, 2)
+        made = measurer(model, attachment, [planted_batch(model)], tmp_path / "m.jsonl")
+        few = planted_batch(model, 2)
         found = Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
             lambda enter: fit_entry(attachment, [(few.fresh(), few.vision)], enter)
         )
@@ -203,7 +189,7 @@ def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tm
 def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples(tmp_path: Path) -> None:
     """Each sample has its own numbers, the same by knock-out, by schedule, and in a batch of all."""
     model = planted("llava", 0, 6)
-    whole = batch_of(model, 7)
+    whole = planted_batch(model, 7)
     parts = [part(whole, rows) for rows in ([4, 1], [0, 6, 3], [2, 5])]
     with attach(model, VisionSchedule()) as attachment:
         expected = measurer(model, attachment, [whole], tmp_path / "one.jsonl").effects()["late 2"]["kl"]
@@ -248,7 +234,7 @@ def test_a_model_that_needs_no_image_is_told_so(tmp_path: Path) -> None:
 
 def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
     model = planted("llava", 1, 4)
-    batch = batch_of(model)
+    batch = planted_batch(model)
     with torch.no_grad():
         model.get_decoder().layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with (

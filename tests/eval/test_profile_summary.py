@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.families import LAYERS, shared
 from helpers.planted_models import NO_PLAN
-from test_profile_causal import MIXED, ONE_IMAGE, batch_of
+from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.eval.fusion import lenses, summary
 from latefusion.eval.fusion.causal import KINDS, knock_outs

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 from rich.console import Console
 
 from latefusion.eval.compare import compare, main
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run() -> tuple[Path, dict[str, Any]]:
-    return evaluated.full_run()
+    return evaluated_student.full_run()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_report_json_holds_every_number_and_says_where_it_comes_from(
     assert set(stored["against"]) == set(stored["systems"]) - {"dense"}
     assert stored["systems"]["student"]["policy"]["keep"] == {"2": 5}
     assert {"torch", "transformers", "latefusion"} <= set(stored["environment"]["versions"])
-    first = evaluated.questions()[0]["question"]
+    first = evaluated_student.questions()[0]["question"]
     prompt = stored["settings"]["prompts"]["scenes"]
     assert first in prompt and prompt.count("<image>") == 1 and prompt != first
     assert f"<code>{escape(prompt)}</code>" in (run[0] / "report.html").read_text()
@@ -134,18 +134,19 @@ def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]
 
 def test_vision_costs_follow_their_conventions(stored: dict[str, Any]) -> None:
     """4nd² + 2n²d + 3ndm a layer; causal pairs of query and key with a vision token."""
-    d, m = evaluated.WIDTH, evaluated.MLP
+    d, m = evaluated_student.WIDTH, evaluated_student.MLP
     for key, tokens in (("dense", [16] * 4), ("pruned", [16, 16, 3, 3]), ("student", [0, 16, 5, 0])):
         macs = sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens)
         assert stored["systems"][key]["vision_macs"]["mean"] == macs
-        lengths = [length for _, length in evaluated.naive()[key]]
+        lengths = [length for _, length in evaluated_student.naive()[key]]
         pairs = [sum(i + 1 for n in tokens for i in range(n + t)) - 4 * sum(range(t + 1)) for t in lengths]
         assert stored["systems"][key]["vision_attention"]["mean"] == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_agreement_counts_equal_answers(stored: dict[str, Any]) -> None:
     said = {
-        key: [text.lower().strip(" .") for text, _ in answers] for key, answers in evaluated.naive().items()
+        key: [text.lower().strip(" .") for text, _ in answers]
+        for key, answers in evaluated_student.naive().items()
     }
     same = [a == b for a, b in zip(said["dense"], said["student"], strict=True)]
     assert stored["against"]["student"]["agreement"]["value"] == pytest.approx(sum(same) / len(same))
@@ -232,7 +233,7 @@ def test_figure_for_the_readme_is_a_picture_of_its_own(run: tuple[Path, dict[str
     space = {"s": "http://www.w3.org/2000/svg"}
     assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
     lines = drawing.findall("s:path[@class]", space)
-    assert sum("line" in line.attrib["class"] for line in lines) == len(evaluated.SYSTEMS)
+    assert sum("line" in line.attrib["class"] for line in lines) == len(evaluated_student.SYSTEMS)
     style = drawing.find("s:style", space)
     assert style is not None and "--s0" in str(style.text)
 

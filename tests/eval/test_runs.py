@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import evaluated_student as evaluated
+from helpers import evaluated_student
 from helpers.launch import free_port
 from helpers.tiny_base import save_tiny_base
 
@@ -30,14 +30,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def ask(ledger: Ledger | None) -> dict[str, list[str]]:
-    student = evaluated.student()
+    student = evaluated_student.student()
     student.model.eval()
     found = answer_questions(
         model=student.model,
-        processor=evaluated.processor(),
+        processor=evaluated_student.processor(),
         attachment=student.attachment,
-        systems=evaluated.SYSTEMS,
-        dataset=evaluated.questions(),
+        systems=evaluated_student.SYSTEMS,
+        dataset=evaluated_student.questions(),
         batch_size=9,
         task="scenes",
         ledger=ledger,
@@ -46,11 +46,11 @@ def ask(ledger: Ledger | None) -> dict[str, list[str]]:
 
 
 def wanted() -> dict[str, list[str]]:
-    return {key: [text for text, _ in said] for key, said in evaluated.naive().items()}
+    return {key: [text for text, _ in said] for key, said in evaluated_student.naive().items()}
 
 
 def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = evaluated.student().model
+    model: Any = evaluated_student.student().model
     said, generate, calls = wanted(), model.generate, []
 
     def interrupted(**kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
     ledger = Ledger(tmp_path / "unfinished.jsonl", "identity", Processes())
     assert ledger.resumed == sum(calls[:3])  # the base's rows of a batch are kept together
     assert ask(ledger) == said
-    batches = -(-len(evaluated.questions()) // 9)
+    batches = -(-len(evaluated_student.questions()) // 9)
     assert len(calls) == 3 * batches + 2  # nothing but what was interrupted was asked twice
     ledger.close()
     assert not list(tmp_path.iterdir())
@@ -78,7 +78,7 @@ def test_answers_of_another_evaluation_are_thrown_away(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "unfinished.jsonl", {"policy": 1}, Processes())
     ask(first)
     assert Ledger(tmp_path / "unfinished.jsonl", {"policy": 1}, Processes()).resumed == 3 * len(
-        evaluated.questions()
+        evaluated_student.questions()
     )
     assert Ledger(tmp_path / "unfinished.jsonl", {"policy": 2}, Processes()).resumed == 0
 
@@ -104,28 +104,28 @@ def test_processes_share_the_questions(tmp_path: Path) -> None:
 
 
 def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
-    _, stored = evaluated.full_run()
-    found = evaluated.evaluate(tmp_path / "same", stored=stored)
+    _, stored = evaluated_student.full_run()
+    found = evaluated_student.evaluate(tmp_path / "same", stored=stored)
     assert found is not None and found["settings"]["reference_reproduced"]
     other = copy.deepcopy(stored)
     other["systems"]["dense"]["accuracy"]["overall"]["value"] -= 0.01
     with pytest.raises(ValueError, match=r"does not reproduce .*\(at most 0\.5 points"):
-        evaluated.evaluate(tmp_path / "drift", stored=other)
+        evaluated_student.evaluate(tmp_path / "drift", stored=other)
     assert not (tmp_path / "drift/report.json").exists()
     kept = (tmp_path / "drift/unfinished.jsonl").read_text().splitlines()[1:]
     assert {json.loads(line)["value"]["system"] for line in kept} == {"dense"}  # nobody else was asked
     other["data"]["fingerprint"] = "0"
     with pytest.raises(ValueError, match="asked other questions"):
-        evaluated.evaluate(tmp_path / "data", stored=other)
+        evaluated_student.evaluate(tmp_path / "data", stored=other)
     assert not (tmp_path / "data").exists()
 
 
 def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> None:
-    rows = evaluated.questions()
+    rows = evaluated_student.questions()
     common = {"question": "is it red ?", "prompt": "is it red ?", "answer": "yes", "type": "a", "images": []}
     bare = [{**common, "id": f"{q}-{turn}", "scene": q} for q in "xy" for turn in (0, 1)]
     right = [float(i % 2) for i in range(4)]
-    rotated = evaluated.task(
+    rotated = evaluated_student.task(
         rows_of(bare),
         name="circles",
         score=lambda said, row: float(row["id"].endswith("-1")),  # one rotation of each is right
@@ -133,8 +133,10 @@ def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> N
         measures=lambda answers: {"half": Measure(terms=[(right, [1.0] * len(answers))])},
         max_new_tokens=2,
     )
-    always = evaluated.task(rows.select(range(3)), name="signs", ocr=True, score=lambda said, row: 0.6)
-    results = evaluated.evaluate(tmp_path, tasks=[rotated, always])
+    always = evaluated_student.task(
+        rows.select(range(3)), name="signs", ocr=True, score=lambda said, row: 0.6
+    )
+    results = evaluated_student.evaluate(tmp_path, tasks=[rotated, always])
     assert results is not None
     found = results["systems"]["student"]
     assert found["tasks"]["circles"]["score"]["overall"]["value"] == 0
@@ -148,7 +150,7 @@ def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> N
 
 def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
     """Rows without an image share no batch with the others."""
-    with_image = evaluated.questions()[0]
+    with_image = evaluated_student.questions()[0]
     with_image["image"].save(tmp_path / "a.png")
     common = {"question": with_image["question"], "answer": "no", "type": "a"}
     rows: Dataset = rows_of(
@@ -157,19 +159,19 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
             {**common, "id": "1", "prompt": common["question"], "scene": "1", "images": [tmp_path / "a.png"]},
         ]
     )
-    student = evaluated.student()
+    student = evaluated_student.student()
     student.model.eval()
     found = answer_questions(
         model=student.model,
-        processor=evaluated.processor(),
+        processor=evaluated_student.processor(),
         attachment=student.attachment,
-        systems={"dense": evaluated.SYSTEMS["dense"]},
+        systems={"dense": evaluated_student.SYSTEMS["dense"]},
         dataset=rows,
         batch_size=4,
         max_new_tokens=6,
     )["dense"]
     assert [answer.vision_tokens for answer in found] == [[0] * 4, [16] * 4]
-    assert found[1].prediction == evaluated.naive()["dense"][0][0]
+    assert found[1].prediction == evaluated_student.naive()["dense"][0][0]
 
 
 def test_policies_by_name_and_with_other_arguments() -> None:

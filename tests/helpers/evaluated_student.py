@@ -51,7 +51,7 @@ def processor() -> Any:
 @cache
 def student() -> Student:
     """A student whose LoRA, entry adapter and projector change the answers."""
-    found = build_student(
+    built = build_student(
         tiny_model(),
         processor(),
         base="tiny",
@@ -63,10 +63,10 @@ def student() -> Student:
         train=["multi_modal_projector"],
     )
     with torch.no_grad():
-        for name, parameter in found.model.named_parameters():
+        for name, parameter in built.model.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.normal_(0, 0.5)
-    return found
+    return built
 
 
 def naive_answer(model: Any, row: dict[str, Any]) -> tuple[str, int]:
@@ -87,20 +87,20 @@ def naive_with(policy: Any, row: dict[str, Any]) -> tuple[str, int]:
 @cache
 def naive() -> dict[str, list[tuple[str, int]]]:
     """What each system answers to each question, asked one by one."""
-    rows, said = load_scenes("test", 2), {}
+    rows, answers = load_scenes("test", 2), {}
     with student().model.disable_adapter():
-        said["dense"] = [naive_with(VisionSchedule(), row) for row in rows]
-        said["pruned"] = [naive_with(KEEP, row) for row in rows]
-    said["student"] = [naive_with(LATE, row) for row in rows]
-    return said
+        answers["dense"] = [naive_with(VisionSchedule(), row) for row in rows]
+        answers["pruned"] = [naive_with(KEEP, row) for row in rows]
+    answers["student"] = [naive_with(LATE, row) for row in rows]
+    return answers
 
 
 @cache
 def questions() -> Any:
     """The scenes, with what the dense model says as the answer to every other question."""
     rows, filler = load_scenes("test", 2), "no no no no no"  # five tokens: evaluation leaves room for six
-    said = [text for text, _ in naive()["dense"]]
-    answers = [text if i % 2 == 0 and len(text.split()) < 5 else filler for i, text in enumerate(said)]
+    dense = [text for text, _ in naive()["dense"]]
+    answers = [text if i % 2 == 0 and len(text.split()) < 5 else filler for i, text in enumerate(dense)]
     return rows.remove_columns("answer").add_column("answer", answers)
 
 

@@ -19,6 +19,7 @@ from latefusion.models.attach import Attachment
 
 CONTENT = 15  # dimensions of vision's content; as many of text's; then the two marks
 VISION_MARK, TEXT_MARK = 30, 31
+BOUND = 1e-5  # on the KL, in nats: what a planted band keeps to
 NO_PLAN = Plan(Cost(0.0, 0.0, 0.0), [()], [0.0], [0.0], hold=True)
 BLOCK = (
     300.0  # a text query score for a vision key is lowered by about its square: no vision is left in float32
@@ -85,16 +86,16 @@ def questions(samples: int, seed: int = 0, images: int = 1) -> dict[str, Any]:
 
 def grouped(batches: Sequence[Batch]) -> list[Group]:
     """Batches that are made already, one after the other."""
-    found, first = [], 0
+    groups, first = [], 0
     for batch in batches:
         numbers = tuple(range(first, first + batch.size))
         places = tuple(batch.vision[0].nonzero().flatten().tolist())
         lengths = tuple(batch.real.sum(1).tolist())
-        found.append(
+        groups.append(
             Group(numbers, lambda batch=batch: batch, places, lengths, int((batch.labels != -100).sum()))
         )
         first += batch.size
-    return found
+    return groups
 
 
 def measurer(model: Any, attachment: Attachment, batches: Sequence[Batch], ledger: Path) -> Measurer:
@@ -102,3 +103,15 @@ def measurer(model: Any, attachment: Attachment, batches: Sequence[Batch], ledge
     groups = grouped(batches)
     plan = planned(model.config, shapes(attachment, groups))
     return Measurer(model, attachment, groups, Ledger(ledger, {"about": 1}), plan)
+
+
+def planted_batch(model: Any, samples: int = 12, images: int = 1) -> Batch:
+    """Questions whose labels are the dense model's own answers."""
+    inputs = questions(samples, images=images)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        answers = model(**inputs).logits.argmax(-1)
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = answers[:, -3:-1]
+    queries = torch.full((samples, 1), ids.shape[1] - 3)
+    return Batch(tuple(map(str, range(samples))), inputs, labels, queries, ids == IMAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -66,3 +67,15 @@ def shake(student: Student, scale: float = 0.3) -> None:
     for weight in student.model.parameters():
         if weight.requires_grad:  # drawn on the CPU, wherever the weight is
             weight.copy_(torch.empty(weight.shape).normal_(0, scale, generator=generator))
+
+
+def student_inputs(student: Student, samples: list[Any]) -> dict[str, torch.Tensor]:
+    """The collated batch without labels and queries: what a forward takes."""
+    batch = parts.collator_of(student)(samples)
+    return {k: v for k, v in batch.items() if k not in ("labels", "queries")}
+
+
+def student_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits `[B, T, V]` in eval mode, without gradients."""
+    with torch.no_grad():
+        return model.eval()(**inputs).logits

@@ -21,21 +21,14 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
+from helpers.forwards import BAND, KEEPS, logits
 from helpers.oracle import band, masked, ranked
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach, attached
 from latefusion.models.policies.visipruner.settings import VisiPruner
 
-BAND = VisionSchedule(enter=2, exit=4)
-KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def logits(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs, **options).logits
 
 
 # ---------------------------------------------------------------- attach and detach

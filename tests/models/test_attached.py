@@ -18,11 +18,11 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
+from helpers.forwards import BAND, KEEPS, logits
 from helpers.oracle import Fixed, band, masked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_attach import BAND, KEEPS, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion import VisionSchedule

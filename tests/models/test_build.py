@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
+from helpers.tiny_base import (
+    BAND,
+    SMALL,
+    configured,
+    save_tiny_base,
+    shake,
+    student_inputs,
+    student_logits,
+    tiny_base,
+    tiny_student,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
@@ -27,16 +37,6 @@ def samples():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-def inputs_of(student, samples):
-    batch = parts.collator_of(student)(samples)
-    return {k: v for k, v in batch.items() if k not in ("labels", "queries")}
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
 
 
 def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():
@@ -103,15 +103,15 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     config = configured(*BAND, *SMALL, *options)
     student = parts.student_of(config)
     shake(student, 0.1)
-    inputs = inputs_of(student, samples)
-    expected = logits(student.model, inputs)
+    inputs = student_inputs(student, samples)
+    expected = student_logits(student.model, inputs)
     schedule = student.schedule
 
     save_student(student, tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
     model, processor = load(tmp_path / "adapter", dtype=torch.float32)
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(student_logits(model, inputs), expected)
     assert processor.chat_template == student.processor.chat_template
 
     merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
@@ -119,8 +119,8 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     assert saved["vision_schedule"] == schedule.to_dict()
     assert saved["architectures"] == ["LlavaForConditionalGeneration"]
     merged, _ = load(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(logits(parts.student_of(config).model, inputs), expected, rtol=1e-2)
+    torch.testing.assert_close(student_logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(student_logits(parts.student_of(config).model, inputs), expected, rtol=1e-2)
 
     plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert (
@@ -128,14 +128,16 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     )  # a stock checkpoint, dense until attached
     plain.add_module("vision_entry", entry_of(merged))
     with attach(plain, schedule):
-        torch.testing.assert_close(logits(plain, inputs), logits(merged, inputs), rtol=0, atol=0)
+        torch.testing.assert_close(
+            student_logits(plain, inputs), student_logits(merged, inputs), rtol=0, atol=0
+        )
 
 
 def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
     student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
     save_student(student, tmp_path)
     loaded = load_student(tmp_path, dtype=torch.float32)
-    loaded.model.generate(**inputs_of(loaded, samples[:1]), max_new_tokens=2)
+    loaded.model.generate(**student_inputs(loaded, samples[:1]), max_new_tokens=2)
     text = loaded.attachment.trace[0].tokens[0]
     assert loaded.attachment.trace[0].tokens == [text, text, text + 4, text + 4, text + 2, text]
 

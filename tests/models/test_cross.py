@@ -21,11 +21,10 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
+from helpers.flop_counter import N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
+from helpers.forwards import generate, gradients, gradients_checkpointed, ranking_rows
 from helpers.oracle import masked
 from peft import LoraConfig, get_peft_model
-from test_executor import asking, generated, gradients, gradients_checkpointed
-from test_flops import N_TEXT, N_VISION, config, counted
-from test_flops import prompt as flops_prompt
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from latefusion import VisionSchedule
@@ -95,7 +94,7 @@ def test_decoding_reads_what_the_prefill_left(family: str) -> None:
     model, inputs, cross = shared(family), prompt(family, MIXED), (1, 3, 4)
     with torch.no_grad():
         with attach(model, VisionSchedule(cross=cross)):
-            out = generated(model, inputs)
+            out = generate(model, inputs)
         new = out.sequences[:, inputs["input_ids"].shape[1] :]
         longer = continued(family, inputs, new)
         vision = torch.nn.functional.pad(vision_tokens(inputs), (0, new.shape[1]))
@@ -159,7 +158,7 @@ def ranked_frozen(
         handle.remove()
         value = values["v"].unflatten(-1, (-1, attention.head_dim))  # [B, T, Hkv, D]
         group = maps.shape[1] // value.shape[2]
-        for b, rows in enumerate(asking(inputs)):
+        for b, rows in enumerate(ranking_rows(inputs)):
             tokens = seen[layer][b].nonzero().flatten().tolist()
             for h in range(maps.shape[1]):
                 for q in rows:
@@ -251,11 +250,11 @@ def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
 @pytest.mark.parametrize("kv_heads", [4, 1], ids=["mha", "gqa"])
 def test_flops_are_those_of_a_real_run(kv_heads: int, attention: str) -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config(kv_heads, attention)).eval()
+    model = LlamaForCausalLM(llama_config(kv_heads, attention)).eval()
     inputs_embeds, vision = flops_prompt()
     for schedule in (VisionSchedule(cross=(0, 2, 3)), VisionSchedule(cross=(1, 3, 5), keep={5: 10})):
         with attach(model, schedule, vision_mask=vision) as attachment:
-            measured = counted(model, inputs_embeds)
+            measured = counted_flops(model, inputs_embeds)
             record = attachment.trace[0]
         assert schedule.flops(model.config, N_TEXT, N_VISION) == pytest.approx(measured, rel=0.01)
         own = account(model.config, [record])
@@ -270,8 +269,8 @@ def test_flops_are_those_of_a_real_run(kv_heads: int, attention: str) -> None:
 def test_chunks_give_the_same(family: str) -> None:
     model, inputs = build(family), prompt(family, MIXED)
     with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 3, 4))):
-        whole = generated(model, copy.deepcopy(inputs))
-        parts = generated(model, copy.deepcopy(inputs), prefill_chunk_size=5)
+        whole = generate(model, copy.deepcopy(inputs))
+        parts = generate(model, copy.deepcopy(inputs), prefill_chunk_size=5)
     assert close(torch.stack(whole.logits), torch.stack(parts.logits))
 
 

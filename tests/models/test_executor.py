@@ -22,7 +22,8 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
-from helpers.oracle import band, masked, ranked
+from helpers.forwards import KEEPS, generate, gradients, gradients_checkpointed, seen_by_keeps
+from helpers.oracle import band, masked
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
@@ -30,7 +31,6 @@ from latefusion.models.attach import attach
 # rows of one batch: one image, none, several; different lengths, so all but one row are padded
 BATCHES = [MIXED, EVEN, ["ttI t", "tI ttttttttt"], ["I tt"], ["tt"], ["t I t I t I tttt", "tttttttttt"]]
 BANDS = [(2, 4), (0, 3), (3, None), (1, 5)]
-KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
 
 worst: dict[str, dict[str, float]] = defaultdict(dict)
 
@@ -73,28 +73,17 @@ def padding(inputs: dict[str, Any]) -> torch.Tensor:
     return inputs["attention_mask"]
 
 
-def generated(model: Any, inputs: dict[str, Any], tokens: int = 4, **options: Any) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-
-
 # ---------------------------------------------------------------- identity
 
 
 def check_identity(family: str, side: str, attention: str, rows: list[str]) -> None:
     model, inputs = shared(family, attention), prompt(family, rows, side)
     with torch.no_grad():
-        logits, out = model(**inputs).logits, generated(model, inputs)
+        logits, out = model(**inputs).logits, generate(model, inputs)
         for everything in (VisionSchedule(), VisionSchedule(keep={1: 1000})):
             with attach(model, everything):
                 assert torch.equal(model(**inputs).logits, logits)
-                same = generated(model, inputs)
+                same = generate(model, inputs)
         assert torch.equal(same.sequences, out.sequences)
         assert all(torch.equal(a, b) for a, b in zip(same.logits, out.logits, strict=True))
         assert torch.equal(model(**inputs).logits, logits)  # and detach gave it back
@@ -128,29 +117,6 @@ def test_bands_equal_the_masked_model(family: str, side: str, attention: str) ->
         check_bands(family, side, attention, EVEN)  # no padding, so no mask
 
 
-def seen_by_keeps(
-    family: str, inputs: dict[str, Any], schedule: VisionSchedule = KEEPS
-) -> list[torch.Tensor]:
-    return ranked(
-        shared(family, "eager"),
-        inputs,
-        vision_tokens(inputs),
-        enter=schedule.enter,
-        exit=schedule.exit,
-        keep=dict(schedule.keep),
-        queries=asking(inputs),
-    )
-
-
-def asking(inputs: dict[str, Any]) -> list[list[int]]:
-    """Per sample, the last token and the text after the first vision token."""
-    rows = []
-    for real, sees in zip(padding(inputs).tolist(), vision_tokens(inputs).tolist(), strict=True):
-        there = [i for i, r in enumerate(real) if r]
-        rows.append([i for i in there if i == there[-1] or (any(sees[:i]) and not sees[i])])
-    return rows
-
-
 @everywhere
 def test_keeps_choose_by_attention_and_equal_the_masked_model(family: str, side: str, attention: str) -> None:
     model, inputs = shared(family, attention), prompt(family, MIXED, side)
@@ -175,7 +141,7 @@ def check_generation(family: str, attention: str, rows: list[str], schedule: Vis
     model, inputs = shared(family, attention), prompt(family, rows)
     with torch.no_grad():
         with attach(model, schedule):
-            out = generated(model, inputs, tokens=5)
+            out = generate(model, inputs, tokens=5)
         new = out.sequences[:, inputs["input_ids"].shape[1] :]
         if schedule.keep:
             seen = seen_by_keeps(family, inputs, schedule)
@@ -197,33 +163,6 @@ def test_cached_decoding_equals_the_masked_model(family: str, attention: str) ->
 
 
 # ---------------------------------------------------------------- gradients
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of all parameters and of the image features, under labels on text that text predicts."""
-    text = text_tokens(inputs)
-    from_text = torch.nn.functional.pad(text, (1, 0))[:, :-1]
-    labels = inputs["input_ids"].masked_fill(~(text & from_text), -100)
-    pooled = inputs["mm_encoder_outputs"]["image"].pooler_output
-    images = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
-    for image in images:
-        image.requires_grad_()
-        image.grad = None
-    model.train()
-    model.zero_grad()
-    loss = model(**inputs, labels=labels, use_cache=False).loss
-    loss.backward()
-    model.eval()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return {**grads, **{f"image {i}": image.grad.clone() for i, image in enumerate(images)}}, loss.item()
-
-
-def gradients_checkpointed(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = gradients(model, inputs)
-    model.gradient_checkpointing_disable()
-    return found
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from helpers.flop_counter import N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latefusion.models.attach import attach
 from latefusion.models.flops import decoder_flops, layer_flops
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-
-N_TEXT, N_VISION = 24, 96
-
-
-def attention_flops(query: torch.Size, key: torch.Size, *args: object, **kwargs: object) -> int:
-    """Scores and weighted sum over every key, as PyTorch counts the fused kernels of a GPU."""
-    batch, heads, queries, dim = query
-    return 4 * batch * heads * queries * key[2] * dim
-
-
-# the one fused kernel that PyTorch does not count
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-
-
-def config(kv_heads: int, attention: str) -> LlamaConfig:
-    options: dict[str, Any] = {"attn_implementation": attention}
-    return LlamaConfig(
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        vocab_size=32,
-        max_position_embeddings=256,
-        **options,
-    )
-
-
-def counted(model: LlamaForCausalLM, inputs_embeds: torch.Tensor) -> int:
-    """What PyTorch counts in the decoder layers of one prefill."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    with counter, torch.no_grad():
-        model(inputs_embeds=inputs_embeds)
-    head = sum(counter.get_flop_counts()["LlamaForCausalLM.lm_head"].values())
-    assert head == 2 * inputs_embeds.shape[1] * model.config.hidden_size * model.config.vocab_size
-    return counter.get_total_flops() - head
-
-
-def prompt() -> tuple[torch.Tensor, torch.Tensor]:
-    vision = torch.zeros(1, N_TEXT + N_VISION, dtype=torch.bool)
-    vision[:, 10 : 10 + N_VISION] = True
-    return torch.randn(1, N_TEXT + N_VISION, 128), vision
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -73,29 +29,29 @@ def test_schedule_flops_are_those_of_a_real_run(
     schedule: VisionSchedule, kv_heads: int, attention: str
 ) -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config(kv_heads, attention)).eval()
-    inputs_embeds, vision = prompt()
+    model = LlamaForCausalLM(llama_config(kv_heads, attention)).eval()
+    inputs_embeds, vision = flops_prompt()
     with attach(model, schedule, vision_mask=vision):
-        measured = counted(model, inputs_embeds)
+        measured = counted_flops(model, inputs_embeds)
     assert schedule.flops(model.config, N_TEXT, N_VISION) == pytest.approx(measured, rel=0.01)
 
 
 def test_dense_flops_are_exact_without_the_executor() -> None:
-    model = LlamaForCausalLM(config(2, "eager")).eval()
-    assert VisionSchedule().flops(model.config, N_TEXT, N_VISION) == counted(model, prompt()[0])
+    model = LlamaForCausalLM(llama_config(2, "eager")).eval()
+    assert VisionSchedule().flops(model.config, N_TEXT, N_VISION) == counted_flops(model, flops_prompt()[0])
 
 
 @pytest.mark.parametrize("stages", [("middle", "deep"), ("shallow", "middle", "deep")], ids="+".join)
 def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
     """Deciding reads one row a layer; the shallow rule computes the text before the image twice."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config(2, "sdpa")).eval()
-    inputs_embeds, vision = prompt()
+    model = LlamaForCausalLM(llama_config(2, "sdpa")).eval()
+    inputs_embeds, vision = flops_prompt()
     policy = VisiPruner(
         boundary=1, layer_threshold=1.0, tokens_threshold=0.0005, exit_threshold=1e-3, stages=stages
     )
     with attach(model, policy, vision_mask=vision) as att:
-        measured = counted(model, inputs_embeds)
+        measured = counted_flops(model, inputs_embeds)
         record = att.trace[0]
     assert record.exit_layer == 5, "the run should show all stages"
     expected = decoder_flops(model.config, record.tokens)
@@ -106,7 +62,7 @@ def test_visipruner_costs_what_its_trace_says(stages: tuple[str, ...]) -> None:
 
 
 def test_decode_steps_pay_for_the_cache_they_read() -> None:
-    dense = config(2, "sdpa")
+    dense = llama_config(2, "sdpa")
     assert layer_flops(dense, 1, past=99) - layer_flops(dense, 1) == 4 * 99 * dense.hidden_size
 
 
@@ -125,4 +81,4 @@ def test_an_unknown_convention_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^convention='tops' is unknown; use 'computed' or 'vision_only'\.$"
     ):
-        VisionSchedule().flops(config(2, "sdpa"), 1, 1, convention="tops")
+        VisionSchedule().flops(llama_config(2, "sdpa"), 1, 1, convention="tops")

@@ -3,8 +3,17 @@
 import pytest
 import torch
 from helpers.families import FAMILIES, build, shared
-from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake, tiny_base, tiny_student
-from test_build import inputs_of, logits
+from helpers.tiny_base import (
+    BAND,
+    SMALL,
+    configured,
+    save_tiny_base,
+    shake,
+    student_inputs,
+    student_logits,
+    tiny_base,
+    tiny_student,
+)
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from latefusion.data import sources
@@ -53,16 +62,16 @@ VARIANTS = [
 def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, options):
     student = student_on(base, *options)
     shake(student, 0.1)
-    inputs = inputs_of(student, samples)
-    expected = logits(student.model, inputs)
+    inputs = student_inputs(student, samples)
+    expected = student_logits(student.model, inputs)
     save_student(student, tmp_path / "adapter")
     loaded, _ = load(tmp_path / "adapter", dtype=torch.float32)
-    assert torch.equal(logits(loaded, inputs), expected)
+    assert torch.equal(student_logits(loaded, inputs), expected)
     changed, total = merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
     assert 0 < changed < total
     merged, _ = load(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(logits(student_on(base, *options).model, inputs), expected, rtol=1e-2)
+    torch.testing.assert_close(student_logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(student_logits(student_on(base, *options).model, inputs), expected, rtol=1e-2)
     merged.save_pretrained(tmp_path / "again")  # and once more, through stock saving
     assert fingerprints(merged).keys() >= fingerprints(loaded.get_base_model()).keys()
 
@@ -143,10 +152,10 @@ def test_a_second_stage_starts_from_the_first_and_its_teacher_does_not(tmp_path,
     first = tiny_student("tune=align")[1]
     shake(first, 0.1)
     save_student(first, tmp_path / "align")
-    inputs = inputs_of(first, samples)
+    inputs = student_inputs(first, samples)
     options = ("lora.train_projector=true", f"init={tmp_path / 'align'}")
     second = tiny_student(*options)[1]
-    assert torch.equal(logits(second.model, inputs), logits(first.model, inputs))
+    assert torch.equal(student_logits(second.model, inputs), student_logits(first.model, inputs))
     plain, _ = tiny_base()
     with torch.no_grad(), second.model.disable_adapter(), second.attachment.using(VisionSchedule()):
         assert torch.equal(second.model(**inputs).logits, plain(**inputs).logits)
@@ -169,10 +178,10 @@ def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, s
     for part in ("embed_tokens", "layers.0.", "multi_modal_projector", "vision_entry"):
         assert any(part in name for name in names), part
     shake(student, 0.2)
-    inputs = inputs_of(student, samples)
+    inputs = student_inputs(student, samples)
     save_student(student, tmp_path)
     loaded, _ = load(tmp_path, dtype=torch.float32)
-    assert torch.equal(logits(loaded, inputs), logits(student.model, inputs))
+    assert torch.equal(student_logits(loaded, inputs), student_logits(student.model, inputs))
     assert entry_of(loaded) is not None
     config = configured(*BAND, *SMALL, "tune=full", "teacher=none")
     batch = parts.collator_of(student)(samples)

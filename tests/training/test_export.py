@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake
-from test_build import inputs_of, logits
+from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake, student_inputs, student_logits
 from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
@@ -36,8 +35,8 @@ def checkpoint(tmp_path_factory):
     }
     (folder / "student" / "report.json").write_text(json.dumps(results))
     rows = sources.scenes("validation", n_scenes=1)
-    inputs = inputs_of(student, [rows[i] for i in range(3)])
-    return folder / "student", inputs, logits(student.model, inputs)
+    inputs = student_inputs(student, [rows[i] for i in range(3)])
+    return folder / "student", inputs, student_logits(student.model, inputs)
 
 
 @pytest.mark.parametrize("merged", ["true", "false"])
@@ -46,7 +45,7 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     target = tmp_path / "out"
     export.main([f"checkpoint={source}", f"output={target}", f"merge={merged}", "dtype=float32"])
     model, processor = load(target, dtype=torch.float32)
-    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(student_logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
     assert processor.chat_template
     card = (target / "README.md").read_text()
     for wanted in (
@@ -66,7 +65,9 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
         assert "tensors of the base have changed" in printed
         stock, info = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert not torch.allclose(logits(stock, inputs), expected, rtol=1e-2)  # dense, as the card says
+        assert not torch.allclose(
+            student_logits(stock, inputs), expected, rtol=1e-2
+        )  # dense, as the card says
 
 
 def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
@@ -91,18 +92,18 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
     student = parts.student_of(configured(*SMALL, *options))
     shake(student, 0.1)
     rows = sources.scenes("validation", n_scenes=1)
-    inputs = inputs_of(student, [rows[i] for i in range(3)])
-    expected = logits(student.model, inputs)
+    inputs = student_inputs(student, [rows[i] for i in range(3)])
+    expected = student_logits(student.model, inputs)
     save_student(student, tmp_path / "student")
     export.main(
         [f"checkpoint={tmp_path / 'student'}", f"output={tmp_path / 'out'}", "merge=true", "dtype=float32"]
     )
     for folder in ("student", "out"):
         model, _ = load(tmp_path / folder, dtype=torch.float32)
-        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(student_logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
     assert "text reads them in the layers 2, 4 only" in (tmp_path / "out" / "README.md").read_text()
     with student.attachment.using(VisionSchedule(enter=2, exit=5)):
-        assert not torch.allclose(logits(student.model, inputs), expected, rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(student_logits(student.model, inputs), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(

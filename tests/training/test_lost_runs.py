@@ -1,6 +1,5 @@
 """What can end a run, and what is left of it: kills, signals, damaged files, full disks, numbers that are none."""
 
-import json
 import multiprocessing
 import os
 import resource
@@ -12,28 +11,18 @@ import time
 
 import pytest
 import torch
-from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
+from helpers.quick_runs import metrics_entries, train
+from helpers.tiny_base import save_tiny_base
 from safetensors.torch import load_file
 
-from latefusion.training import checkpoints, run
+from latefusion.training import checkpoints
 from latefusion.training import signals as guard
 from latefusion.training.objective import Objective
-
-QUICK = (
-    *("train.dtype=float32", "train.threads=1", "train.log_every=1", "train.learning_rate=1e-2"),
-    *("train.batch_size=4", "train.steps=3", "train.save_every=1", "train.keep_checkpoints=9"),
-    *("data.scenes=4", "lora.dropout=0.2", "eval.enabled=false", "model.visipruner.boundary=1"),
-)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-def train(base, output, *overrides):
-    run.run(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"output_dir={output}", *overrides))
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +38,6 @@ def cut(whole, tmp_path):
         shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
     return tmp_path
-
-
-def entries(output):
-    return [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(found, expected):
@@ -97,9 +82,9 @@ def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole):
     train(base, cut, "resume=1")
     assert_same_weights(cut, whole)
     assert checkpoints.damage(cut / "checkpoint-2") is None  # written anew
-    assert [e["step"] for e in entries(cut) if "loss" in e] == [1, 2, 3]
-    assert [e["loss"] for e in entries(cut) if "loss" in e] == [
-        e["loss"] for e in entries(whole) if "loss" in e
+    assert [e["step"] for e in metrics_entries(cut) if "loss" in e] == [1, 2, 3]
+    assert [e["loss"] for e in metrics_entries(cut) if "loss" in e] == [
+        e["loss"] for e in metrics_entries(whole) if "loss" in e
     ]
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.families import CONFIGS, build_from
 from helpers.processors import PROCESSORS, STOP, processor, vision_id
 from helpers.tiny_base import composed
 from omegaconf import OmegaConf
 from PIL import Image
-from test_sources import IMG, turn, written
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from latefusion.models import base_model as base
@@ -83,16 +83,16 @@ def conversations(folder) -> str:
     for name, size in (("a.png", (40, 30)), ("b.png", (30, 50))):
         Image.new("RGB", size, (200, 0, 0)).save(folder / name)
     answer = turn("assistant", "red.")
-    return written(
+    return write_rows(
         folder,
-        {"messages": [turn("user", IMG, "what color?"), answer], "images": ["a.png"]},
+        {"messages": [turn("user", IMAGE_PART, "what color?"), answer], "images": ["a.png"]},
         {
-            "messages": [turn("user", IMG, "how many?", IMG), turn("assistant", "2")],
+            "messages": [turn("user", IMAGE_PART, "how many?", IMAGE_PART), turn("assistant", "2")],
             "images": ["a.png", "b.png"],
         },
         {"messages": [turn("user", "is it red?"), turn("assistant", "yes")]},
         {
-            "messages": [turn("user", IMG, "what color?"), answer, turn("user", "red?"), answer],
+            "messages": [turn("user", IMAGE_PART, "what color?"), answer, turn("user", "red?"), answer],
             "images": ["b.png"],
         },
         name="chat.jsonl",

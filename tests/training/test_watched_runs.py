@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.quick_runs import QUICK, metrics_entries, train
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
 from safetensors.torch import load_file
-from test_lost_runs import QUICK, entries, train
 
 from latefusion.data.collate import IGNORE
 from latefusion.recipes.check import check_config
@@ -110,7 +110,7 @@ def test_skipping_ends_when_nothing_else_happens(tmp_path):
 
 def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path, capsys):
     train(base, tmp_path, "train.steps=2")
-    first, second = (e for e in entries(tmp_path) if "loss" in e)
+    first, second = (e for e in metrics_entries(tmp_path) if "loss" in e)
     assert (first["step"], second["step"]) == (1, 2)
     for name in (
         "ce",
