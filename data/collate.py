@@ -235,6 +235,12 @@ def before(first: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
 
 
+def label_columns(labels: Tensor) -> Tensor:
+    """The columns whose logits predict a label in some row of `[B, T]`, int64 `[R]`; at least one."""
+    columns = (labels[:, 1:] != IGNORE).any(0).nonzero().flatten()  # [R]
+    return columns if len(columns) else columns.new_zeros(1)
+
+
 def _after(spans: Sequence[Span], moved: Sequence[dict[str, Any]]) -> list[Span]:
     """Spans of the template's text, moved to where they stand once image placeholders have been expanded."""
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from latefusion.data.bad_rows import Bad, Checked, usable
 from latefusion.data.load import parts_of, rows_of, training_data
 from latefusion.data.mixing import Mixture
+from latefusion.data.samples import first_exchange
 from latefusion.data.sources import Rows
 from latefusion.data.streaming import Lazy
-from latefusion.eval.fusion.samples import first_exchange
 from latefusion.recipes.schema import DataConfig, Source
 
 LOOKED = 20  # rows with images opened, at most, for each that is wanted
@@ -118,6 +118,39 @@ def apart(found: Sequence[Found], measured: Sequence[Found], n: int) -> list[Fou
             chosen.append(row)
             taken |= row.images
     return chosen
+
+
+class NoImages(ValueError):
+    """No row has an image."""
+
+
+def distinct_images(
+    rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
+) -> list[dict[str, Any]]:
+    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
+
+    Args:
+        fits: whether a row, which may be `Bad`, can be used; it may raise.
+
+    Raises:
+        NoImages: no row that can be used has one.
+    """
+    found: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    for i in range(len(rows)):
+        given = rows[i]
+        row = None if isinstance(given, Bad) else first_exchange(given)
+        if row is not None and (not row["images"] or ("scene" in row and row["scene"] in seen)):
+            continue
+        if not fits(given) or row is None:
+            continue
+        seen.add(row.get("scene"))
+        found.append(row)
+        if len(found) == n:
+            break
+    if not found:
+        raise NoImages("the data has no sample with an image; name data with images.")
+    return found
 
 
 def said_of(bad: Sequence[Bad]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from latefusion.data.draw import opened, prompts_of, said_of, with_images
+from latefusion.data.samples import first_exchange
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.fusion.samples import first_exchange
 from latefusion.recipes.schema import DataConfig, Source
 
 if TYPE_CHECKING:

@@ -89,6 +89,15 @@ def check(messages: list[dict[str, Any]], n_images: int, *, answered: bool = Tru
         raise BadSample(f"has {n_images} image(s) but {shown} placeholder(s)")
 
 
+def first_exchange(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample up to its first answer, or all of it if there is none, with the images shown until then."""
+    messages = sample["messages"]
+    roles = [message["role"] for message in messages]
+    kept = messages[: roles.index("assistant") + 1] if "assistant" in roles else messages
+    shown = sum(part["type"] == "image" for message in kept for part in message["content"])
+    return {**sample, "messages": list(kept), "images": sample["images"][:shown]}
+
+
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise BadSample(f"has {name} that are {type(value).__name__}, not a list")

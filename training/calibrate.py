@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.bad_rows import Guard
 from latefusion.data.collate import Collator
-from latefusion.eval.fusion.files import ENTRY, read_entry, write_entry
-from latefusion.eval.fusion.samples import NoImages, batches, distinct_images
+from latefusion.data.draw import NoImages, distinct_images
+from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
 from latefusion.models.fingerprint import identity
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.policies.configured import schedule_of
+from latefusion.models.profile_folder import ENTRY, read_entry, write_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry

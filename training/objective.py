@@ -12,13 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from latefusion.data.collate import IGNORE, label_columns
 from latefusion.models.attach import Attachment
 from latefusion.models.inputs import fresh_inputs, image_features, unwrapped
 from latefusion.models.policies.base import Policy
 from latefusion.training.cost import backward_ends, computed_flops
 from latefusion.training.teacher import OtherTeacher
-
-IGNORE = -100
 
 
 class Objective:
@@ -250,12 +249,6 @@ class Objective:
         """What the engine puts around `forward` alone: a projector that trains is float32 in a bfloat16 model."""
         enabled = (owner or self.model).dtype is torch.bfloat16
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def label_columns(labels: Tensor) -> Tensor:
-    """The columns whose logits predict a label in some row of `[B, T]`, int64 `[R]`; at least one."""
-    columns = (labels[:, 1:] != IGNORE).any(0).nonzero().flatten()  # [R]
-    return columns if len(columns) else columns.new_zeros(1)
 
 
 def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

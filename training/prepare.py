@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from latefusion.eval.fusion.files import SCHEDULE, read_schedule
+from latefusion.models.profile_folder import SCHEDULE, read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.schema import Config
 from latefusion.training.first import first_says

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latefusion.eval.fusion.samples import Batch
+from latefusion.data.prompt_batches import Batch
 
 
 @dataclass(frozen=True)

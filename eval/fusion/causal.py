@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from latefusion.data.prompt_batches import Batch
 from latefusion.eval.fusion.answers import Answers, Effect
 from latefusion.eval.fusion.continued import Continued, positions_of
 from latefusion.eval.fusion.paths import Key, Way, bands, blinded
-from latefusion.eval.fusion.samples import Batch
 from latefusion.eval.fusion.whole import Whole
 from latefusion.models.attach import Attachment
 from latefusion.models.policies.base import Policy

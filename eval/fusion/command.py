@@ -199,8 +199,7 @@ def chosen_rows(data: DataConfig, own: Arguments) -> Drawn:
         FileNotFoundError, ValueError: the data are not there, or there are fewer than asked for.
     """
     from latefusion.data import sources
-    from latefusion.data.draw import apart, opened, prompts_of, said_of, with_images
-    from latefusion.eval.fusion.samples import distinct_images
+    from latefusion.data.draw import apart, distinct_images, opened, prompts_of, said_of, with_images
 
     if data.source is Source.scenes:
         rows: Any = sources.scenes(own.split or "validation", seed=data.seed)

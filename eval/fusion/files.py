@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.profile_folder import ENTRY, PROFILE, SCHEDULE, write_entry
 from latefusion.models.student.entry_fit import Calibration
 
 if TYPE_CHECKING:
     from latefusion.eval.fusion.examples import View
-
-PROFILE, SCHEDULE, ENTRY = "profile.json", "schedule.yaml", "entry.safetensors"
 
 
 def write(
@@ -54,60 +49,6 @@ def schedule_yaml(found: dict[str, Any]) -> str:
         sort_keys=False,
         default_flow_style=None,
     )
-
-
-def read_schedule(path: str | Path) -> VisionSchedule:
-    """The schedule of a profile: its folder, or its `schedule.yaml` or `profile.json`.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, in one sentence.
-    """
-    file = Path(path) / SCHEDULE if Path(path).is_dir() else Path(path)
-    if file.name == PROFILE:
-        file = file.with_name(SCHEDULE)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no {SCHEDULE} at {path}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
-        )
-    values = yaml.safe_load(file.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
-    return VisionSchedule.from_dict(values)
-
-
-def write_entry(folder: Path, entry: CalibratedEntry, weights: str) -> None:
-    """Under its name only when it is whole; `weights`: the `identity` of the model that it was fitted to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{ENTRY}.unfinished"
-    values = {name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}
-    save_file(values, unfinished, metadata={"weights": weights})
-    unfinished.replace(folder / ENTRY)
-
-
-def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
-    """The calibrated entry of a profile, None if it has none.
-
-    Args:
-        weights: the `identity` of the model that it is for.
-
-    Raises:
-        ValueError: it was fitted to other weights.
-    """
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
-    if not file.is_file():
-        return None
-    with safe_open(file, "pt") as held:
-        fitted = (held.metadata() or {}).get("weights")
-    if fitted and fitted != weights:
-        raise ValueError(
-            f"the entry in {file} was fitted to other weights than this model's ({fitted}, not {weights}); profile "
-            "this model, or use entry.init=identity."
-        )
-    values = load_file(file)
-    places, width = values["bias"].shape
-    entry = CalibratedEntry(hidden_size=width, places=places)
-    entry.load_state_dict(values)
-    return entry
 
 
 def tables(folder: Path, found: dict[str, Any]) -> None:

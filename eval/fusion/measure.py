@@ -13,13 +13,13 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from latefusion.data.prompt_batches import Batch, Group
 from latefusion.eval.fusion import lenses
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import Runner, knock_outs
 from latefusion.eval.fusion.cost import Plan
 from latefusion.eval.fusion.decide import Point
 from latefusion.eval.fusion.observe import Watch
-from latefusion.eval.fusion.samples import Batch, Group
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.trace import PrefillTrace

@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator
+from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.eval.fusion.causal import Runner
 from latefusion.eval.fusion.continued import Continued, cacheable
 from latefusion.eval.fusion.cost import Cost, Shape, planned
 from latefusion.eval.fusion.files import write
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
-from latefusion.eval.fusion.samples import Group, batches, counts
 from latefusion.eval.fusion.study import Study, Wishes
 from latefusion.eval.fusion.summary import summarise
 from latefusion.eval.ledger import Ledger

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from latefusion.eval.fusion.files import read_schedule
+from latefusion.models.profile_folder import read_schedule
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results" / "profile_embedded"

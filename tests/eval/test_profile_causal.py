@@ -11,12 +11,12 @@ from helpers.oracle import band, masked
 from helpers.oracle import blinded as blinded_oracle
 from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
+from latefusion.data.prompt_batches import Batch
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import KINDS, Runner, knock_outs
 from latefusion.eval.fusion.continued import Continued, positions_of
 from latefusion.eval.fusion.knockout import KnockOut
 from latefusion.eval.fusion.paths import bands, blinded
-from latefusion.eval.fusion.samples import Batch
 from latefusion.eval.fusion.whole import Whole
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule

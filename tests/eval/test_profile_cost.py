@@ -15,11 +15,11 @@ from helpers.planted_models import BOUND, grouped, measurer, planted, planted_ba
 from helpers.profile_batches import batch_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from latefusion.data.prompt_batches import Group, counts
 from latefusion.eval.fusion import cost, decide
 from latefusion.eval.fusion.causal import Runner, knock_outs
 from latefusion.eval.fusion.cost import OPTIONAL, Shape
 from latefusion.eval.fusion.run import shapes
-from latefusion.eval.fusion.samples import Group, counts
 from latefusion.eval.fusion.study import Study, Wishes
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.attach import attach

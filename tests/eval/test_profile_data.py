@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from latefusion.data.samples import first_exchange
 from latefusion.eval import calibrate
 from latefusion.eval.fusion import command
 from latefusion.eval.fusion.measure import Measurer
-from latefusion.eval.fusion.samples import first_exchange
 from latefusion.models import base_model as bases
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

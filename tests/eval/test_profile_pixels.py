@@ -12,9 +12,9 @@ from helpers.models_with_processors import collator_of, model_and_processor
 from PIL import Image
 from rich.console import Console
 
+from latefusion.data.prompt_batches import collated
 from latefusion.eval.comparison.answers import prompt_inputs
 from latefusion.eval.fusion.run import calibrate, profile
-from latefusion.eval.fusion.samples import collated
 from latefusion.eval.fusion.study import Wishes
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images

@@ -14,13 +14,14 @@ from helpers.families import HIDDEN, LAYERS, TOKENS_PER_IMAGE, shared
 from helpers.planted_models import BOUND, NO_PLAN, grouped, measurer, planted, planted_batch, questions
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from latefusion.data.prompt_batches import Batch, counts
 from latefusion.eval.fusion import files
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.causal import knock_outs
 from latefusion.eval.fusion.measure import Measurer
-from latefusion.eval.fusion.samples import Batch, counts
 from latefusion.eval.fusion.study import Study, Wishes
 from latefusion.eval.ledger import Ledger
+from latefusion.models import profile_folder
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
@@ -53,7 +54,7 @@ def test_the_planted_band_is_found_and_its_schedule_answers_as_dense(
     fresh = questions(5, seed=7)
     with torch.no_grad():
         dense = model(**fresh).logits[:, -3:]
-        with attach(model, files.read_schedule(tmp_path)):
+        with attach(model, profile_folder.read_schedule(tmp_path)):
             late = model(**questions(5, seed=7)).logits[:, -3:]
     if schedule["keep"]:
         assert torch.equal(dense.argmax(-1), late.argmax(-1))

@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from latefusion.eval.fusion import command, files
+from latefusion.eval.fusion import command
 from latefusion.eval.fusion.measure import Measurer
+from latefusion.models import profile_folder
 from latefusion.models.attach import attach
 from latefusion.models.fingerprint import identity
 from latefusion.models.schedule import VisionSchedule
@@ -94,14 +95,14 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
     assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
-        assert files.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+        assert profile_folder.read_schedule(where).to_dict() == found["chosen"]["schedule"]
 
 
 def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
-    files.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
-    assert files.read_entry(tmp_path, identity(str(base))) is not None
+    profile_folder.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
+    assert profile_folder.read_entry(tmp_path, identity(str(base))) is not None
     with pytest.raises(ValueError, match="other weights"):
-        files.read_entry(tmp_path, identity("embedded"))
+        profile_folder.read_entry(tmp_path, identity("embedded"))
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:

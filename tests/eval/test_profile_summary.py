@@ -13,10 +13,10 @@ from helpers.families import LAYERS, shared
 from helpers.planted_models import NO_PLAN
 from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
+from latefusion.data.prompt_batches import Group
 from latefusion.eval.fusion import lenses, summary
 from latefusion.eval.fusion.causal import KINDS, knock_outs
 from latefusion.eval.fusion.measure import Measurer, interval
-from latefusion.eval.fusion.samples import Group
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule

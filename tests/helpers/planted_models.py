@@ -10,10 +10,10 @@ import torch
 from helpers.families import IMAGE, TOKENS_PER_IMAGE, build
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from latefusion.data.prompt_batches import Batch, Group
 from latefusion.eval.fusion.cost import Cost, Plan, planned
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.run import shapes
-from latefusion.eval.fusion.samples import Batch, Group
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
 

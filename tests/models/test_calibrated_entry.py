@@ -12,8 +12,8 @@ from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
 from safetensors.torch import load_file
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.fusion.files import ENTRY
 from latefusion.models.attach import attach
+from latefusion.models.profile_folder import ENTRY
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of

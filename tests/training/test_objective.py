@@ -6,11 +6,12 @@ from helpers.tiny_base import shake, tiny_base, tiny_student
 from peft.tuners.lora import LoraLayer
 
 from latefusion.data import sources
+from latefusion.data.collate import IGNORE, label_columns
 from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import assemble as parts
-from latefusion.training.objective import IGNORE, distillation, label_columns
+from latefusion.training.objective import distillation
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from helpers.launch import free_port, launch
 from helpers.tiny_base import composed, configured, save_tiny_base
 
-from latefusion.eval.fusion import files
+from latefusion.models import profile_folder
 from latefusion.training import first, run
 from latefusion.training import prepare as settle
 
@@ -30,7 +30,7 @@ def test_two_processes_profile_once_and_a_resumed_run_not_at_all(base, tmp_path)
     printed = launch("torchrun", base, tmp_path, *AUTO, "entry.init=calibrated")
     assert "in 2 process(es)" in printed and printed.count("4 samples, 6 layers: up to") == 1
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
-    assert trained == files.read_schedule(tmp_path / "profile").to_dict()
+    assert trained == profile_folder.read_schedule(tmp_path / "profile").to_dict()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "profile").iterdir()}
     printed = launch(
         "torchrun", base, tmp_path, *AUTO, "entry.init=calibrated", "resume=true", "train.steps=4"
@@ -46,7 +46,7 @@ def test_one_process_profiles_first(base, tmp_path) -> None:
     small += ("eval.enabled=false", "model=other", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
     run.run(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
-    assert trained == files.read_schedule(tmp_path / "profile").to_dict()
+    assert trained == profile_folder.read_schedule(tmp_path / "profile").to_dict()
 
 
 WORK = """

@@ -1,4 +1,4 @@
-"""Which prompts a profile runs over, as batches whose samples share the place of their images."""
+"""Prompts with their answers as batches whose samples have their images at the same places."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latefusion.data.bad_rows import Bad
-from latefusion.data.collate import IGNORE, Collator
+from latefusion.data.collate import IGNORE, Collator, label_columns
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import encode_images, fresh_inputs
-from latefusion.training.objective import label_columns
 
 
 @dataclass(frozen=True)
@@ -165,45 +163,3 @@ def counts(groups: Sequence[Group]) -> tuple[float, float]:
     samples = sum(len(group.numbers) for group in groups)
     vision = sum(len(group.numbers) * len(group.places) for group in groups)
     return (sum(sum(group.lengths) for group in groups) - vision) / samples, vision / samples
-
-
-def first_exchange(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample up to its first answer, or all of it if there is none, with the images shown until then."""
-    messages = sample["messages"]
-    roles = [message["role"] for message in messages]
-    kept = messages[: roles.index("assistant") + 1] if "assistant" in roles else messages
-    shown = sum(part["type"] == "image" for message in kept for part in message["content"])
-    return {**sample, "messages": list(kept), "images": sample["images"][:shown]}
-
-
-class NoImages(ValueError):
-    """No row has an image."""
-
-
-def distinct_images(
-    rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
-) -> list[dict[str, Any]]:
-    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
-
-    Args:
-        fits: whether a row, which may be `Bad`, can be used; it may raise.
-
-    Raises:
-        NoImages: no row that can be used has one.
-    """
-    found: list[dict[str, Any]] = []
-    seen: set[Any] = set()
-    for i in range(len(rows)):
-        given = rows[i]
-        row = None if isinstance(given, Bad) else first_exchange(given)
-        if row is not None and (not row["images"] or ("scene" in row and row["scene"] in seen)):
-            continue
-        if not fits(given) or row is None:
-            continue
-        seen.add(row.get("scene"))
-        found.append(row)
-        if len(found) == n:
-            break
-    if not found:
-        raise NoImages("the data has no sample with an image; name data with images.")
-    return found
