@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from helpers.families import prompt, vision_tokens
 
-from latefusion.eval.fusion.samples import Batch
+from latefusion.data.prompt_batches import Batch
 
 ONE_IMAGE = ["tt I tttt", "tt I tttttt"]
 MIXED = ["tt I ttt", "t I tt I ttt"]
