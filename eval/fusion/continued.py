@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.knockout import frozen, same_cache, without_vision
-from latefusion.eval.fusion.partial import run_until, started
 from latefusion.eval.fusion.paths import Key
 from latefusion.models.executor.cache import SUPPORTED, Track
+from latefusion.models.executor.partial import input_of_layer, starting_at
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:
@@ -87,8 +87,11 @@ class Continued:
                 del moving
             if i < self.layers - 1:
                 cache = self._cache()
-                with frozen(layers[i : i + 1], self.batch.vision[:, : self.cut]), started(layers, i, head):
-                    head = run_until(layers, i + 1, lambda cache=cache: self._forward_head(cache))  # type: ignore[misc]
+                with (
+                    frozen(layers[i : i + 1], self.batch.vision[:, : self.cut]),
+                    starting_at(layers, i, head),
+                ):
+                    head = input_of_layer(layers, i + 1, lambda cache=cache: self._forward_head(cache))  # type: ignore[misc]
                 if stills:
                     still = self._part([*text[:i], cache.layers[i], *text[i + 1 :]], i, still, i + 1)
                 blind = self._part(text, i, blind, i + 1)
@@ -99,11 +102,11 @@ class Continued:
 
     def _part(self, cache: Sequence[Any], first: int, state: Tensor | None, last: int) -> Tensor:
         layers = self.runner.layers
-        with started(layers, first, state):
-            return run_until(layers, last, lambda: self._forward_rest(cache))
+        with starting_at(layers, first, state):
+            return input_of_layer(layers, last, lambda: self._forward_rest(cache))
 
     def _answers(self, cache: Sequence[Any], first: int, state: Tensor | None) -> Answers:
-        with started(self.runner.layers, first, state):
+        with starting_at(self.runner.layers, first, state):
             logits = self._forward_rest(cache)
         columns = self.batch.columns
         return Answers.of(self.batch, logits[:, columns - self.cut], columns)
@@ -118,7 +121,7 @@ class Continued:
     def _run_head(self, first: int = 0, state: Tensor | None = None) -> list[Any]:
         """The cache of the head's layers from `first` on."""
         cache = self._cache()
-        with started(self.runner.layers, first, state):
+        with starting_at(self.runner.layers, first, state):
             self._forward_head(cache)
         return cache.layers
 

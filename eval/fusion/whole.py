@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latefusion.eval.fusion.answers import Answers
 from latefusion.eval.fusion.knockout import KnockOut, frozen
-from latefusion.eval.fusion.partial import run_until, started
 from latefusion.eval.fusion.paths import Key
+from latefusion.models.executor.partial import input_of_layer, starting_at
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 
@@ -57,9 +57,9 @@ class Whole:
 
     def _part(self, policy: Policy, first: int, state: Tensor | None, last: int) -> Tensor:
         layers: Any = self.runner.layers
-        with started(layers, first, state):
-            return run_until(layers, last, lambda: self.runner.answers(policy))
+        with starting_at(layers, first, state):
+            return input_of_layer(layers, last, lambda: self.runner.answers(policy))
 
     def _answers(self, policy: Policy, first: int, state: Tensor | None) -> Answers:
-        with started(self.runner.layers, first, state):
+        with starting_at(self.runner.layers, first, state):
             return self.runner.answers(policy)

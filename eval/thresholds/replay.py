@@ -12,18 +12,18 @@ A setting is judged on the dense model's own greedy answer, which stands in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from latefusion.models.attach import Attachment
+from latefusion.models.executor.partial import starting_at
 from latefusion.models.flops import layer_flops
 from latefusion.models.inputs import fresh_inputs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
@@ -147,29 +147,9 @@ def resume(
     critical = recorded.norms[fusion] > policy.tokens_threshold
     with (
         attachment.using(_Resumed(policy, fusion, critical)),
-        starting(attachment.layers, fusion + 1, recorded.states[fusion + 1]),
+        starting_at(attachment.layers, fusion + 1, recorded.states[fusion + 1]),
     ):
         return batch.logits(attachment)
-
-
-@contextmanager
-def starting(layers: Sequence[nn.Module], first: int, hidden_states: Tensor) -> Iterator[None]:
-    """Forwards inside compute the layers from `first` on alone, on these hidden states `[B, T, D]`."""
-
-    def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    handle = layers[first].register_forward_pre_hook(
-        lambda module, args, kwargs: ((hidden_states, *args[1:]), kwargs), with_kwargs=True, prepend=True
-    )
-    for layer in layers[:first]:
-        layer.forward = passing  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        handle.remove()
-        for layer in layers[:first]:
-            del layer.forward
 
 
 def judge(batch: Batch, attachment: Attachment, logits: Tensor, dense: Tensor) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latefusion.models.attach import Attachment
+from latefusion.models.executor.partial import input_of_layer
 from latefusion.models.inputs import fresh_inputs
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import ENTRY, CalibratedEntry, entry_of
@@ -187,28 +189,32 @@ class _Sums:
         )
 
 
-class _Enough(Exception):
-    """Ends a forward whose further layers nobody needs."""
+class _Recorded(Exception):
+    """Ends a forward once the rows that enter are recorded."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for an entry adapter, and keeps what it is given."""
+    """Stands in for an entry adapter and records its inputs."""
 
-    seen: tuple[Tensor, Tensor]
+    rows: Tensor
+    order: Tensor
 
     def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
-        self.seen = hidden_states, order
-        raise _Enough
+        self.rows, self.order = hidden_states, order
+        raise _Recorded
 
 
 def _entering(
     attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows `[N, D]` that an entry adapter would get, and which of their sample's vision tokens they are `[N]`."""
+    """The rows `[N, D]` that an entry adapter would get, and the number of each among its sample's vision tokens."""
     recorder = _Recorder()
-    with installed(attachment.model, recorder):
-        _run(attachment, inputs, VisionSchedule(enter=enter))
-    rows, order = recorder.seen  # [B, n, D], [B, n], padded on the left
+    try:
+        with installed(attachment.model, recorder):
+            _forward(attachment, inputs, VisionSchedule(enter=enter))
+        raise ValueError(f"no vision token reached layer {enter}; calibrate on samples with images.")
+    except _Recorded:
+        rows, order = recorder.rows, recorder.order  # [B, n, D], [B, n], padded on the left
     n = rows.shape[1]
     valid = torch.arange(n, device=rows.device) >= n - vision.sum(1, keepdim=True)  # [B, n]
     return rows[valid], order[valid]
@@ -216,28 +222,13 @@ def _entering(
 
 def _dense_states(attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int) -> Tensor:
     """The dense model's input of layer `enter` at its vision tokens, `[N, D]`."""
-    found: list[Tensor] = []
-
-    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0][vision])
-        raise _Enough
-
-    handle = attachment.layers[enter].register_forward_pre_hook(look)
-    try:
-        _run(attachment, inputs, VisionSchedule())
-    finally:
-        handle.remove()
-    return found[0]
+    forward = partial(_forward, attachment, inputs, VisionSchedule())
+    return input_of_layer(attachment.layers, enter, forward)[vision]
 
 
-def _run(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedule) -> None:
-    inputs = fresh_inputs(inputs)
-    try:
-        with attachment.using(schedule):
-            attachment.model(**inputs, use_cache=False, logits_to_keep=1)
-    except _Enough:
-        return
-    raise ValueError(f"no vision token reached layer {schedule.enter}; calibrate on samples with images.")
+def _forward(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedule) -> None:
+    with attachment.using(schedule):
+        attachment.model(**fresh_inputs(inputs), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager

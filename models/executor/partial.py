@@ -1,0 +1,68 @@
+"""Run only some of the decoder's layers: start at a layer from a known state, or stop at one and return its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Reached(Exception):
+    """Ends a forward once the wanted layer is reached."""
+
+
+@contextmanager
+def starting_at(layers: Sequence[nn.Module], first: int, state: Tensor | None) -> Iterator[None]:
+    """Forwards inside skip the layers before `first` and give that layer `state`.
+
+    Models that add to the hidden states between layers (Qwen3-VL's deepstack) still do so before layer `first`;
+    `state` replaces what they made, so it has to contain it.
+
+    Args:
+        layers: all of the decoder's.
+        state: the input of layer `first`, `[B, T, D]`; None: a forward as usual, for `first` 0.
+    """
+    if state is None:
+        if first != 0:
+            raise ValueError(f"layer {first} needs the state that it starts from.")
+        yield
+        return
+
+    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (state, *args[1:])
+
+    # prepended: a policy's own hook, which gathers tokens, must see the replaced state
+    handle = layers[first].register_forward_pre_hook(replace, prepend=True)
+    for layer in layers[:first]:
+        layer.forward = skip
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in layers[:first]:
+            del layer.forward
+
+
+def input_of_layer(layers: Sequence[nn.Module], last: int, forward: Callable[[], Any]) -> Tensor:
+    """Run `forward` up to layer `last` and return that layer's input, `[B, T, D]`; no later layer runs."""
+    states: list[Tensor] = []
+
+    def stop(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        states.append(args[0])
+        raise _Reached
+
+    handle = layers[last].register_forward_pre_hook(stop, prepend=True)
+    try:
+        with torch.no_grad():
+            forward()
+    except _Reached:
+        return states[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"the forward did not reach layer {last}")
