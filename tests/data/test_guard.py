@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, text_part, turn, write_rows
 from helpers.pictures import PNG
-from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, tiny_base
+from helpers.tiny_base import BAND, SMALL, composed, configured, tiny_base
 from PIL import Image
 
 from latefusion.data import validate
@@ -139,11 +139,6 @@ def test_a_set_without_a_good_row_ends(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- whole runs, and the check before
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

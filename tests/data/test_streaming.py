@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, turn, write_numbered_rows, write_rows
 from helpers.launch import launch
-from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
+from helpers.tiny_base import BAND, SMALL, composed
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -25,11 +25,6 @@ from latefusion.training.describe import DESCRIBED
 from latefusion.training.order import order_of
 
 MICRO, STEPS = 2, 5
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def names(rows) -> list[str]:

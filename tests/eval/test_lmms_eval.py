@@ -194,13 +194,6 @@ def rows() -> list[dict[str, Any]]:
     return [{**row, "image": row["image"].resize((16, 16))} for row in found]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers.tiny_base import save_tiny_base
-
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
 @torch.no_grad()
 def step_by_step(found: Any, row: dict[str, Any], answer: str) -> tuple[float, bool]:
     """Feed an answer token by token to the model's cache, as it would decode; its mean loss, and is it greedy."""

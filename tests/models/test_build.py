@@ -8,7 +8,6 @@ from helpers.tiny_base import (
     BAND,
     SMALL,
     configured,
-    save_tiny_base,
     shake,
     student_inputs,
     student_logits,
@@ -32,11 +31,6 @@ from latefusion.training import assemble as parts
 def samples():
     rows = sources.scenes("validation", n_scenes=1)
     return [rows[i] for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():

@@ -35,11 +35,6 @@ def samples():
     return [rows[i] for i in range(3)]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
 def student_on(base, *overrides):
     options = (f"model.path={base}", "model.attention=sdpa", "entry.init=identity")
     return parts.student_of(configured(*BAND, *SMALL, *options, *overrides))

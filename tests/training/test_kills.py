@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from helpers.launch import launch, start
-from helpers.tiny_base import save_tiny_base
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -25,11 +24,6 @@ KINDS = {
     "ZeRO-2": ("torchrun", "train.batch_size=2", "engine=deepspeed_zero2"),
     "ZeRO-3": ("torchrun", "train.batch_size=2", "engine=deepspeed_zero3"),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,11 @@ import time
 import pytest
 import torch
 from helpers.quick_runs import metrics_entries, train
-from helpers.tiny_base import save_tiny_base
 from safetensors.torch import load_file
 
 from latefusion.training import checkpoints
 from latefusion.training import signals as guard
 from latefusion.training.objective import Objective
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

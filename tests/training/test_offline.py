@@ -33,11 +33,6 @@ QUICK = (
 )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
 def options(base, cache, *overrides):
     where = (f"model.path={base}", f"kl.cache={cache}", f"kl.top_k={VOCABULARY}")
     return composed(*QUICK, *SMALL, *BAND, *where, *overrides)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launch import free_port, launch
-from helpers.tiny_base import composed, configured, save_tiny_base
+from helpers.tiny_base import composed, configured
 
 from latefusion.models import profile_folder
 from latefusion.training import first, run
@@ -18,11 +18,6 @@ from latefusion.training import prepare as settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.slow

@@ -26,11 +26,6 @@ LOSS = 1e-4
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def larger(tmp_path_factory):
     return save_tiny_base(tmp_path_factory.mktemp("larger"), layers=LAYERS, seed=3)
 

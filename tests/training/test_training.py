@@ -27,11 +27,6 @@ QUICK = (
 )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
 def train(base: Path, output: Path, *overrides: str, band: tuple[str, ...] = BAND) -> Path:
     run.run(composed(*QUICK, *SMALL, *band, f"model.path={base}", f"output_dir={output}", *overrides))
     return output

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.launch import TRAIN, free_port, launch, start
-from helpers.tiny_base import save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,11 +20,6 @@ from latefusion.training.order import Order
 pytestmark = pytest.mark.slow
 LOSS = 1e-4  # float32; measured: 2e-7
 FROZEN = ("schedule.enter=0", "schedule.exit=null", "schedule.keep=null", "schedule.cross=[1, 3]")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def losses(output: Path) -> list[float]:

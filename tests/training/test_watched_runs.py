@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.quick_runs import QUICK, metrics_entries, train
-from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
+from helpers.tiny_base import BAND, SMALL, composed, configured
 from safetensors.torch import load_file
 
 from latefusion.data.collate import IGNORE
@@ -17,12 +17,6 @@ from latefusion.training.monitor import Monitor, line, trackers
 from latefusion.training.nonfinite import MOST_SKIPS, NonFinite, Watch, replay
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
 
 # ---------------------------------------------------------------- numbers that are none
 
