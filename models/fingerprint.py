@@ -1,56 +1,314 @@
-"""Which weights lie at a path: what a result that is kept must be of, if it is to be used again."""
+"""Fingerprints of a model, a processor and data, so that stored results are reused only with the same three.
+
+Everything that is stored and used again (an evaluation's answers, a profile's measurements, a teacher's answers, a
+fitted entry, a run to resume) keeps the fingerprints of what it was made from. Nothing here needs torch.
+
+    model_identity(path, ...)        model, processor and dtype, as a dictionary to store
+    model_fingerprint(path)          weights, configuration, generation settings, schedule; of adapters also the base
+    processor_fingerprint(processor) image settings, chat template, tokenizer
+    rows_fingerprint(rows)           every row in order, the contents of its images included
+    image_fingerprint(image)         one image, in any form a data set stores it in
+    fingerprint(value, ...)          settings: plain values, dataclasses, enums
+
+Contents are what counts: a file that is copied, moved or touched keeps its fingerprint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+from PIL import Image
 
-from latefusion.models.embedded import WEIGHTS
-from latefusion.models.locate import ADAPTER_CONFIG, EMBEDDED
+from latefusion.models.locate import ADAPTER_CONFIG, EMBEDDED, EMBEDDED_WEIGHTS
 
-FILES = ("*.safetensors", "*.bin", "config.json", ADAPTER_CONFIG, "*.py")
-WHOLE = 2**28  # bytes; of a longer file, so many are read
-BLOCK = 2**16  # in pieces of this size, evenly spread, the first and the last among them
+BASE = "base_model_name_or_path"  # in an adapter's configuration: the path or hub id of its base
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.index.json", "*.py"),
+    *("config.json", "generation_config.json", ADAPTER_CONFIG, "vision_schedule.json"),
+)
+LONG = 2**26  # bytes; the hash of a longer file is remembered
+SETTLED = (
+    2.0  # seconds after a change from which on the clock of the file system tells a later change from it
+)
+MEMORY = Path(
+    os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "latefusion", "fingerprints"
+)
+IMAGE_COLUMNS = ("image", "images")
+BLOCK = 128  # rows
+READ_BLOCKS = 80  # `whole=False` reads the images of the first 10,240 rows ...
+EVERY = 64  # ... and of every 64th block after them
+UNSAID = (
+    "processor_class",
+    "auto_map",
+    "transformers_version",
+    "name_or_path",
+)  # change nothing that is computed
 
 
-def identity(path: str | Path, revision: str | None = None) -> str:
-    """A short name of the model at `path`: `embedded`, a folder or a hub id; another if its weights are saved anew.
+def fingerprint(*values: Any) -> str:
+    """Hash of plain values: None, bool, numbers, str, bytes, enums, mappings, sequences, sets, dataclasses, images.
 
-    Of a folder it is a hash of what its weights and configuration hold, wherever it lies and whenever it was written.
-    Of a file beyond 256 MiB its length and so much of its content are read, evenly spread, which takes a fraction of a
-    second and which no training or merging leaves as it was. Adapters' name depends on their base's, too. A hub id
-    has the name of its commit.
+    Mappings and sets count without their order. A `Path` counts as its text, not as the file's contents.
+
+    Raises:
+        TypeError: a value is none of these.
+    """
+    digest = hashlib.sha256()
+    for value in values:
+        _add(digest, value)
+    return _short(digest)
+
+
+def model_fingerprint(path: str | Path, revision: str | None = None) -> str:
+    """Hash of the model at `path`: weights, configuration, generation settings, a student's schedule, its own code.
+
+    Weights are read whole, at more than 1 GB/s; the hash of a long file is remembered in `MEMORY` for as long as the
+    file system says that the file is unchanged. Adapters count with their base, wherever that lies. A hub id has the
+    name of its commit.
+
+    Args:
+        path: `embedded`, a folder, or a hub id.
+        revision: branch, tag or commit of a hub id; None: its main branch.
 
     Raises:
         FileNotFoundError: there is no such model.
     """
-    folder = WEIGHTS if str(path) == EMBEDDED else Path(path)
+    folder = EMBEDDED_WEIGHTS if str(path) == EMBEDDED else Path(path)
     if not folder.is_dir():
         return _commit(str(path), revision)
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in FILES for file in folder.glob(pattern)}):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        _read(file, digest)
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = json.loads((folder / ADAPTER_CONFIG).read_text())
-        digest.update(identity(base["base_model_name_or_path"], base.get("revision")).encode())
+    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
+        if file.name == ADAPTER_CONFIG:
+            adapter = json.loads(file.read_text())
+            base = model_fingerprint(adapter.pop(BASE), adapter.get("revision"))
+            _add(digest, [file.name, adapter, base])
+        else:
+            _add(digest, [file.name, file_hash(file)])
+    return _short(digest)
+
+
+def model_identity(
+    path: str | Path, revision: str | None = None, *, processor: Any, dtype: Any
+) -> dict[str, str]:
+    """All that an answer of a model depends on, but for the question: `weights`, `processor` and `dtype`.
+
+    Store it beside what the model gave, compare key by key, and name in the message the keys that differ.
+
+    Args:
+        dtype: of the weights in memory, or another name for how they are held ("nf4").
+    """
+    return {
+        "weights": model_fingerprint(path, revision),
+        "processor": processor_fingerprint(processor),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Hash of all that turns messages and images into model inputs: image settings, chat template, tokenizer."""
+    tokenizer = processor.tokenizer
+    if hasattr(tokenizer, "backend_tokenizer"):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("padding", "truncation"):  # left over from the last call
+            rules.pop(state, None)
+    else:
+        rules = tokenizer.get_vocab()
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return fingerprint(_said(processor.to_dict()), template, special, rules)
+
+
+def image_fingerprint(image: Any, folder: Path | None = None) -> str:
+    """Hash of an image as it is stored: a file's or byte string's encoded contents, a picture's pixels.
+
+    Args:
+        image: a picture, bytes, a path, base64 text, or `{"bytes", "path"}` as `datasets` stores images.
+        folder: that paths are relative to.
+    """
+    source = _source(image, folder)
+    return file_hash(source) if isinstance(source, Path) else fingerprint(source)
+
+
+def rows_fingerprint(rows: Any, folder: Path | None = None, *, whole: bool = True) -> str:
+    """Hash of rows, in their order; the values of `image` and `images` count by what the pictures contain.
+
+    Rows that were lost, added, changed or reordered, and swapped images, all give another hash.
+
+    Args:
+        rows: a `datasets.Dataset`, whose images are not decoded, or mappings of plain values.
+        folder: that paths of images are relative to.
+        whole: read every image. False is for training sets whose images would take minutes to read: all text counts,
+            and the number of bytes of every image, but contents only of the images in the first 10,240 rows and in
+            128 of every 8,192 rows after those. What it can miss: later images replaced by others of exactly the same
+            number of bytes each.
+    """
+
+    def read(block: int) -> bool:
+        return whole or block < READ_BLOCKS or block % EVERY == 0
+
+    digest = hashlib.sha256()
+    stored = hasattr(rows, "cast_column")
+    for number, block in enumerate(_table_blocks(rows, read) if stored else batched(rows, BLOCK)):
+        content = image_fingerprint if read(number) else _size
+        for row in block:
+            images = [image for name in IMAGE_COLUMNS for image in _listed(row.get(name))]
+            _add(digest, {name: value for name, value in row.items() if name not in IMAGE_COLUMNS})
+            _add(digest, [content(image, folder) for image in images])
+    return _short(digest)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents; "missing" if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_size < LONG:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            key = MEMORY / fingerprint(
+                [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+            )
+            with suppress(OSError):
+                return key.read_text()
+            settled = time.time() - max(about.st_mtime, about.st_ctime) > SETTLED
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return "missing"
+    if settled:
+        with suppress(OSError):  # nothing is remembered where nothing can be written
+            key.parent.mkdir(parents=True, exist_ok=True)
+            part = key.with_suffix(f".{os.getpid()}")
+            part.write_text(content)
+            part.replace(key)
+    return content
+
+
+def _add(digest: hashlib._Hash, value: Any) -> None:
+    """Feed a value with its kind and length, so that no two values feed the same bytes."""
+    if isinstance(value, Enum):
+        value = value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if value is None or isinstance(value, bool | int | float):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+    elif isinstance(value, str | Path):
+        text = str(value).encode(errors="surrogatepass")
+        digest.update(b"str %d;" % len(text) + text)
+    elif isinstance(value, bytes | bytearray | memoryview):
+        digest.update(b"bytes %d;" % len(value))
+        digest.update(value)
+    elif isinstance(value, Image.Image):
+        _add(digest, [value.mode, *value.size, value.tobytes()])
+    elif isinstance(value, Mapping):
+        digest.update(b"mapping %d;" % len(value))
+        for key in sorted(value, key=str):
+            _add(digest, key)
+            _add(digest, value[key])
+    elif isinstance(value, set | frozenset):
+        _add(digest, ["set", *sorted(fingerprint(item) for item in value)])
+    elif isinstance(value, list | tuple | range):
+        digest.update(b"list %d;" % len(value))
+        for item in value:
+            _add(digest, item)
+    elif hasattr(value, "isoformat"):  # dates and times, in rows of a data set
+        _add(digest, value.isoformat())
+    else:
+        raise TypeError(f"a {type(value).__name__} has no fingerprint; give plain values.")
+
+
+def _short(digest: hashlib._Hash) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(file: Path, digest: hashlib._Hash) -> None:
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        if size <= WHOLE:
-            while block := content.read(2**20):
-                digest.update(block)
-            return
-        pieces = WHOLE // BLOCK
-        for piece in range(pieces):
-            content.seek(piece * (size - BLOCK) // (pieces - 1))
-            digest.update(content.read(BLOCK))
+def _said(settings: Any) -> Any:
+    """Settings without what names a class, a place or a version, and without arrays that are derived from others."""
+    if isinstance(settings, Mapping):
+        return {name: _said(value) for name, value in settings.items() if name not in UNSAID}
+    if isinstance(settings, list | tuple):
+        return [_said(value) for value in settings]
+    return settings.tolist() if hasattr(settings, "tolist") else settings
+
+
+def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` rows, the last one perhaps shorter."""
+    remaining = iter(rows)
+    while block := list(islice(remaining, size)):
+        yield block
+
+
+def _table_blocks(rows: Any, read: Callable[[int], bool]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a `datasets.Dataset` in lists of `BLOCK`, images as they are stored.
+
+    Args:
+        read: of a block's number: whether the bytes of its images are needed, or their number alone.
+    """
+    table = rows.with_format("arrow")
+    for number, start in enumerate(range(0, len(rows), BLOCK)):
+        block = table[start : start + BLOCK]
+        columns = {
+            name: _without_bytes(column) if name in IMAGE_COLUMNS and not read(number) else column.to_pylist()
+            for name, column in zip(block.column_names, block.columns, strict=True)
+        }
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _without_bytes(column: Any) -> list[Any]:
+    """An Arrow column of images, or of lists of them, with the number of bytes in the place of the bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    images = column.combine_chunks()
+    if pa.types.is_list(images.type) or pa.types.is_large_list(images.type):
+        flat = iter(_without_bytes(pa.chunked_array([pc.list_flatten(images)])))
+        return [list(islice(flat, count or 0)) for count in pc.list_value_length(images).to_pylist()]
+    if not pa.types.is_struct(images.type) or "bytes" not in images.type.names:
+        return images.to_pylist()
+    lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+    paths = (
+        pc.struct_field(images, "path").to_pylist() if "path" in images.type.names else [None] * len(lengths)
+    )
+    return [{"bytes": length, "path": path} for length, path in zip(lengths, paths, strict=True)]
+
+
+def _listed(images: Any) -> Iterable[Any]:
+    if images is None:
+        return []
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def _source(image: Any, folder: Path | None) -> Any:
+    """What holds an image's contents: bytes, a picture, or the path of a file that is there; else what it says."""
+    if isinstance(image, Mapping):
+        inside = image.get("bytes")
+        return inside if inside is not None else _source(image.get("path"), folder)
+    if isinstance(image, str | Path):
+        path = (folder or Path()) / image
+        with suppress(OSError, ValueError):  # base64 text is too long for a path
+            if path.is_file():
+                return path
+    return image
+
+
+def _size(image: Any, folder: Path | None) -> Any:
+    """Number of bytes that an image is stored in; a picture's fingerprint."""
+    source = _source(image, folder)
+    if isinstance(source, Path):
+        with suppress(OSError):
+            return source.stat().st_size
+        return None
+    if isinstance(source, bytes | str):
+        return len(source)
+    return source if isinstance(source, int) else fingerprint(source)
 
 
 def _commit(name: str, revision: str | None) -> str:

@@ -14,7 +14,7 @@ from latefusion.data.collate import Collator
 from latefusion.data.draw import NoImages, distinct_images
 from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.profile_folder import ENTRY, read_entry, write_entry
@@ -94,7 +94,7 @@ def _profiled(config: Config) -> CalibratedEntry | None:
 
 
 def weights_of(config: Config) -> str:
-    return identity(config.model.path, config.model.revision)
+    return model_fingerprint(config.model.path, config.model.revision)
 
 
 def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows: Any) -> CalibratedEntry:

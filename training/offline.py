@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.collate import IGNORE, Collator
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.policies.base import Policy
 from latefusion.recipes.schema import Config
 from latefusion.training.teacher import shared_vocabulary
@@ -52,7 +52,9 @@ def expected(config: Config, processor: Any, teacher: Policy | None) -> dict[str
     path, revision = config.kl.model or config.model.path, config.kl.revision
     return {
         "model": path,
-        "weights": identity(path, revision if config.kl.model is not None else config.model.revision),
+        "weights": model_fingerprint(
+            path, revision if config.kl.model is not None else config.model.revision
+        ),
         "teacher": repr(teacher),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,

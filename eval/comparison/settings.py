@@ -19,7 +19,7 @@ from latefusion.eval.tasks.base import Task
 from latefusion.eval.tasks.exact import own
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base, twin
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.schema import Config
@@ -51,12 +51,12 @@ def compared(
         student = students.load(chosen.checkpoint)
         model, processor, attachment = student.model, student.processor, student.attachment
         last = System(name=config.name, policy=student.schedule, adapters=True)
-        source = identity(chosen.checkpoint)
+        source = model_fingerprint(chosen.checkpoint)
         if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
             model = students.base(config.model.path)
             attachment = attach(model, VisionSchedule())
             last = System(name=config.name, policy=student.schedule, student=student)
-            source += f" {identity(config.model.path)}"
+            source += f" {model_fingerprint(config.model.path)}"
         systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
         systems |= more
         title = config.name
@@ -66,7 +66,7 @@ def compared(
         students, model = Students({chosen.model: base}), twin(base)
         attachment = attach(model, VisionSchedule())
         systems |= {key: system for key, system in more.items() if key != "dense"}
-        last, title, source = None, Path(chosen.model).name, identity(chosen.model)
+        last, title, source = None, Path(chosen.model).name, model_fingerprint(chosen.model)
     if torch.cuda.is_available():
         model.cuda()
     systems |= further(students, chosen.checkpoints, processor, taken="" if last is None else last.name)

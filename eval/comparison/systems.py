@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attached
 from latefusion.models.base_model import compute_dtype, load_base, twin
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.locate import ADAPTER_CONFIG, check_base
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
@@ -173,7 +173,7 @@ def further(
             policy=student.schedule,
             adapters=isinstance(student.model, PeftModel),
             student=student,
-            source=identity(folder),
+            source=model_fingerprint(folder),
         )
     return found
 

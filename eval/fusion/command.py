@@ -107,7 +107,7 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     from latefusion.eval.fusion.run import profile
     from latefusion.eval.fusion.study import Wishes
     from latefusion.models.base_model import check_base, compute_dtype, load_base
-    from latefusion.models.fingerprint import identity
+    from latefusion.models.fingerprint import model_fingerprint
 
     if own.samples < 2:
         raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
@@ -145,7 +145,7 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
     name = Path(config.model.path).name
     about = {
         "model": config.model.path,
-        "weights": identity(config.model.path, config.model.revision),
+        "weights": model_fingerprint(config.model.path, config.model.revision),
         "data": config.data.path or config.data.source.value,
         "split": own.split,
         "seed": own.seed,

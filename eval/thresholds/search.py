@@ -26,7 +26,7 @@ from latefusion.eval.thresholds.floor import floor
 from latefusion.eval.thresholds.prefills import Prompts, Setting, policy_of, prefix, settings
 from latefusion.eval.thresholds.replay import Batch, Outcome
 from latefusion.models.attach import Attachment
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.flops import decoder_flops
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Search:
         described = json.dumps(
             [
                 known,
-                identity(self.asked.model),
+                model_fingerprint(self.asked.model),
                 self.settings,
                 self.rows.source,
                 self.rows.known,

@@ -21,7 +21,7 @@ from latefusion.eval.fusion import command
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.models import profile_folder
 from latefusion.models.attach import attach
-from latefusion.models.fingerprint import identity
+from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.training import run
@@ -99,10 +99,10 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
 
 
 def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
-    profile_folder.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), identity(str(base)))
-    assert profile_folder.read_entry(tmp_path, identity(str(base))) is not None
+    profile_folder.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), model_fingerprint(str(base)))
+    assert profile_folder.read_entry(tmp_path, model_fingerprint(str(base))) is not None
     with pytest.raises(ValueError, match="other weights"):
-        profile_folder.read_entry(tmp_path, identity("embedded"))
+        profile_folder.read_entry(tmp_path, model_fingerprint("embedded"))
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:
