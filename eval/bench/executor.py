@@ -30,8 +30,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from latefusion import VisionSchedule, attach
 from latefusion.eval.bench.timing import interleaved, llava, parser, prompt, seconds, setting, spread
+from latefusion.models.attach import attach
+from latefusion.models.schedule import VisionSchedule
 
 MOST_PREFILL, MOST_DECODE, LEAST_SAVED = 1.01, 1.02, 0.9
 
