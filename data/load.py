@@ -1,4 +1,4 @@
-"""The training data that a configuration names."""
+"""The training data, and the questions to evaluate on, that a configuration names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from latefusion.data import sources
 from latefusion.data.bad_rows import Checked
 from latefusion.data.mixing import Mixture
 from latefusion.data.packing import Conversations
+from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import Stream
-from latefusion.recipes.schema import DataConfig, PartConfig, Source
+from latefusion.recipes.schema import Config, DataConfig, PartConfig, Source
+
+QUESTION_COLUMNS = ("id", "question", "answer", "type", "scene")
 
 
 def training_data(data: DataConfig) -> Any:
@@ -64,3 +67,28 @@ def streamed(part: PartConfig) -> Any:
 def _row(table: Any, folder: Any) -> dict[str, Any]:
     """A sample of a one-row Arrow table; text that is no UTF-8 shows only when it is read."""
     return sources.sample_of(sources.python_row(table), folder)
+
+
+def evaluation_questions(config: Config) -> Any:
+    """The questions that a run is evaluated on, a row each with its image; None if the configuration names none."""
+    data, options = config.data, config.eval
+    if data.eval_path is not None:
+        questions = sources.read(data.eval_path, split=options.split)
+    elif data.source is Source.scenes:
+        questions = load_scenes(options.split, seed=data.seed)
+    else:
+        return None
+    if options.samples is not None and options.samples < len(questions):
+        questions = questions.shuffle(seed=0).select(range(options.samples))
+    return questions
+
+
+def check_questions(questions: Any) -> None:
+    """Raise ValueError unless these rows can be evaluated on."""
+    missing = [name for name in QUESTION_COLUMNS if name not in questions.column_names]
+    if missing:
+        raise ValueError(
+            f"the dataset has no column {missing[0]!r}; evaluation needs {', '.join(QUESTION_COLUMNS)}."
+        )
+    if len(questions) == 0:
+        raise ValueError("the dataset holds no question; ask for at least one scene.")

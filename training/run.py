@@ -14,16 +14,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
-from latefusion.data import sources
 from latefusion.data.bad_rows import SKIPPED_FILE, skipped
+from latefusion.data.load import check_questions, evaluation_questions
 from latefusion.data.samples import Refused, sentence
-from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.policies.configured import evaluates
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.recipes.launcher import local_world_size, rank
-from latefusion.recipes.schema import Config, Source, Tune
+from latefusion.recipes.schema import Config, Tune
 from latefusion.training.assemble import (
     base_of,
     dtype_of,
@@ -139,7 +138,7 @@ def evaluate(config: Config) -> dict[str, Any] | None:
     if config.tune is Tune.full:
         print("No evaluation: all weights have changed, so the dense base is not at hand to compare with.")
         return None
-    if questions_of(config) is None:
+    if evaluation_questions(config) is None:
         print(
             "No evaluation: data.eval_path names no data set of questions and answers. To ask your own: "
             f"python eval/evaluate.py checkpoint={config.output_dir} data=QUESTIONS.jsonl (docs/evaluation.md)."
@@ -168,27 +167,11 @@ def check_evaluation(config: Config) -> None:
     """Raise, before training, if the questions that the run ends with are not there or are none."""
     if not evaluates(config):
         return
-    from latefusion.eval.comparison.answers import check_questions
-
     try:
-        check_questions(questions_of(config))
+        check_questions(evaluation_questions(config))
     except (ValueError, FileNotFoundError) as error:
         where = config.data.eval_path or config.data.source.value
         raise ValueError(
             f"the evaluation on {where} after training cannot be: {str(error).rstrip('.')}; mend data.eval_path or "
             "eval.split, or train with eval.enabled=false."
         ) from None
-
-
-def questions_of(config: Config) -> Any:
-    """Rows of `id`, `image`, `question`, `answer`, `type`, `scene` to evaluate on; None: there are none."""
-    data, asked = config.data, config.eval
-    if data.eval_path is not None:
-        questions = sources.read(data.eval_path, split=asked.split)
-    elif data.source is Source.scenes:
-        questions = load_scenes(asked.split, seed=data.seed)
-    else:
-        return None
-    if asked.samples is not None and asked.samples < len(questions):
-        questions = questions.shuffle(seed=0).select(range(asked.samples))
-    return questions

@@ -12,6 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latefusion.data.load import check_questions
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.metrics import normalise
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "System", "answer_questions", "running"]
 
-COLUMNS = ("id", "question", "answer", "type", "scene")
 Score = Callable[[str, dict[str, Any]], float]
 
 
@@ -74,15 +74,6 @@ def exact_match(prediction: str, row: dict[str, Any]) -> float:
     """1 if the prediction equals one of the row's `answers` (or its `answer`) after `normalise`."""
     wanted = row["answers"] if row.get("answers") else [row["answer"]]
     return float(normalise(prediction) in [normalise(answer) for answer in wanted])
-
-
-def check_questions(dataset: Dataset) -> None:
-    """Raise ValueError if these are no questions to evaluate on."""
-    missing = [name for name in COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(f"the dataset has no column {missing[0]!r}; evaluation needs {', '.join(COLUMNS)}.")
-    if len(dataset) == 0:
-        raise ValueError("the dataset holds no question; ask for at least one scene.")
 
 
 def check(model: Any, systems: dict[str, System], dataset: Dataset) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from latefusion.data.load import evaluation_questions
 from latefusion.eval.comparison.run import evaluate_run
 from latefusion.eval.comparison.systems import Students, System, further, policies_of
 from latefusion.eval.ledger import Processes
@@ -23,7 +24,6 @@ from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.schema import Config
-from latefusion.training.run import questions_of
 
 if TYPE_CHECKING:
     from latefusion.eval.evaluate import Arguments
@@ -108,7 +108,7 @@ def tasks_of(chosen: Arguments, config: Config | None) -> list[Task]:
         found = [load_task(name, where, chosen.split) for name, where in places.items()]
     else:
         config.eval.split, config.eval.samples = chosen.split or "test", chosen.samples
-        questions = questions_of(config)
+        questions = evaluation_questions(config)
         if questions is None:
             raise ValueError(
                 f"{chosen.checkpoint} was trained on data without questions to evaluate on; name them with "

@@ -32,7 +32,7 @@ class Task:
 
     Attributes:
         name: what tables call it.
-        rows: columns of `comparison.answers.COLUMNS`, `images` and `prompt` (the question as it is put to the
+        rows: columns of `data.load.QUESTION_COLUMNS`, `images` and `prompt` (the question as it is put to the
             model), and what `score` reads.
         metric: what the mean of the scores is called.
         score: of `(prediction, row)`, from 0 to 1.

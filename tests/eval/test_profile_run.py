@@ -99,7 +99,9 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
 
 
 def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
-    profile_folder.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), model_fingerprint(str(base)))
+    profile_folder.write_entry(
+        tmp_path, CalibratedEntry(hidden_size=32, places=4), model_fingerprint(str(base))
+    )
     assert profile_folder.read_entry(tmp_path, model_fingerprint(str(base))) is not None
     with pytest.raises(ValueError, match="other weights"):
         profile_folder.read_entry(tmp_path, model_fingerprint("embedded"))
