@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from latefusion.data.packing import isolate_turns
 from latefusion.data.samples import BadSample, TooLong
+from latefusion.models.base_model import load_processor
+from latefusion.models.executor.vision import vision_token_ids
+from latefusion.models.inputs import stop_tokens
+from latefusion.models.locate import EMBEDDED, EMBEDDED_WEIGHTS, check_base
+from latefusion.recipes.schema import Config
 
 IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -197,6 +203,57 @@ class Collator:
                     ends = [kept + len(self.stop[0])]
             closed.append((start, min(ends)))
         return text, closed
+
+
+def build_collator(
+    processor: Any,
+    config: PretrainedConfig,
+    generation_config: GenerationConfig,
+    *,
+    max_length: int | None = None,
+    isolate: torch.dtype | None = None,
+) -> Collator:
+    """The collator of a model, by its configuration alone: no weights are needed.
+
+    Args:
+        config, generation_config: of the model.
+        max_length, isolate: as `Collator` has them.
+    """
+    return Collator(
+        processor=processor,
+        vision_ids=list(vision_token_ids(config).values()),
+        stop=stop_tokens(generation_config, processor),
+        max_length=max_length,
+        isolate=isolate,
+    )
+
+
+def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float32) -> Collator:
+    """The collator of a run, before its model is loaded.
+
+    Args:
+        dtype: what the model will compute in; the mask of `data.isolate` has it.
+
+    Raises:
+        OSError: the processor or the configuration cannot be reached.
+    """
+    model = config.model
+    check_base(model.path)
+    path = str(EMBEDDED_WEIGHTS) if model.path == EMBEDDED else model.path
+    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    processor = load_processor(model.path, settings=model.processor, **where)
+    model_config = AutoConfig.from_pretrained(path, **where)
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=model.revision)
+    except OSError:  # no file of its own: the model's configuration says it
+        generation = GenerationConfig.from_model_config(model_config)
+    return build_collator(
+        processor,
+        model_config,
+        generation,
+        max_length=config.data.max_length,
+        isolate=dtype if config.data.isolate else None,
+    )
 
 
 def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:

@@ -9,23 +9,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, GenerationConfig
 
 from latefusion.data.bad_rows import Bad, Checked
-from latefusion.data.collate import BadRow, Collator
+from latefusion.data.collate import BadRow, Collator, collator_without_weights
 from latefusion.data.load import parts_of, rows_of, streamed
 from latefusion.data.records import sample_of
 from latefusion.data.samples import BadSample
 from latefusion.data.sources import name_of, python_row
 from latefusion.data.streaming import Shard
-from latefusion.models.base_model import load_processor
-from latefusion.models.inputs import stop_tokens
-from latefusion.models.locate import EMBEDDED, EMBEDDED_WEIGHTS, check_base
 from latefusion.recipes.schema import Config, PartConfig
 
 BLOCK = 100  # rows of a stream that are read together
@@ -96,37 +91,10 @@ def _streamed(part: PartConfig, collator: Collator | None) -> Iterator[Finding]:
                     yield Finding(name, str(error))
 
 
-def collator_of(config: Config) -> Collator:
-    """The collator that training would use, without the model's weights.
-
-    Raises:
-        OSError: the processor or the configuration cannot be reached.
-    """
-    check_base(config.model.path)
-    path = str(EMBEDDED_WEIGHTS) if config.model.path == EMBEDDED else config.model.path
-    where: dict[str, Any] = {
-        "revision": config.model.revision,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    processor: Any = load_processor(config.model.path, settings=config.model.processor, **where)
-    about = AutoConfig.from_pretrained(path, **where)
-    try:
-        generation = GenerationConfig.from_pretrained(path, revision=config.model.revision)
-    except OSError:  # no file of its own: the model's configuration says it
-        generation = GenerationConfig.from_model_config(about)
-    return Collator(
-        processor=processor,
-        vision_ids=[about.image_token_id],
-        stop=stop_tokens(generation, processor),
-        max_length=config.data.max_length,
-        isolate=torch.float32 if config.data.isolate else None,
-    )
-
-
 def validate(config: Config, *, console: Console) -> int:
     """Check every row and print the bad ones, with a summary at the end; how many there are."""
     try:
-        collator = collator_of(config)
+        collator = collator_without_weights(config)
     except OSError as error:
         collator = None
         reason = str(error).strip().splitlines()[0]

@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 
+from latefusion.data.prompts import prompt_inputs
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.comparison.answers import prompt_inputs
 from latefusion.eval.memory import kv_cache_bytes
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base

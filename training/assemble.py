@@ -10,12 +10,11 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data.bad_rows import Guard, usable
-from latefusion.data.collate import Collator
+from latefusion.data.collate import Collator, build_collator
 from latefusion.data.load import training_data
 from latefusion.data.padding_free import Packed, check_isolation
 from latefusion.data.streaming import Stream
 from latefusion.models.base_model import compute_dtype, load_base
-from latefusion.models.inputs import stop_tokens
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_layers, schedule_of, teacher
 from latefusion.models.schedule import VisionSchedule
@@ -142,10 +141,10 @@ def adapted_layers(config: Config, schedule: VisionSchedule, num_layers: int) ->
 def collator_of(student: Student, config: Config | None = None) -> Collator:
     """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
     model = student.model
-    return Collator(
-        processor=student.processor,
-        vision_ids=[model.config.image_token_id],
-        stop=stop_tokens(model.generation_config, student.processor),
+    return build_collator(
+        student.processor,
+        model.config,
+        model.generation_config,
         max_length=config.data.max_length if config else None,
         isolate=dtype_of(config) if config and config.data.isolate else None,
     )

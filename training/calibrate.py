@@ -10,12 +10,11 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.bad_rows import Guard
-from latefusion.data.collate import Collator
+from latefusion.data.collate import build_collator
 from latefusion.data.draw import NoImages, distinct_images
 from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
 from latefusion.models.fingerprint import model_fingerprint
-from latefusion.models.inputs import stop_tokens
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.profile_folder import ENTRY, read_entry, write_entry
 from latefusion.models.schedule import VisionSchedule
@@ -100,11 +99,8 @@ def weights_of(config: Config) -> str:
 def _fit(config: Config, model: PreTrainedModel, processor: ProcessorMixin, rows: Any) -> CalibratedEntry:
     if torch.cuda.is_available() and not config.model.load_in_4bit:  # where 4 bits are already
         model.cuda()  # type: ignore[call-arg]
-    collator = Collator(
-        processor=processor,
-        vision_ids=[model.config.image_token_id],
-        stop=stop_tokens(model.generation_config, processor),
-        max_length=config.data.max_length,
+    collator = build_collator(
+        processor, model.config, model.generation_config, max_length=config.data.max_length
     )
     guard = Guard(
         collator,

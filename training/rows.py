@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latefusion.data.collate import Collator
-from latefusion.data.findings import collator_of
+from latefusion.data.collate import Collator, collator_without_weights
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.schema import Config
 from latefusion.training.assemble import dtype_of, guarded
@@ -23,9 +22,7 @@ def check_rows(config: Config, dataset: Any, begins: Sequence[Any], *, cache: st
     Raises:
         ValueError, FileNotFoundError: such a row; or the cache is not there, or another teacher's.
     """
-    collator: Collator | Taught = collator_of(config)
-    if config.data.isolate:
-        collator.isolate = dtype_of(config)
+    collator: Collator | Taught = collator_without_weights(config, dtype=dtype_of(config))
     if cache is not None:
         collator = Taught(collator, cache, expected(config, collator.processor, teacher(config)))
     guarded(config, collator, dataset)(begins)

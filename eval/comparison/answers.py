@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from peft import PeftModel
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latefusion.data.load import check_questions
+from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.metrics import normalise
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -90,42 +90,6 @@ def check(model: Any, systems: dict[str, System], dataset: Dataset) -> None:
                 f"system {key!r} asks for adapters, but the model is a plain {type(model).__name__}; "
                 "load the adapter folder of a training run."
             )
-
-
-def images_of(row: dict[str, Any]) -> list[Image.Image]:
-    """The images of a row of `load_scenes` (one) or of a source in `data/sources.py` (any number)."""
-    return row["images"] if "images" in row else [row["image"]]
-
-
-def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation of a row up to where the answer begins."""
-    if "messages" in row:
-        return row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-    parts = [{"type": "image"} for _ in images_of(row)]
-    text = {"type": "text", "text": row.get("prompt") or row["question"]}
-    return [{"role": "user", "content": [*parts, text]}]
-
-
-def without_image(row: dict[str, Any]) -> dict[str, Any]:
-    """The same question, asked blindly."""
-    messages = [
-        {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
-        for message in prompt_of(row)
-    ]
-    return {**row, "messages": messages, "images": []}
-
-
-def prompt_text(processor: Any, row: dict[str, Any]) -> str:
-    """A question exactly as it is put to the model."""
-    return processor.apply_chat_template(prompt_of(row), add_generation_prompt=True, tokenize=False)
-
-
-def prompt_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors of several prompts, padded on the left: `input_ids` `[B, T]`, `pixel_values`, ..."""
-    texts = [prompt_text(processor, row) for row in rows]
-    images = [images_of(row) for row in rows] if any(images_of(row) for row in rows) else None
-    inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-    return dict(inputs.to(model.device, dtype=model.dtype))
 
 
 def answer_questions(

@@ -9,18 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from latefusion.data.prompts import prompt_inputs, prompt_text
 from latefusion.eval import metrics
 from latefusion.eval.comparison import cost as efficiency
 from latefusion.eval.comparison import results as found
 from latefusion.eval.comparison import sweeps
-from latefusion.eval.comparison.answers import (
-    Answer,
-    answer_questions,
-    check,
-    progress_bar,
-    prompt_inputs,
-    prompt_text,
-)
+from latefusion.eval.comparison.answers import Answer, answer_questions, check, progress_bar
 from latefusion.eval.comparison.systems import System, controls
 from latefusion.eval.ledger import Ledger, Processes
 from latefusion.eval.report.markdown import write_markdown

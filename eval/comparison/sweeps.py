@@ -12,7 +12,7 @@ from math import ceil
 from statistics import fmean
 from typing import Any
 
-from latefusion.eval.comparison.answers import prompt_inputs, prompt_of
+from latefusion.data.prompts import prompt_inputs, prompt_of
 from latefusion.eval.comparison.cost import Spread, generate, seconds, spread
 from latefusion.eval.comparison.systems import System, running
 from latefusion.models.flops import decoder_flops

@@ -237,7 +237,7 @@ def own_answers(
     import torch
     from rich.progress import track
 
-    from latefusion.eval.comparison.answers import prompt_inputs, prompt_of
+    from latefusion.data.prompts import prompt_inputs, prompt_of
 
     found = []
     for row in track(rows, "Answering", console=console):

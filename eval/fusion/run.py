@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from latefusion.data.collate import Collator
+from latefusion.data.collate import Collator, build_collator
 from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.eval.fusion.causal import Runner
 from latefusion.eval.fusion.continued import Continued, cacheable
@@ -24,7 +24,6 @@ from latefusion.eval.fusion.summary import summarise
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.executor.vision import vision_token_ids
-from latefusion.models.inputs import stop_tokens
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration, fit_entry
 
@@ -71,11 +70,7 @@ def profile(
     layers = model.config.get_text_config().num_hidden_layers
     if layers < 2:
         raise ValueError(f"a decoder of {layers} layer leaves nothing to choose; profile a deeper model.")
-    collator = Collator(
-        processor=processor,
-        vision_ids=[model.config.image_token_id],
-        stop=stop_tokens(model.generation_config, processor),
-    )
+    collator = build_collator(processor, model.config, model.generation_config)
     sources = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))  # see `planned`
     depends = {**about, "batch_size": batch_size, "fit_on": sorted(map(hash_of, fit_on))}
     ledger = Ledger(folder / "measured.jsonl", {**depends, "prompts": [group.content for group in sources]})

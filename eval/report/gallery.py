@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latefusion.eval.comparison.answers import Answer, images_of
+from latefusion.data.prompts import images_of
+from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.metrics import normalise
 from latefusion.eval.tasks.base import Task
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latefusion.eval.comparison.answers import prompt_inputs
+from latefusion.data.prompts import prompt_inputs
 from latefusion.eval.metrics import normalise
 from latefusion.eval.thresholds import replay as calibration
 from latefusion.eval.thresholds.floor import fusion_layers, surveyed
@@ -19,8 +19,8 @@ from latefusion.models.inputs import encode_images, fresh_inputs, stop_ids
 from latefusion.models.policies.visipruner.settings import VisiPruner
 
 if TYPE_CHECKING:
-    from latefusion.data.prompts import Questions
     from latefusion.eval.calibrate import Arguments
+    from latefusion.eval.thresholds.questions import Questions
 
 Setting = dict[str, Any]  # arguments of VisiPruner that are searched
 

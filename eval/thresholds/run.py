@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from latefusion.data.prompts import read
 from latefusion.eval.thresholds import choose as chosen
 from latefusion.eval.thresholds.prefills import policy_of, settings
+from latefusion.eval.thresholds.questions import read
 from latefusion.eval.thresholds.search import Search
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base

@@ -30,8 +30,8 @@ from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.flops import decoder_flops
 
 if TYPE_CHECKING:
-    from latefusion.data.prompts import Questions
     from latefusion.eval.calibrate import Arguments
+    from latefusion.eval.thresholds.questions import Questions
 
 PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep

@@ -12,10 +12,10 @@ from helpers.tiny_base import save_tiny_base
 from rich.console import Console
 from rich.progress import Progress
 
-from latefusion.data import prompts as questions
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, evaluate, generate
 from latefusion.eval.thresholds import choose as chosen
+from latefusion.eval.thresholds import questions
 from latefusion.eval.thresholds import replay as calibration
 from latefusion.eval.thresholds.floor import fusion_layers
 from latefusion.eval.thresholds.prefills import Prompts, ended, policy_of, settings

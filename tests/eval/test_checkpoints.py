@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers.tiny_base import save_tiny_base, tiny_base
 
-from latefusion.eval.comparison.answers import prompt_inputs
+from latefusion.data.prompts import prompt_inputs
 from latefusion.eval.comparison.systems import Students, System, further, running
 from latefusion.eval.evaluate import main
 from latefusion.models.base_model import load_base, twin

@@ -10,10 +10,11 @@ import torch
 from helpers import evaluated_student
 from helpers.evaluated_student import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_model
 
+from latefusion.data.prompts import prompt_inputs
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval.comparison import cost as efficiency
-from latefusion.eval.comparison.answers import answer_questions, prompt_inputs
+from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.evaluate import main
 from latefusion.models.attach import attach

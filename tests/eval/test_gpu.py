@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import evaluated_student
 
+from latefusion.data.prompts import prompt_inputs
 from latefusion.eval import memory
 from latefusion.eval.comparison import cost as efficiency
-from latefusion.eval.comparison.answers import prompt_inputs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Image, List, Value
 from helpers.tiny_base import save_tiny_base
 from PIL import Image as Pillow
 
-from latefusion.eval.comparison.answers import images_of
+from latefusion.data.prompts import images_of
 from latefusion.eval.evaluate import main
 from latefusion.eval.tasks import TASKS, load_task
 

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from latefusion.data.prompt_batches import collated
-from latefusion.eval.comparison.answers import prompt_inputs
+from latefusion.data.prompts import prompt_inputs
 from latefusion.eval.fusion.run import calibrate, profile
 from latefusion.eval.fusion.study import Wishes
 from latefusion.models.attach import attach

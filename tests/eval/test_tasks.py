@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.benchmark_files import benchmark
 
-from latefusion.eval.comparison.answers import images_of
+from latefusion.data.prompts import images_of
 from latefusion.eval.tasks import TASKS, choice, load_task, vqa
 
 FOUND: dict[str, tuple[int, str, str]] = {  # questions, prompt and right answer of the last

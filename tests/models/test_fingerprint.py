@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from latefusion.data import prompts as questions
 from latefusion.eval import calibrate, evaluate
 from latefusion.eval.comparison import settings as compared
+from latefusion.eval.thresholds import questions
 from latefusion.eval.thresholds.search import Search
 from latefusion.models import fingerprint as module
 from latefusion.models.attach import attach
