@@ -1,0 +1,137 @@
+"""The pages as a set: one width, links and paths that exist, commands whose keys exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latefusion.recipes.compose import compose_tree
+from latefusion.recipes.schema import RECIPES
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("recipes", "models", "data", "training", "eval", "tests", "docs")
+WIDTH = 100
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "tests/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# what a command or a run writes, or what stands for a name of the reader's
+STANDS_FOR_OTHERS = ("NAME", "data/llava_v1_5_mix665k.json", "models/...")
+STILL_WIDE = {
+    *("benchmarks.md", "choosing_the_band.md", "data.md", "evaluation.md", "inference.md", "models.md"),
+    *("profile.md", "training.md"),
+}
+
+
+def prose(text: str) -> str:
+    """A page without code blocks, tables, figures and what a script writes between two marks."""
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ *[|<!].*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def too_long(text: str) -> list[str]:
+    """Lines over the width that could be shorter: of more than a word and its bullet."""
+    lines = prose(text).splitlines()
+    return [line for line in lines if len(line) > WIDTH and len(line.split()) > 2]
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """Relative links whose file or heading does not exist."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(link)
+    return dead
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths of the repository that a text names and that do not exist; `*` and `{a,b}` may stand for several."""
+    missing = []
+    for path in re.findall(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/(?:[\w./*-]|{{[\w,]+}})*\.\w+)", text):
+        if any(name in path for name in STANDS_FOR_OTHERS):
+            continue
+        choice = re.search(r"\{(.*?)\}", path)
+        each = [path.replace(choice[0], one) for one in choice[1].split(",")] if choice else [path]
+        missing += [one for one in each if not any(ROOT.glob(one))]
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_one_width_and_names_what_exists(page: Path) -> None:
+    text = page.read_text()
+    assert page.name in STILL_WIDE or not too_long(text)
+    assert not dead_links(page, text)
+    assert not missing_paths(text)
+    assert text.count("\n# ") == 0 and text.startswith("# "), "one title, on the first line"
+
+
+def test_the_checks_of_a_page_can_fail(tmp_path: Path) -> None:
+    assert too_long("a " * 51) and not too_long("| " * 60) and not too_long(f"```\n{'a ' * 60}\n```")
+    page = tmp_path / "page.md"
+    page.write_text("# One title\n")
+    links = "[a](gone.md) [b](page.md#one-title) [c](#two) [d](https://x.org)"
+    assert dead_links(page, links) == ["gone.md", "#two"]
+    assert missing_paths("`eval/profile.py`, eval/evaluate.py, tests/helpers/{oracle,gone}.py") == [
+        "eval/profile.py",
+        "tests/helpers/gone.py",
+    ]
+
+
+SOURCES = [
+    path
+    for folder in FOLDERS
+    for kind in ("*.py", "*.yaml", "*.sh")
+    for path in (ROOT / folder).rglob(kind)
+    if path != Path(__file__) and "helpers" not in path.parts
+]
+
+
+def test_comments_messages_and_docstrings_name_files_that_exist() -> None:
+    """In the code, too: an error message that sends the reader to a file that has moved."""
+    sources = [path for path in SOURCES if path.parts[len(ROOT.parts)] != "tests"]
+    missing = {str(path.relative_to(ROOT)): missing_paths(path.read_text()) for path in sources}
+    assert not {path: names for path, names in missing.items() if names}
+
+
+def training_commands() -> Iterator[tuple[str, str]]:
+    """Every command of the pages that starts training or writes a teacher's answers, and its page."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            for line in block.splitlines():
+                if re.search(r"training/(train|teach)\.py", line):
+                    yield page.name, line.strip()
+
+
+@pytest.mark.parametrize(("page", "command"), training_commands())
+def test_the_keys_of_a_training_command_exist(page: str, command: str) -> None:
+    words = shlex.split(command.replace("$init", "calibrated"), comments=True)
+    start = next(i for i, word in enumerate(words) if word.endswith(".py") and "training/" in word)
+    compose_tree([word for word in words[start + 1 :] if "=" in word])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_of_recipes_exist(page: Path) -> None:
+    """`recipe=NAME`, `engine=NAME` and `schedule=NAME` wherever a page says them; capitals stand for any name."""
+    for group in ("recipe", "engine", "schedule"):
+        names = {path.stem for path in (RECIPES / group).glob("*.yaml")}
+        for value in re.findall(rf"(?<![\w.]){group}=([\w|]+)", page.read_text()):
+            assert value.isupper() or set(value.split("|")) <= names, f"{group}={value}"
