@@ -189,8 +189,8 @@ def test_a_row_that_a_mixture_repeats_is_left_out_once_by_all_workers(folder, tm
     for streaming in ("true", "false"):
         parts = f"data.parts=[{{path: {bad}, weight: 3}},{{path: {good}}}]"
         rows = training_data(configured("data=mixture", parts, f"data.streaming={streaming}").data)
-        for mine in (range(10), range(10, 20)):  # as two loader workers, each with its guard
-            guard_of(rows, tmp_path / streaming)(taken(rows, mine))
+        for share in (range(10), range(10, 20)):  # as two loader workers, each with its guard
+            guard_of(rows, tmp_path / streaming)(taken(rows, share))
         lines = (tmp_path / streaming / SKIPPED_FILE).read_text().splitlines()
         assert skipped(tmp_path / streaming) == 2
         assert {(json.loads(line)["row"], json.loads(line)["id"]) for line in lines} == {
@@ -207,8 +207,10 @@ def test_workers_give_the_batches_of_none(folder, tmp_path):
         collate = guard_of(rows, tmp_path / str(workers))
         return list(DataLoader(rows, batch_size=5, num_workers=workers, collate_fn=collate))
 
-    for mine, theirs in zip(batches(0), batches(2), strict=True):
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for alone, by_workers in zip(batches(0), batches(2), strict=True):
+        assert alone.keys() == by_workers.keys() and all(
+            torch.equal(alone[name], by_workers[name]) for name in alone
+        )
     assert skipped(tmp_path / "2") == skipped(tmp_path / "0") == len(BAD)
 
 

@@ -169,9 +169,9 @@ def test_a_token_that_ends_answers_or_stands_for_images_is_no_text():
     stopped = {"messages": [turn("user", "how many?"), turn("assistant", "2 <eos> red")], "images": []}
     with pytest.raises(BadRow, match="sample 1 has the token <eos> written in the text of turn 1"):
         collator()([ONE, stopped])
-    asked = {"messages": [turn("user", "how <eos> many?"), turn("assistant", "2")], "images": []}
+    question_with_mark = {"messages": [turn("user", "how <eos> many?"), turn("assistant", "2")], "images": []}
     collate = collator()
-    assert learnt(collate, collate([asked]), 0) == ". " * 7 + "2 <eos>"
+    assert learnt(collate, collate([question_with_mark]), 0) == ". " * 7 + "2 <eos>"
     gemma = Collator(processor=processor("gemma3"), vision_ids=[vision_id("gemma3")], stop=[STOP["gemma3"]])
     written = {"messages": [turn("user", "a <image_soft_token>?"), turn("assistant", "2")], "images": []}
     with pytest.raises(BadRow, match="has the token <image_soft_token> written in the text of turn 0"):

@@ -58,12 +58,12 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 def test_labels_spell_the_answers(kind, exchanges):
     collate = COLLATORS[kind]
     messages = []
-    for asked, answered in exchanges:
-        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+    for question, answer in exchanges:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     messages[0]["content"].insert(0, {"type": "image"})
     batch = collate([{"messages": messages, "images": [Image.new("RGB", (16, 16))]}])
     labels, tokenizer = batch["labels"][0], collate.processor.tokenizer
     learnt = tokenizer.decode(labels[labels != IGNORE])
-    assert learnt == "".join(f"{answered}<|im_end|>" for _, answered in exchanges)
+    assert learnt == "".join(f"{answer}<|im_end|>" for _, answer in exchanges)
     assert int((batch["input_ids"] == collate.processor.image_token_id).sum()) == 4

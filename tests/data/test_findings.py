@@ -19,7 +19,7 @@ ANSWER = turn("assistant", "red.")
 
 
 @pytest.mark.parametrize(
-    ("reasons", "told"),
+    ("reasons", "summary"),
     [
         (
             [
@@ -47,8 +47,8 @@ ANSWER = turn("assistant", "red.")
         ),
     ],
 )
-def test_the_summary_counts_reasons_without_what_is_the_row_s_own(reasons, told):
-    assert {kind(reason) for reason in reasons} == {told}
+def test_the_summary_counts_reasons_without_what_is_the_row_s_own(reasons, summary):
+    assert {kind(reason) for reason in reasons} == {summary}
 
 
 @pytest.fixture

@@ -69,9 +69,9 @@ def answers(guard, batch):
 def test_bad_rows_leave_their_places_to_others_and_are_written_down_once(tmp_path):
     rows, collate = guard(tmp_path)
     batch = collate([rows[i] for i in (0, 1, 2, 5)])
-    found = answers(collate, batch)
-    assert found[0] == "0" and found[2] == "2" and {found[1], found[3]} <= set("0236")
-    assert answers(collate, collate([rows[i] for i in (0, 1, 2, 5)])) == found  # a run repeats itself
+    learnt = answers(collate, batch)
+    assert learnt[0] == "0" and learnt[2] == "2" and {learnt[1], learnt[3]} <= set("0236")
+    assert answers(collate, collate([rows[i] for i in (0, 1, 2, 5)])) == learnt  # a run repeats itself
     lines = [json.loads(line) for line in (tmp_path / SKIPPED_FILE).read_text().splitlines()]
     by_id = {line["id"]: line for line in lines}
     assert len(lines) == len(by_id) == skipped(tmp_path) and {"r1", "r5"} <= set(by_id)
@@ -186,7 +186,7 @@ def test_a_bad_row_stops_a_run_unless_told_otherwise(base, tmp_path, mixed):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ("data.too_long=raise",),
@@ -200,7 +200,7 @@ def test_a_bad_row_stops_a_run_unless_told_otherwise(base, tmp_path, mixed):
     ],
 )
 def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
-    base, tmp_path, mixed, options, said, monkeypatch
+    base, tmp_path, mixed, options, message, monkeypatch
 ):
     """And before anything is taken out of the output folder."""
     for name in ("student_of", "settle_schedule", "settle_entry"):
@@ -209,13 +209,13 @@ def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
     old.mkdir(parents=True)
     rows = Path(mixed).read_text().splitlines()
     good = write_rows(tmp_path, *map(json.loads, (rows[0], rows[1], rows[4])), name="good.jsonl")
-    with pytest.raises(SystemExit, match=rf"^error: {said}"):
+    with pytest.raises(SystemExit, match=rf"^error: {message}"):
         train(base, tmp_path / "out", good, "data.max_length=12", "overwrite=true", *options)
     assert old.is_dir()
 
 
-@pytest.mark.parametrize("wanted", ["skip", "raise"])
-def test_calibration_takes_rows_that_training_takes(base, tmp_path, wanted, monkeypatch):
+@pytest.mark.parametrize("expected", ["skip", "raise"])
+def test_calibration_takes_rows_that_training_takes(base, tmp_path, expected, monkeypatch):
     """Beyond the first rows, which are tried before: row 10 asks too much. Nothing is computed before it is refused."""
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     seen = {"messages": [turn("user", IMAGE_PART, "how many?"), ANSWER], "images": ["a.png"]}
@@ -224,10 +224,12 @@ def test_calibration_takes_rows_that_training_takes(base, tmp_path, wanted, monk
     used = []
     monkeypatch.setattr(calibrate, "batches", lambda *given: used.append(given[2]) or [])
     monkeypatch.setattr(calibrate, "fit_entry", lambda *_: pytest.fail("computes"))
-    options = ("data.max_length=12", f"data.too_long={wanted}", "entry.init=calibrated")
+    options = ("data.max_length=12", f"data.too_long={expected}", "entry.init=calibrated")
     with pytest.raises(
-        pytest.fail.Exception if wanted == "skip" else SystemExit,
-        match="computes" if wanted == "skip" else r"error: row 10 has \d+ tokens, more than data\.max_length",
+        pytest.fail.Exception if expected == "skip" else SystemExit,
+        match="computes"
+        if expected == "skip"
+        else r"error: row 10 has \d+ tokens, more than data\.max_length",
     ):
         train(base, tmp_path / "out", data, *options)
 

@@ -62,11 +62,11 @@ def test_a_large_picture_below_the_limit_is_no_bomb(monkeypatch):
 
 def test_paths_bytes_and_pictures_are_the_same_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
-    wanted = np.asarray(noise())
+    pixels = np.asarray(noise())
     sources = ("a.png", PNG, {"bytes": PNG, "path": None}, {"bytes": None, "path": "a.png"}, noise())
     for source in (*sources, str(tmp_path / "a.png")):
         image = load_image(source, tmp_path)
-        assert image.mode == "RGB" and (np.asarray(image) == wanted).all()
+        assert image.mode == "RGB" and (np.asarray(image) == pixels).all()
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped():

@@ -22,7 +22,7 @@ VALUES = st.recursive(
 )
 
 
-def told(path) -> list:
+def reasons_of(path) -> list:
     return [json.loads(row[RECORD]) for row in json_records(str(path), (0, 0))]
 
 
@@ -42,16 +42,18 @@ def test_any_list_and_any_lines_give_their_rows_piece_by_piece(tmp_path_factory,
     (folder / "rows.jsonl").write_bytes(mark + lines)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_file, "PIECE", piece)
-        assert told(folder / "rows.json") == expected(json.loads(text.decode("utf-8", "surrogateescape")))
+        assert reasons_of(folder / "rows.json") == expected(
+            json.loads(text.decode("utf-8", "surrogateescape"))
+        )
         if not lines.lstrip().startswith(b"["):  # which is a list
-            assert told(folder / "rows.jsonl") == expected(rows)
+            assert reasons_of(folder / "rows.jsonl") == expected(rows)
 
 
 ROW = '{"id": "x", "messages": []}'
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (f"[{ROW},]", "Expecting value, in row 1"),
         (f"[{ROW} {ROW}]", "'{' where ',' should be, in row 1"),
@@ -65,14 +67,14 @@ ROW = '{"id": "x", "messages": []}'
         ),
     ],
 )
-def test_a_damaged_list_is_refused_with_the_row_where_it_breaks(tmp_path, text, said):
+def test_a_damaged_list_is_refused_with_the_row_where_it_breaks(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"x\.json is .*{said}"):
-        told(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=rf"x\.json is .*{message}"):
+        reasons_of(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("[" * 100_000, "is no JSON (maximum recursion depth exceeded"),
         ('{"id": ' + "1" * 5000 + "}", "is no JSON (Exceeds the limit (4300 digits)"),
@@ -81,10 +83,10 @@ def test_a_damaged_list_is_refused_with_the_row_where_it_breaks(tmp_path, text, 
         ("\0\0", "is no JSON (Expecting value"),
     ],
 )
-def test_a_line_that_is_no_row_costs_itself_alone(tmp_path, line, said):
+def test_a_line_that_is_no_row_costs_itself_alone(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text(f"{ROW}\n{line}\n{ROW}\n")
-    before, broken, after = told(tmp_path / "x.jsonl")
-    assert before == after == json.loads(ROW) and broken.startswith(said)
+    before, broken, after = reasons_of(tmp_path / "x.jsonl")
+    assert before == after == json.loads(ROW) and broken.startswith(message)
 
 
 def test_a_row_s_own_words_are_not_taken_for_ours(tmp_path):

@@ -36,8 +36,8 @@ def answers(base, batch):
     batch.pop("queries")
     with torch.no_grad():
         logits = base[0](**batch).logits
-    wanted = labels[:, 1:] != IGNORE
-    return logits[:, :-1][wanted], labels[:, 1:][wanted]
+    learnt = labels[:, 1:] != IGNORE
+    return logits[:, :-1][learnt], labels[:, 1:][learnt]
 
 
 @pytest.mark.parametrize("turns", [2, 5, 13])

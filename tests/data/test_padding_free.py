@@ -11,8 +11,7 @@ from PIL import Image
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.padding_free import Packed, check_isolation, fitted
-from latefusion.training import assemble as parts
-from latefusion.training import run
+from latefusion.training import assemble, run
 
 PACKABLE = [family for family in FAMILIES if family != "paligemma"]
 
@@ -86,15 +85,17 @@ def test_every_token_gets_what_it_gets_alone(family, attention):
     batch = {**inputs, "labels": inputs["input_ids"], "queries": torch.zeros(5, 1, dtype=torch.long)}
     packed = Packed.of(model, lambda samples: batch)([])
     assert (packed["position_ids"].dim() == 3) == (family in MROPE_FAMILIES)
-    given = {name: v for name, v in packed.items() if name not in ("labels", "queries")}
+    packed_inputs = {name: v for name, v in packed.items() if name not in ("labels", "queries")}
     with torch.no_grad():
         alone = model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
-        together = model(**given, use_cache=False).logits
+        together = model(**packed_inputs, use_cache=False).logits
     places = [(0, 0, 9), (1, 0, 6), (1, 6, 3), (2, 0, 4), (2, 4, 2)]
     order = {9: 0, 4: 1, 6: 2, 3: 3, 2: 4}
-    found = dict(zip(order, alone.split([9, 4, 6, 3, 2]), strict=True))
+    by_sample = dict(zip(order, alone.split([9, 4, 6, 3, 2]), strict=True))
     for row, start, length in places:
-        torch.testing.assert_close(together[row, start : start + length], found[length], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            together[row, start : start + length], by_sample[length], atol=1e-5, rtol=0
+        )
     check_isolation(model)
 
 
@@ -128,16 +129,16 @@ def test_what_does_not_go_with_packing_is_refused(option, sentence):
 def test_loss_and_gradients_are_those_of_the_padded_batch(teacher):
     config, student = tiny_student(f"teacher={teacher}")
     shake(student)
-    collator = parts.collator_of(student)
-    objective = parts.objective_of(config, student)
+    collator = assemble.collator_of(student)
+    objective = assemble.objective_of(config, student)
     weights = [w for w in student.model.parameters() if w.requires_grad]
     results = []
     for collate in (collator, Packed.of(student.attachment.model, collator)):
         batch = collate(TEXTS)
         count = (batch["labels"] != IGNORE).sum()
         loss, terms = objective(student.model, batch, count=count)
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
-        results.append((batch, loss, terms, [g for g in found if g is not None]))
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        results.append((batch, loss, terms, [g for g in grads if g is not None]))
     (padded, loss, terms, gradients), (packed, loss_packed, terms_packed, gradients_packed) = results
     assert packed["input_ids"].numel() < 0.7 * padded["input_ids"].numel()
     assert loss_packed.item() == pytest.approx(loss.item(), rel=1e-5)

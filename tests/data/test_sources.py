@@ -214,9 +214,9 @@ def test_every_format_gives_the_same_samples(stored):
 
 def test_every_format_streams_the_same_samples(stored):
     data = DataConfig(source=Source.dataset, path=stored, streaming=True, shuffle_buffer=1)
-    found = training_data(data).first(6)
+    streamed = training_data(data).first(6)
     answers = []
-    for row in found:
+    for row in streamed:
         try:
             answers.append(row.make()["messages"][1]["content"][0]["text"])
         except BadSample:

@@ -90,8 +90,8 @@ def test_a_stream_goes_on_near_where_it_stood_and_opens_no_row_before(tmp_path, 
         rows.marks = marks
         rows.make = [pytest.fail] * len(rows.make)
         read.clear()
-        found = [rows[position].name, rows.after(position).name, *names(rows.first(2))]
-        assert found == [*whole[position : position + 2], *whole[:2]]
+        names_read = [rows[position].name, rows.after(position).name, *names(rows.first(2))]
+        assert names_read == [*whole[position : position + 2], *whole[:2]]
         if position > 9:
             rows = training_data(data)
             rows.marks = marks
@@ -108,7 +108,7 @@ def test_a_stream_goes_on_near_where_it_stood_and_opens_no_row_before(tmp_path, 
 
 def data_of(folder) -> str:
     Image.new("RGB", (16, 16), (200, 0, 0)).save(folder / "a.png")
-    asked = [("what color?", "red"), ("how many?", "2"), ("is it red?", "yes")]
+    exchanges = [("what color?", "red"), ("how many?", "2"), ("is it red?", "yes")]
     rows = [
         {
             "id": f"r{i}",
@@ -116,7 +116,7 @@ def data_of(folder) -> str:
             "images": ["a.png"] if i % 3 else [],
         }
         for i in range(9)
-        for question, answer in [asked[i % 2 + (i > 4)]]
+        for question, answer in [exchanges[i % 2 + (i > 4)]]
     ]
     return write_rows(folder, *rows, name="rows.jsonl")
 
@@ -125,9 +125,9 @@ def streaming_of(data: str) -> tuple[str, ...]:
     return ("data=dataset", f"data.path={data}", "data.streaming=true", "data.shuffle_buffer=4")
 
 
-def assert_same(found, expected) -> None:
+def assert_same(actual, expected) -> None:
     for name, weight in load_file(expected / "adapter_model.safetensors").items():
-        assert torch.equal(weight, load_file(found / "adapter_model.safetensors")[name]), name
+        assert torch.equal(weight, load_file(actual / "adapter_model.safetensors")[name]), name
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_a_resumed_stream_goes_on_exactly(base, tmp_path, monkeypatch, capfd, en
     run.run(composed(*options, f"output_dir={cut}", "resume=true"))
     assert_same(cut, whole)
     if workers:
-        said = "The stream goes on at row 6: reading from row 4 up to it, opening none."
-        assert capfd.readouterr().out.count(said) == 1
+        line = "The stream goes on at row 6: reading from row 4 up to it, opening none."
+        assert capfd.readouterr().out.count(line) == 1
     else:
         assert len(opened) == DESCRIBED + 3, "rows of steps behind the checkpoint were opened"
 

@@ -17,8 +17,8 @@ from latefusion.models.policies.visipruner.decision import removal_effect
 
 
 def arguments(**more: Any) -> argparse.Namespace:
-    known = {"shape": "tiny", "vision": 24, "device": "cpu", "dtype": "float32", "clock": "cpu"}
-    return argparse.Namespace(**{**known, "rounds": 1, "steps": 1, **more})
+    defaults = {"shape": "tiny", "vision": 24, "device": "cpu", "dtype": "float32", "clock": "cpu"}
+    return argparse.Namespace(**{**defaults, "rounds": 1, "steps": 1, **more})
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_the_command_writes_its_rows(
     words = "bench --shape tiny --vision 24 --batch 1 --text 6 --rounds 1 --steps 1 --threads 1 --json"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(file)])
     bench.main()
-    found = json.loads(file.read_text())
-    stock, *others = found["rows"]
+    report = json.loads(file.read_text())
+    stock, *others = report["rows"]
     assert stock["variant"] == "stock" and stock["ttft"]["ratio"] == 1.0 and stock["met"] is None
     assert [row["variant"] for row in others] == [
         "no decision",
@@ -75,8 +75,8 @@ def test_the_command_writes_its_rows(
     # 30 tokens in 4 of 8 layers, 16 in 2, 6 in 2; keys and values of 32 float32 each
     assert stock["kv_bytes"] == 8 * 30 * 2 * 32 * 4
     assert all(row["kv_bytes"] == (4 * 30 + 2 * 16 + 2 * 6) * 2 * 32 * 4 for row in others)
-    assert all(row["peak_bytes"] > 0 and row["tpot"]["ms"] > 0 for row in found["rows"])
-    assert len(found["decision"]) == 2 and "% of the host's time" in found["decision"][0]
+    assert all(row["peak_bytes"] > 0 and row["tpot"]["ms"] > 0 for row in report["rows"])
+    assert len(report["decision"]) == 2 and "% of the host's time" in report["decision"][0]
     table = file.with_suffix(".md").read_text().splitlines()
     assert len(table) == 6 and "VisiPruner, all stages" in table[-1]
     assert "VisiPruner, all stages" in capsys.readouterr().out

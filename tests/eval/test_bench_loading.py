@@ -15,10 +15,10 @@ def test_loading_and_training_are_measured_apart_and_together(tmp_path, capsys):
     base, file = save_tiny_base(tmp_path / "base"), tmp_path / "found.json"
     options = (*QUICK, *SMALL, *BAND, f"model.path={base}", f"output_dir={tmp_path}")
     bench_loading.main(["--workers", "0,1", "--steps", "3", "--json", str(file), *options])
-    found = json.loads(file.read_text())
-    alone, worked = found["workers"]
-    assert (alone["workers"], worked["workers"], found["threads"]) == (0, 1, 1)
-    for row in found["workers"]:
+    report = json.loads(file.read_text())
+    alone, worked = report["workers"]
+    assert (alone["workers"], worked["workers"], report["threads"]) == (0, 1, 1)
+    for row in report["workers"]:
         assert row["loading"] > 0 and 0 <= row["waits"] < 1 and row["both"] > 0
     assert alone["waits"] > 0  # whoever loads itself waits
     assert "late_fusion on scenes" in capsys.readouterr().out

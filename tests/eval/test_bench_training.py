@@ -35,8 +35,8 @@ def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     sizes = "--layers 8 --hidden 64 --vision 32 --text 16 --rounds 2 --threads 1 --clock cpu"
     monkeypatch.setattr(sys, "argv", ["x", *sizes.split(), "--json", str(tmp_path / "found.json")])
     bench_training.main()
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = {(row["recipe"], row["lora"]): row for row in found["steps"]}
+    report = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["recipe"], row["lora"]): row for row in report["steps"]}
     dense = rows["dense", "all"]
     assert dense["speedup"] == dense["peak_ratio"] == dense["predicted_speedup"] == 1
     for name in ("late_fusion", "late_fusion_pyramid"):
@@ -48,9 +48,9 @@ def test_a_small_run_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     cheapest = max(
         (name for name, lora in rows if lora == "all"), key=lambda n: rows[n, "all"]["predicted_speedup"]
     )
-    assert [(r["recipe"], r["teacher"]) for r in found["teachers"]] == [
+    assert [(r["recipe"], r["teacher"]) for r in report["teachers"]] == [
         (name, teacher) for name in ("dense", cheapest) for teacher in ("online", "offline")
     ]
-    assert found["teachers"][0]["predicted_ratio"] == 1.5 and found["teachers"][1]["predicted_ratio"] == 1
-    said = capsys.readouterr().out
-    assert "late_fusion_pyramid" in said and "targets of late_fusion, LoRA in busy layers" in said
+    assert report["teachers"][0]["predicted_ratio"] == 1.5 and report["teachers"][1]["predicted_ratio"] == 1
+    printed = capsys.readouterr().out
+    assert "late_fusion_pyramid" in printed and "targets of late_fusion, LoRA in busy layers" in printed

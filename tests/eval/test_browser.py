@@ -89,21 +89,21 @@ def found_in(chromium: str, page: Path, *arguments: str, width: int = 1280) -> d
 
 
 def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
-    found = found_in(chromium, page)
+    shown = found_in(chromium, page)
     systems = evaluated_student.full_run()[1]["systems"]
-    assert found["before"] == found["back"] == list(systems)
+    assert shown["before"] == shown["back"] == list(systems)
     by_flops = sorted(systems, key=lambda key: systems[key]["flops"]["mean"])
-    assert [systems[key]["flops"]["mean"] for key in found["flops"]] == [
+    assert [systems[key]["flops"]["mean"] for key in shown["flops"]] == [
         systems[key]["flops"]["mean"] for key in by_flops
     ]
-    assert found["flops"] != found["before"] and found["turned"][0] == "dense"
-    assert {systems[key]["control"] for key in found["first"][-3:]} == {True}  # not timed: last
-    assert len(found["students"]) < len(found["all"]) or all("student:" in k for k in found["all"])
-    assert all("student:" in kinds for kinds in found["students"]) and found["students"]
-    assert all("student:lost" in kinds for kinds in found["lost"])
-    pages, cards = found["pages"], found["cards"]
+    assert shown["flops"] != shown["before"] and shown["turned"][0] == "dense"
+    assert {systems[key]["control"] for key in shown["first"][-3:]} == {True}  # not timed: last
+    assert len(shown["students"]) < len(shown["all"]) or all("student:" in k for k in shown["all"])
+    assert all("student:" in kinds for kinds in shown["students"]) and shown["students"]
+    assert all("student:lost" in kinds for kinds in shown["lost"])
+    pages, cards = shown["pages"], shown["cards"]
     assert pages == [min(12 * (i + 1), cards) for i in range(len(pages))] and pages[-1] == cards > 30
-    assert found["count"] == found["of"] == str(cards)
+    assert shown["count"] == shown["of"] == str(cards)
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])

@@ -14,9 +14,7 @@ from rich.progress import Progress
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, evaluate, generate
-from latefusion.eval.thresholds import choose as chosen
-from latefusion.eval.thresholds import questions
-from latefusion.eval.thresholds import replay as calibration
+from latefusion.eval.thresholds import choose, questions, replay
 from latefusion.eval.thresholds.floor import fusion_layers
 from latefusion.eval.thresholds.prefills import Prompts, ended, policy_of, settings
 from latefusion.eval.thresholds.search import Search
@@ -30,9 +28,9 @@ from latefusion.models.schedule import VisionSchedule
 ANSWERS = [[5, 6, 7], [8], [9, 4]]
 
 
-def batch_of(family: str, model: Any) -> calibration.Batch:
+def batch_of(family: str, model: Any) -> replay.Batch:
     inputs = prompt(family, ["tt I tt", "t I t I ttt", "I tttt"])
-    return calibration.Batch.build(model, inputs, ANSWERS)
+    return replay.Batch.build(model, inputs, ANSWERS)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +48,12 @@ def test_shared_prefills_give_what_a_setting_alone_gives(family: str, stages: tu
     batch = batch_of(family, model)
     fused, seen = set(), set()
     with attach(model, VisionSchedule()) as attachment:
-        dense, same = calibration.dense(batch, attachment)
+        dense, same = replay.dense(batch, attachment)
         assert np.allclose(same.kl, 0)
         for boundary in (1, 2):
             shallow = boundary if "shallow" in stages else 0
-            recorded = calibration.record(batch, attachment, shallow, "first")
-            unpruned = calibration.judge(batch, attachment, recorded.logits, dense)
+            recorded = replay.record(batch, attachment, shallow, "first")
+            unpruned = replay.judge(batch, attachment, recorded.logits, dense)
             middle = sorted(recorded.least[boundary + 1 :].flatten())
             for threshold in (middle[len(middle) // 3] + 1e-4, middle[2 * len(middle) // 3] + 1e-4):
                 norms = sorted(recorded.norms[3][vision_tokens(batch.inputs)].tolist())
@@ -68,25 +66,25 @@ def test_shared_prefills_give_what_a_setting_alone_gives(family: str, stages: tu
                 )
                 with attachment.using(policy):
                     logits = batch.logits(attachment)
-                    alone = calibration.judge(batch, attachment, logits, dense)
+                    alone = replay.judge(batch, attachment, logits, dense)
                     layers = [record.fusion_layer for record in attachment.trace]
                     tokens = [record.tokens for record in attachment.trace]
                 fusion = fusion_layers(recorded.least, boundary, policy.layer_threshold)
                 assert [None if f == len(recorded.states) else f for f in fusion] == layers
                 shared = unpruned
                 for layer in {int(f) for f in fusion if f < len(recorded.states) - 1}:
-                    found = calibration.resume(batch, attachment, recorded, layer, policy)
-                    outcome = calibration.judge(batch, attachment, found, dense)
+                    results = replay.resume(batch, attachment, recorded, layer, policy)
+                    outcome = replay.judge(batch, attachment, results, dense)
                     shared = outcome.where(fusion == layer, shared)
                 np.testing.assert_allclose(shared.kl, alone.kl, atol=1e-5)
                 np.testing.assert_array_equal(shared.same, alone.same)
                 np.testing.assert_array_equal(shared.flops, alone.flops)
                 np.testing.assert_array_equal(shared.vision, alone.vision)
-                wanted = [
+                expected = [
                     decoder_flops(model.config, [n - len(a) for n in t])
                     for t, a in zip(tokens, ANSWERS, strict=True)
                 ]
-                np.testing.assert_array_equal(alone.flops, wanted)
+                np.testing.assert_array_equal(alone.flops, expected)
                 fused |= set(layers)
                 seen |= {tuple(t) for t in tokens}
     assert len(fused) >= 2 and len(seen) >= 4, "the settings should differ in what they do"
@@ -104,9 +102,9 @@ def test_an_answer_behind_its_prompt_is_judged_as_if_generated() -> None:
         assert attachment.trace[0].fusion_layer is not None
         answers = written.tolist()
         answers[1][2] = (answers[1][2] + 1) % 90
-        batch = calibration.Batch.build(model, inputs, answers)
+        batch = replay.Batch.build(model, inputs, answers)
         logits = batch.logits(attachment)
-        assert calibration.judge(batch, attachment, logits, logits).same.tolist() == [True, False, True]
+        assert replay.judge(batch, attachment, logits, logits).same.tolist() == [True, False, True]
     assert model.get_decoder().layers[0].forward.__func__ is type(model.get_decoder().layers[0]).forward
 
 
@@ -115,11 +113,11 @@ def test_an_answer_behind_its_prompt_is_judged_as_if_generated() -> None:
 
 def test_cheapest_and_front() -> None:
     kl, flops = np.array([0.5, 0.01, 0.02, 0.03, 0.02]), np.array([0.2, 0.8, 0.6, 0.5, 0.6])
-    assert chosen.cheapest(kl, flops, 0.02) == 2
-    assert chosen.cheapest(kl, flops, 1.0) == 0
-    assert chosen.cheapest(kl, flops, 0.001) is None
-    assert chosen.front(kl, flops) == [0, 3, 2, 1]
-    assert chosen.around([0, 3, 2, 1], 2, 3) == [3, 2, 1] and chosen.around([0, 3, 2, 1], 0, 2) == [0, 3]
+    assert choose.cheapest(kl, flops, 0.02) == 2
+    assert choose.cheapest(kl, flops, 1.0) == 0
+    assert choose.cheapest(kl, flops, 0.001) is None
+    assert choose.front(kl, flops) == [0, 3, 2, 1]
+    assert choose.around([0, 3, 2, 1], 2, 3) == [3, 2, 1] and choose.around([0, 3, 2, 1], 0, 2) == [0, 3]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +125,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_base(tmp_path_factory.mktemp("base")))
 
 
-def asked(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
+def arguments_for(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
     small = {"samples": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
     return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
 
@@ -143,7 +141,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
         return add(self, description, **more)
 
     monkeypatch.setattr(Progress, "add_task", adding)
-    whole = calibrate.calibrate(asked(base, tmp_path / "whole", **grid), Console(quiet=True))
+    whole = calibrate.calibrate(arguments_for(base, tmp_path / "whole", **grid), Console(quiet=True))
     assert bars and all(total > 0 and not name.startswith("0 ") for name, total in bars), bars
     batches, run = [], Prompts.try_on
 
@@ -155,11 +153,11 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
 
     monkeypatch.setattr(Prompts, "try_on", stopping)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
-    again = calibrate.calibrate(asked(base, tmp_path / "cut", **grid), Console(quiet=True))
+        calibrate.calibrate(arguments_for(base, tmp_path / "cut", **grid), Console(quiet=True))
+    again = calibrate.calibrate(arguments_for(base, tmp_path / "cut", **grid), Console(quiet=True))
     assert batches[2] == batches[3] and batches[3] not in batches[:2], "a finished batch was run again"
-    for found in (whole, again):
-        found["seconds"] = found["arguments"]["output"] = None
+    for result in (whole, again):
+        result["seconds"] = result["arguments"]["output"] = None
     assert again == whole
 
     policy = named(str(tmp_path / "cut" / "policy.yaml"))
@@ -185,25 +183,27 @@ GRID = {
 def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> None:
     """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
     model, processor = load_base(base, dtype=torch.float32)
-    given = asked(base, tmp_path, samples=15, batch_size=5, **GRID)
-    rows = questions.read(given)
+    arguments = arguments_for(base, tmp_path, samples=15, batch_size=5, **GRID)
+    rows = questions.read(arguments)
     with attach(model, VisionSchedule()) as attachment:
-        prompts = Prompts(given, attachment, processor, rows)
+        prompts = Prompts(arguments, attachment, processor, rows)
         alone: dict[int, list[tuple[Any, Any]]] = {}
         for batch in (prompts.dense_batch(batch)[0] for batch in prompts.batches):
-            dense, unpruned = calibration.dense(batch, attachment)
-            for number, setting in enumerate(settings(given, GRID["boundaries"], GRID["tokens_thresholds"])):
-                with attachment.using(policy_of(setting, given)):
-                    outcome = calibration.judge(batch, attachment, batch.logits(attachment), dense)
+            dense, unpruned = replay.dense(batch, attachment)
+            for number, setting in enumerate(
+                settings(arguments, GRID["boundaries"], GRID["tokens_thresholds"])
+            ):
+                with attachment.using(policy_of(setting, arguments)):
+                    outcome = replay.judge(batch, attachment, batch.logits(attachment), dense)
                 alone.setdefault(number, []).append((outcome.kl, outcome.flops / unpruned.flops))
         kl, cost = (
             np.array([np.concatenate(c).mean() for c in column])
-            for column in zip(*(zip(*found, strict=True) for found in alone.values()), strict=True)
+            for column in zip(*(zip(*result, strict=True) for result in alone.values()), strict=True)
         )
         ruled_out = 0
         for bound in (kl.min() / 2, *np.quantile(kl, [0.1, 0.5, 1.0]) + 1e-4):
             search = Search(
-                asked(base, tmp_path, kl=float(bound), samples=15, batch_size=5, **GRID),
+                arguments_for(base, tmp_path, kl=float(bound), samples=15, batch_size=5, **GRID),
                 attachment,
                 processor,
                 rows,
@@ -213,11 +213,13 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
             assert (floors <= cost + 1e-9).all() and floors.max() <= 1
             np.testing.assert_allclose(columns["kl"].mean(1)[ran], kl[ran], atol=1e-5)
             np.testing.assert_allclose(search.least_flops()[ran], cost[ran])
-            wanted = chosen.cheapest(kl, cost, bound)
-            found = chosen.cheapest(np.where(ran, columns["kl"].mean(1), np.inf), search.least_flops(), bound)
-            assert (found is None) == (wanted is None)
-            if found is not None and wanted is not None:
-                assert (cost[found], kl[found]) == pytest.approx((cost[wanted], kl[wanted]))
+            cheapest = choose.cheapest(kl, cost, bound)
+            result = choose.cheapest(
+                np.where(ran, columns["kl"].mean(1), np.inf), search.least_flops(), bound
+            )
+            assert (result is None) == (cheapest is None)
+            if result is not None and cheapest is not None:
+                assert (cost[result], kl[result]) == pytest.approx((cost[cheapest], kl[cheapest]))
             ruled_out += int((~ran).sum())
     assert ruled_out > len(kl), "hardly anything was ruled out"
 
@@ -227,20 +229,20 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
     rows = questions.of_scenes(load_scenes("validation", n_scenes=2))
     model, processor = load_base(base, dtype=torch.float32)
     with attach(model, VisionSchedule()) as attachment:
-        given = asked(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])
-        search = Search(given, attachment, processor, rows)
+        arguments = arguments_for(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])
+        search = Search(arguments, attachment, processor, rows)
         inputs = search.prompts.encoded([rows[i] for i in range(len(rows))])
         written = {}
         for number, setting in enumerate([None, *search.settings]):
-            policy = VisionSchedule() if setting is None else policy_of(setting, given)
+            policy = VisionSchedule() if setting is None else policy_of(setting, arguments)
             with attachment.using(policy), torch.no_grad():
                 kwargs = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
                 ids = model.generate(**kwargs, max_new_tokens=3, do_sample=False)[
                     :, inputs["input_ids"].shape[1] :
                 ]
             written[number] = [ended(row, search.prompts.stops) for row in ids.tolist()]
-        batch = calibration.Batch.build(model, inputs, written[2])
-        recorded = calibration.record(batch, attachment, 0, "first")
+        batch = replay.Batch.build(model, inputs, written[2])
+        recorded = replay.record(batch, attachment, 0, "first")
         outcomes = search.prompts.outcomes(batch, recorded, search.settings)
     for number, outcome in enumerate(outcomes, 1):
         assert outcome.same.tolist() == [a == b for a, b in zip(written[number], written[2], strict=True)]
@@ -264,7 +266,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
 )
 def test_what_cannot_work_is_a_sentence(base: str, tmp_path: Any, more: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
-        calibrate.calibrate(asked(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
+        calibrate.calibrate(arguments_for(base, tmp_path, **{"samples": 4, **more}), Console(quiet=True))
     assert "\n" not in str(error.value)
 
 

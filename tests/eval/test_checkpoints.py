@@ -70,9 +70,9 @@ def test_students_of_one_base_share_it_and_answer_as_they_do_alone(folders: tupl
     students = Students({str(base): model})
     together = [students.load(folder) for folder in two]
     alone = [load_student(folder, dtype=torch.float32) for folder in two]
-    for mine, own in zip(together, alone, strict=True):
+    for shared, separate in zip(together, alone, strict=True):
         for adapters in (True, False):
-            assert torch.equal(logits(mine, adapters=adapters), logits(own, adapters=adapters))
+            assert torch.equal(logits(shared, adapters=adapters), logits(separate, adapters=adapters))
     assert not torch.allclose(logits(together[0], adapters=True), logits(together[1], adapters=True))
     whole = sum(t.untyped_storage().nbytes() for t in model.parameters())  # each once
     each = [sum(storages(student).values()) for student in alone]
@@ -95,8 +95,8 @@ def test_two_checkpoints_beside_a_policy_from_the_command_line(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     base, first, second = folders
-    asked = [f"model={base}", "policies=[{vtw: {layer: 3}}]", f"checkpoints=[{first},{second}]", "samples=6"]
-    main([*asked, "controls=false", "batches=[2]", "lengths=[]", f"output={tmp_path}"])
+    words = [f"model={base}", "policies=[{vtw: {layer: 3}}]", f"checkpoints=[{first},{second}]", "samples=6"]
+    main([*words, "controls=false", "batches=[2]", "lengths=[]", f"output={tmp_path}"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["systems"]) == ["dense", "vtw", str(first), str(second)]
     names = [system["name"] for system in report["systems"].values()]
@@ -108,11 +108,11 @@ def test_two_checkpoints_beside_a_policy_from_the_command_line(
         assert [n > 0 for n in tokens] == [enter <= layer < exit for layer in range(6)]
         assert system["ttft"]["median"] > 0 and len(system["source"]) == 16
         assert key in report["sweeps"]["batch"][0]["systems"]
-    said: dict[str, list[str]] = {}
+    by_system: dict[str, list[str]] = {}
     for line in (tmp_path / "predictions.jsonl").read_text().splitlines():
         answer = json.loads(line)
-        said.setdefault(answer["system"], []).append(answer["prediction"])
-    assert len({tuple(answers) for answers in said.values()}) == 4
+        by_system.setdefault(answer["system"], []).append(answer["prediction"])
+    assert len({tuple(answers) for answers in by_system.values()}) == 4
 
 
 def test_names_do_not_collide_and_other_prompts_are_refused(
@@ -146,8 +146,8 @@ def test_a_checkpoint_without_adapters_is_compared_with_its_base(
     (whole / "config.yaml").write_text(
         yaml.safe_dump({"name": "whole", "model": {"path": str(base), "visipruner": {"boundary": 1}}} | REST)
     )
-    asked = [f"checkpoint={whole}", f"checkpoints=[{first}]", "tasks=[scenes]", "samples=4", "controls=false"]
-    main([*asked, "batches=[2]", "lengths=[]", f"output={tmp_path / 'out'}"])
+    words = [f"checkpoint={whole}", f"checkpoints=[{first}]", "tasks=[scenes]", "samples=4", "controls=false"]
+    main([*words, "batches=[2]", "lengths=[]", f"output={tmp_path / 'out'}"])
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert list(report["systems"]) == ["dense", "pruned", str(first), "student"]
     merged, adapted = report["systems"]["student"], report["systems"][str(first)]

@@ -13,7 +13,7 @@ from helpers.evaluated_student import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_m
 from latefusion.data.prompts import prompt_inputs
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
-from latefusion.eval.comparison import cost as efficiency
+from latefusion.eval.comparison import cost
 from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.evaluate import main
@@ -50,25 +50,25 @@ def run():
 def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
     folder, results = run
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    for key, said in naive.items():
-        mine = [line for line in lines if line["system"] == key]
-        assert [line["prediction"] for line in mine] == [text for text, _ in said]
-        assert [line["text_tokens"] for line in mine] == [n for _, n in said]
-        assert [line["id"] for line in mine] == list(questions["id"])
-        right = [text == answer for (text, _), answer in zip(said, questions["answer"], strict=True)]
-        assert [line["correct"] for line in mine] == right
+    for key, expected in naive.items():
+        answered = [line for line in lines if line["system"] == key]
+        assert [line["prediction"] for line in answered] == [text for text, _ in expected]
+        assert [line["text_tokens"] for line in answered] == [n for _, n in expected]
+        assert [line["id"] for line in answered] == list(questions["id"])
+        right = [text == answer for (text, _), answer in zip(expected, questions["answer"], strict=True)]
+        assert [line["correct"] for line in answered] == right
         overall = results["systems"][key]["accuracy"]["overall"]
         assert overall["value"] == pytest.approx(np.mean(right)) and overall["n"] == len(right)
-    texts = {key: [text for text, _ in said] for key, said in naive.items()}
+    texts = {key: [text for text, _ in expected] for key, expected in naive.items()}
     assert len(set(texts["dense"])) > 3 and all(a != b for a, b in pairwise(texts.values()))  # else it tests
     assert results["systems"]["dense"]["accuracy"]["overall"]["value"] > 0.3  # little
 
 
 def test_rows_of_the_training_sources_are_asked_the_same(student, processor):
-    asked = {"model": student.model.eval(), "processor": processor, "attachment": student.attachment}
-    asked |= {"systems": {"dense": SYSTEMS["dense"]}, "batch_size": 7}
-    plain = answer_questions(**asked, dataset=load_scenes("test", 1))["dense"]
-    assert answer_questions(**asked, dataset=scene_samples("test", n_scenes=1))["dense"] == plain
+    options = {"model": student.model.eval(), "processor": processor, "attachment": student.attachment}
+    options |= {"systems": {"dense": SYSTEMS["dense"]}, "batch_size": 7}
+    plain = answer_questions(**options, dataset=load_scenes("test", 1))["dense"]
+    assert answer_questions(**options, dataset=scene_samples("test", n_scenes=1))["dense"] == plain
 
 
 def by_hand(n_text: int, vision: list[int]) -> int:
@@ -86,25 +86,25 @@ TOKENS |= {"blind": [0] * 4, "random_0.594": [10] * 4, "random_0.328": [5] * 4}
 
 @pytest.mark.parametrize("key", SYSTEMS)
 def test_flops_and_vision_tokens_equal_the_count_by_hand(run, naive, key):
-    found = run[1]["systems"][key]
+    system = run[1]["systems"][key]
     lengths = [n_text for _, n_text in naive[key]]
-    assert found["vision_tokens"]["per_layer"] == TOKENS[key]
+    assert system["vision_tokens"]["per_layer"] == TOKENS[key]
     looked = {"dense": 0, "pruned": 2, "student": 1}[key]  # layers from enter up to the keep of layer 2
     chosen = [looked * 2 * n * (n + VISION) * WIDTH for n in lengths]  # scores of the text's rows, all keys
     entry = 2 * VISION * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2
     rows = zip(lengths, chosen, strict=True)
-    wanted = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
-    assert found["flops"]["mean"] == pytest.approx(wanted)
+    expected = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
+    assert system["flops"]["mean"] == pytest.approx(expected)
     dense = np.mean([by_hand(n, TOKENS["dense"]) for n in lengths])
-    assert found["flops"]["ratio"] == pytest.approx(found["flops"]["mean"] / dense)
+    assert system["flops"]["ratio"] == pytest.approx(system["flops"]["mean"] / dense)
 
 
 @pytest.mark.parametrize("key", SYSTEMS)
 def test_kv_bytes_equal_the_count_by_hand(run, naive, questions, key):
     lengths = [naive[key][i][1] for i in (0, len(questions) // 2)]  # the two prompts of the latency
     per_token = 2 * (WIDTH // HEADS) * 4  # one key and one value of one head, float32
-    wanted = np.mean([sum(n + v for v in TOKENS[key]) * per_token for n in lengths])
-    assert run[1]["systems"][key]["kv_bytes"]["mean"] == wanted
+    expected = np.mean([sum(n + v for v in TOKENS[key]) * per_token for n in lengths])
+    assert run[1]["systems"][key]["kv_bytes"]["mean"] == expected
 
 
 def test_encoded_images_leave_what_positions_are_made_of():
@@ -123,14 +123,14 @@ def test_encoded_images_leave_what_positions_are_made_of():
 
 def test_time_of_an_answer_separates_the_first_token(monkeypatch):
     clock = iter([0.0, 1.0, 8.0, 10.0, 12.0, 15.0])  # start, prompt, then four tokens
-    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
 
     def generate(model, inputs, new_tokens, *, streamer):
         for _ in range(1 + new_tokens):
             streamer.put(None)
 
-    monkeypatch.setattr(efficiency, "generate", generate)
-    assert efficiency.time_answer(SimpleNamespace(device=torch.device("cpu")), {}, 4) == (8.0, 2.0)
+    monkeypatch.setattr(cost, "generate", generate)
+    assert cost.time_answer(SimpleNamespace(device=torch.device("cpu")), {}, 4) == (8.0, 2.0)
 
 
 def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, student, processor):
@@ -142,10 +142,10 @@ def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, st
         drift = 1.0 if len(order) <= 4 else 3.0  # the machine gets slower
         return drift * seconds[keep], drift
 
-    monkeypatch.setattr(efficiency, "time_answer", timed)
+    monkeypatch.setattr(cost, "time_answer", timed)
     two = {key: SYSTEMS[key] for key in ("dense", "pruned")}
     prompts = [prompt_inputs(student.model, processor, [load_scenes("test", 1)[i]]) for i in (0, 1)]
-    found = efficiency.measure(
+    costs = cost.measure(
         model=student.model.eval(),
         attachment=student.attachment,
         systems=two,
@@ -155,8 +155,8 @@ def test_rounds_are_interleaved_and_ratios_are_of_the_same_round(monkeypatch, st
         new_tokens=2,
     )
     assert order == [None, 3, 3, None, 3, None, None, 3]
-    assert found["pruned"].ttft.ratio == found["pruned"].ttft.ratio_q75 == 0.5
-    assert found["dense"].ttft.median == 2.0 and found["dense"].tpot.ratio == 1.0
+    assert costs["pruned"].ttft.ratio == costs["pruned"].ttft.ratio_q75 == 0.5
+    assert costs["dense"].ttft.median == 2.0 and costs["dense"].tpot.ratio == 1.0
 
 
 def test_images_are_encoded_once_for_all_systems_of_the_same_weights(student, processor):

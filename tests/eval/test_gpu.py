@@ -10,7 +10,7 @@ from helpers import evaluated_student
 
 from latefusion.data.prompts import prompt_inputs
 from latefusion.eval import memory
-from latefusion.eval.comparison import cost as efficiency
+from latefusion.eval.comparison import cost
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,15 +32,15 @@ def test_a_time_is_the_device_s_and_not_the_launch_s(cuda: torch.device) -> None
     def spin() -> None:
         torch.cuda._sleep(cycles)
 
-    once = efficiency.seconds(spin, cuda)
+    once = cost.seconds(spin, cuda)
     began = time.perf_counter()
     spin()
     launched = time.perf_counter() - began
     torch.cuda.synchronize()
     assert once > 10 * launched
-    assert efficiency.seconds(lambda: (spin(), spin()), cuda) == pytest.approx(2 * once, rel=0.2)
+    assert cost.seconds(lambda: (spin(), spin()), cuda) == pytest.approx(2 * once, rel=0.2)
     spin()
-    assert efficiency.seconds(lambda: None, cuda) < 0.1 * once
+    assert cost.seconds(lambda: None, cuda) < 0.1 * once
 
 
 def test_peak_memory_is_this_work_s_and_not_the_history(cuda: torch.device) -> None:
@@ -66,7 +66,7 @@ def test_an_answer_s_clock_starts_on_an_idle_device(cuda: torch.device) -> None:
 
     model = evaluated_student.tiny_model().to(cuda)
     inputs = prompt_inputs(model, evaluated_student.processor(), [load_scenes("test", 1)[0]])
-    efficiency.time_answer(model, inputs, 2)  # the first call compiles and allocates
-    quick, _ = efficiency.time_answer(model, inputs, 2)
+    cost.time_answer(model, inputs, 2)  # the first call compiles and allocates
+    quick, _ = cost.time_answer(model, inputs, 2)
     torch.cuda._sleep(2_000_000_000)
-    assert efficiency.time_answer(model, inputs, 2)[0] < quick + 0.5
+    assert cost.time_answer(model, inputs, 2)[0] < quick + 0.5

@@ -257,12 +257,12 @@ def test_every_benchmark_has_its_layout() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_hub_s_layout_is_read(name: str, hub: Path) -> None:
     task = load_task(name, str(hub / name))
-    said = []
+    printed = []
     for row in task.rows:
         (picture,) = images_of(row)
-        said.append((row["id"], row["answer"], row["type"], picture.convert("RGB").getpixel((0, 0))[0]))
+        printed.append((row["id"], row["answer"], row["type"], picture.convert("RGB").getpixel((0, 0))[0]))
         assert task.score(row["answer"], row) == pytest.approx(1)
-    assert said == FOUND[name]
+    assert printed == FOUND[name]
     if name.startswith("textvqa"):
         assert ("Reference OCR token: STOP, go" in task.rows[0]["prompt"]) is (name == "textvqa_ocr")
 
@@ -279,13 +279,13 @@ def test_a_copy_saved_to_disk_is_read(tmp_path: Path) -> None:
 def test_from_the_hub_s_files_to_a_report(hub: Path, tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base", layers=3)
     sources = ",".join(f"{name}: {hub / name}" for name in LAYOUTS)
-    asked = [
+    words = [
         f"model={base}",
         "policies=[{vtw: {layer: 2}}]",
         f"tasks=[{','.join(LAYOUTS)}]",
         f"output={tmp_path / 'out'}",
     ]
-    main([*asked, f"sources={{{sources}}}", "controls=false", "batches=[]", "lengths=[]"])
+    main([*words, f"sources={{{sources}}}", "controls=false", "batches=[]", "lengths=[]"])
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {name: task["questions"] for name, task in report["data"]["tasks"].items()} == {
         name: len(rows) for name, rows in FOUND.items()

@@ -107,8 +107,8 @@ def score(
     command = [sys.executable, "-m", "lmms_eval", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (found,) = output.rglob("*results.json")
-    return json.loads(found.read_text())["results"][name][f"{metric},none"]
+    (results,) = output.rglob("*results.json")
+    return json.loads(results.read_text())["results"][name][f"{metric},none"]
 
 
 def test_a_base_under_a_policy(task: Path, tmp_path: Path) -> None:
@@ -165,13 +165,13 @@ class Fake:
             request_type=kind, arguments=arguments, idx=i, metadata={"task": "t", "doc_id": i, "repeats": 1}
         )
 
-    def given(self, answers: list[tuple[int, str]]) -> list[Any]:
+    def with_answers(self, answers: list[tuple[int, str]]) -> list[Any]:
         return [
             self.make((self.rows[i]["question"], answer, lambda row: [row["image"]], i, "t", "test"), n)
             for n, (i, answer) in enumerate(answers)
         ]
 
-    def asked(self, settings: dict[str, Any]) -> list[Any]:
+    def with_stops(self, settings: dict[str, Any]) -> list[Any]:
         visual = lambda row: [row["image"]]  # noqa: E731
         return [
             self.make((row["question"], dict(settings), visual, i, "t", "test"), i)
@@ -182,33 +182,33 @@ class Fake:
 def plugin(base: Path, rows: list[dict[str, Any]], **more: Any) -> Any:
     from latefusion.eval.lmms_eval_plugin import LateFusionSimple
 
-    found = LateFusionSimple(pretrained=str(base), dtype="float32", device="cpu", **more)
-    found.task_dict = {"t": {"test": rows}}
-    return found
+    model = LateFusionSimple(pretrained=str(base), dtype="float32", device="cpu", **more)
+    model.task_dict = {"t": {"test": rows}}
+    return model
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """Questions of several lengths with pictures of the tiny model's size."""
-    found = [load_scenes("test", 2)[i] for i in range(5)]
-    return [{**row, "image": row["image"].resize((16, 16))} for row in found]
+    samples = [load_scenes("test", 2)[i] for i in range(5)]
+    return [{**row, "image": row["image"].resize((16, 16))} for row in samples]
 
 
 @torch.no_grad()
-def step_by_step(found: Any, row: dict[str, Any], answer: str) -> tuple[float, bool]:
+def step_by_step(model: Any, row: dict[str, Any], answer: str) -> tuple[float, bool]:
     """Feed an answer token by token to the model's cache, as it would decode; its mean loss, and is it greedy."""
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-    text = found.processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = found.processor(text=[text], images=[row["image"]], return_tensors="pt")
-    ids = found.processor.tokenizer(answer, add_special_tokens=False).input_ids
+    text = model.processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = model.processor(text=[text], images=[row["image"]], return_tensors="pt")
+    ids = model.processor.tokenizer(answer, add_special_tokens=False).input_ids
     losses, greedy = [], True
-    with found.attachment.using(found.system.policy):
-        out = found.model(**inputs, use_cache=True)
+    with model.attachment.using(model.system.policy):
+        out = model.model(**inputs, use_cache=True)
         for token in ids:
             last = out.logits[0, -1].double()
             losses.append(float(torch.logsumexp(last, 0) - last[token]))
             greedy &= int(last.argmax()) == token
-            out = found.model(
+            out = model.model(
                 input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True
             )
     return sum(losses) / len(losses), greedy
@@ -219,12 +219,12 @@ def test_given_answers_cost_what_decoding_them_costs(
     base: Path, rows: list[dict[str, Any]], policy: str
 ) -> None:
     more = {"boundary": 2} if policy == "visipruner" else {}
-    found = plugin(base, rows, policy=policy, batch_size=4, **more)
+    model = plugin(base, rows, policy=policy, batch_size=4, **more)
     (said,) = {
         answer.text
-        for answer in found.generate_until(Fake("generate_until", rows[:1]).asked({"max_new_tokens": 3}))
+        for answer in model.generate_until(Fake("generate_until", rows[:1]).with_stops({"max_new_tokens": 3}))
     }
-    given = [
+    requests = [
         (0, said),
         (0, "red"),
         (1, "top left"),
@@ -233,22 +233,22 @@ def test_given_answers_cost_what_decoding_them_costs(
         (4, "3"),
         (4, "blue circle"),
     ]
-    mine = found.loglikelihood(Fake("loglikelihood", rows).given(given))
-    for (i, answer), (loss, greedy) in zip(given, mine, strict=True):
-        wanted, is_greedy = step_by_step(found, rows[i], answer)
-        assert loss == pytest.approx(wanted, abs=1e-4) and greedy is is_greedy
-    assert [*mine[0]][1] and not [*mine[4]][1]  # what the model says is greedy
+    costs = model.loglikelihood(Fake("loglikelihood", rows).with_answers(requests))
+    for (i, answer), (loss, greedy) in zip(requests, costs, strict=True):
+        cost, is_greedy = step_by_step(model, rows[i], answer)
+        assert loss == pytest.approx(cost, abs=1e-4) and greedy is is_greedy
+    assert [*costs[0]][1] and not [*costs[4]][1]  # what the model says is greedy
     with pytest.raises(ValueError, match="has no token"):
-        found.loglikelihood(Fake("loglikelihood", rows).given([(0, "")]))
+        model.loglikelihood(Fake("loglikelihood", rows).with_answers([(0, "")]))
 
 
 def test_an_answer_stops_where_a_text_stops_it(base: Path, rows: list[dict[str, Any]]) -> None:
-    found = plugin(base, rows, batch_size=2)
+    model = plugin(base, rows, batch_size=2)
     fake = Fake("generate_until", rows)
-    free = found.generate_until(fake.asked({"max_new_tokens": 12}))
+    free = model.generate_until(fake.with_stops({"max_new_tokens": 12}))
     words = [answer.text.split() for answer in free]
     stop = words[0][3]
-    stopped = found.generate_until(fake.asked({"max_new_tokens": 12, "until": [f" {stop}"]}))
+    stopped = model.generate_until(fake.with_stops({"max_new_tokens": 12, "until": [f" {stop}"]}))
     for before, after in zip(free, stopped, strict=True):
         cut = before.text.partition(f" {stop}")[0].strip()
         assert after.text == cut

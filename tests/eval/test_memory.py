@@ -41,9 +41,9 @@ def test_peak_memory_is_the_highest_point_and_not_the_sum() -> None:
 
 
 def resident(work: Any) -> float:
-    found = memory.whole_peak_bytes(work, CPU)
-    assert found is not None
-    return found / MB
+    peak = memory.whole_peak_bytes(work, CPU)
+    assert peak is not None
+    return peak / MB
 
 
 def test_resident_peak_is_this_work_s_and_not_the_history() -> None:

@@ -44,11 +44,11 @@ def close(a: Answers, b: Answers) -> bool:
 
 
 def every(way: Any) -> dict[tuple[str, int], Answers]:
-    wanted = knock_outs(LAYERS)
-    found = dict(blinded(way, wanted))
-    found.update(way.entering(wanted))
-    assert sorted(found) == sorted(wanted)
-    return found
+    kinds = knock_outs(LAYERS)
+    answers = dict(blinded(way, kinds))
+    answers.update(way.entering(kinds))
+    assert sorted(answers) == sorted(kinds)
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, atte
     rows = ["I tt I ttt", "I I ttt"] if family == "paligemma" else MIXED
     model, batch = shared(family, attention), batch_of(family, rows)
     with attach(model, VisionSchedule()) as attachment:
-        found = every(Whole(Runner(model, attachment, batch)))
+        measured = every(Whole(Runner(model, attachment, batch)))
     dense = judged(model, batch, "frozen", 0)
-    for (kind, layer), answers in found.items():
+    for (kind, layer), answers in measured.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
         assert not close(answers, dense), (kind, layer)
     assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
@@ -85,8 +85,8 @@ def test_knock_outs_continued_on_a_cache_equal_the_masked_oracle(family: str) ->
         split = Continued.of(runner, positions)
         assert split is not None
         assert close(split.dense(), judged(model, batch, "frozen", 0))
-        found = every(split)
-    for (kind, layer), answers in found.items():
+        measured = every(split)
+    for (kind, layer), answers in measured.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
 
 
@@ -97,9 +97,9 @@ def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
     with attach(model, VisionSchedule()) as attachment:
         _, _, way = Runner(model, attachment, batch).way()
         assert isinstance(way, Whole if rows is MIXED else Continued)
-        found = dict(bands(way, pairs))
-    assert sorted(found) == pairs
-    for (a, b), answers in found.items():
+        measured = dict(bands(way, pairs))
+    assert sorted(measured) == pairs
+    for (a, b), answers in measured.items():
         hidden = [i for i in range(LAYERS) if not a <= i < b]
         with (
             torch.no_grad(),
@@ -137,8 +137,8 @@ def test_effects_are_kl_and_exact_match_by_hand() -> None:
             if row == 0:
                 batch.labels[row, at] = late[row].argmax(-1)[[t - 1 for t in at]]
             batch.labels[1, at[0] if row else 0] = 5 if row else -100
-        _, found = Runner(model, attachment, batch).effects([("late", 3)])
-    effect = found["late", 3]
+        _, effects = Runner(model, attachment, batch).effects([("late", 3)])
+    effect = effects["late", 3]
     assert effect.right == [True, False]
     for row in range(2):
         at = [t - 1 for t in range(batch.labels.shape[1]) if batch.labels[row, t] != -100]

@@ -53,19 +53,19 @@ def test_knock_outs_take_two_prefills_a_layer_and_the_memory_of_one(family: str,
         with torch.no_grad():
             return model(**batch.fresh(), use_cache=True, logits_to_keep=batch.columns)
 
-    wanted, cpu = knock_outs(LAYERS), torch.device("cpu")
+    kinds, cpu = knock_outs(LAYERS), torch.device("cpu")
     with attach(model, VisionSchedule()) as attachment:
         runner = Runner(model, attachment, batch)
         with FlopCounterMode(display=False) as one:
             prefill()
         with FlopCounterMode(display=False) as every:
-            runner.effects(wanted)
+            runner.effects(kinds)
         measured = every.get_total_flops() / one.get_total_flops()
         assert measured <= 2 * LAYERS + 3
         (shape,) = shapes(attachment, grouped([batch]))
         announced = cost.knock_outs(model.config, shape)
         assert 0.9 * announced <= measured <= 1.1 * announced  # lm_head, which is not announced, counts here
-        assert peak_bytes(lambda: runner.effects(wanted), cpu) <= 1.3 * peak_bytes(prefill, cpu)
+        assert peak_bytes(lambda: runner.effects(kinds), cpu) <= 1.3 * peak_bytes(prefill, cpu)
 
 
 @pytest.mark.parametrize(("family", "row"), [("gemma3", "t I tttt"), ("paligemma", "IIII tttt")])
@@ -105,7 +105,7 @@ def test_prompts_of_mostly_text_stay_within_two_prefills_a_layer(
     with attach(model, VisionSchedule()) as attachment:
         made = measurer(model, attachment, batches, tmp_path / "measured.jsonl")
         with counted(model) as calls:
-            found = made.effects()
+            measured = made.effects()
         whole = [Runner(model, attachment, batch).effects(knock_outs(LAYERS))[1] for batch in batches]
     prefills = sum(calls.values()) / (LAYERS * sum(batch.labels.numel() for batch in batches))
     assert made.plan.cost.knock_outs <= 2 * LAYERS + 3
@@ -116,7 +116,7 @@ def test_prompts_of_mostly_text_stay_within_two_prefills_a_layer(
         for i, left in enumerate(made.plan.left_out):
             if key[0] in left:
                 kl[2 * i : 2 * i + 2] = [None, None]
-        assert found[f"{key[0]} {key[1]}"]["kl"] == kl, key
+        assert measured[f"{key[0]} {key[1]}"]["kl"] == kl, key
 
 
 @pytest.mark.parametrize("continued", [True, False])

@@ -27,8 +27,8 @@ IMAGES, ROWS = 12, 20  # every image but the last four has a second row
 
 
 def turns(i: int, answered: bool = True) -> list[dict[str, Any]]:
-    said = [{"role": "user", "content": f"<image>\nwhat color is it {i} ?"}]
-    return [*said, {"role": "assistant", "content": "red"}] if answered else said
+    messages = [{"role": "user", "content": f"<image>\nwhat color is it {i} ?"}]
+    return [*messages, {"role": "assistant", "content": "red"}] if answered else messages
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def numbers(rows: list[dict[str, Any]]) -> list[bytes]:
 
 @pytest.mark.parametrize("source", ["lines", "no answers", "parquet", "llava", "mixture", "stream"])
 def test_rows_of_any_data_are_drawn(source: str, folder: Path) -> None:
-    own, config = command.parsed(["model=embedded", *sources(folder)[source], "samples=5", "images=4"])
-    drawn = command.chosen_rows(config.data, own)
+    arguments, config = command.parsed(["model=embedded", *sources(folder)[source], "samples=5", "images=4"])
+    drawn = command.chosen_rows(config.data, arguments)
     measured, fitted = numbers(drawn.measured), numbers(drawn.calibrating)
     assert (len(measured), len(fitted)) == (5, 4)
     assert len({*measured, *fitted}) == 9, "no image twice where there are enough"
@@ -96,19 +96,19 @@ def test_where_images_are_few_they_come_again_and_none_calibrates_what_it_is_mea
     folder: Path,
 ) -> None:
     words = ["model=embedded", *sources(folder)["lines"]]
-    own, config = command.parsed([*words, "samples=10", "images=50"])
-    drawn = command.chosen_rows(config.data, own)
+    arguments, config = command.parsed([*words, "samples=10", "images=50"])
+    drawn = command.chosen_rows(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == 10 and len(drawn.calibrating) == 2
     assert not set(numbers(drawn.measured)) & set(numbers(drawn.calibrating))
     (remark,) = drawn.remarks
     assert remark.startswith("A row that cannot be used was left out: row 21 has a bad image")
-    own, config = command.parsed([*words, "samples=15", "images=50"])
-    drawn = command.chosen_rows(config.data, own)
+    arguments, config = command.parsed([*words, "samples=15", "images=50"])
+    drawn = command.chosen_rows(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == IMAGES == len(set(numbers(drawn.calibrating)))
     assert len(drawn.calibrating) == IMAGES and "calibrated on them" in drawn.remarks[1]
-    own, config = command.parsed([*words, "samples=21"])
+    arguments, config = command.parsed([*words, "samples=21"])
     with pytest.raises(ValueError, match=r"samples=21 is more than the 20 samples .*; choose at most 20\."):
-        command.chosen_rows(config.data, own)
+        command.chosen_rows(config.data, arguments)
 
 
 def test_what_cannot_be_drawn_from_is_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_what_cannot_be_drawn_from_is_one_sentence(folder: Path, tmp_path: Path)
             "the 0 samples with images that the data has; name data with images.",
         ),
     ):
-        own, config = command.parsed(["model=embedded", *words, "samples=2"])
+        arguments, config = command.parsed(["model=embedded", *words, "samples=2"])
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            command.run(own, config)
+            command.run(arguments, config)
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -136,8 +136,8 @@ def test_a_sample_ends_at_its_first_answer_with_the_images_shown_until_then() ->
         {"role": "user", "content": [image, text]},
         {"role": "assistant", "content": [text]},
     ]
-    found = first_exchange({"messages": messages, "images": ["a", "b", "c"], "id": 1})
-    assert found == {"messages": messages[:2], "images": ["a", "b"], "id": 1}
+    sample = first_exchange({"messages": messages, "images": ["a", "b", "c"], "id": 1})
+    assert sample == {"messages": messages[:2], "images": ["a", "b"], "id": 1}
     alone = {"messages": messages[:1], "images": ["a", "b"]}
     assert first_exchange(alone) == alone
 
@@ -150,17 +150,19 @@ def base(tmp_path_factory) -> Path:
 def test_answers_are_written_where_there_are_none(base: Path, folder: Path) -> None:
     """By the model, in the place of what some rows may have."""
     model, processor = bases.load_base(str(base), dtype=torch.float32)
-    own, config = command.parsed(["model=embedded", *sources(folder)["no answers"], "samples=3", "images=1"])
-    bare = command.chosen_rows(config.data, own).measured
-    given = {"role": "assistant", "content": [{"type": "text", "text": "what the data say"}]}
-    mixed = [{**bare[0], "messages": [*bare[0]["messages"], given]}, *bare[1:]]
-    found = command.own_answers(model, processor, mixed, 2, Console(quiet=True))
-    for row, asked in zip(found, bare, strict=True):
-        text = processor.apply_chat_template(asked["messages"], add_generation_prompt=True)
-        inputs = processor(text=text, images=asked["images"], return_tensors="pt")
+    arguments, config = command.parsed(
+        ["model=embedded", *sources(folder)["no answers"], "samples=3", "images=1"]
+    )
+    bare = command.chosen_rows(config.data, arguments).measured
+    stored_answer = {"role": "assistant", "content": [{"type": "text", "text": "what the data say"}]}
+    mixed = [{**bare[0], "messages": [*bare[0]["messages"], stored_answer]}, *bare[1:]]
+    answered = command.own_answers(model, processor, mixed, 2, Console(quiet=True))
+    for row, prompt in zip(answered, bare, strict=True):
+        text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
+        inputs = processor(text=text, images=prompt["images"], return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         *question, answer = row["messages"]
-        assert question == asked["messages"] and answer["role"] == "assistant"
+        assert question == prompt["messages"] and answer["role"] == "assistant"
         assert answer["content"][0]["text"] == (
             processor.decode(ids, skip_special_tokens=True).strip() or "."
         )
@@ -171,12 +173,12 @@ def test_prompts_without_answers_are_profiled_on_the_models_own(
     base: Path, folder: Path, tmp_path: Path
 ) -> None:
     words = [f"model={base}", *sources(folder)["no answers"], "samples=4", "images=20", "new_tokens=2"]
-    own, config = command.parsed([*words, "dtype=float32", "bound=1e-6", f"output={tmp_path}"])
-    said = io.StringIO()
-    found = command.run(own, config, console=Console(file=said, width=200))
-    assert not found["labelled"] and found["dense_accuracy"] is None
-    assert "left out" in found["note"] and (tmp_path / "report.html").is_file()
-    assert "The data have no answers: the model writes its own first, up to 2 tokens" in said.getvalue()
+    arguments, config = command.parsed([*words, "dtype=float32", "bound=1e-6", f"output={tmp_path}"])
+    output = io.StringIO()
+    profile = command.run(arguments, config, console=Console(file=output, width=200))
+    assert not profile["labelled"] and profile["dense_accuracy"] is None
+    assert "left out" in profile["note"] and (tmp_path / "report.html").is_file()
+    assert "The data have no answers: the model writes its own first, up to 2 tokens" in output.getvalue()
 
 
 def test_a_calibration_takes_any_data(base: Path, folder: Path, tmp_path: Path) -> None:
@@ -184,13 +186,13 @@ def test_a_calibration_takes_any_data(base: Path, folder: Path, tmp_path: Path) 
     for name in ("rows", "bare"):
         rows = (folder / f"{name}.jsonl").read_text().replace('["', '["images/')
         (folder / f"beside_{name}.jsonl").write_text(rows)
-        asked = calibrate.Arguments(
+        arguments = calibrate.Arguments(
             model=str(base), data=f"{folder}/beside_{name}.jsonl", split="train", samples=4, batch_size=2,
             layer_thresholds=[0.9], tokens_thresholds=[0.5], boundaries=[1], max_new_tokens=2, kl=50,
             output=str(tmp_path / name),
         )  # fmt: skip
-        found = calibrate.calibrate(asked, Console(quiet=True))
-        assert found["prompts"] == 4 and (tmp_path / name / "policy.yaml").is_file()
+        calibration = calibrate.calibrate(arguments, Console(quiet=True))
+        assert calibration["prompts"] == 4 and (tmp_path / name / "policy.yaml").is_file()
 
 
 # ---------------------------------------------------------------- what a model is loaded with, what a ledger is of
@@ -198,15 +200,15 @@ def test_a_calibration_takes_any_data(base: Path, folder: Path, tmp_path: Path) 
 
 def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypatch) -> None:
     """Revision, resolution, 4 bits: `schedule=auto` profiles the model that it trains."""
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
     def load(path: str, **options: Any) -> None:
-        given.update(options, path=path)
+        settings.update(options, path=path)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bases, "load_base", load)
     words = ["model.revision=abc", "+model.processor.max_pixels=784", "model.load_in_4bit=true"]
-    own, config = command.parsed(
+    arguments, config = command.parsed(
         [
             "model=embedded",
             *words,
@@ -217,9 +219,9 @@ def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypa
         ]
     )
     with pytest.raises(KeyboardInterrupt):
-        command.run(own, config)
-    del given["dtype"]
-    assert given == {
+        command.run(arguments, config)
+    del settings["dtype"]
+    assert settings == {
         "path": "embedded",
         "revision": "abc",
         "processor": {"max_pixels": 784},

@@ -29,12 +29,18 @@ def test_every_image_has_its_tokens_and_its_grid() -> None:
     images = [picture(40, 40), picture(60, 40), picture(40, 40)]
     ids = [1, *[7] * 4, 2, *[7] * 6, 3, *[7] * 9]
     grids = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 6, 6]])  # patches, merged two by two
-    found = views(row(ids, image_grid_thw=grids), {"images": images}, IDS)
-    assert [(view.tokens, view.grid) for view in found] == [(range(0, 4), (2, 2)), (range(4, 10), (2, 3))]
-    assert [view.image for view in found] == images[:2], "two are shown"
+    images_shown = views(row(ids, image_grid_thw=grids), {"images": images}, IDS)
+    assert [(view.tokens, view.grid) for view in images_shown] == [
+        (range(0, 4), (2, 2)),
+        (range(4, 10), (2, 3)),
+    ]
+    assert [view.image for view in images_shown] == images[:2], "two are shown"
     for ids in ([1, *[7] * 8, 2, 7, 7, 7, 7], [7] * 12):  # LLaVA's stand side by side
-        found = views(row(ids), {"images": images}, IDS)
-        assert [(view.tokens, view.grid) for view in found] == [(range(0, 4), (2, 2)), (range(4, 8), (2, 2))]
+        images_shown = views(row(ids), {"images": images}, IDS)
+        assert [(view.tokens, view.grid) for view in images_shown] == [
+            (range(0, 4), (2, 2)),
+            (range(4, 8), (2, 2)),
+        ]
     alone = views(row([1, *[7] * 9]), {"images": images[:1]}, IDS)
     assert [(view.tokens, view.grid) for view in alone] == [(range(9), (3, 3))]
 
@@ -57,7 +63,7 @@ def test_an_image_that_is_cropped_is_shown_as_cropped() -> None:
     assert view.image is square, "nothing is lost of it"
 
 
-def found(grid: tuple[int, int], seen: int, kept: Any) -> dict[str, Any]:
+def view_of(grid: tuple[int, int], seen: int, kept: Any) -> dict[str, Any]:
     """A model of four layers whose last prompt token looks at one token, a schedule that keeps some from layer 2."""
     attention = [0.0] * (grid[0] * grid[1] + 3)  # three belong to an image before
     attention[seen] = 1.0
@@ -72,7 +78,7 @@ def found(grid: tuple[int, int], seen: int, kept: Any) -> dict[str, Any]:
 def test_cells_are_where_their_tokens_are() -> None:
     """The brightest cell, and those in colour, in a grid of two rows of four."""
     view = View(Image.new("RGB", (80, 40), "#ff0000"), range(3, 11), (2, 4))
-    made = dict(maps(found((2, 4), 3 + 6, [[1, list(range(11))], [2, [0, 3, 9]]]), 0, view))
+    made = dict(maps(view_of((2, 4), 3 + 6, [[1, list(range(11))], [2, [0, 3, 9]]]), 0, view))
     assert list(made) == [
         "the image", "attention, layer 0", "attention, layer 2", "attention, layer 3", "kept from layer 2: 2",
     ]  # fmt: skip
@@ -93,7 +99,7 @@ def test_cells_are_where_their_tokens_are() -> None:
 
 def test_a_keep_that_holds_all_of_a_small_image_has_no_picture() -> None:
     view = View(picture(40, 40), range(3, 7), (2, 2))
-    made = dict(maps(found((2, 2), 3, [[2, list(range(7))], [3, [4]]]), 0, view))
+    made = dict(maps(view_of((2, 2), 3, [[2, list(range(7))], [3, [4]]]), 0, view))
     assert [label for label in made if "kept" in label] == ["kept from layer 3: 1"]
 
 
@@ -112,8 +118,8 @@ def test_examples_of_a_family_with_grids_have_their_maps(tmp_path) -> None:
         seen = views(collator_of("qwen2_5_vl")([sample]), sample, [model.config.image_token_id])
         (view,) = seen
         assert view.grid is not None and view.grid[1] * height == view.grid[0] * width
-        told = found(view.grid, 0, None)
-        (made,) = examples(tmp_path, told, [sample], [seen])
+        example = view_of(view.grid, 0, None)
+        (made,) = examples(tmp_path, example, [sample], [seen])
         assert made["question"] == "what color is it ?" and made["answer"] == "red"
         assert len(made["pictures"]) == 4 and not made["unknown"] and made["hidden"] == 0
         assert Image.open(tmp_path / "example_0.png").width == 4 * SIDE + 3 * 8

@@ -51,19 +51,19 @@ def test_looks_equal_loops_over_attention_maps(seen) -> None:
     inputs, last, watch, _, plain, values = seen
     vision = vision_tokens(inputs)
     for layer, b in itertools.product(range(LAYERS), range(2)):
-        found, q, n = watch.looks[layer][b], int(last[b]), int(last[b]) + 1
+        observed, q, n = watch.looks[layer][b], int(last[b]), int(last[b]) + 1
         maps = plain.attentions[layer][b, :, q].numpy().astype(np.float64)  # [H, T]
         places = vision[b].nonzero().flatten().tolist()
         weights = [maps[:, t].mean() for t in places]
-        assert found.share == pytest.approx(sum(weights), rel=1e-4)
+        assert observed.share == pytest.approx(sum(weights), rel=1e-4)
         p = np.array(weights) / sum(weights)
-        assert found.entropy == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-4)
+        assert observed.entropy == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-4)
         held, count = 0.0, 0
         for x in sorted(p, reverse=True):
             held, count = held + x, count + 1
             if held >= 0.9:
                 break
-        assert found.tokens == count
+        assert observed.tokens == count
         parts = {
             t: np.concatenate([maps[h, t] * head_value(values[layer], b, t, h) for h in range(4)])
             for t in range(n)
@@ -74,34 +74,34 @@ def test_looks_equal_loops_over_attention_maps(seen) -> None:
             for t in places
         ]
         norms = [np.linalg.norm(parts[t]) for t in places]
-        assert found.cosine == pytest.approx(
+        assert observed.cosine == pytest.approx(
             [min(cosines), *np.quantile(cosines, [0.01, 0.1, 0.5])], abs=1e-4
         )
-        assert found.norm == pytest.approx([max(norms), *np.quantile(norms, [0.99, 0.9, 0.5])], rel=1e-3)
+        assert observed.norm == pytest.approx([max(norms), *np.quantile(norms, [0.99, 0.9, 0.5])], rel=1e-3)
         sizes = [
             np.mean([np.abs(values[layer][b, t].view(2, 8)[g].numpy()).sum() for g in range(2)])
             for t in places
         ]
         ranks = [np.argsort(np.argsort(v)) for v in (weights, sizes)]
-        assert found.sink == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
+        assert observed.sink == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
 
 
 def test_even_attention_has_the_greatest_entropy_and_no_sink() -> None:
     even = torch.full((10,), 0.05)
-    found = look(even, torch.ones(10), torch.ones(10), torch.zeros(10))
-    assert found.share == pytest.approx(0.5) and found.entropy == pytest.approx(math.log(10))
-    assert found.tokens in (9, 10) and found.sink == 0.0
+    observed = look(even, torch.ones(10), torch.ones(10), torch.zeros(10))
+    assert observed.share == pytest.approx(0.5) and observed.entropy == pytest.approx(math.log(10))
+    assert observed.tokens in (9, 10) and observed.sink == 0.0
 
 
 def test_vision_out_of_reach_draws_no_attention() -> None:
     """Behind the window of local attention: numbers, not NaN."""
-    found = look(torch.zeros(5), torch.rand(5), torch.ones(5), torch.zeros(5))
-    assert (found.share, found.entropy, found.tokens, found.sink) == (0.0, 0.0, 0, 0.0)
+    observed = look(torch.zeros(5), torch.rand(5), torch.ones(5), torch.zeros(5))
+    assert (observed.share, observed.entropy, observed.tokens, observed.sink) == (0.0, 0.0, 0, 0.0)
 
 
 def test_the_fusion_layer_is_the_first_below_the_threshold(seen) -> None:
     looks = [layer[0] for layer in seen[2].looks]
-    minima = [found.cosine[0] for found in looks]
+    minima = [observed.cosine[0] for observed in looks]
     threshold = sorted(minima)[2] + 1e-6
     assert fusion_layer(looks, threshold) == next(i for i, c in enumerate(minima) if c < threshold)
     assert fusion_layer(looks, -1.0) is None
@@ -115,8 +115,8 @@ def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
             state = plain.hidden_states[layer + 1][b, last[b]]
             normed = state / (state.square().mean() + model.config.text_config.rms_norm_eps).sqrt()
             scores = model.lm_head.weight @ (normed * model.get_decoder().norm.weight)
-            found = lenses.logit_lens(model, states[layer])[b]
-            torch.testing.assert_close(found, scores.softmax(0), atol=1e-5, rtol=1e-4)
+            lens = lenses.logit_lens(model, states[layer])[b]
+            torch.testing.assert_close(lens, scores.softmax(0), atol=1e-5, rtol=1e-4)
     final = lenses.logit_lens(model, states[-1])
     expected = torch.stack([plain.logits[b, last[b]].softmax(0) for b in range(2)])
     torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-4)
@@ -203,42 +203,46 @@ def test_bands_are_wider_by_a_few_layers_and_hold_at_least_one() -> None:
 def test_keeps_begin_inside_the_band() -> None:
     assert decide.keep_layers(2, 3) == [] and decide.keep_layers(2, 4) == [3]
     assert decide.keep_layers(0, 32, 1) == [1] and decide.keep_layers(0, 32, 2) == [1, 31]
-    found = decide.keep_layers(0, 32)
-    assert len(found) == decide.KEEP_LAYERS and found[0] == 1 and found[-1] == 31
+    layers = decide.keep_layers(0, 32)
+    assert len(layers) == decide.KEEP_LAYERS and layers[0] == 1 and layers[-1] == 31
     assert decide.keep_sizes(144) == [72, 36, 18, 9, 5] and decide.keep_sizes(1) == []
 
 
 def test_pyramids_are_those_that_no_other_beats() -> None:
     table = {(layer, k): (6 - layer) / k for layer in (2, 3, 5) for k in (8, 4, 2)}
     flops = lambda keep: sum(k * 0.1 + layer for layer, k in keep.items()) / len(keep)  # noqa: E731
-    found = decide.pyramids(table, flops)
+    front = decide.pyramids(table, flops)
     every = []
     for n in (1, 2, 3):
         for steps in itertools.permutations(table, n):
             down = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(steps))
             if down:
                 every.append((flops(dict(steps)), sum(table[s] for s in steps), dict(steps)))
-    for fewer, cost, keep in found:
+    for fewer, cost, keep in front:
         assert (fewer, cost) == pytest.approx((flops(keep), sum(table[s] for s in keep.items())))
         assert not any(f <= fewer and c < cost for f, c, _ in every)
     for f, c, _ in every:
-        assert any(fewer <= f and cost <= c for fewer, cost, _ in found)
-    assert [f for f, *_ in found] == sorted(f for f, *_ in found)
+        assert any(fewer <= f and cost <= c for fewer, cost, _ in front)
+    assert [f for f, *_ in front] == sorted(f for f, *_ in front)
 
 
 def test_the_cheapest_within_the_bound_is_found_by_few_probes() -> None:
     for n, border in itertools.product((1, 2, 7, 40), range(41)):
         for guess in {0, n // 3, border, n}:
-            asked: list[int] = []
+            probed: list[int] = []
 
-            def within(i: int, asked=asked, border=border) -> bool:
-                asked.append(i)
+            def within(i: int, probed=probed, border=border) -> bool:
+                probed.append(i)
                 return i >= border
 
-            found = decide.bisect(n, guess, within)
-            assert len(asked) <= decide.PROBES and len(asked) == len(set(asked)) and found >= min(border, n)
+            cheapest = decide.bisect(n, guess, within)
+            assert (
+                len(probed) <= decide.PROBES
+                and len(probed) == len(set(probed))
+                and cheapest >= min(border, n)
+            )
             if n <= 32 or guess == border:
-                assert found == min(border, n)
+                assert cheapest == min(border, n)
     assert decide.spread(0) == [] and decide.spread(1) == [0] and decide.spread(30) == [0, 10, 19, 29]
 
 

@@ -51,7 +51,7 @@ def samples(n: int, seed: int = 0) -> list[dict[str, Any]]:
 def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, tmp_path) -> None:
     model, made = model_and_processor(family)
     rows = samples(4)
-    found = profile(
+    result = profile(
         model=model, processor=made, samples=rows, fit_on=samples(20, seed=1), labelled=True,
         about={"model": family, "data": "noise", "split": None}, output_dir=tmp_path, wishes=Wishes(bound=1e-5),
         batch_size=2, console=Console(quiet=True),
@@ -68,8 +68,8 @@ def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, t
                 with attach(model, schedule):
                     changed = model(**inputs).logits[0, at].double().log_softmax(-1)
                 kl = (dense.exp() * (dense - changed)).sum(-1).mean().item()
-                assert found["effects"][f"{kind} 2"]["kl"][i] == pytest.approx(kl, rel=1e-2, abs=1e-6), kind
-    assert (tmp_path / "report.html").is_file() and len(found["curves"]["prefix"]) == LAYERS + 1
+                assert result["effects"][f"{kind} 2"]["kl"][i] == pytest.approx(kl, rel=1e-2, abs=1e-6), kind
+    assert (tmp_path / "report.html").is_file() and len(result["curves"]["prefix"]) == LAYERS + 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,8 +78,8 @@ def test_an_entry_is_calibrated_from_pixels(family: str) -> None:
     model, rows = model_and_processor(family)[0], samples(24, seed=2)
     collator, states = collator_of(family), []
     with attach(model, VisionSchedule()) as attachment:
-        found = calibrate(attachment, collator, rows, 2, 8)
-    assert 0 < found.explained < 1
+        calibration = calibrate(attachment, collator, rows, 2, 8)
+    assert 0 < calibration.explained < 1
     inputs = {k: v for k, v in collator(rows[:1]).items() if k not in ("labels", "queries")}
     vision = inputs["input_ids"][0] == model.config.image_token_id
     for layer in (0, 2):
@@ -91,12 +91,12 @@ def test_an_entry_is_calibrated_from_pixels(family: str) -> None:
         with torch.no_grad():
             model(**inputs)
         handle.remove()
-    given, wanted = states
+    features, states_inside = states
     if family != "qwen3_vl":  # whose tower adds to the rows on their way
-        order = torch.arange(len(given))
-        mapped = found.entry(given, order)
-        assert (mapped - wanted).norm() < (given - wanted).norm()
-    with installed(model, found.entry), attach(model, VisionSchedule(enter=2)), torch.no_grad():
+        order = torch.arange(len(features))
+        mapped = calibration.entry(features, order)
+        assert (mapped - states_inside).norm() < (features - states_inside).norm()
+    with installed(model, calibration.entry), attach(model, VisionSchedule(enter=2)), torch.no_grad():
         assert bool(model(**inputs).logits.isfinite().all())
 
 
@@ -109,17 +109,17 @@ def test_generation_from_encoded_images_is_generation_from_pixels(family: str) -
         encoded = encode_images(model, inputs)
         assert "pixel_values" in inputs and "pixel_values" not in encoded
         for schedule in (None, VisionSchedule(enter=1, exit=4, keep={2: 3})):
-            said = []
-            for given in (inputs, encoded):
-                kwargs = {**given}
+            outputs = []
+            for arguments in (inputs, encoded):
+                kwargs = {**arguments}
                 if "mm_encoder_outputs" in kwargs:
                     kwargs["mm_encoder_outputs"] = dict(kwargs["mm_encoder_outputs"])
                 if schedule is None:
-                    said.append(model.generate(**kwargs, max_new_tokens=4, do_sample=False))
+                    outputs.append(model.generate(**kwargs, max_new_tokens=4, do_sample=False))
                 else:
                     with attach(model, schedule):
-                        said.append(model.generate(**kwargs, max_new_tokens=4, do_sample=False))
-            assert torch.equal(*said)
+                        outputs.append(model.generate(**kwargs, max_new_tokens=4, do_sample=False))
+            assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,8 +31,10 @@ from latefusion.models.student.entry_fit import fit_entry
 def study(model: Any, attachment: Any, ledger: Path, **wishes: Any) -> tuple[dict[str, Any], Measurer]:
     batch = planted_batch(model)
     made = measurer(model, attachment, [batch], ledger)
-    found = Study(made, Wishes(**{"bound": BOUND, **wishes}), True, *counts(made.sources))
-    return found.run(lambda enter: fit_entry(attachment, [(batch.fresh(), batch.vision)], enter)), made
+    planned_study = Study(made, Wishes(**{"bound": BOUND, **wishes}), True, *counts(made.sources))
+    return planned_study.run(
+        lambda enter: fit_entry(attachment, [(batch.fresh(), batch.vision)], enter)
+    ), made
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_qwen2"])
@@ -42,15 +44,15 @@ def test_the_planted_band_is_found_and_its_schedule_answers_as_dense(
 ) -> None:
     model = planted(family, p, q)
     with attach(model, VisionSchedule()) as attachment:
-        found, _ = study(model, attachment, tmp_path / "measured.jsonl")
-    assert (found["ends"]["enter"], found["ends"]["exit"]) == (p, q)
-    schedule = found["chosen"]["schedule"]
+        result, _ = study(model, attachment, tmp_path / "measured.jsonl")
+    assert (result["ends"]["enter"], result["ends"]["exit"]) == (p, q)
+    schedule = result["chosen"]["schedule"]
     assert (schedule["enter"], schedule["exit"]) == (p, None if q == 6 else q)
-    assert found["chosen"]["accuracy"] == 1.0 and found["chosen"]["kl"] <= BOUND
-    assert ("band of one layer" in found["note"]) == (q - p == 1)
+    assert result["chosen"]["accuracy"] == 1.0 and result["chosen"]["kl"] <= BOUND
+    assert ("band of one layer" in result["note"]) == (q - p == 1)
     if p > 0:
-        assert found["entry"]["kl_raw"] <= BOUND  # vision is not touched before p
-    (tmp_path / "schedule.yaml").write_text(files.schedule_yaml(found))
+        assert result["entry"]["kl_raw"] <= BOUND  # vision is not touched before p
+    (tmp_path / "schedule.yaml").write_text(files.schedule_yaml(result))
     fresh = questions(5, seed=7)
     with torch.no_grad():
         dense = model(**fresh).logits[:, -3:]
@@ -70,9 +72,9 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_goes_on(tmp_path: Pat
         first, _ = study(model, attachment, ledger)
         whole, made = ledger.read_text(), len(calls)
         again, _ = study(model, attachment, ledger)
-        asked = len(calls) - made - 1  # one makes the labels
+        forwards = len(calls) - made - 1  # one makes the labels
         assert (
-            again == first and ledger.read_text() == whole and asked <= 5
+            again == first and ledger.read_text() == whole and forwards <= 5
         )  # two calibrate, three find the way
         lines = whole.splitlines(keepends=True)
         ledger.write_text("".join(lines[:3]) + lines[3][:20])
@@ -89,10 +91,10 @@ def test_a_budget_is_kept(tmp_path: Path) -> None:
     with attach(model, VisionSchedule()) as attachment:
         free, _ = study(model, attachment, tmp_path / "free.jsonl")
         budget = free["chosen"]["flops"] - 0.02
-        found, _ = study(model, attachment, tmp_path / "budget.jsonl", budget=budget)
-    assert found["chosen"]["flops"] <= budget and found["chosen"]["schedule"]["keep"]
-    flops = [p["flops"] for p in found["front"]]
-    kl = [p["kl"] for p in found["front"]]
+        result, _ = study(model, attachment, tmp_path / "budget.jsonl", budget=budget)
+    assert result["chosen"]["flops"] <= budget and result["chosen"]["schedule"]["keep"]
+    flops = [p["flops"] for p in result["front"]]
+    kl = [p["kl"] for p in result["front"]]
     assert flops == sorted(flops) and kl == sorted(kl, reverse=True)
 
 
@@ -103,21 +105,21 @@ def test_the_bound_holds_for_the_whole_schedule_and_for_each_of_its_parts(tmp_pa
         free, _ = study(model, attachment, tmp_path / "measured.jsonl")
         bound = sorted(p["kl"] for p in free["points"])[len(free["points"]) // 2]
         hand = VisionSchedule(enter=1, exit=5)
-        found, measurer = study(model, attachment, tmp_path / "measured.jsonl", bound=bound, given=hand)
-        kl, _ = measurer.schedule(VisionSchedule.from_dict(found["chosen"]["schedule"]), None, 0.0)
+        result, measurer = study(model, attachment, tmp_path / "measured.jsonl", bound=bound, given=hand)
+        kl, _ = measurer.schedule(VisionSchedule.from_dict(result["chosen"]["schedule"]), None, 0.0)
         by_hand, _ = measurer.schedule(hand, None, 0.0)
-    chosen, ends = found["chosen"], found["ends"]
+    chosen, ends = result["chosen"], result["ends"]
     assert 0 < chosen["kl"] <= bound and chosen["band_kl"] <= bound
     if not chosen["calibrated"]:
         assert chosen["kl"] == pytest.approx(sum(kl) / len(kl))
     band = chosen["schedule"]["enter"], chosen["schedule"]["exit"], chosen["calibrated"]
-    for p in found["points"]:
+    for p in result["points"]:
         if (p["schedule"]["enter"], p["schedule"]["exit"], p["calibrated"]) == band:
             assert p["kl"] > bound or p["flops"] >= chosen["flops"]
-    curves = found["effects"]
+    curves = result["effects"]
     assert sum(curves[f"prefix {ends['enter'] + 1}"]["kl"]) / 12 > bound
-    assert found["beside"]["by hand"]["schedule"] == hand.to_dict()
-    assert found["beside"]["by hand"]["kl"] <= sum(by_hand) / len(by_hand) * 1.5  # calibrated
+    assert result["beside"]["by hand"]["schedule"] == hand.to_dict()
+    assert result["beside"]["by hand"]["kl"] <= sum(by_hand) / len(by_hand) * 1.5  # calibrated
 
 
 class Scripted:
@@ -131,8 +133,10 @@ class Scripted:
 
     def effects(self) -> dict[str, Any]:
         cheap = {*(("prefix", a) for a in (1, 2, 3)), ("suffix", 5)}
-        found = {f"{kind} {i}": 0.01 if (kind, i) in cheap else 1.0 for kind, i in knock_outs(LAYERS)}
-        return {key: {"kl": [kl, kl], "right": [True, False]} for key, kl in {**found, "dense": 0.0}.items()}
+        scripted = {f"{kind} {i}": 0.01 if (kind, i) in cheap else 1.0 for kind, i in knock_outs(LAYERS)}
+        return {
+            key: {"kl": [kl, kl], "right": [True, False]} for key, kl in {**scripted, "dense": 0.0}.items()
+        }
 
     def bands(self, pairs: Any) -> dict[str, Any]:
         return {f"{a} {b}": {"kl": [0.01 * b - 0.04] * 2} for a, b in pairs}
@@ -153,22 +157,22 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
         return SimpleNamespace(entry=SimpleNamespace(bias=[0.0]), explained=1.0, tokens=1)
 
     measurer: Any = Scripted()
-    found = Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate)
-    chosen = found["chosen"]
-    assert (found["ends"]["enter"], found["ends"]["exit"], fits) == (3, 5, [3, 2])
+    result = Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate)
+    chosen = result["chosen"]
+    assert (result["ends"]["enter"], result["ends"]["exit"], fits) == (3, 5, [3, 2])
     assert (chosen["schedule"]["enter"], chosen["schedule"]["exit"], chosen["calibrated"]) == (2, 5, True)
     assert chosen["kl"] == pytest.approx(0.04) and chosen["schedule"]["keep"]
-    entry = found["entry"]
+    entry = result["entry"]
     assert [entry[f"kl_{name}"] for name in ("raw", "calibrated", "ceiling")] == pytest.approx(
         [0.33, 0.03, 0.01]
     )
-    assert found["beside"]["chosen, raw entry"]["kl"] == pytest.approx(0.34)
+    assert result["beside"]["chosen, raw entry"]["kl"] == pytest.approx(0.34)
     keeps = [
-        p["schedule"]["keep"] for p in found["points"] if p["calibrated"] and p["schedule"]["enter"] == 2
+        p["schedule"]["keep"] for p in result["points"] if p["calibrated"] and p["schedule"]["enter"] == 2
     ]
     single = {step for keep in keeps if len(keep) == 1 for step in keep.items()}
     assert single == {(layer, k) for layer in ("3", "4") for k in (16, 8, 4, 2, 1)}
-    assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == found
+    assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == result
 
 
 def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tmp_path: Path) -> None:
@@ -177,13 +181,14 @@ def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tm
     with attach(model, VisionSchedule()) as attachment:
         made = measurer(model, attachment, [planted_batch(model)], tmp_path / "m.jsonl")
         few = planted_batch(model, 2)
-        found = Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
+        result = Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
             lambda enter: fit_entry(attachment, [(few.fresh(), few.vision)], enter)
         )
-    assert found["chosen"]["schedule"]["enter"] == 1 and not found["chosen"]["calibrated"]
-    assert found["entry"] is None and "chosen, raw entry" not in found["beside"]
+    assert result["chosen"]["schedule"]["enter"] == 1 and not result["chosen"]["calibrated"]
+    assert result["entry"] is None and "chosen, raw entry" not in result["beside"]
     assert (
-        found["note"].startswith("The entry is not calibrated: 8 vision tokens") and "\n" not in found["note"]
+        result["note"].startswith("The entry is not calibrated: 8 vision tokens")
+        and "\n" not in result["note"]
     )
 
 
@@ -258,5 +263,5 @@ def test_logits_that_a_knock_out_makes_infinite_are_told_so() -> None:
 def test_everything_that_is_kept_is_json(tmp_path: Path) -> None:
     model = planted("llava", 1, 4)
     with attach(model, VisionSchedule()) as attachment:
-        found, _ = study(model, attachment, tmp_path / "measured.jsonl")
-    assert json.loads(json.dumps(found))["chosen"] == json.loads(json.dumps(found["chosen"]))
+        result, _ = study(model, attachment, tmp_path / "measured.jsonl")
+    assert json.loads(json.dumps(result))["chosen"] == json.loads(json.dumps(result["chosen"]))

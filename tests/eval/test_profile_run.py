@@ -47,8 +47,8 @@ def profiled(base, tmp_path_factory):
         "dtype=float32",
         f"output={folder}",
     ]
-    own, config = command.parsed([*words, "bound=0.02"])
-    return folder, command.run(own, config)
+    arguments, config = command.parsed([*words, "bound=0.02"])
+    return folder, command.run(arguments, config)
 
 
 class Page(HTMLParser):
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
-    folder, found = profiled
+    folder, result = profiled
     text = (folder / "report.html").read_text()
     page = Page(text)
     sections = {"stages", "decision", "agreement", "attention", "examples", "lenses", "method"}
@@ -85,17 +85,17 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(found["chosen"]))
+    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(result["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
-        [r["kl"] for r in found["curves"]["prefix"]]
+        [r["kl"] for r in result["curves"]["prefix"]]
     )
     assert len(list(csv.DictReader((folder / "samples.csv").open()))) == 6
-    assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(found["points"])
+    assert len(list(csv.DictReader((folder / "schedules.csv").open()))) == len(result["points"])
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
-    assert schedule["enter"] == found["chosen"]["schedule"]["enter"]
+    assert schedule["enter"] == result["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
-        assert profile_folder.read_schedule(where).to_dict() == found["chosen"]["schedule"]
+        assert profile_folder.read_schedule(where).to_dict() == result["chosen"]["schedule"]
 
 
 def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
@@ -116,15 +116,17 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
 
     monkeypatch.setattr(Measurer, "looks", spent)
     words = [f"model={base}", "samples=3", "images=4", "dtype=float32", f"output={tmp_path}"]
-    own, config = command.parsed(words)
-    said = io.StringIO()
+    arguments, config = command.parsed(words)
+    output = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        command.run(own, config, console=Console(file=said, width=200))
-    first = said.getvalue().splitlines()[0]
-    found = re.match(r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first)
-    assert found is not None, first
+        command.run(arguments, config, console=Console(file=output, width=200))
+    first = output.getvalue().splitlines()[0]
+    announced = re.match(
+        r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first
+    )
+    assert announced is not None, first
     assert batches == [2], "of one batch nothing can be left out"
-    total, each = (int(number.replace(",", "")) for number in found.groups())
+    total, each = (int(number.replace(",", "")) for number in announced.groups())
     assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
 
 
@@ -135,10 +137,10 @@ def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_pa
     lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
     words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
-    own, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
-    said = io.StringIO()
-    command.run(own, config, console=Console(file=said, width=200))
-    assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in said.getvalue()
+    arguments, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
+    output = io.StringIO()
+    command.run(arguments, config, console=Console(file=output, width=200))
+    assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in output.getvalue()
     names = sorted(file.name for file in folder.iterdir())
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     different = [name for name in names if (tmp_path / name).read_bytes() != (folder / name).read_bytes()]
@@ -147,10 +149,10 @@ def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_pa
 
 def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
-    _, found = profiled
+    _, result = profiled
     model, processor = tiny_base(layers=4)
-    own, config = command.parsed([f"model={base}", "samples=6", "images=16"])
-    rows = command.chosen_rows(config.data, own).measured
+    arguments, config = command.parsed([f"model={base}", "samples=6", "images=16"])
+    rows = command.chosen_rows(config.data, arguments).measured
     assert len({row["scene"] for row in rows}) == 6
     for i, row in enumerate(rows):
         text = processor.apply_chat_template(row["messages"])
@@ -164,7 +166,7 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
         last = len(ends) - ends[::-1].index(2) - 1  # of <eos>
         at = range(last - n, last)
         kl = sum((dense[0, t].exp() * (dense[0, t] - late[0, t])).sum().item() for t in at) / n
-        assert found["effects"]["late 2"]["kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert result["effects"]["late 2"]["kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
 
 
 def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_path) -> None:
@@ -256,16 +258,16 @@ def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
     path = save_tiny_base(tmp_path / "base", layers=1)
-    own, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
+    arguments, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
-        command.run(own, config)
+        command.run(arguments, config)
 
 
 def test_a_model_without_images_is_refused(tmp_path) -> None:
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
         tmp_path
     )
-    own, config = command.parsed([f"model={tmp_path}", "samples=2"])
+    arguments, config = command.parsed([f"model={tmp_path}", "samples=2"])
     with pytest.raises(ValueError, match="no model that reads images") as error:
-        command.run(own, config)
+        command.run(arguments, config)
     assert "\n" not in str(error.value)

@@ -28,11 +28,11 @@ DEPTH, SAMPLES, BOUND = 5, 7, 0.4
 def effects() -> dict[str, Any]:
     """KL of every knock-out and sample: small at first where it is a prefix, small at last where it is a suffix."""
     random = np.random.default_rng(0)
-    found = {"dense": {"kl": [0.0] * SAMPLES, "right": [True] * SAMPLES}}
+    measured = {"dense": {"kl": [0.0] * SAMPLES, "right": [True] * SAMPLES}}
     for kind, layer in knock_outs(DEPTH):
         kl = random.uniform(0, 1, SAMPLES)
-        found[f"{kind} {layer}"] = {"kl": kl.tolist(), "right": (kl < 0.5).tolist()}
-    return found
+        measured[f"{kind} {layer}"] = {"kl": kl.tolist(), "right": (kl < 0.5).tolist()}
+    return measured
 
 
 def looks() -> list[list[dict[str, Any]]]:
@@ -47,7 +47,7 @@ def looks() -> list[list[dict[str, Any]]]:
     ]
 
 
-def found_of(chosen: dict[str, Any]) -> dict[str, Any]:
+def study_of(chosen: dict[str, Any]) -> dict[str, Any]:
     return {
         "layers": DEPTH,
         "labelled": True,
@@ -62,9 +62,9 @@ def found_of(chosen: dict[str, Any]) -> dict[str, Any]:
     "chosen", [{"enter": 1, "exit": 4}, {"enter": 0, "exit": None}, {"enter": 2, "exit": 3}]
 )
 def test_agreement_is_each_samples_own_band_and_fusion_layer(chosen: dict[str, Any]) -> None:
-    found, seen = found_of(chosen), looks()
-    told = summary.agreement(found, seen)
-    kl, covered = found["effects"], 0
+    study, seen = study_of(chosen), looks()
+    agreement = summary.agreement(study, seen)
+    kl, covered = study["effects"], 0
     for i in range(SAMPLES):
         enter = 0
         for a in range(1, DEPTH + 1):
@@ -80,17 +80,17 @@ def test_agreement_is_each_samples_own_band_and_fusion_layer(chosen: dict[str, A
         for layer in range(DEPTH):
             if fusion is None and min(seen[i][layer]["cosine"]) < 0.995:
                 fusion = layer
-        assert (told["enter"][i], told["exit"][i], told["fusion"][i]) == (enter, leave, fusion)
+        assert (agreement["enter"][i], agreement["exit"][i], agreement["fusion"][i]) == (enter, leave, fusion)
         last = DEPTH if chosen["exit"] is None else chosen["exit"]
         covered += enter >= chosen["enter"] and leave <= last
-    assert told["covered"] == pytest.approx(covered / SAMPLES)
-    assert told["within"] == pytest.approx(5 / 7)  # 0.5 and 2 are beyond 0.4
-    assert len(set(told["enter"])) > 1 and len(set(told["fusion"])) > 1, "the samples should differ"
+    assert agreement["covered"] == pytest.approx(covered / SAMPLES)
+    assert agreement["within"] == pytest.approx(5 / 7)  # 0.5 and 2 are beyond 0.4
+    assert len(set(agreement["enter"])) > 1 and len(set(agreement["fusion"])) > 1, "the samples should differ"
 
 
 def test_curves_are_means_with_students_interval_and_are_whole() -> None:
-    found = found_of({"enter": 1, "exit": 4})
-    rows = summary.curves(found)
+    study = study_of({"enter": 1, "exit": 4})
+    rows = summary.curves(study)
     same = {
         ("suffix", 0): f"prefix {DEPTH}",
         ("single", 0): "prefix 1",
@@ -102,7 +102,7 @@ def test_curves_are_means_with_students_interval_and_are_whole() -> None:
         assert [row["layer"] for row in rows[kind]] == list(range(length))
         for row in rows[kind]:
             key = same.get((kind, row["layer"]), f"{kind} {row['layer']}")
-            effect = found["effects"].get(key, found["effects"]["dense"])
+            effect = study["effects"].get(key, study["effects"]["dense"])
             mean = sum(effect["kl"]) / SAMPLES
             half = 2.446912 * statistics.stdev(effect["kl"]) / math.sqrt(SAMPLES)  # t of 6 degrees of freedom
             assert row["kl"] == pytest.approx(mean) and row["high"] == pytest.approx(mean + half, rel=1e-4)
@@ -113,28 +113,32 @@ def test_curves_are_means_with_students_interval_and_are_whole() -> None:
 
 
 def test_a_curve_is_of_the_samples_that_it_was_measured_on() -> None:
-    found = found_of({"enter": 1, "exit": 4})
-    whole = summary.curves(found)
+    study = study_of({"enter": 1, "exit": 4})
+    whole = summary.curves(study)
     for layer, missing in ((2, 3), (3, SAMPLES - 1)):
-        effect = found["effects"][f"single {layer}"]
+        effect = study["effects"][f"single {layer}"]
         effect["kl"][:missing], effect["right"][:missing] = [None] * missing, [None] * missing
-        row, kl = summary.curves(found)["single"][layer], effect["kl"][missing:]
+        row, kl = summary.curves(study)["single"][layer], effect["kl"][missing:]
         assert (row["kl"], row["samples"]) == (pytest.approx(sum(kl) / len(kl)), SAMPLES - missing)
         assert row["accuracy"] == sum(effect["right"][missing:]) / len(kl)
         if len(kl) == 1:
             assert row["low"] == row["high"] == row["kl"]  # one sample has no interval
         else:
             assert row["high"] == interval(kl)[2]
-    assert summary.curves(found)["late"] == whole["late"]
+    assert summary.curves(study)["late"] == whole["late"]
 
 
 def test_quartiles_over_samples_by_hand() -> None:
     seen = looks()
     for i, sample in enumerate(seen):
         sample[2]["share"], sample[2]["norm"] = i / 10, [i, 0.0, 0.0, -i]
-    told = summary.observed(seen, DEPTH)
-    assert told["share"][2] == pytest.approx([0.15, 0.3, 0.45]) and told["norm_max"][2] == [1.5, 3, 4.5]
-    assert told["norm_50%"][2] == [-4.5, -3, -1.5] and told["share"][1] == [0.5] * 3
+    quartiles = summary.observed(seen, DEPTH)
+    assert quartiles["share"][2] == pytest.approx([0.15, 0.3, 0.45]) and quartiles["norm_max"][2] == [
+        1.5,
+        3,
+        4.5,
+    ]
+    assert quartiles["norm_50%"][2] == [-4.5, -3, -1.5] and quartiles["share"][1] == [0.5] * 3
 
 
 def test_lens_tables_count_words_over_samples() -> None:
@@ -156,13 +160,13 @@ def test_lens_tables_count_words_over_samples() -> None:
         }
 
     seen = [sample(1, 1, [1, 0, 3], [2, 2, 1]), sample(1, 2, [0, 2, 2], [2]), sample(2, 2, [0, 4, 0], None)]
-    told = summary.lens_tables(seen, 1, Tokenizer())
-    row = told["layers"][0]
+    tables = summary.lens_tables(seen, 1, Tokenizer())
+    row = tables["layers"][0]
     assert row["logit"] == [("a", pytest.approx(2 / 3)), ("␣b", pytest.approx(1 / 3))]
     assert row["settled"] == pytest.approx(2 / 3) and row["probability"] == pytest.approx(0.6)
     assert row["head"] == 1 and row["value"][0] == ("␣b", pytest.approx(2 / 3))
-    assert told["kinds"]["sink"] == pytest.approx([0, 0, 0.125]) and told["kinds"]["alive"][1] == 0.5
-    assert told["words"] == [("␣b", 0.75), ("a", 0.25)] and told["word_cosine"] == pytest.approx(4 / 3)
+    assert tables["kinds"]["sink"] == pytest.approx([0, 0, 0.125]) and tables["kinds"]["alive"][1] == 0.5
+    assert tables["words"] == [("␣b", 0.75), ("a", 0.25)] and tables["word_cosine"] == pytest.approx(4 / 3)
     assert summary.word(Tokenizer(), 3) == "␣"
 
 
@@ -172,8 +176,8 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
     model, eager, batch = shared("llava"), shared("llava", "eager"), batch_of("llava", rows)
     with attach(model, VisionSchedule()) as attachment:
         sources = [Group((1, 0), lambda: batch, (), (), 0)]
-        found = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
-        found = found["samples"]
+        observed = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
+        observed = observed["samples"]
     entered: list[torch.Tensor] = []
     handle = eager.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
     with torch.no_grad():
@@ -188,13 +192,13 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
         mean = torch.cat(pooled).mean(0, keepdim=True)
         spread = (torch.cat(pooled) - mean).square().sum(-1).mean()
     for b in range(2):
-        told, q, seen = found[1 - b], int(batch.queries[b, 0]), batch.vision[b]
-        assert told["written"] == int(plain.logits[b, q].argmax())
+        sample, q, seen = observed[1 - b], int(batch.queries[b, 0]), batch.vision[b]
+        assert sample["written"] == int(plain.logits[b, q].argmax())
         for layer in range(LAYERS - 1):
             share = lenses.logit_lens(model, plain.hidden_states[layer + 1][b, q])
-            assert told["logit"][layer][0] == share.topk(3).indices.tolist()
+            assert sample["logit"][layer][0] == share.topk(3).indices.tolist()
         maps = torch.stack([a[b, :, q].mean(0)[seen] for a in plain.attentions])  # [L, K]
-        assert np.array(told["maps"]["attention"]) == pytest.approx(maps.numpy(), abs=1e-5)
+        assert np.array(sample["maps"]["attention"]) == pytest.approx(maps.numpy(), abs=1e-5)
         kinds = lenses.kinds(pooled[b], maps.mean(0), mean, spread).tolist()
-        assert told["maps"]["kinds"] == kinds and told["kinds"] == [kinds.count(k) for k in range(3)]
-        assert len(told["maps"]["words"]) == counts[b]
+        assert sample["maps"]["kinds"] == kinds and sample["kinds"] == [kinds.count(k) for k in range(3)]
+        assert len(sample["maps"]["words"]) == counts[b]

@@ -76,16 +76,16 @@ def test_page_has_every_section_and_needs_no_network(run: tuple[Path, dict[str, 
 
 def test_disagreements_are_what_the_predictions_say(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
-    said: dict[str, list[dict]] = {}
+    answers: dict[str, list[dict]] = {}
     for line in (folder / "predictions.jsonl").read_text().splitlines():
         answer = json.loads(line)
-        said.setdefault(answer["system"], []).append(answer)
+        answers.setdefault(answer["system"], []).append(answer)
     text = (folder / "report.html").read_text()
     for key, name in (("pruned", "Keep three"), ("student", "Late fusion")):
         pairs = [
-            (mine["score"] - base["score"])
-            for base, mine in zip(said["dense"], said[key], strict=True)
-            if mine["prediction"].lower().strip(" .") != base["prediction"].lower().strip(" .")
+            (other["score"] - base["score"])
+            for base, other in zip(answers["dense"], answers[key], strict=True)
+            if other["prediction"].lower().strip(" .") != base["prediction"].lower().strip(" .")
         ]
         lost, won = sum(gap < 0 for gap in pairs), sum(gap > 0 for gap in pairs)
         assert f"{name}: {lost} lost, {won} won, {len(pairs) - lost - won} otherwise" in text
@@ -101,11 +101,11 @@ def test_report_json_holds_every_number_and_says_where_it_comes_from(
         "schema", "title", "note", "checkpoint", "roles", "data", "model", "systems", "paired", "against",
         "sweeps", "settings", "environment",
     }  # fmt: skip
-    asked = {"name", "policy", "adapters", "blind", "control", "source", "accuracy", "tasks"}
+    keys = {"name", "policy", "adapters", "blind", "control", "source", "accuracy", "tasks"}
     counted = {"flops", "vision_macs", "vision_attention", "vision_tokens"}
     timed = {"ttft", "tpot", "kv_bytes", "working_bytes"}
     for system in stored["systems"].values():
-        assert set(system) - {"joules", "peak_bytes"} == asked | counted | (
+        assert set(system) - {"joules", "peak_bytes"} == keys | counted | (
             set() if system["control"] else timed
         )
         types = system["accuracy"]["types"]
@@ -144,11 +144,11 @@ def test_vision_costs_follow_their_conventions(stored: dict[str, Any]) -> None:
 
 
 def test_agreement_counts_equal_answers(stored: dict[str, Any]) -> None:
-    said = {
+    texts = {
         key: [text.lower().strip(" .") for text, _ in answers]
         for key, answers in evaluated_student.naive().items()
     }
-    same = [a == b for a, b in zip(said["dense"], said["student"], strict=True)]
+    same = [a == b for a, b in zip(texts["dense"], texts["student"], strict=True)]
     assert stored["against"]["student"]["agreement"]["value"] == pytest.approx(sum(same) / len(same))
 
 
@@ -192,7 +192,7 @@ def test_table_fits_a_terminal_of_80_columns_and_says_what_the_files_say(stored:
 
 
 @pytest.mark.parametrize(
-    ("gap", "said"),
+    ("gap", "verdict"),
     [
         ((-0.031, -0.05, -0.012), "3.1 points below Dense base [−5.0 to −1.2]"),
         ((0.02, 0.001, 0.04), "2.0 points above Dense base [+0.1 to +4.0]"),
@@ -200,12 +200,12 @@ def test_table_fits_a_terminal_of_80_columns_and_says_what_the_files_say(stored:
     ],
 )
 def test_verdict_says_who_is_ahead(
-    stored: dict[str, Any], gap: tuple[float, float, float], said: str
+    stored: dict[str, Any], gap: tuple[float, float, float], verdict: str
 ) -> None:
     results = copy.deepcopy(stored)
     results["paired"]["dense"]["difference"] = dict(zip(("value", "low", "high"), gap, strict=True))
     sentence = tables.headline(results)
-    assert said in sentence and sentence.startswith("Late fusion answers ")
+    assert verdict in sentence and sentence.startswith("Late fusion answers ")
     cost = tables.percent(stored["systems"]["pruned"]["flops"]["ratio"], 0)
     assert sentence.endswith(f"which needs {cost}%.")
 
@@ -312,8 +312,8 @@ def test_slower_beyond_its_quartiles_is_a_regression(
         for name in ("ratio", "ratio_q25", "ratio_q75"):
             report["systems"]["student"]["ttft"][name] += 10
 
-    found = compare(run[0], changed(run[0], tmp_path / "a", slower))
-    assert [c.what for c in found if c.worse] == ["time to first token"]
+    changes = compare(run[0], changed(run[0], tmp_path / "a", slower))
+    assert [c.what for c in changes if c.worse] == ["time to first token"]
 
 
 def test_reports_that_have_nothing_in_common(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 def ask(ledger: Ledger | None) -> dict[str, list[str]]:
     student = evaluated_student.student()
     student.model.eval()
-    found = answer_questions(
+    by_system = answer_questions(
         model=student.model,
         processor=evaluated_student.processor(),
         attachment=student.attachment,
@@ -42,16 +42,16 @@ def ask(ledger: Ledger | None) -> dict[str, list[str]]:
         task="scenes",
         ledger=ledger,
     )
-    return {key: [answer.prediction for answer in answers] for key, answers in found.items()}
+    return {key: [answer.prediction for answer in answers] for key, answers in by_system.items()}
 
 
-def wanted() -> dict[str, list[str]]:
-    return {key: [text for text, _ in said] for key, said in evaluated_student.naive().items()}
+def expected_answers() -> dict[str, list[str]]:
+    return {key: [text for text, _ in answers] for key, answers in evaluated_student.naive().items()}
 
 
 def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = evaluated_student.student().model
-    said, generate, calls = wanted(), model.generate, []
+    expected, generate, calls = expected_answers(), model.generate, []
 
     def interrupted(**kwargs: Any) -> Any:
         calls.append(len(kwargs["input_ids"]))
@@ -67,7 +67,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
         file.write('{"system": "dense", "task": "sce')  # cut off in the middle of a line
     ledger = Ledger(tmp_path / "unfinished.jsonl", "identity", Processes())
     assert ledger.resumed == sum(calls[:3])  # the base's rows of a batch are kept together
-    assert ask(ledger) == said
+    assert ask(ledger) == expected
     batches = -(-len(evaluated_student.questions()) // 9)
     assert len(calls) == 3 * batches + 2  # nothing but what was interrupted was asked twice
     ledger.close()
@@ -94,10 +94,10 @@ def test_processes_share_the_questions(tmp_path: Path) -> None:
         if not halves:
             halves.append(0)
             second = Ledger(tmp_path / "unfinished.jsonl", "identity", Processes(rank=1, count=2))
-            assert ask(second) == wanted()
+            assert ask(second) == expected_answers()
 
     other.processes = Processes(rank=0, count=2, wait=second_process)  # type: ignore[misc]
-    assert ask(other) == wanted()
+    assert ask(other) == expected_answers()
     files = (tmp_path / "unfinished.jsonl", tmp_path / "unfinished.1.jsonl")
     lines = [len(file.read_text().splitlines()) for file in files]
     assert min(lines) > 0.3 * max(lines)
@@ -105,8 +105,8 @@ def test_processes_share_the_questions(tmp_path: Path) -> None:
 
 def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
     _, stored = evaluated_student.full_run()
-    found = evaluated_student.evaluate(tmp_path / "same", stored=stored)
-    assert found is not None and found["settings"]["reference_reproduced"]
+    results = evaluated_student.evaluate(tmp_path / "same", stored=stored)
+    assert results is not None and results["settings"]["reference_reproduced"]
     other = copy.deepcopy(stored)
     other["systems"]["dense"]["accuracy"]["overall"]["value"] -= 0.01
     with pytest.raises(ValueError, match=r"does not reproduce .*\(at most 0\.5 points"):
@@ -138,12 +138,12 @@ def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> N
     )
     results = evaluated_student.evaluate(tmp_path, tasks=[rotated, always])
     assert results is not None
-    found = results["systems"]["student"]
-    assert found["tasks"]["circles"]["score"]["overall"]["value"] == 0
-    assert found["tasks"]["circles"]["score"]["overall"]["n"] == 2  # questions, not rotations
-    assert found["tasks"]["circles"]["measures"]["half"]["value"] == 50
-    assert found["accuracy"]["overall"]["value"] == pytest.approx((0 + 0.6) / 2)
-    assert list(found["accuracy"]["types"]) == ["circles", "signs"] == list(results["data"]["types"])
+    student = results["systems"]["student"]
+    assert student["tasks"]["circles"]["score"]["overall"]["value"] == 0
+    assert student["tasks"]["circles"]["score"]["overall"]["n"] == 2  # questions, not rotations
+    assert student["tasks"]["circles"]["measures"]["half"]["value"] == 50
+    assert student["accuracy"]["overall"]["value"] == pytest.approx((0 + 0.6) / 2)
+    assert list(student["accuracy"]["types"]) == ["circles", "signs"] == list(results["data"]["types"])
     page = (tmp_path / "report.html").read_text()
     assert "Accuracy on text in images, %" in page and "circles, its own figures" in page
 
@@ -161,7 +161,7 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
     )
     student = evaluated_student.student()
     student.model.eval()
-    found = answer_questions(
+    answers = answer_questions(
         model=student.model,
         processor=evaluated_student.processor(),
         attachment=student.attachment,
@@ -170,20 +170,20 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
         batch_size=4,
         max_new_tokens=6,
     )["dense"]
-    assert [answer.vision_tokens for answer in found] == [[0] * 4, [16] * 4]
-    assert found[1].prediction == evaluated_student.naive()["dense"][0][0]
+    assert [answer.vision_tokens for answer in answers] == [[0] * 4, [16] * 4]
+    assert answers[1].prediction == evaluated_student.naive()["dense"][0][0]
 
 
 def test_policies_by_name_and_with_other_arguments() -> None:
     chosen = ["fastv", {"fastv": {"keep_ratio": 0.25}}, {"pyramiddrop": {"keep_ratios": {2: 0.5}}}]
-    found = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}])
-    assert {key: system.name for key, system in found.items()} == {
+    policies = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}])
+    assert {key: system.name for key, system in policies.items()} == {
         "fastv": "FastV",
         "fastv_2": "FastV (keep_ratio=0.25)",
         "pyramiddrop": "PyramidDrop",
         "pyramiddrop_4": "PyramidDrop no. 2",
     }
-    assert vars(found["fastv_2"].policy)["keep_ratio"] == 0.25
+    assert vars(policies["fastv_2"].policy)["keep_ratio"] == 0.25
 
 
 def test_energy_of_a_cpu_is_the_sum_of_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +235,17 @@ def without_times(value: Any) -> Any:
 def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
     """`kill -9` in the middle of the questions."""
     base = save_tiny_base(tmp_path / "base")
-    asked = [sys.executable, str(ROOT / "eval/evaluate.py"), f"model={base}", "policies=[{vtw: {layer: 3}}]"]
-    asked += ["samples=120", "batch_size=3", "controls=false", "batches=[]", "lengths=[]"]
+    command = [
+        sys.executable,
+        str(ROOT / "eval/evaluate.py"),
+        f"model={base}",
+        "policies=[{vtw: {layer: 3}}]",
+    ]
+    command += ["samples=120", "batch_size=3", "controls=false", "batches=[]", "lengths=[]"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    whole = subprocess.run([*asked, f"output={tmp_path / 'whole'}"], timeout=900, **quiet)
+    whole = subprocess.run([*command, f"output={tmp_path / 'whole'}"], timeout=900, **quiet)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    killed = subprocess.Popen([*asked, f"output={tmp_path / 'killed'}"], **quiet)
+    killed = subprocess.Popen([*command, f"output={tmp_path / 'killed'}"], **quiet)
     kept = tmp_path / "killed/unfinished.jsonl"
     while not kept.is_file() or kept.read_text().count("\n") < 40:
         assert killed.poll() is None, "it finished before it could be killed"
@@ -249,30 +254,30 @@ def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
     killed.wait()
     before = kept.read_text().count("\n") - 1
     again = subprocess.run(
-        [*asked, f"output={tmp_path / 'killed'}"], timeout=900, **{**quiet, "stdout": subprocess.PIPE}
+        [*command, f"output={tmp_path / 'killed'}"], timeout=900, **{**quiet, "stdout": subprocess.PIPE}
     )
     assert again.returncode == 0 and "answers of an interrupted run" in again.stdout, again.stderr[-3000:]
     assert 20 <= before < 2 * 120
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
     assert without_times(reports[0]) == without_times(reports[1])
-    said = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "killed")]
-    assert said[0] == said[1]
+    predictions = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "killed")]
+    assert predictions[0] == predictions[1]
 
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
-    asked = ["model=embedded", "policies=[visipruner]", "samples=12", "batch_size=3", "controls=false"]
-    asked += ["batches=[]", "lengths=[]"]
+    words = ["model=embedded", "policies=[visipruner]", "samples=12", "batch_size=3", "controls=false"]
+    words += ["batches=[]", "lengths=[]"]
     script = str(ROOT / "eval/evaluate.py")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     launch += [f"--main_process_port={free_port()}", script]
-    said = []
+    predictions = []
     for name, command in (("one", [sys.executable, script]), ("two", launch)):
         done = subprocess.run(
-            [*command, *asked, f"output={tmp_path / name}"], capture_output=True, text=True, timeout=900
+            [*command, *words, f"output={tmp_path / name}"], capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr[-3000:]
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
-        said.append([(a["system"], a["id"], a["prediction"]) for a in map(json.loads, lines)])
-    assert said[0] == said[1] and len(said[0]) == 24
+        predictions.append([(a["system"], a["id"], a["prediction"]) for a in map(json.loads, lines)])
+    assert predictions[0] == predictions[1] and len(predictions[0]) == 24
     assert json.loads((tmp_path / "two/report.json").read_text())["environment"]["processes"] == 2

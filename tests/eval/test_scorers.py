@@ -10,16 +10,16 @@ from latefusion.eval.tasks import choice, documents, vqa, yes_no
 
 
 def answer(
-    said: str, right: str, *, kind: str = "a", scene: str = "s", name: str = "0", score: float = 0
+    text: str, right: str, *, kind: str = "a", scene: str = "s", name: str = "0", score: float = 0
 ) -> Answer:
     return Answer(
-        system="x", task="t", id=name, type=kind, scene=scene, question="?", answer=right, prediction=said,
+        system="x", task="t", id=name, type=kind, scene=scene, question="?", answer=right, prediction=text,
         score=score, text_tokens=1, tokens=[1], fusion_layer=None, exit_layer=None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("text", "normalised"),
     [
         ("The cat", "cat"),  # article
         ("two dogs", "2 dogs"),  # number word
@@ -38,22 +38,22 @@ def answer(
         ("a an the", ""),
     ],
 )
-def test_vqa_normalisation(given: str, wanted: str) -> None:
-    assert vqa.normalise(given) == wanted
+def test_vqa_normalisation(text: str, normalised: str) -> None:
+    assert vqa.normalise(text) == normalised
 
 
 @pytest.mark.parametrize(
-    ("same", "wanted"),
+    ("same", "expected"),
     [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)],
 )
-def test_vqa_accuracy_leaves_each_of_ten_people_out(same: int, wanted: float) -> None:
+def test_vqa_accuracy_leaves_each_of_ten_people_out(same: int, expected: float) -> None:
     """Of three who agree, each left out leaves two (2/3); the other seven leave three (1): (3 * 2/3 + 7) / 10 = 0.9."""
     row = {"answers": ["a cat"] * same + [f"other {i}" for i in range(10 - same)]}
-    assert vqa.vqa_accuracy("Cat.", row) == pytest.approx(wanted)
+    assert vqa.vqa_accuracy("Cat.", row) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("said", "pope", "mme"),
+    ("text", "pope", "mme"),
     [
         ("Yes", "yes", "yes"),
         ("No.", "no", "no"),
@@ -67,27 +67,28 @@ def test_vqa_accuracy_leaves_each_of_ten_people_out(same: int, wanted: float) ->
         ("", "yes", "other"),
     ],
 )
-def test_yes_and_no_are_read_as_pope_and_mme_read_them(said: str, pope: str, mme: str) -> None:
-    assert (yes_no.pope_parse(said), yes_no.mme_parse(said)) == (pope, mme)
+def test_yes_and_no_are_read_as_pope_and_mme_read_them(text: str, pope: str, mme: str) -> None:
+    assert (yes_no.pope_parse(text), yes_no.mme_parse(text)) == (pope, mme)
 
 
-def value(found: metrics.Measure, answers: list[Answer]) -> float:
-    return metrics.measure(found, [a.scene for a in answers]).value
+def value(measure: metrics.Measure, answers: list[Answer]) -> float:
+    return metrics.measure(measure, [a.scene for a in answers]).value
 
 
 def test_pope_figures() -> None:
     """3 true yes, 1 false yes, 2 missed, 4 true no: accuracy 70, precision 75, recall 60, F1 200/3, yes 40."""
     pairs = [("Yes", "yes")] * 3 + [("Yes", "no")] + [("No", "yes")] * 2 + [("No", "no")] * 4
-    answers = [answer(said, right, kind="random", scene=str(i)) for i, (said, right) in enumerate(pairs)]
+    answers = [answer(text, right, kind="random", scene=str(i)) for i, (text, right) in enumerate(pairs)]
     answers += [answer("No", "no", kind="popular", scene=str(i)) for i in range(10)]
-    found = yes_no.pope_measures(answers)
+    measures = yes_no.pope_measures(answers)
     figures = {
-        name: value(found[f"{name}, random"], answers) for name in ("accuracy", "precision", "recall", "F1")
+        name: value(measures[f"{name}, random"], answers)
+        for name in ("accuracy", "precision", "recall", "F1")
     }
     assert figures == pytest.approx({"accuracy": 70, "precision": 75, "recall": 60, "F1": 200 / 3})
-    assert value(found["yes ratio, random"], answers) == pytest.approx(40)
-    assert value(found["accuracy"], answers) == pytest.approx(85) and "F1, adversarial" not in found
-    assert value(found["F1, popular"], answers) == 0  # no yes anywhere
+    assert value(measures["yes ratio, random"], answers) == pytest.approx(40)
+    assert value(measures["accuracy"], answers) == pytest.approx(85) and "F1, adversarial" not in measures
+    assert value(measures["F1, popular"], answers) == 0  # no yes anywhere
 
 
 def test_mme_counts_an_image_only_if_both_answers_are_right() -> None:
@@ -95,15 +96,15 @@ def test_mme_counts_an_image_only_if_both_answers_are_right() -> None:
     rows = [("existence", "a", 1), ("existence", "a", 1), ("existence", "b", 1), ("existence", "b", 0)]
     rows += [("count", "c", 1), ("count", "c", 0), ("code_reasoning", "d", 1), ("code_reasoning", "d", 1)]
     answers = [answer("", "", kind=kind, scene=scene, score=score) for kind, scene, score in rows]
-    found = yes_no.mme_measures(answers)
-    assert value(found["perception"], answers) == pytest.approx(75 + 50 + 50 + 0)
-    assert found["perception"].most == 400 and found["cognition"].most == 200
-    assert value(found["cognition"], answers) == pytest.approx(200)
-    assert value(found["existence"], answers) == pytest.approx(125)
+    measures = yes_no.mme_measures(answers)
+    assert value(measures["perception"], answers) == pytest.approx(75 + 50 + 50 + 0)
+    assert measures["perception"].most == 400 and measures["cognition"].most == 200
+    assert value(measures["cognition"], answers) == pytest.approx(200)
+    assert value(measures["existence"], answers) == pytest.approx(125)
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("text", "letter"),
     [
         ("B", "B"),
         ("(C)", "C"),
@@ -117,8 +118,8 @@ def test_mme_counts_an_image_only_if_both_answers_are_right() -> None:
         ("bird", ""),
     ],
 )
-def test_letters_are_read_by_rule(said: str, letter: str) -> None:
-    assert choice.read_letter(said, ["cat", "dog", "horse", "cow"]) == letter
+def test_letters_are_read_by_rule(text: str, letter: str) -> None:
+    assert choice.read_letter(text, ["cat", "dog", "horse", "cow"]) == letter
 
 
 def test_circular_needs_every_rotation() -> None:
@@ -133,11 +134,11 @@ def test_circular_needs_every_rotation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("text", "expected"),
     [("B", 1), ("b", 1), ("B. dog", 1), ("A", 0), ("dog", 0), ("The answer is B", 0), ("", 0)],
 )
-def test_scienceqa_reads_as_llava_does(said: str, wanted: float) -> None:
-    assert choice.scienceqa_score(said, {"answer": "B"}) == wanted
+def test_scienceqa_reads_as_llava_does(text: str, expected: float) -> None:
+    assert choice.scienceqa_score(text, {"answer": "B"}) == expected
 
 
 def test_seed_takes_the_first_letter() -> None:
@@ -146,7 +147,7 @@ def test_seed_takes_the_first_letter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "right", "wanted"),
+    ("text", "right", "expected"),
     [
         ("105", "100", 1),  # 5% off
         ("105.1", "100", 0),
@@ -161,8 +162,8 @@ def test_seed_takes_the_first_letter() -> None:
         ("2,000", "2000", 0),  # no number, and another text
     ],
 )
-def test_relaxed_accuracy(said: str, right: str, wanted: float) -> None:
-    assert documents.relaxed(said, {"answer": right}) == wanted
+def test_relaxed_accuracy(text: str, right: str, expected: float) -> None:
+    assert documents.relaxed(text, {"answer": right}) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_edit_distance(a: str, b: str, distance: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "answers", "wanted"),
+    ("text", "answers", "expected"),
     [
         ("Kitten", ["kitten"], 1),
         ("sitting", ["kitten"], 1 - 3 / 7),  # above the threshold
@@ -185,8 +186,8 @@ def test_edit_distance(a: str, b: str, distance: int) -> None:
         ("", ["x"], 0),
     ],
 )
-def test_anls(said: str, answers: list[str], wanted: float) -> None:
-    assert documents.anls(said, {"answers": answers}) == pytest.approx(wanted)
+def test_anls(text: str, answers: list[str], expected: float) -> None:
+    assert documents.anls(text, {"answers": answers}) == pytest.approx(expected)
 
 
 def test_exact_match_takes_any_of_several_answers() -> None:

@@ -30,7 +30,7 @@ TEN = ["red"] * 4 + ["blue"] * 6
 
 def benchmark(name: str, folder: Path) -> None:
     """One or two questions in the files that the benchmark distributes."""
-    said = [{"answer": text, "answer_id": i} for i, text in enumerate(TEN, 1)]
+    annotators = [{"answer": text, "answer_id": i} for i, text in enumerate(TEN, 1)]
     if name == "vqav2":
         write(
             folder / "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -45,7 +45,7 @@ def benchmark(name: str, folder: Path) -> None:
                         "image_id": 42,
                         "answer_type": "other",
                         "multiple_choice_answer": "blue",
-                        "answers": said,
+                        "answers": annotators,
                     }
                 ]
             },
@@ -71,7 +71,7 @@ def benchmark(name: str, folder: Path) -> None:
     elif name == "vizwiz":
         write(
             folder / "val.json",
-            [{"image": "v1.jpg", "question": "What colour?", "answer_type": "other", "answers": said}],
+            [{"image": "v1.jpg", "question": "What colour?", "answer_type": "other", "answers": annotators}],
         )
         picture(folder / "val/v1.jpg")
     elif name == "pope":

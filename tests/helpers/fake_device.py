@@ -71,8 +71,8 @@ TENSOR = torch.tensor
 def made(values: Any, **options: Any) -> Tensor:
     """`torch.tensor`, which is no operator and asks nobody."""
     device = torch.device(options.pop("device", None) or "cpu")
-    found = TENSOR(tree_map(inner, values), **options)
-    return There(found) if device.type == DEVICE.type else found
+    tensor = TENSOR(tree_map(inner, values), **options)
+    return There(tensor) if device.type == DEVICE.type else tensor
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -84,8 +84,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = any(isinstance(x, There) for x in tensors)
     if there and name not in MOVES:
         by_index = name in BY_INDEX and isinstance(args[0], There)
-        own = [args[0], *args[2:3]] if by_index else tensors
-        if any(not isinstance(x, There) and x.dim() and x.numel() for x in own):
+        placed = [args[0], *args[2:3]] if by_index else tensors
+        if any(not isinstance(x, There) and x.dim() and x.numel() for x in placed):
             places = ", ".join(f"{tuple(x.shape)} {type(x).__name__}" for x in tensors)
             raise RuntimeError(f"{name} mixes tensors of two devices: {places}.")
     if (device := kwargs.get("device")) is not None:
@@ -93,12 +93,12 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if name == "copy_":
         there = isinstance(args[0], There)
-    found = func(*tree_map(inner, args), **tree_map(inner, kwargs))
-    if not there or not any(isinstance(x, Tensor) for x in tree_leaves(found)):
-        return found
+    result = func(*tree_map(inner, args), **tree_map(inner, kwargs))
+    if not there or not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+        return result
     if func._schema.is_mutable:
         return args[0]
-    return tree_map(lambda x: There(x) if isinstance(x, Tensor) else x, found)
+    return tree_map(lambda x: There(x) if isinstance(x, Tensor) else x, result)
 
 
 def inner(x: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from latefusion.training.engines import sharding as fsdp
+from latefusion.training.engines import sharding
 
 begin = AcceleratorState.__init__
 
@@ -24,6 +24,6 @@ def begin_with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: An
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = begin_with_fsdp
-    fsdp.refuse_cpu = lambda: None
+    sharding.refuse_cpu = lambda: None
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -142,13 +142,13 @@ class ReferenceLlama:
     @staticmethod
     def _removal(o: Array, a: list[Array], v: list[Array], columns: list[int]) -> list[tuple[float, float]]:
         """For each key column: cosine of `o` without its contribution to `o`, and the contribution's norm."""
-        found = []
+        effects = []
         for i in columns:
             contribution = np.concatenate([a[head][i] * v[head][i] for head in range(len(v))])
             rest = o - contribution
             cosine = rest @ o / (np.linalg.norm(rest) * np.linalg.norm(o))
-            found.append((float(cosine), float(np.linalg.norm(contribution))))
-        return found
+            effects.append((float(cosine), float(np.linalg.norm(contribution))))
+        return effects
 
     @staticmethod
     def _fuse(

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from latefusion.models.student.build import Student
 from latefusion.recipes.check import check_config
 from latefusion.recipes.schema import RECIPES, Config
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 from latefusion.training.embedded.architecture import build_config, build_model
 from latefusion.training.embedded.vocabulary import build_processor
 
@@ -57,7 +57,7 @@ SMALL = ("train.dtype=float32", "lora.r=4", "entry.rank=4", "entry.init=identity
 def tiny_student(*overrides: str) -> tuple[Config, Student]:
     """A student of 6 layers whose vision tokens live in layers 2 to 4, 2 of them in layer 4."""
     config = configured(*BAND, *SMALL, *overrides)
-    return config, parts.student_from(config, *tiny_base())
+    return config, assemble.student_from(config, *tiny_base())
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def shake(student: Student, scale: float = 0.3) -> None:
 
 def student_inputs(student: Student, samples: list[Any]) -> dict[str, torch.Tensor]:
     """The collated batch without labels and queries: what a forward takes."""
-    batch = parts.collator_of(student)(samples)
+    batch = assemble.collator_of(student)(samples)
     return {k: v for k, v in batch.items() if k not in ("labels", "queries")}
 
 

@@ -104,9 +104,9 @@ def test_a_deep_copy_has_its_own_attachment() -> None:
     attachment.detach()
     for other in (twin, unpickled):
         assert torch.equal(logits(other, inputs), pruned)
-        own = attached(other)
-        assert own is not None and own.model is other and own.policy == KEEPS
-        own.detach()
+        copied = attached(other)
+        assert copied is not None and copied.model is other and copied.policy == KEEPS
+        copied.detach()
         assert torch.equal(logits(other, inputs), dense)
     assert torch.equal(logits(model, inputs), dense)
 
@@ -148,9 +148,9 @@ def test_prompt_text_ranks_and_answers_do_not() -> None:
     with masked(model, vision_tokens(inputs), seen, padding=inputs["attention_mask"]):
         expected = logits(model, inputs, use_cache=False)
     with attach(model, KEEPS) as attachment, attachment.queries(queries, answers=answers):
-        found = logits(model, inputs)
+        pruned = logits(model, inputs)
         assert [r.kept for r in attachment.trace] == [m.nonzero().flatten().tolist() for m in seen[4]]
-    assert close(found[text_tokens(inputs)], expected[text_tokens(inputs)])
+    assert close(pruned[text_tokens(inputs)], expected[text_tokens(inputs)])
     with attach(model, KEEPS) as attachment:
         with pytest.raises(ValueError, match=r"queries must be int64 \[batch, rows\]"):
             attachment.queries(torch.tensor([1.0])).__enter__()

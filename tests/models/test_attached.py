@@ -99,12 +99,12 @@ def test_lora_before_and_after(family: str) -> None:
     )
     wrapped = get_peft_model(model, config)
     assert attached(wrapped) is before
-    found = logits(wrapped, inputs)[text]
+    adapted = logits(wrapped, inputs)[text]
     with wrapped.disable_adapter():
         base = logits(wrapped, inputs)[text]
     before.detach()
     entry = model.vision_entry
-    for adapters, value in ((True, found), (False, base)):
+    for adapters, value in ((True, adapted), (False, base)):
         with masked(model, vision, seen, padding=padding, entry=entry), torch.no_grad():
             if adapters:
                 expected = wrapped(**inputs, use_cache=False).logits[text]
@@ -112,11 +112,11 @@ def test_lora_before_and_after(family: str) -> None:
                 with wrapped.disable_adapter():
                     expected = wrapped(**inputs, use_cache=False).logits[text]
         assert close(value, expected)
-    assert not close(found, base)
+    assert not close(adapted, base)
     with attach(wrapped, BAND):
-        assert torch.equal(logits(wrapped, inputs)[text], found)
+        assert torch.equal(logits(wrapped, inputs)[text], adapted)
         merged = wrapped.merge_and_unload()
-        assert (logits(merged, inputs)[text] - found).abs().max() < 2e-5
+        assert (logits(merged, inputs)[text] - adapted).abs().max() < 2e-5
         assert attached(merged) is not None
 
 

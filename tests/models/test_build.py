@@ -24,7 +24,7 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student, decoder_linears
 from latefusion.models.student.entry import EntryAdapter, entry_of, install_entry
 from latefusion.models.student.save import load, load_student, merge, save_student
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_schedule_beyond_the_model_is_refused():
 def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projector):
     options = (f"model.path={base}", "model.attention=sdpa", f"lora.train_projector={str(projector).lower()}")
     config = configured(*BAND, *SMALL, *options)
-    student = parts.student_of(config)
+    student = assemble.student_of(config)
     shake(student, 0.1)
     inputs = student_inputs(student, samples)
     expected = student_logits(student.model, inputs)
@@ -114,7 +114,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     assert saved["architectures"] == ["LlavaForConditionalGeneration"]
     merged, _ = load(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(student_logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(student_logits(parts.student_of(config).model, inputs), expected, rtol=1e-2)
+    assert not torch.allclose(student_logits(assemble.student_of(config).model, inputs), expected, rtol=1e-2)
 
     plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert (
@@ -128,7 +128,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
 
 
 def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
-    student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
+    student = assemble.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
     save_student(student, tmp_path)
     loaded = load_student(tmp_path, dtype=torch.float32)
     loaded.model.generate(**student_inputs(loaded, samples[:1]), max_new_tokens=2)
@@ -164,7 +164,7 @@ def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(LlavaConfig(), dtype=torch.bfloat16)
         _, processor = tiny_base()
-        student = parts.student_from(config, model, processor)
+        student = assemble.student_from(config, model, processor)
     tokens = student.schedule.vision_tokens(32, 576)
     assert sum(tokens) / 32 == pytest.approx(64, abs=0.5)
     trainable, total = student.model.get_nb_trainable_parameters()

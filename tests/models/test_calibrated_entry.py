@@ -19,7 +19,7 @@ from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
 from latefusion.models.student.save import load, merge, save_student
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 from latefusion.training.calibrate import FITTED, settle_entry
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -57,12 +57,12 @@ def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None
     handles = [layer.register_forward_pre_hook(look), layer.register_forward_hook(shift)]
     try:
         with attach(model, VisionSchedule()) as attachment:
-            found = fit_entry(attachment, [(inputs, vision)], 1)
+            entry = fit_entry(attachment, [(inputs, vision)], 1)
     finally:
         for handle in handles:
             handle.remove()
-    assert found.explained > 0.9999 and found.tokens == 80 and len(found.entry.bias) == 4
-    mapped = found.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
+    assert entry.explained > 0.9999 and entry.tokens == 80 and len(entry.entry.bias) == 4
+    mapped = entry.entry(state[vision].unflatten(0, (-1, 4)), torch.arange(4))
     torch.testing.assert_close(
         mapped, state[vision].unflatten(0, (-1, 4)) @ weight + bias, atol=5e-3, rtol=5e-3
     )
@@ -86,12 +86,12 @@ def test_a_late_token_gets_the_bias_of_its_place() -> None:
 
     with torch.no_grad():
         with installed(model, entry), attach(model, VisionSchedule(enter=2, exit=4)):
-            found = model(**inputs).logits
+            late = model(**inputs).logits
         seen = band(vision, 6, 2, 4)
         with masked(model, vision, seen, padding=inputs["attention_mask"], entry=by_hand):
             expected = model(**inputs).logits
     text = text_tokens(inputs)
-    torch.testing.assert_close(found[text], expected[text], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(late[text], expected[text], atol=2e-5, rtol=1e-4)
     assert entry_of(model) is None
 
 
@@ -134,11 +134,11 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
 
 def states(model, inputs, vision, layers) -> list[torch.Tensor]:
     """The dense model's vision rows before these layers, `[N, D]` each, float64."""
-    found: list[torch.Tensor] = []
+    recorded: list[torch.Tensor] = []
     decoder = model.get_decoder()
     handles = [
         decoder.layers[layer].register_forward_pre_hook(
-            lambda m, args: found.append(args[0][vision].double())
+            lambda m, args: recorded.append(args[0][vision].double())
         )
         for layer in layers
     ]
@@ -146,7 +146,7 @@ def states(model, inputs, vision, layers) -> list[torch.Tensor]:
         model(**inputs)
     for handle in handles:
         handle.remove()
-    return found
+    return recorded
 
 
 @pytest.mark.parametrize("kinds", [("tt I ttt",), ("tt I ttt", "t I I tt")])
@@ -155,8 +155,8 @@ def test_what_is_explained_is_what_least_squares_explains(kinds) -> None:
     model = shared("llava")
     batches = [prompt("llava", [*kinds] * 9, seed=seed) for seed in range(3)]
     with attach(model, VisionSchedule()) as attachment:
-        found = fit_entry(attachment, [(inputs, vision_tokens(inputs)) for inputs in batches], 2)
-    rows, places = [], len(found.entry.bias)
+        entry = fit_entry(attachment, [(inputs, vision_tokens(inputs)) for inputs in batches], 2)
+    rows, places = [], len(entry.entry.bias)
     assert places == (4 if len(kinds) == 1 else 1)
     for inputs in batches:
         x, y = states(model, inputs, vision_tokens(inputs), (0, 2))
@@ -175,18 +175,18 @@ def test_what_is_explained_is_what_least_squares_explains(kinds) -> None:
         guess = (x - means[0][place]) @ weight + means[1][place] if mapped is None else mapped(x)
         return float(1 - (y - guess).square().sum() / (y - means[1][place]).square().sum())
 
-    assert found.explained == pytest.approx(share(rows, *fitted(rows)), rel=1e-6)
+    assert entry.explained == pytest.approx(share(rows, *fitted(rows)), rel=1e-6)
     before = fitted(rows[:2])
-    assert found.unseen == pytest.approx(share(rows[2:], *before), rel=1e-6)
-    assert found.raw == pytest.approx(share(rows[2:], *before, mapped=lambda x: x), rel=1e-6)
-    assert found.unseen < found.explained
+    assert entry.unseen == pytest.approx(share(rows[2:], *before), rel=1e-6)
+    assert entry.raw == pytest.approx(share(rows[2:], *before, mapped=lambda x: x), rel=1e-6)
+    assert entry.unseen < entry.explained
 
 
 def test_one_batch_leaves_nothing_unseen() -> None:
     inputs = prompt("llava", ["tt I ttt"] * 20)
     with attach(shared("llava"), VisionSchedule()) as attachment:
-        found = fit_entry(attachment, [(inputs, vision_tokens(inputs))], 1)
-    assert found.unseen is None and found.raw is None
+        entry = fit_entry(attachment, [(inputs, vision_tokens(inputs))], 1)
+    assert entry.unseen is None and entry.raw is None
 
 
 OPTIONS = (
@@ -200,8 +200,8 @@ OPTIONS = (
 
 def made(config, rows=None, resumed=None) -> Path:
     """The entry's file, when it is settled."""
-    rows = rows if rows is not None else parts.samples(config.data)
-    settle_entry(config, lambda: parts.base_of(config), lambda: rows, resumed)
+    rows = rows if rows is not None else assemble.samples(config.data)
+    settle_entry(config, lambda: assemble.base_of(config), lambda: rows, resumed)
     return Path(config.output_dir) / FITTED / ENTRY
 
 
@@ -214,7 +214,7 @@ def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, ca
         "Entry calibrated on 64 images: fitted without the last 16, it explains " in capsys.readouterr().out
     )
     first = load_file(file)
-    student = parts.student_of(config)
+    student = assemble.student_of(config)
     assert torch.equal(entry_of(student.model).start.weight, first["weight"])
 
     def never():
@@ -228,23 +228,23 @@ def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, ca
 @pytest.mark.parametrize("without", ["schedule.enter=0", "entry.kind=none", "entry.init=identity"])
 def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, without) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}", without)
-    assert not made(config).exists() and parts.student_of(config).model is not None
+    assert not made(config).exists() and assemble.student_of(config).model is not None
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         (0, "none of the training set's samples has one; use entry.init=identity"),
         (1, "cannot fit the calibrated entry's map"),
         (10, "10 images are too few to calibrate the entry at layer 1"),
     ],
 )
-def test_too_few_images_are_told_so_before_training(base, tmp_path, images, said) -> None:
+def test_too_few_images_are_told_so_before_training(base, tmp_path, images, message) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
-    rows = [parts.samples(config.data)[i] for i in range(0, 10 * images, 10)]
+    rows = [assemble.samples(config.data)[i] for i in range(0, 10 * images, 10)]
     turns = [{"role": role, "content": [{"type": "text", "text": "hm?"}]} for role in ("user", "assistant")]
     rows += [{"id": "t", "messages": turns, "images": []}]
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         made(config, rows)
     assert "\n" not in str(error.value) and "entry.init=identity" in str(error.value)
 
@@ -252,4 +252,4 @@ def test_too_few_images_are_told_so_before_training(base, tmp_path, images, said
 def test_a_process_that_does_not_see_the_entry_says_so(base, tmp_path) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
     with pytest.raises(FileNotFoundError, match="output_dir=FOLDER that all machines share"):
-        parts.student_of(config)
+        assemble.student_of(config)

@@ -111,11 +111,11 @@ def test_gradients_reach_weights_and_image(family: str, attention: str) -> None:
     with masked(model, vision, seen_at(vision, cross), padding=inputs["attention_mask"], frozen=True):
         expected, expected_loss = gradients(model, inputs)
     with attach(model, VisionSchedule(cross=cross)):
-        (found, loss), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
-    assert found.keys() == expected.keys()
+        (grads, loss), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
+    assert grads.keys() == expected.keys()
     scale = max(1.0, *(grad.abs().max().item() for grad in expected.values()))
-    assert all(close(found[name], expected[name], TOLERANCE * scale) for name in found)
-    assert abs(loss - expected_loss) <= TOLERANCE and all(torch.equal(found[n], again[n]) for n in found)
+    assert all(close(grads[name], expected[name], TOLERANCE * scale) for name in grads)
+    assert abs(loss - expected_loss) <= TOLERANCE and all(torch.equal(grads[n], again[n]) for n in grads)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -198,7 +198,7 @@ def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
     """Attached before and after PEFT put its layers around the linear ones."""
     inputs, cross = prompt("llava", MIXED), (1, 4)
     vision, text = vision_tokens(inputs), text_tokens(inputs)
-    found = []
+    seen_rows = []
     for first in (True, False):
         model = build("llava")
         schedule = VisionSchedule(cross=cross)
@@ -223,7 +223,7 @@ def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
             if "layers.1." in name and name.endswith("lora_A.default"):
                 module.register_forward_hook(partial(note, name.split(".")[-3], rows))
         with torch.no_grad():
-            found.append(student(**inputs).logits[text])
+            seen_rows.append(student(**inputs).logits[text])
         longest, most_text = 12, 5
         assert rows == {
             **dict.fromkeys(("k_proj", "v_proj"), longest),
@@ -243,7 +243,7 @@ def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
         ),
     ):
         expected = student(**inputs, use_cache=False).logits[text]
-    assert all(close(logits, expected) for logits in found)
+    assert all(close(logits, expected) for logits in seen_rows)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -257,12 +257,12 @@ def test_flops_are_those_of_a_real_run(kv_heads: int, attention: str) -> None:
             measured = counted_flops(model, inputs_embeds)
             record = attachment.trace[0]
         assert schedule.flops(model.config, N_TEXT, N_VISION) == pytest.approx(measured, rel=0.01)
-        own = account(model.config, [record])
-        assert own.flops == schedule.flops(model.config, N_TEXT, N_VISION) - schedule.ranking_flops(
+        counted = account(model.config, [record])
+        assert counted.flops == schedule.flops(model.config, N_TEXT, N_VISION) - schedule.ranking_flops(
             model.config, N_TEXT, record.vision
         )
         after = N_TEXT - 10  # text after the image
-        assert own.attention == after * sum(record.vision)
+        assert counted.attention == after * sum(record.vision)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -16,7 +16,7 @@ from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
 from latefusion.models.policies.random import Random
 from latefusion.models.policies.visipruner.settings import VisiPruner
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 
 MIXED = ["tt I ttt", "tttt", "t I t I tt"]
 POLICIES = {
@@ -49,23 +49,23 @@ def test_mixing_devices_is_noticed():
 
 def forward(model: Any, inputs: dict[str, Any], policy: Any, *, steps: int) -> list[torch.Tensor]:
     """Logits of a prefill and of decode steps, on the CPU."""
-    mask, found = inputs["attention_mask"], []
+    mask, results = inputs["attention_mask"], []
     with torch.no_grad(), Elsewhere(), attach(model, policy):
         out = model(**inputs)
-        found.append(inner(out.logits))
+        results.append(inner(out.logits))
         for _ in range(steps):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             ids = torch.full((len(mask), 1), 5, device=mask.device)
             step = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
-            found.append(inner(step.logits))
-    return found
+            results.append(inner(step.logits))
+    return results
 
 
 def check(family: str, policy: str) -> None:
     steps = 0 if family in MROPE_FAMILIES else 2
     expected = forward(shared(family), prompt(family, MIXED), POLICIES[policy], steps=steps)
-    found = forward(move(build(family)), moved(prompt(family, MIXED)), POLICIES[policy], steps=steps)
-    for a, b in zip(found, expected, strict=True):
+    elsewhere = forward(move(build(family)), moved(prompt(family, MIXED)), POLICIES[policy], steps=steps)
+    for a, b in zip(elsewhere, expected, strict=True):
         assert (a - b).abs().max() < NEAR
 
 
@@ -94,21 +94,25 @@ def test_families(family, policy):
     ],
 )
 def test_the_objective_and_its_gradients(options):
-    found = []
+    results = []
     for place in (lambda x: x, moved):
         config, student = tiny_student("data.scenes=2", "model.visipruner.boundary=1", *options)
         shake(student)
-        samples = parts.samples(config.data)
-        batch = parts.collator_of(student, config)([samples[i] for i in range(3)])
-        objective = parts.objective_of(config, student)
+        samples = assemble.samples(config.data)
+        batch = assemble.collator_of(student, config)([samples[i] for i in range(3)])
+        objective = assemble.objective_of(config, student)
         if place is moved:
             move(student.model)
         with Elsewhere():
             loss, _ = objective(student.model, place(dict(batch)), count=5)
             loss.backward()
         weights = student.model.named_parameters()
-        found.append((float(loss.detach()), {n: inner(p.grad) for n, p in weights if p.grad is not None}))
-    (loss, grads), (expected, wanted) = found[1], found[0]
-    assert loss == pytest.approx(expected, rel=1e-5) and grads.keys() == wanted.keys() and len(grads) > 80
+        results.append((float(loss.detach()), {n: inner(p.grad) for n, p in weights if p.grad is not None}))
+    (loss, grads), (expected, expected_grads) = results[1], results[0]
+    assert (
+        loss == pytest.approx(expected, rel=1e-5)
+        and grads.keys() == expected_grads.keys()
+        and len(grads) > 80
+    )
     for name, grad in grads.items():
-        assert (grad - wanted[name]).norm() < 1e-3 * wanted[name].norm() + 1e-4, name
+        assert (grad - expected_grads[name]).norm() < 1e-3 * expected_grads[name].norm() + 1e-4, name

@@ -153,12 +153,12 @@ def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
     with masked(model, vision, seen_by_keeps(family, inputs), padding=padding(inputs)):
         expected, expected_loss = gradients(model, inputs)
     with attach(model, KEEPS):
-        (found, loss), (again, loss_again) = gradients(model, inputs), gradients_checkpointed(model, inputs)
-    assert found.keys() == expected.keys()
+        (grads, loss), (again, loss_again) = gradients(model, inputs), gradients_checkpointed(model, inputs)
+    assert grads.keys() == expected.keys()
     scale = max(grad.abs().max().item() for grad in expected.values())
-    assert max(gap(found[name], expected[name]) for name in found) / max(scale, 1.0) <= TOLERANCE
+    assert max(gap(grads[name], expected[name]) for name in grads) / max(scale, 1.0) <= TOLERANCE
     assert abs(loss - expected_loss) <= TOLERANCE
-    assert loss == loss_again and all(torch.equal(found[name], again[name]) for name in found)
+    assert loss == loss_again and all(torch.equal(grads[name], again[name]) for name in grads)
 
 
 # ---------------------------------------------------------------- all batches (slow)

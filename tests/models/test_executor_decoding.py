@@ -227,12 +227,12 @@ def test_samples_stay_uneven_after_a_turn_that_is_even() -> None:
         model(**turn("llava", tokens[:, :8], everything[:, :8], image(one), cache))
         with attachment.using(Fixed(part(8, 15))):
             model(**turn("llava", tokens[:, 8:15], everything[:, :15], image(two), cache))
-        found = model(**turn("llava", tokens[:, 15:], everything, None, cache)).logits[:, -1]
+        last = model(**turn("llava", tokens[:, 15:], everything, None, cache)).logits[:, -1]
     both = image(prompt("llava", ["I", "I", "I", "I"]))
     both.pooler_output = [image(turn_).pooler_output[row] for row in (0, 1) for turn_ in (one, two)]
     with torch.no_grad(), masked(model, vision, seen):
         whole = turn("llava", tokens, everything, both, None)
-        assert close(model(**whole, use_cache=False).logits[:, -1], found)
+        assert close(model(**whole, use_cache=False).logits[:, -1], last)
 
 
 def test_a_cache_that_records_its_past_gives_the_window_alone() -> None:

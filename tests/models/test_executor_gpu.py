@@ -60,7 +60,7 @@ def check(
     """Against sdpa on the same device: logits of a prefill and of decode steps over the same tokens."""
     inputs = to_gpu(prompt("llava", rows, side), dtype)
     text = text_tokens(inputs)
-    found = {}
+    logits_on = {}
     for implementation in ("sdpa", attention):
         model = on_gpu(implementation, dtype)
         with torch.no_grad(), attach(model, POLICIES[policy]):
@@ -72,8 +72,8 @@ def check(
                 steps.append(
                     model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values).logits
                 )
-        found[implementation] = out.logits[text].float(), torch.cat(steps).float()
-    for a, b in zip(found["sdpa"], found[attention], strict=True):
+        logits_on[implementation] = out.logits[text].float(), torch.cat(steps).float()
+    for a, b in zip(logits_on["sdpa"], logits_on[attention], strict=True):
         assert (a - b).abs().max() <= tolerance
 
 
@@ -137,8 +137,8 @@ def test_gradients_equal_those_on_the_cpu() -> None:
     grads = []
     for device in ("cpu", "cuda"):
         model = build_from(llava(hf.LlamaConfig)).to(device)
-        given = inputs if device == "cpu" else to_gpu(inputs, torch.float32)
+        placed = inputs if device == "cpu" else to_gpu(inputs, torch.float32)
         with attach(model, Fixed([mask.to(device) for mask in seen])):
-            model(**given, labels=labels.to(device), use_cache=False).loss.backward()
+            model(**placed, labels=labels.to(device), use_cache=False).loss.backward()
         grads.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
     assert all((grads[0][name] - grads[1][name]).abs().max() < 1e-4 for name in grads[0])

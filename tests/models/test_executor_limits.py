@@ -43,12 +43,12 @@ def test_padding_is_found_in_a_mask_of_four_dimensions(side: str, kind: str) -> 
     cells = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril() & real[:, None, None, :]
     if kind == "additive":
         cells = torch.zeros(cells.shape).masked_fill(~cells, torch.finfo(torch.float32).min)
-    found = []
+    results = []
     for mask in (inputs["attention_mask"], cells):
         with torch.no_grad(), attach(model, KEEPS) as attachment:
             logits = model(**{**inputs, "attention_mask": mask}).logits[text]
-            found.append((logits, attachment.trace))
-    assert found[0][1] == found[1][1] and close(found[0][0], found[1][0])
+            results.append((logits, attachment.trace))
+    assert results[0][1] == results[1][1] and close(results[0][0], results[1][0])
 
 
 # ---------------------------------------------------------------- chunked prefill
@@ -119,7 +119,7 @@ def test_without_a_look_at_the_tokens_the_counts_tell() -> None:
     def fresh() -> Returns:
         mask = torch.zeros(2, 9, dtype=torch.bool, device="meta")
         rows = torch.zeros(2, 1, dtype=torch.long, device="meta")
-        known = {"n_text": (0, 0), "n_answer": (0, 0), "tail": 0}
+        no_text = {"n_text": (0, 0), "n_answer": (0, 0), "tail": 0}
         return Returns(
             Prompt(
                 vision=mask,
@@ -129,7 +129,7 @@ def test_without_a_look_at_the_tokens_the_counts_tell() -> None:
                 n_vision=(4, 4),
                 n_real=(9, 9),
                 num_layers=6,
-                **known,
+                **no_text,
             )
         )
 

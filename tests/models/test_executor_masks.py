@@ -188,7 +188,7 @@ def test_a_bare_language_model_with_a_vision_mask(attention: str, by: str) -> No
     inputs = prompt("llava", MIXED)
     vision, mask = vision_tokens(inputs), inputs["attention_mask"]
     embeds = torch.randn(*vision.shape, 32, generator=torch.Generator().manual_seed(4))
-    given = {"inputs_embeds": embeds, "attention_mask": mask}
+    embedded = {"inputs_embeds": embeds, "attention_mask": mask}
 
     def rule(**arguments: Any) -> torch.Tensor | None:
         tokens = arguments["inputs_embeds"]
@@ -197,12 +197,16 @@ def test_a_bare_language_model_with_a_vision_mask(attention: str, by: str) -> No
     seen = ragged(vision)
     with torch.no_grad():
         with masked(model, vision, seen, padding=mask):
-            expected = model(**given, use_cache=False).logits[text_tokens(inputs)]
+            expected = model(**embedded, use_cache=False).logits[text_tokens(inputs)]
         vision_mask = vision if by == "mask" else rule
         with attach(model, Fixed(seen), vision_mask=vision_mask) as attachment:
-            assert close(model(**given).logits[text_tokens(inputs)], expected)
+            assert close(model(**embedded).logits[text_tokens(inputs)], expected)
             out = model.generate(
-                **given, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+                **embedded,
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
             assert attachment.trace[2].tokens == [4, 12, *[4 + int(s[2].sum()) for s in seen[2:]]]
         whole = torch.cat([embeds, model.get_input_embeddings()(out.sequences)], 1)
@@ -326,7 +330,7 @@ def test_a_block_mask_is_translated_cell_by_cell() -> None:
     stock = create_block_mask(causal, B=2, H=None, Q_LEN=6, KV_LEN=6, device="cpu")
     query = torch.tensor([[2, 3, 5], [0, 4, 5]])
     key = torch.tensor([[-1, 2, 3, 5], [0, 1, 4, 5]])
-    found = compact_mask(
+    compact = compact_mask(
         stock, torch.zeros(2, 3, 8), query, key, config=build("llava").config.get_text_config(), causal=True
     )
     for b in range(2):
@@ -335,6 +339,6 @@ def test_a_block_mask_is_translated_cell_by_cell() -> None:
                 at = key[b, k]
                 want = bool(at >= 0 and at <= query[b, q] and padding[b, at])
                 assert (
-                    bool(found.mask_mod(torch.tensor(b), torch.tensor(0), torch.tensor(q), torch.tensor(k)))
+                    bool(compact.mask_mod(torch.tensor(b), torch.tensor(0), torch.tensor(q), torch.tensor(k)))
                     == want
                 )

@@ -36,12 +36,12 @@ def kept_two(inputs: dict[str, Any]) -> Fixed:
 def test_words_and_numbers_of_one_prompt() -> None:
     model, inputs = build("llava"), prompt("llava", ["t I tt"])
     with lf.attach(model, kept_two(inputs)):
-        found = lf.explain(model, inputs)
-    said = found.to_dict()[0]
-    assert said["kept"] == KEPT and said["kept_patches"] == [0, 3] and said["exit_layer"] == 4
-    assert said["vision"] == [4, 4, 2, 2, 0, 0] and said["tokens"] == [7, 7, 5, 5, 3, 3]
-    json.dumps(said)
-    text = str(found)
+        explanation = lf.explain(model, inputs)
+    numbers = explanation.to_dict()[0]
+    assert numbers["kept"] == KEPT and numbers["kept_patches"] == [0, 3] and numbers["exit_layer"] == 4
+    assert numbers["vision"] == [4, 4, 2, 2, 0, 0] and numbers["tokens"] == [7, 7, 5, 5, 3, 3]
+    json.dumps(numbers)
+    text = str(explanation)
     assert "4 vision and 3 text tokens, 6 layers" in text and "2 of 4 vision tokens were chosen" in text
     assert "Vision tokens: all in layers 0 to 1, 2 in layers 2 to 3, none in layers 4 to 5." in text
 
@@ -49,9 +49,9 @@ def test_words_and_numbers_of_one_prompt() -> None:
 def test_accounting_counts_pairs_one_by_one() -> None:
     """t v v t v t: each query with each key not after it, counted in loops."""
     row = "tvvtvt"
-    wanted = sum("v" in (row[q], row[k]) for q in range(6) for k in range(q + 1))
-    assert vision_pairs(3, [3]) == wanted
-    assert vision_pairs(3, [3, 0, 3]) == 2 * wanted
+    expected = sum("v" in (row[q], row[k]) for q in range(6) for k in range(q + 1))
+    assert vision_pairs(3, [3]) == expected
+    assert vision_pairs(3, [3, 0, 3]) == 2 * expected
     model, inputs = shared("llava"), prompt("llava", ["t I tt"])
     with lf.attach(model, kept_two(inputs)) as att, torch.no_grad():
         model(**inputs)
@@ -87,11 +87,11 @@ def test_paper_shape_of_llava_7b() -> None:
 def test_a_batch_with_text_and_late_entry() -> None:
     model, inputs = shared("llava"), prompt("llava", ["t I t I tt", "tttt"])
     with lf.attach(model, lf.VisionSchedule(enter=2, exit=5)):
-        found = explain(model, inputs)
-    first, second = str(found).split("\n")
+        explanation = explain(model, inputs)
+    first, second = str(explanation).split("\n")
     assert "none in layers 0 to 1, all in layers 2 to 4, none in layer 5" in first
     assert first.startswith("Prompt 0: 8 vision and 4 text") and "no vision tokens" in second
-    assert [len(sample.positions) for sample in found.samples] == [8, 0]
+    assert [len(sample.positions) for sample in explanation.samples] == [8, 0]
     with lf.attach(model, lf.VisionSchedule()):
         text_only = explain(model, prompt("llava", ["tttt", "tt"]))
     assert str(text_only).count("nothing to remove") == 2
@@ -102,10 +102,10 @@ def test_the_picture_frames_the_kept_patches(family: str, tmp_path: Path) -> Non
     model, inputs = shared(family), prompt(family, ["t I t I tt"])
     images = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     with lf.attach(model, Random(layer=1, keep_ratio=0.4)):
-        found = explain(model, inputs, images=images)
-    kept = found.samples[0].kept_patches
+        explanation = explain(model, inputs, images=images)
+    kept = explanation.samples[0].kept_patches
     assert kept is not None and len(kept) == 3
-    found.save(tmp_path / "kept.svg")
+    explanation.save(tmp_path / "kept.svg")
     root = ElementTree.parse(tmp_path / "kept.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}image")) == 2
@@ -125,8 +125,8 @@ def test_the_picture_frames_the_kept_patches(family: str, tmp_path: Path) -> Non
 def test_pictures_come_from_the_pixels_or_stay_away(tmp_path: Path) -> None:
     model, inputs = shared("llava"), prompt("llava", ["t I tt"])
     with lf.attach(model, lf.VisionSchedule(exit=3)):
-        found = explain(model, inputs)
-        assert found.samples[0].images == [] and "<image" not in found.samples[0].picture()
+        explanation = explain(model, inputs)
+        assert explanation.samples[0].images == [] and "<image" not in explanation.samples[0].picture()
         with pytest.raises(ValueError, match="2 images given for prompts with 1; pass one for each"):
             explain(model, inputs, images=[Image.new("RGB", (4, 4))] * 2)
     with pytest.raises(

@@ -53,17 +53,17 @@ def test_a_folder_is_named_by_its_weights_and_by_nothing_else(folder: Path, tmp_
     content = bytearray(weights.read_bytes())
     weights.write_bytes(content)  # another time
     assert model_fingerprint(other) == model_fingerprint(str(other)) == first
-    found = {first}
+    fingerprints = {first}
     for at in (0, 5000, len(content) - 1):
         changed = bytearray(content)
         changed[at] ^= 1
         weights.write_bytes(changed)
-        found.add(model_fingerprint(other))
+        fingerprints.add(model_fingerprint(other))
     weights.write_bytes(content)
     (other / "config.json").write_text('{"rope_theta": 1}')
-    found.add(model_fingerprint(other))
+    fingerprints.add(model_fingerprint(other))
     weights.rename(other / "model-00001-of-00002.safetensors")
-    assert len({*found, model_fingerprint(other)}) == 6
+    assert len({*fingerprints, model_fingerprint(other)}) == 6
 
 
 def test_a_long_file_is_read_whole_once_and_again_when_it_changes(
@@ -290,13 +290,13 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_weights_alone(tmp_path:
 
 def test_a_calibration_goes_on_with_the_same_weights_alone(tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base")
-    asked = calibrate.Arguments(
+    arguments = calibrate.Arguments(
         model=str(base), samples=2, max_new_tokens=1, boundaries=[1], layer_thresholds=[0.9], tokens_thresholds=[1.0]
     )  # fmt: skip
-    rows, found = questions.read(asked), []
+    rows, prefills = questions.read(arguments), []
     for change in (lambda: None, lambda: saved_anew(base), lambda: None):
         model, processor = load_base(str(base), dtype=torch.float32)
         with attach(model, VisionSchedule()) as attachment:
-            found.append(Search(asked, attachment, processor, rows).fingerprint())
+            prefills.append(Search(arguments, attachment, processor, rows).fingerprint())
         change()
-    assert found[0] == found[1] != found[2]
+    assert prefills[0] == prefills[1] != prefills[2]

@@ -24,7 +24,7 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
 from latefusion.models.student.save import fingerprints, load, load_student, merge, save_student
 from latefusion.recipes.schema import Layers, LoraConfig
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 from latefusion.training.cost import backward_ends, training_flops
 from latefusion.training.estimate import activation_bytes, logit_bytes, weight_bytes
 
@@ -37,7 +37,7 @@ def samples():
 
 def student_on(base, *overrides):
     options = (f"model.path={base}", "model.attention=sdpa", "entry.init=identity")
-    return parts.student_of(configured(*BAND, *SMALL, *options, *overrides))
+    return assemble.student_of(configured(*BAND, *SMALL, *options, *overrides))
 
 
 def trainable(student) -> set[str]:
@@ -84,16 +84,16 @@ def test_what_each_variant_trains():
     assert factors == [8.0, 16.0]
     aligned = trainable(tiny_student("tune=align")[1])
     assert aligned and all("vision_entry" in name or "multi_modal_projector" in name for name in aligned)
-    for kind, wanted in (
+    for kind, expected in (
         ("none", set()),
         ("scale", {"scale"}),
         ("low_rank", {"scale", "down.weight", "up.weight"}),
     ):
         entry = entry_of(tiny_student(f"entry.kind={kind}")[1].model)
-        found = (
+        trained = (
             set() if entry is None else {n for n, _ in entry.modules_to_save["default"].named_parameters()}
         )
-        assert found == wanted
+        assert trained == expected
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,16 @@ def test_the_backward_pass_ends_where_nothing_below_trains(samples, options, end
         layer.register_forward_hook(lambda module, args, output: learns.append(output.requires_grad))
         for layer in layers
     ]
-    batch = parts.collator_of(student)(samples)
+    batch = assemble.collator_of(student)(samples)
     with student.attachment.queries(batch["queries"]):
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
         student.model(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
     assert learns == [False] * ends + [True] * (6 - ends)
-    known, schedule = student.model.config, student.schedule
-    dense, spared = (training_flops(known, schedule, 10, 4, first=first) for first in (0, ends))
-    assert dense - spared == decoder_flops(known, [10] * ends)
+    config, schedule = student.model.config, student.schedule
+    dense, spared = (training_flops(config, schedule, 10, 4, first=first) for first in (0, ends))
+    assert dense - spared == decoder_flops(config, [10] * ends)
 
 
 def test_lora_goes_to_the_busy_layers_unless_told_otherwise():
@@ -132,8 +132,8 @@ def test_lora_goes_to_the_busy_layers_unless_told_otherwise():
     assert configured("model=embedded").lora.layers is Layers.all
     schedule = VisionSchedule(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})
     config = configured("model=llava_1_5_7b")
-    assert parts.adapted_layers(config, schedule, 32) == list(range(8, 24))
-    assert parts.adapted_layers(config, VisionSchedule(), 32) == list(range(32))  # recipe=dense
+    assert assemble.adapted_layers(config, schedule, 32) == list(range(8, 24))
+    assert assemble.adapted_layers(config, VisionSchedule(), 32) == list(range(32))  # recipe=dense
 
 
 def test_nothing_to_align_is_a_sentence():
@@ -179,9 +179,9 @@ def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, s
     assert torch.equal(student_logits(loaded, inputs), student_logits(student.model, inputs))
     assert entry_of(loaded) is not None
     config = configured(*BAND, *SMALL, "tune=full", "teacher=none")
-    batch = parts.collator_of(student)(samples)
+    batch = assemble.collator_of(student)(samples)
     student.model.zero_grad()
-    parts.objective_of(config, student)(student.model, batch, count=3)[0].backward()
+    assemble.objective_of(config, student)(student.model, batch, count=3)[0].backward()
     missing = {n for n, p in student.model.named_parameters() if p.requires_grad and p.grad is None}
     assert missing == set()
 
@@ -224,14 +224,14 @@ def test_the_band_narrows_from_all_layers_to_the_schedule():
     for p in range(100):
         target.widened(p / 100, 12).validate(12)
     config, student = tiny_student("train.narrow=0.5")
-    objective = parts.objective_of(config, student)
+    objective = assemble.objective_of(config, student)
     seen = []
     for moment in (0.0, 0.25, 0.5, 0.9):
         objective.at(moment)
         seen.append(student.attachment.policy.vision_tokens(6, 4))
     assert seen == [[4] * 6, [0, 4, 4, 4, 4, 4], [0, 0, 4, 4, 2, 0], [0, 0, 4, 4, 2, 0]]
     config, student = tiny_student()
-    parts.objective_of(config, student).at(0.0)
+    assemble.objective_of(config, student).at(0.0)
     assert student.attachment.policy is student.schedule
 
 
@@ -261,17 +261,17 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing, 
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         output = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    found = sum(size for pointer, size in kept.items() if pointer not in weights)
+    kept_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
     tokens = [50 + n for n in schedule.vision_tokens(6, 150)]
     frozen = schedule.vision_tokens(6, 150) if cross else [0] * 6
-    wanted = activation_bytes(
+    estimate = activation_bytes(
         model.config, tokens, frozen, dtype=torch.float32, checkpointing=checkpointing, eager=False
     )
     if checkpointing:
-        wanted -= activation_bytes(
+        estimate -= activation_bytes(
             model.config, tokens[:1], frozen[:1], dtype=torch.float32, checkpointing=False, eager=False
         )
-    assert 1 / 1.7 < found / wanted < 1.7, (found, wanted)
+    assert 1 / 1.7 < kept_bytes / estimate < 1.7, (kept_bytes, estimate)
     assert output.requires_grad
 
 
@@ -307,9 +307,9 @@ def test_a_decoder_in_four_bits_trains_and_merges(tmp_path, samples):
     if torch.cuda.is_available():
         student.model.cuda()
     device = next(student.model.parameters()).device
-    batch = {name: value.to(device) for name, value in parts.collator_of(student)(samples).items()}
+    batch = {name: value.to(device) for name, value in assemble.collator_of(student)(samples).items()}
     config = configured(*BAND, *SMALL, "teacher=dense")
-    parts.objective_of(config, student)(student.model, batch, count=3)[0].backward()
+    assemble.objective_of(config, student)(student.model, batch, count=3)[0].backward()
     assert all(p.grad is not None for p in student.model.parameters() if p.requires_grad)
     shake(student, 0.1)
     save_student(student, tmp_path / "adapter")

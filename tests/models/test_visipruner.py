@@ -71,7 +71,9 @@ def test_bfloat16_models_decide_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
 
     def spy(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append((weights.dtype, value.dtype, *(found.dtype for found in removal_effect(weights, value))))
+        seen.append(
+            (weights.dtype, value.dtype, *(effect.dtype for effect in removal_effect(weights, value)))
+        )
         return removal_effect(weights, value)
 
     monkeypatch.setattr(fusion, "removal_effect", spy)

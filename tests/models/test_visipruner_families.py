@@ -73,12 +73,12 @@ def removal(maps: Tensor, value: Tensor, row: int, columns: list[int]) -> list[t
     """Cosine without a key's contribution, and its norm, for the query row of one sample."""
     maps, value = maps.double(), value.double()
     output = torch.cat([maps[h, row] @ value[h] for h in range(len(maps))])
-    found = []
+    effects = []
     for i in columns:
         part = torch.cat([maps[h, row, i] * value[h, i] for h in range(len(maps))])
         cosine = torch.nn.functional.cosine_similarity(output - part, output, dim=0)
-        found.append((cosine.item(), part.norm().item()))
-    return found
+        effects.append((cosine.item(), part.norm().item()))
+    return effects
 
 
 def ruled_text(inputs: dict[str, Any]) -> Tensor:
@@ -98,30 +98,30 @@ def expected(family: str, side: str, stages: tuple[str, ...]) -> Expected:
     for layer in range(policy.boundary + 1, LAYERS) if "middle" in stages else ():
         with shallow_maps(model, vision, ruled, shallow) as maps, masked(model, vision, result.seen):
             model(**inputs, use_cache=False)
-        found = {}
+        by_layer = {}
         for b, row in enumerate(last):
             columns = result.seen[layer][b].nonzero().flatten().tolist()
             if columns:
-                found[b] = dict(
+                by_layer[b] = dict(
                     zip(columns, removal(maps[layer][0][b], maps[layer][1][b], row, columns), strict=True)
                 )
         if layer == policy.boundary + 1:
-            lowest = sorted(min(cosine for cosine, _ in effects.values()) for effects in found.values())
-            norms = sorted(norm for effects in found.values() for _, norm in effects.values())
+            lowest = sorted(min(cosine for cosine, _ in effects.values()) for effects in by_layer.values())
+            norms = sorted(norm for effects in by_layer.values() for _, norm in effects.values())
             result.policy = replace(
                 policy,
                 layer_threshold=(lowest[-1] + lowest[-2]) / 2,  # all samples with images but one fuse here
                 tokens_threshold=(norms[len(norms) // 2 - 1] + norms[len(norms) // 2]) / 2,
                 exit_threshold=EXIT_THRESHOLD,
             )
-        decide(layer, found, result)
+        decide(layer, by_layer, result)
     return result
 
 
-def decide(layer: int, found: dict[int, dict[int, tuple[float, float]]], result: Expected) -> None:
+def decide(layer: int, by_layer: dict[int, dict[int, tuple[float, float]]], result: Expected) -> None:
     """The next layers' vision tokens of every sample."""
     policy = result.policy
-    for b, effects in found.items():
+    for b, effects in by_layer.items():
         lowest = min(cosine for cosine, _ in effects.values())
         threshold = policy.layer_threshold if result.fusion[b] is None else policy.exit_threshold
         assert abs(lowest - threshold) > 1e-5, "a decision hangs on rounding"
@@ -175,8 +175,8 @@ def check(family: str, side: str, attention: str, stages: tuple[str, ...]) -> No
     pad = torch.nn.functional.pad
     ruled, seen = pad(ruled_text(inputs), grow), [pad(mask, grow) for mask in want.seen]
     with shallow_maps(eager, pad(vision, grow), ruled, shallow), masked(eager, pad(vision, grow), seen):
-        wanted = eager(**longer, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
-    assert (torch.stack(out.logits, 1) - wanted).abs().max() < TOLERANCE
+        eager_logits = eager(**longer, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
+    assert (torch.stack(out.logits, 1) - eager_logits).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -145,8 +145,8 @@ def check_decisions(case: dict, run: Recorded) -> None:
         if kind not in ("select_cos", "select_l2", "exit_cos") or not len(expected):
             continue
         cosine, norm = run.effects[int(layer) - first]
-        found = norm if kind == "select_l2" else cosine
-        close(found[0, 0, start : start + (len(expected) if kind == "exit_cos" else count)], expected)
+        effect = norm if kind == "select_l2" else cosine
+        close(effect[0, 0, start : start + (len(expected) if kind == "exit_cos" else count)], expected)
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -171,16 +171,16 @@ def test_what_any_of_several_queries_needs_is_kept() -> None:
     model = build()
     embeds, mask = prompts()[0]
     batch = single((embeds, mask))
-    found = {}
+    kept = {}
     with attach(model, VisionSchedule(), vision_mask=batch.vision) as att:
         for name, rows in (("first", [16]), ("last", [18]), ("both", [16, 18])):
             policy = VisiPruner(boundary=2, layer_threshold=0.999, tokens_threshold=0.2, stages=("middle",))
             with att.using(policy), att.queries(torch.tensor([rows])):
                 model(**batch.inputs)
-                found[name] = att.trace[0]
-    layers = {name: record.fusion_layer for name, record in found.items()}
+                kept[name] = att.trace[0]
+    layers = {name: record.fusion_layer for name, record in kept.items()}
     assert None not in layers.values()
     assert layers["both"] == min(layers["first"], layers["last"])
-    same = [found[name] for name in ("first", "last") if layers[name] == layers["both"]]
-    assert same and all(set(record.kept) <= set(found["both"].kept) for record in same)
-    assert len(found["both"].kept) > min(len(found["first"].kept), len(found["last"].kept))
+    same = [kept[name] for name in ("first", "last") if layers[name] == layers["both"]]
+    assert same and all(set(record.kept) <= set(kept["both"].kept) for record in same)
+    assert len(kept["both"].kept) > min(len(kept["first"].kept), len(kept["last"].kept))

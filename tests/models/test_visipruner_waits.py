@@ -45,11 +45,11 @@ class Operators(TorchDispatchMode):
 @contextmanager
 def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The reads of a tensor inside, by name: `tolist` and `numpy`, which are no operators, and all that are."""
-    found: list[str] = []
+    operations: list[str] = []
 
     def spied(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found.append(name)
+            operations.append(name)
             return read(*args, **kwargs)
 
         return call
@@ -57,8 +57,8 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with patch.context() as inside, Operators() as operators:
         for name in ("tolist", "numpy"):
             inside.setattr(Tensor, name, spied(name, getattr(Tensor, name)))
-        yield found
-    found += operators.found
+        yield operations
+    operations += operators.found
 
 
 def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: pytest.MonkeyPatch) -> int:
@@ -71,9 +71,9 @@ def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: py
         inside.setattr(fusion, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
         for chosen in (None, policy):
             attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)
-            with counted(patch) as found:
+            with counted(patch) as operations:
                 model(**batch.inputs, use_cache=True)
-            counts.append(len(found))
+            counts.append(len(operations))
             if attachment is not None:
                 attachment.detach()
     assert counts[1] - counts[0] == 1 + len(sent)

@@ -236,10 +236,10 @@ def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
 
 
 def test_settings_of_the_processor_are_added_to_the_model_s():
-    found = configured(
+    settings = configured(
         "model=qwen3_vl_4b", "model.processor={do_resize: false}", "model.processor.min_pixels=9"
     )
-    assert found.model.processor == {"max_pixels": 1310720, "do_resize": False, "min_pixels": 9}
+    assert settings.model.processor == {"max_pixels": 1310720, "do_resize": False, "min_pixels": 9}
     with pytest.raises(ValueError, match=r"train\.min_pixels does not exist"):
         compose_tree(["train.min_pixels=9"])
 

@@ -7,8 +7,7 @@ import torch
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_student
 
 from latefusion.data import sources
-from latefusion.training import assemble as parts
-from latefusion.training import monitor, run
+from latefusion.training import assemble, monitor, run
 
 
 def layer(n, d, m):
@@ -19,7 +18,7 @@ def layer(n, d, m):
 @pytest.mark.parametrize("teacher", ["none", "dense", "visipruner"])
 def test_flops_are_those_of_the_tokens_that_each_layer_computed(teacher):
     config, student = tiny_student(f"teacher={teacher}", "model.visipruner.boundary=1")
-    objective = parts.objective_of(config, student)
+    objective = assemble.objective_of(config, student)
     objective.counts = True
     rows = sources.scenes("validation", n_scenes=2)
     text_only = {
@@ -29,7 +28,7 @@ def test_flops_are_those_of_the_tokens_that_each_layer_computed(teacher):
     answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
     text_only["messages"].append(answer)
     for samples in ([rows[i] for i in range(3)], [text_only]):
-        batch = parts.collator_of(student)(samples)
+        batch = assemble.collator_of(student)(samples)
         _, terms = objective(student.model, batch, count=1)
         text = student.model.config.get_text_config()
         d, m, ids = text.hidden_size, text.intermediate_size, batch["input_ids"]
@@ -38,13 +37,13 @@ def test_flops_are_those_of_the_tokens_that_each_layer_computed(teacher):
         columns = (batch["labels"][:, 1:] != -100).any(0).sum().item()
         head = 2 * columns * len(ids) * d * text.vocab_size
         band = [0, 0, 4, 4, 2, 0]
-        own = (
+        expected = (
             sum(layer(t + min(v, k), d, m) for t, v in zip(n_text, n_vision, strict=True) for k in band)
             + head
         )
         dense = sum(6 * layer(t + v, d, m) for t, v in zip(n_text, n_vision, strict=True)) + head
         bare = sum(6 * layer(t, d, m) for t in n_text) + head
-        taught = terms["flops"].item() - 2 * own
+        taught = terms["flops"].item() - 2 * expected
         if teacher == "visipruner" and any(n_vision):
             assert bare <= taught <= dense
         else:
@@ -81,8 +80,8 @@ def test_a_run_logs_the_share(tmp_path, monkeypatch, capsys, engine):
     quick = ("train.steps=2", "train.batch_size=4", "train.log_every=1", "train.threads=1", "data.scenes=3")
     more = ("eval.enabled=false", "model.visipruner.boundary=1", f"model.path={base}", f"engine={engine}")
     run.run(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
-    found = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    shares = [(e["mfu"], e["samples_per_second"], e["tokens_per_second"]) for e in found if "loss" in e]
+    entries = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [(e["mfu"], e["samples_per_second"], e["tokens_per_second"]) for e in entries if "loss" in e]
     assert len(shares) == 2 and "MFU" in capsys.readouterr().out
     for (
         share,

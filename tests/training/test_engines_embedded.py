@@ -32,10 +32,10 @@ def trajectory(launcher: str, output: Path, *overrides: str) -> list[list[float]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
-    found = trajectory("alone", tmp_path_factory.mktemp("alone"))
-    assert len(found) == STEPS
-    assert len({loss for loss, *_ in found}) == STEPS  # no step repeats another
-    return found
+    steps = trajectory("alone", tmp_path_factory.mktemp("alone"))
+    assert len(steps) == STEPS
+    assert len({loss for loss, *_ in steps}) == STEPS  # no step repeats another
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
 def test_every_engine_goes_the_way_of_one_process(
     alone: list[list[float]], tmp_path: Path, launcher: str, engine: str
 ) -> None:
-    found = trajectory(launcher, tmp_path, f"engine={engine}")
+    steps = trajectory(launcher, tmp_path, f"engine={engine}")
     worst = max(
         abs(a / b - 1)
-        for ours, theirs in zip(found, alone, strict=True)
+        for ours, theirs in zip(steps, alone, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
     print(f"{engine}, {launcher}: {worst:.1e}")
-    for ours, theirs in zip(found, alone, strict=True):
+    for ours, theirs in zip(steps, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=3e-4)

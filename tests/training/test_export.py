@@ -12,8 +12,7 @@ from transformers import AutoModelForImageTextToText
 from latefusion.data import sources
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.save import load, save_student
-from latefusion.training import assemble as parts
-from latefusion.training import export, publish
+from latefusion.training import assemble, export, publish
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     base = save_tiny_base(folder / "base")
     options = ("model.attention=sdpa", "entry.init=identity", "lora.train_projector=true")
-    student = parts.student_of(configured(*BAND, *SMALL, f"model.path={base}", *options))
+    student = assemble.student_of(configured(*BAND, *SMALL, f"model.path={base}", *options))
     shake(student, 0.1)
     save_student(student, folder / "student")
     (folder / "student" / "config.yaml").write_text(
@@ -48,7 +47,7 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     torch.testing.assert_close(student_logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
     assert processor.chat_template
     card = (target / "README.md").read_text()
-    for wanted in (
+    for line in (
         "base_model: ",
         "from layer 2 to layer 4 only",
         '"keep": {\n    "4": 2',
@@ -57,7 +56,7 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
         "| late_fusion | 98.1% (97.0% to 99.0%) | 34% |",
         f'lf.load("{target}")',
     ):
-        assert wanted in card, wanted
+        assert line in card, line
     assert ("runs it *dense*" in card) == (merged == "true")
     printed = capsys.readouterr().out
     assert f"{target} is written." in printed
@@ -89,7 +88,7 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
     """Saved, loaded, merged, loaded: the same logits, and not those of a band."""
     base = save_tiny_base(tmp_path / "base")
     options = ("recipe=cross_only", "model.cross=[2,4]", f"model.path={base}", "model.attention=sdpa")
-    student = parts.student_of(configured(*SMALL, *options))
+    student = assemble.student_of(configured(*SMALL, *options))
     shake(student, 0.1)
     rows = sources.scenes("validation", n_scenes=1)
     inputs = student_inputs(student, [rows[i] for i in range(3)])
@@ -144,14 +143,14 @@ def test_adapters_of_another_base_are_refused(checkpoint, tmp_path, layers):
 def test_adapters_without_their_base_and_plain_checkpoints_are_told_before_torch(checkpoint, tmp_path):
     shutil.copytree(checkpoint[0], tmp_path / "student")
     named(tmp_path / "student", "/gone/base")
-    for source, said in (
+    for source, message in (
         (
             tmp_path / "student",
             r"no model at /gone/base: .*, as base_model_name_or_path in .*adapter_config\.json",
         ),
         (checkpoint[0].parent / "base", "base is a plain checkpoint already"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=said):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             export.check(export.Arguments(checkpoint=str(source), output=str(tmp_path / "out"), merge=True))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output=.*file cannot be written \(Not a directory\)"):

@@ -48,8 +48,8 @@ def steps(output):
 
 def started_and_at(step, kind, base, output, *options):
     """A run that has logged this step."""
-    launcher, *own = KINDS[kind]
-    process = start(launcher, base, output, *RUN, *own, *options)
+    launcher, *overrides = KINDS[kind]
+    process = start(launcher, base, output, *RUN, *overrides, *options)
     while steps(output) < step:
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.002)
@@ -63,11 +63,11 @@ def alive(process):
         return False
 
 
-def assert_same_weights(found, expected):
+def assert_same_weights(actual, expected):
     weights = load_file(expected / "adapter_model.safetensors")
-    for name, weight in load_file(found / "adapter_model.safetensors").items():
+    for name, weight in load_file(actual / "adapter_model.safetensors").items():
         assert torch.equal(weight, weights[name]), name
-    assert losses(found) == losses(expected) and len(losses(found)) == STEPS
+    assert losses(actual) == losses(expected) and len(losses(actual)) == STEPS
 
 
 def losses(output):

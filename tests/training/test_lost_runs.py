@@ -34,10 +34,10 @@ def cut(whole, tmp_path):
     return tmp_path
 
 
-def assert_same_weights(found, expected):
+def assert_same_weights(actual, expected):
     weights = load_file(expected / "adapter_model.safetensors")
     assert weights
-    for name, weight in load_file(found / "adapter_model.safetensors").items():
+    for name, weight in load_file(actual / "adapter_model.safetensors").items():
         assert torch.equal(weight, weights[name]), name
 
 
@@ -103,7 +103,7 @@ def test_only_the_run_that_began_goes_on(base, whole, tmp_path, capsys):
     output.mkdir()
     shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
     shutil.copy(whole / "config.yaml", output)
-    for change, said in (
+    for change, message in (
         ("lora.r=8", r"other settings: lora\.r=8 \(it had 4\); resume it with its own, as .*config\.yaml"),
         ("train.learning_rate=3", r"train\.learning_rate=3\.0 \(it had 0\.01\);"),
         ("schedule.exit=6", r"schedule\.exit=6 \(it had 5\);"),
@@ -111,7 +111,7 @@ def test_only_the_run_that_began_goes_on(base, whole, tmp_path, capsys):
         ("engine=lightning", r"engine\.trainer=lightning \(it had accelerate\);"),
         ("recipe=align", r"teacher=none \(it had visipruner\), tune=align \(it had lora\)"),
     ):
-        with pytest.raises(SystemExit, match=said):
+        with pytest.raises(SystemExit, match=message):
             train(base, output, "resume=true", change)
     moved = shutil.copytree(base, tmp_path / "moved")
     train(moved, output, "resume=true", "train.batch_size=2", "train.accumulation=2", "train.save_every=9")
@@ -158,8 +158,8 @@ def test_a_kill_while_saving_leaves_whole_checkpoints(tmp_path, moment, newest):
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    found = checkpoints.find(tmp_path, True, samples=4)
-    assert checkpoints.step_of(found) == newest and (found / "state").read_text() == "state"
+    checkpoint = checkpoints.find(tmp_path, True, samples=4)
+    assert checkpoints.step_of(checkpoint) == newest and (checkpoint / "state").read_text() == "state"
     write(tmp_path, 4)
     left = [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
     assert left == [newest, 4] and not (tmp_path / checkpoints.STAGING).exists()

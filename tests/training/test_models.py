@@ -138,10 +138,10 @@ def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, m
     layers = LAYERS[model]
     base = hub(FAMILY[model], layers)
     student = trained(model, base, tmp_path, "recipe=late_fusion_pyramid", "lora.train_projector=true")
-    wanted = composed(f"model={model}", "recipe=late_fusion_pyramid").schedule
-    assert student.schedule.enter == wanted.enter > 0 and student.schedule.exit == wanted.exit < layers
+    schedule = composed(f"model={model}", "recipe=late_fusion_pyramid").schedule
+    assert student.schedule.enter == schedule.enter > 0 and student.schedule.exit == schedule.exit < layers
     printed = capsys.readouterr().out
-    assert f"vision tokens by layer: 0-{wanted.enter - 1}: 0, {wanted.enter}-" in printed
+    assert f"vision tokens by layer: 0-{schedule.enter - 1}: 0, {schedule.enter}-" in printed
     assert "estimate: " in printed
     saved = student.model.peft_config["default"].modules_to_save
     assert len(saved) == 2 and all(
@@ -187,13 +187,13 @@ HUB = {  # what the preprocessor_config.json of these families says
 @pytest.mark.parametrize("model", [name for name, family in FAMILY.items() if family in HUB])
 def test_the_most_vision_tokens_of_an_image_are_as_its_configuration_says(model, tmp_path):
     """Through the library's own loading: without the setting the same photo has four times as many or more."""
-    said = {**HUB[FAMILY[model]], "temporal_patch_size": 2, "merge_size": 2}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    on_the_hub = {**HUB[FAMILY[model]], "temporal_patch_size": 2, "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(on_the_hub))
 
     def tokens(**settings):
-        found = Qwen2VLImageProcessorPil.from_pretrained(tmp_path, **settings)
-        grid = found(images=[Image.new("RGB", (3000, 2000))], return_tensors="pt")["image_grid_thw"]
+        processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path, **settings)
+        grid = processor(images=[Image.new("RGB", (3000, 2000))], return_tensors="pt")["image_grid_thw"]
         return int(grid.prod()) // 4
 
-    wanted = composed(f"model={model}").model.processor
-    assert 1200 < tokens(**wanted) <= 1280 < 4 * 1280 < tokens()
+    limits = composed(f"model={model}").model.processor
+    assert 1200 < tokens(**limits) <= 1280 < 4 * 1280 < tokens()

@@ -10,7 +10,7 @@ from latefusion.data.collate import IGNORE, label_columns
 from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 from latefusion.training.objective import distillation
 
 
@@ -20,7 +20,7 @@ def rows():
 
 
 def batch_of(student, rows, indices):
-    collate = parts.collator_of(student)
+    collate = assemble.collator_of(student)
     return collate([rows[i] for i in indices])
 
 
@@ -47,13 +47,13 @@ def test_loss_is_cross_entropy_plus_kl_over_all_logits(rows):
     config, student = tiny_student("kl.weight=0.7", "kl.temperature=1.5", "model.visipruner.boundary=1")
     shake(student)
     batch = batch_of(student, rows, range(5))
-    loss, terms = parts.objective_of(config, student)(student.model, batch, count=11)
+    loss, terms = assemble.objective_of(config, student)(student.model, batch, count=11)
 
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     base, _ = tiny_base()
     teacher = attach(base, visipruner(config.model.visipruner))
-    asked = (batch["queries"], batch["labels"] != IGNORE)
-    with torch.no_grad(), student.attachment.queries(*asked), teacher.queries(*asked):
+    places = (batch["queries"], batch["labels"] != IGNORE)
+    with torch.no_grad(), student.attachment.queries(*places), teacher.queries(*places):
         s, t = student.model(**inputs).logits, base(**inputs).logits
     ce = kl = 0.0
     for b, p in (batch["labels"] != -100).nonzero().tolist():
@@ -74,7 +74,7 @@ def test_teacher_is_the_base_under_its_policy_whatever_was_trained(rows, teacher
     )
     shake(student)
     student.model.train()
-    objective = parts.objective_of(config, student)
+    objective = assemble.objective_of(config, student)
     batch = batch_of(student, rows, range(4))
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     learnt = torch.ones_like(batch["labels"], dtype=torch.bool)
@@ -103,19 +103,19 @@ def test_a_new_student_is_the_base_under_the_schedule(rows):
 def test_gradient_does_not_depend_on_how_a_step_is_cut_into_batches(rows):
     config, student = tiny_student("teacher=dense")
     shake(student)
-    objective = parts.objective_of(config, student)
-    collate = parts.collator_of(student)
+    objective = assemble.objective_of(config, student)
+    collate = assemble.collator_of(student)
     samples = [rows[i] for i in range(8)]
     count = sum(int((collate([s])["labels"] != -100).sum()) for s in samples)
-    found = []
+    results = []
     for size in (8, 4, 2):
         student.model.zero_grad()
         for i in range(0, 8, size):
             objective(student.model, collate(samples[i : i + size]), count=count)[0].backward()
-        found.append(gradients(student))
-    assert found[0].keys() == {n for n, p in student.model.named_parameters() if p.requires_grad}
-    for other in found[1:]:
-        worst = max(((other[n] - g).abs().max() / g.abs().max()).item() for n, g in found[0].items())
+        results.append(gradients(student))
+    assert results[0].keys() == {n for n, p in student.model.named_parameters() if p.requires_grad}
+    for other in results[1:]:
+        worst = max(((other[n] - g).abs().max() / g.abs().max()).item() for n, g in results[0].items())
         assert worst < 2e-3  # float32 noise of a steep random network; a wrong divisor gives 1 and more
 
 
@@ -123,7 +123,7 @@ def test_sharing_image_features_changes_nothing(rows):
     config, student = tiny_student("teacher=dense")
     shake(student)
     batch = batch_of(student, rows, range(4))
-    objective = parts.objective_of(config, student)
+    objective = assemble.objective_of(config, student)
     assert objective.share_images
     shared, _ = objective(student.model, batch, count=8)
     objective.share_images = False
@@ -134,7 +134,7 @@ def test_sharing_image_features_changes_nothing(rows):
 def test_entry_adapter_and_projector_learn_where_vision_enters_late(rows):
     config, student = tiny_student("teacher=none", "lora.train_projector=true")
     batch = batch_of(student, rows, range(4))
-    parts.objective_of(config, student)(student.model, batch, count=8)[0].backward()
+    assemble.objective_of(config, student)(student.model, batch, count=8)[0].backward()
     grads = gradients(student)
     for part in (
         "vision_entry.modules_to_save.default.scale",
@@ -150,10 +150,10 @@ def test_a_batch_of_text_alone_still_gives_every_weight_a_gradient(projector):
     config, student = tiny_student("model.visipruner.boundary=1", f"lora.train_projector={projector}")
     content = [{"type": "text", "text": "how many?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
-    batch = parts.collator_of(student)(
+    batch = assemble.collator_of(student)(
         [{"messages": [{"role": "user", "content": content}, answer], "images": []}]
     )
-    parts.objective_of(config, student)(student.model, batch, count=2)[0].backward()
+    assemble.objective_of(config, student)(student.model, batch, count=2)[0].backward()
     missing = [n for n, p in student.model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []  # DDP and ZeRO wait for each of them
 
@@ -165,20 +165,20 @@ def test_a_batch_of_text_alone_runs_in_bfloat16_where_the_projector_trains():
         weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
     content = [{"type": "text", "text": "how many?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
-    batch = parts.collator_of(student)(
+    batch = assemble.collator_of(student)(
         [{"messages": [{"role": "user", "content": content}, answer], "images": []}]
     )
     forward = torch.autocast("cpu", torch.bfloat16)(student.model)
-    loss, _ = parts.objective_of(config, student)(forward, batch, count=2)
+    loss, _ = assemble.objective_of(config, student)(forward, batch, count=2)
     loss.backward()
-    found = [p.grad for n, p in student.model.named_parameters() if "projector" in n and p.requires_grad]
-    assert loss.isfinite() and all(grad is not None and not grad.any() for grad in found) and found
+    grads = [p.grad for n, p in student.model.named_parameters() if "projector" in n and p.requires_grad]
+    assert loss.isfinite() and all(grad is not None and not grad.any() for grad in grads) and grads
 
 
 def test_no_teacher_and_no_weight_mean_no_second_forward():
     config, student = tiny_student("teacher=none")
-    assert parts.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).teacher is None
     config.kl.weight, config.teacher = 0.0, type(config.teacher).dense
-    assert parts.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).teacher is None
     config.kl.weight = 1.0
-    assert parts.objective_of(config, student).teacher == VisionSchedule()
+    assert assemble.objective_of(config, student).teacher == VisionSchedule()

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.check import check_config
-from latefusion.training import assemble as parts
-from latefusion.training import run
+from latefusion.training import assemble, run
 from latefusion.training.objective import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
 from latefusion.training.teaching import teach
@@ -62,11 +61,11 @@ def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys):
 
 def test_no_teacher_runs(base, cache):
     config, student = tiny_student(f"kl.cache={cache}")
-    assert parts.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).teacher is None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             "kl.temperature=2",
@@ -89,39 +88,41 @@ def test_no_teacher_runs(base, cache):
         ),
     ],
 )
-def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, said):
-    with pytest.raises(SystemExit, match=rf"^error: .*{said}"):
+def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
         run.run(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_changed_chat_template_is_noticed(base, cache):
     config, student = check_config(options(base, cache, "output_dir=x")), None
-    student = parts.student_of(config)
-    told = expected(config, student.processor, teacher(config))
-    Taught(parts.collator_of(student), str(cache), told)
+    student = assemble.student_of(config)
+    answers = expected(config, student.processor, teacher(config))
+    Taught(assemble.collator_of(student), str(cache), answers)
     student.processor.chat_template += " "
     with pytest.raises(ValueError, match="were written with tokenizer="):
-        Taught(parts.collator_of(student), str(cache), expected(config, student.processor, teacher(config)))
+        Taught(
+            assemble.collator_of(student), str(cache), expected(config, student.processor, teacher(config))
+        )
 
 
 def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
     """As those of a base that was trained on and saved anew."""
     config = check_config(options(base, cache, "output_dir=x"))
-    student = parts.student_of(config)
-    told = expected(config, student.processor, parts.teacher(config))
+    student = assemble.student_of(config)
+    answers = expected(config, student.processor, assemble.teacher(config))
     again = tmp_path / "base"
     shutil.copytree(base, again)
     config.model.path = str(again)
-    moved = expected(config, student.processor, parts.teacher(config))
-    assert moved == {**told, "model": str(again)}, "it is what the folder holds that counts"
+    moved = expected(config, student.processor, assemble.teacher(config))
+    assert moved == {**answers, "model": str(again)}, "it is what the folder holds that counts"
     (file,) = again.glob("*.safetensors")
     weights = load_file(file)
     weights[max(weights)].view(-1)[0] += 1
     save_file(weights, file, metadata={"format": "pt"})
-    changed = {**expected(config, student.processor, parts.teacher(config)), "model": told["model"]}
-    with pytest.raises(ValueError, match=f"were written with weights={told['weights']}, but this run has"):
-        Taught(parts.collator_of(student), str(cache), changed)
+    changed = {**expected(config, student.processor, assemble.teacher(config)), "model": answers["model"]}
+    with pytest.raises(ValueError, match=f"were written with weights={answers['weights']}, but this run has"):
+        Taught(assemble.collator_of(student), str(cache), changed)
 
 
 def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
@@ -143,12 +144,12 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
         teach(options(base, tmp_path))
     monkeypatch.undo()
     config = check_config(options(base, cache, "output_dir=x"))
-    student = parts.student_of(config)
-    told = expected(config, student.processor, teacher(config))
-    isolated = parts.collator_of(student, config)
-    whole, shared = (Taught(isolated, str(folder), told) for folder in (cache, tmp_path))
+    student = assemble.student_of(config)
+    answers = expected(config, student.processor, teacher(config))
+    isolated = assemble.collator_of(student, config)
+    whole, shared = (Taught(isolated, str(folder), answers) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
-    rows = parts.samples(config.data)
+    rows = assemble.samples(config.data)
     samples = [rows[i] for i in (3, 0)]
     a, b = whole(samples), shared(samples)
     assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])
@@ -161,14 +162,14 @@ def larger(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("larger")
     save_tiny_base(folder / "model", layers=9, seed=3)
     Image.new("RGB", (20, 30), (200, 0, 0)).save(folder / "a.jpg")
-    asked = ["<image>\nwhat color is it?", "how many?", "is it?"] * 2
+    questions = ["<image>\nwhat color is it?", "how many?", "is it?"] * 2
     records = [
         {
             "id": f"r{i}",
             **({"image": "a.jpg" if i < 6 else "none.jpg"} if "<image>" in question else {}),
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}],
         }
-        for i, question in enumerate([*asked, "<image>\nwhat?"])
+        for i, question in enumerate([*questions, "<image>\nwhat?"])
     ]
     (folder / "mix.json").write_text(json.dumps(records))
     options = (
@@ -180,7 +181,7 @@ def larger(base, tmp_path_factory):
     return folder / "one", options
 
 
-def told(folder):
+def cached(folder):
     files = sorted(folder.glob("teacher-*.arrow"))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     return len(files), {(row["sample"], row["prompt"]): row for row in rows}
@@ -191,13 +192,13 @@ def told(folder):
 def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
     one, options = larger
     where = (f"kl.cache={tmp_path / 'two'}", f"engine={engine}")
-    said = launch("torchrun", base, tmp_path / "out", *options, *where, script=TEACH)
-    assert "samples taught by the first of 2 processes" in said
-    (files, expected), (both, found) = told(one), told(tmp_path / "two")
-    assert (files, both) == (1, 2) and found.keys() == expected.keys() and len(found) == 6
+    printed = launch("torchrun", base, tmp_path / "out", *options, *where, script=TEACH)
+    assert "samples taught by the first of 2 processes" in printed
+    (files, expected), (both, sharded) = cached(one), cached(tmp_path / "two")
+    assert (files, both) == (1, 2) and sharded.keys() == expected.keys() and len(sharded) == 6
     for key, row in expected.items():
-        assert found[key]["tokens"] == row["tokens"]
-        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+        assert sharded[key]["tokens"] == row["tokens"]
+        assert sharded[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
     assert (
         json.loads((tmp_path / "two" / "teacher.json").read_text())["model"] == options[3].partition("=")[2]
     )
@@ -206,46 +207,47 @@ def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
 @pytest.mark.slow
 def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
     """The cache says the same of its teacher, so that a run without `kl.model` takes it."""
-    given = (*QUICK, *SMALL, *BAND, f"model.path={base}", "kl.top_k=5")
-    teach(composed(*given, f"kl.cache={tmp_path / 'one'}"))
+    overrides = (*QUICK, *SMALL, *BAND, f"model.path={base}", "kl.top_k=5")
+    teach(composed(*overrides, f"kl.cache={tmp_path / 'one'}"))
     launch(
         "torchrun",
         base,
         tmp_path / "out",
-        *given,
+        *overrides,
         f"kl.cache={tmp_path / 'two'}",
         "engine=deepspeed_zero3",
         script=TEACH,
     )
-    (_, wanted), (both, found) = told(tmp_path / "one"), told(tmp_path / "two")
-    assert both == 2 and found.keys() == wanted.keys() and found
-    for key, row in wanted.items():
-        assert found[key]["tokens"] == row["tokens"]
-        assert found[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+    (_, expected), (both, sharded) = cached(tmp_path / "one"), cached(tmp_path / "two")
+    assert both == 2 and sharded.keys() == expected.keys() and sharded
+    for key, row in expected.items():
+        assert sharded[key]["tokens"] == row["tokens"]
+        assert sharded[key]["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
     one, two = (json.loads((tmp_path / n / "teacher.json").read_text()) for n in ("one", "two"))
     assert {**one, "files": 2} == two
 
 
 def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(base, tmp_path, capsys):
     rows = [
-        {"id": f"r{i}", "messages": [said("user", "how many?"), said("assistant", "2")]} for i in range(9)
+        {"id": f"r{i}", "messages": [lines_of("user", "how many?"), lines_of("assistant", "2")]}
+        for i in range(9)
     ]
-    rows.append({"id": "last", "messages": [said("user", "how many?")]})
+    rows.append({"id": "last", "messages": [lines_of("user", "how many?")]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = options(base, tmp_path / "cache", "data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
+    overrides = options(base, tmp_path / "cache", "data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
     with pytest.raises(
         SystemExit, match=r"^error: row last .*; leave such rows out with data\.on_error=skip\.$"
     ):
-        teach(given)
+        teach(overrides)
     assert not (tmp_path / "cache" / "teacher.json").exists()
-    given.data.on_error = "skip"
-    teach(given)
+    overrides.data.on_error = "skip"
+    teach(overrides)
     assert "9 samples taught" in (printed := capsys.readouterr().out)
     assert "1 row(s) could not be used and were left out: " in printed
     assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
 
 
-def said(role, text):
+def lines_of(role, text):
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
@@ -264,7 +266,7 @@ def test_what_is_not_kept_counts_as_one_token(k, temperature):
     """Against plain sums in numpy; with the whole vocabulary it is the usual distillation."""
     student, teacher = logits(0).requires_grad_(), logits(1)
     logprobs, tokens = (teacher / temperature).log_softmax(-1).topk(k)
-    found = distillation_from(student, tokens, logprobs, temperature)
+    kl = distillation_from(student, tokens, logprobs, temperature)
     total = 0.0
     for s, t in zip(student.detach().numpy() / temperature, teacher.numpy() / temperature, strict=True):
         q, p = np.exp(s) / np.exp(s).sum(), np.exp(t) / np.exp(t).sum()
@@ -273,11 +275,11 @@ def test_what_is_not_kept_counts_as_one_token(k, temperature):
         rest = [i for i in range(len(p)) if i not in kept]
         if rest:
             total += p[rest].sum() * np.log(p[rest].sum() / q[rest].sum())
-    assert found.item() == pytest.approx(temperature**2 * total, rel=1e-9)
+    assert kl.item() == pytest.approx(temperature**2 * total, rel=1e-9)
     whole = distillation(student, teacher, temperature)
-    assert found.item() <= whole.item() + 1e-9
+    assert kl.item() <= whole.item() + 1e-9
     if k == 11:
-        (a,), (b,) = (torch.autograd.grad(loss, student) for loss in (found, whole))
+        (a,), (b,) = (torch.autograd.grad(loss, student) for loss in (kl, whole))
         assert torch.allclose(a, b)
     assert (
         torch.autograd.grad(distillation_from(student, tokens, logprobs, temperature), student)[0]

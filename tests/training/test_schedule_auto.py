@@ -13,8 +13,7 @@ from helpers.launch import free_port, launch
 from helpers.tiny_base import composed, configured
 
 from latefusion.models import profile_folder
-from latefusion.training import first, run
-from latefusion.training import prepare as settle
+from latefusion.training import first, prepare, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
@@ -67,8 +66,8 @@ print("together", flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "said"), [("works", "{'enter': 2}"), ("fails", "error: it cannot be.")])
-def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str, said: str) -> None:
+@pytest.mark.parametrize(("way", "message"), [("works", "{'enter': 2}"), ("fails", "error: it cannot be.")])
+def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str, message: str) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
@@ -79,8 +78,8 @@ def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=240)[0].splitlines() for process in processes]
-    assert told == [["worked", said, "together"], [said, "together"]]
+    outputs = [process.communicate(timeout=240)[0].splitlines() for process in processes]
+    assert outputs == [["worked", message, "together"], [message, "together"]]
 
 
 def test_one_process_needs_no_store(monkeypatch) -> None:
@@ -97,25 +96,25 @@ def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_pat
         (tmp_path / "profile").mkdir(exist_ok=True)
         (tmp_path / "profile" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
 
-    monkeypatch.setattr(settle, "profile", profile)
+    monkeypatch.setattr(prepare, "profile", profile)
     options = (f"model.path={base}", f"output_dir={tmp_path}", *AUTO)
     for resumed, times in ((tmp_path, 1), (tmp_path, 1), (None, 2)):  # nothing there yet; there; not resumed
         config, cfg = configured(*options), composed(*options)
-        settle.settle_schedule(config, cfg, resumed)
+        prepare.settle_schedule(config, cfg, resumed)
         assert len(made) == times
         assert (config.schedule.enter, config.schedule.exit, config.schedule.keep) == (1, 3, {2: 2})
         assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
 
 
 def test_a_folder_that_machines_do_not_share_is_told_so(tmp_path: Path) -> None:
-    wanted = {"enter": 1, "exit": 3, "keep": {}}
+    schedule = {"enter": 1, "exit": 3, "keep": {}}
     with pytest.raises(ValueError, match=r"choose an output_dir=FOLDER that all machines share") as error:
-        settle.schedule_at(str(tmp_path), wanted)
+        prepare.schedule_at(str(tmp_path), schedule)
     assert "\n" not in str(error.value)
     (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 4\n")
     with pytest.raises(ValueError, match="all machines share"):
-        settle.schedule_at(str(tmp_path), wanted)
+        prepare.schedule_at(str(tmp_path), schedule)
     (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 3\n")
-    assert settle.schedule_at(str(tmp_path), wanted).to_dict() == wanted
+    assert prepare.schedule_at(str(tmp_path), schedule).to_dict() == schedule
     with pytest.raises(FileNotFoundError, match=r"no schedule.yaml"):
-        settle.schedule_at(str(tmp_path / "nowhere"), None)
+        prepare.schedule_at(str(tmp_path / "nowhere"), None)

@@ -14,8 +14,7 @@ from latefusion.models.policies.configured import visipruner
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
-from latefusion.training import assemble as parts
-from latefusion.training import run
+from latefusion.training import assemble, run
 from latefusion.training.embedded.vocabulary import build_processor
 from latefusion.training.objective import IGNORE, Objective
 from latefusion.training.teacher import OtherTeacher
@@ -47,16 +46,16 @@ def test_kl_is_to_the_other_model_under_its_policy(base, larger, teacher):
     )
     shake(student)
     rows = sources.scenes("validation", n_scenes=2)
-    batch = parts.collator_of(student)([rows[i] for i in range(5)])
-    objective = parts.objective_of(config, student)
+    batch = assemble.collator_of(student)([rows[i] for i in range(5)])
+    objective = assemble.objective_of(config, student)
     _, terms = objective(student.model, batch, count=1)
 
     model, _ = tiny_base(layers=LAYERS, seed=3)
     policy = VisionSchedule() if teacher == "dense" else visipruner(config.kl.visipruner)
     attachment = attach(model, policy)
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
-    asked = (batch["queries"], batch["labels"] != IGNORE)
-    with torch.no_grad(), student.attachment.queries(*asked), attachment.queries(*asked):
+    places = (batch["queries"], batch["labels"] != IGNORE)
+    with torch.no_grad(), student.attachment.queries(*places), attachment.queries(*places):
         s, t = student.model(**inputs).logits, model(**inputs).logits
     assert terms["kl"].item() == pytest.approx(textbook(s, t, batch["labels"], 1.5), rel=1e-4)
     assert terms["kl"].item() > 0.1
@@ -80,9 +79,9 @@ def test_every_family_can_be_taught_by_its_larger_sibling(family):
     for row, at in enumerate(last.tolist()):
         labels[row, at] = inputs["input_ids"][row, at]
     queries = (last - 1)[:, None]
-    own = build_from(CONFIGS[family]())
+    base_model = build_from(CONFIGS[family]())
     student = build_student(
-        own,
+        base_model,
         None,
         base=family,
         schedule=VisionSchedule(enter=2, exit=5),
@@ -100,14 +99,14 @@ def test_every_family_can_be_taught_by_its_larger_sibling(family):
         temperature=1.0,
         share_images=True,
         other=OtherTeacher(model=larger, attachment=attach(larger, policy)),
-        vocabulary=own.config.text_config.vocab_size,
+        vocabulary=base_model.config.text_config.vocab_size,
     )
     _, terms = objective(student.model, {**inputs, "labels": labels, "queries": queries}, count=1)
 
     again = build_from(config)
     attachment = attach(again, policy)
-    asked = (queries, labels != IGNORE)
-    with torch.no_grad(), student.attachment.queries(*asked), attachment.queries(*asked):
+    places = (queries, labels != IGNORE)
+    with torch.no_grad(), student.attachment.queries(*places), attachment.queries(*places):
         s = student.model(**prompt(family, rows, side="right")).logits
         t = again(**prompt(family, rows, side="right")).logits[..., : s.shape[-1]]
     assert terms["kl"].item() == pytest.approx(textbook(s, t, labels, 1.0), rel=1e-3) and terms["kl"] > 0.01
@@ -127,17 +126,18 @@ def test_a_teacher_of_another_vocabulary_is_refused(base, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     number = len(processor.tokenizer) - 1
-    said = refused(base, tmp_path)
-    assert f"has another vocabulary: 'zebra' is token {number} there and None in {base}; choose" in said
+    message = refused(base, tmp_path)
+    assert f"has another vocabulary: 'zebra' is token {number} there and None in {base}; choose" in message
 
 
 def test_a_teacher_that_sees_images_otherwise_is_refused(base, tmp_path):
     model, _ = tiny_base(layers=LAYERS)
     model.save_pretrained(tmp_path)
     build_processor(image_size=32, patch_size=8).save_pretrained(tmp_path)
-    said = refused(base, tmp_path)
+    message = refused(base, tmp_path)
     assert (
-        "not see images as the student does: vision tokens of an image of 96x64 pixels: 16 there, 4" in said
+        "not see images as the student does: vision tokens of an image of 96x64 pixels: 16 there, 4"
+        in message
     )
     _, processor = tiny_base()
     processor.image_processor.image_mean = [0.1, 0.1, 0.1]
@@ -148,8 +148,8 @@ def test_a_teacher_that_sees_images_otherwise_is_refused(base, tmp_path):
 def test_a_teacher_that_is_not_there_or_would_not_teach_is_refused(base, larger, tmp_path):
     assert f"no model at {tmp_path / 'x'}: there is no such folder" in refused(base, tmp_path / "x")
     assert "would teach nothing; use teacher=visipruner" in refused(base, larger, "teacher=none")
-    said = refused(base, larger, "kl.visipruner.boundary=9")
-    assert f"kl.model={larger} cannot run under its policy: boundary=9" in said
+    message = refused(base, larger, "kl.visipruner.boundary=9")
+    assert f"kl.model={larger} cannot run under its policy: boundary=9" in message
 
 
 QUICK = (

@@ -58,8 +58,8 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     assert (tmp_path / "README.md").read_text().count("## Schedule") == 1  # our card, not PEFT's template
     assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
     schedule = load_student(tmp_path).schedule
-    wanted = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
-    assert schedule.vision_tokens(6, 4) == wanted
+    tokens = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
+    assert schedule.vision_tokens(6, 4) == tokens
     assert bool(schedule.cross) == (recipe == "cross_only") == ("frozen: keys and values alone" in printed)
 
 
@@ -95,22 +95,22 @@ def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("model.safetensors", r"the weights of .* cannot be read \(.*\); download them again"),
         ("config.json", r".*config\.json is no model's configuration"),
         ("processor_config.json", r".* holds no processor that can be read \("),
     ],
 )
-def test_a_damaged_model_is_a_sentence(base, tmp_path, name, said):
+def test_a_damaged_model_is_a_sentence(base, tmp_path, name, message):
     model = shutil.copytree(base, tmp_path / "model")
     os.truncate(model / name, 9)
-    with pytest.raises(SystemExit, match=rf"^error: {said}"):
+    with pytest.raises(SystemExit, match=rf"^error: {message}"):
         train(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ("eval.split=tset",),
@@ -123,11 +123,11 @@ def test_a_damaged_model_is_a_sentence(base, tmp_path, name, said):
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused_before_training(
-    base, tmp_path, options, said, monkeypatch
+    base, tmp_path, options, message, monkeypatch
 ):
     (tmp_path / "rows.csv").write_text("question\nwhat?\n")
     monkeypatch.delattr(run, "student_of")
-    with pytest.raises(SystemExit, match=rf"^error: the evaluation {said}"):
+    with pytest.raises(SystemExit, match=rf"^error: the evaluation {message}"):
         train(
             base, tmp_path / "out", "eval.enabled=true", *(option.format(here=tmp_path) for option in options)
         )
@@ -156,7 +156,7 @@ def test_training_lowers_the_loss_and_logs_both_terms(base, tmp_path):
 
 def test_accumulation_does_not_change_the_run(base, tmp_path):
     """Losses, gradient norms and what they lead to, for 1 x 8, 2 x 4 and 4 x 2 samples a step."""
-    found = []
+    results = []
     for accumulation in (1, 2, 4):
         output = tmp_path / str(accumulation)
         train(
@@ -166,10 +166,10 @@ def test_accumulation_does_not_change_the_run(base, tmp_path):
             f"train.batch_size={8 // accumulation}",
             "train.save_every=2",
         )
-        found.append([(e["loss"], e["grad_norm"], e["ce"]) for e in history(output, 2) if "loss" in e])
-    assert len(found[0]) == 2
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+        results.append([(e["loss"], e["grad_norm"], e["ce"]) for e in history(output, 2) if "loss" in e])
+    assert len(results[0]) == 2
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             assert b == pytest.approx(a, rel=1e-3)
 
 
@@ -214,11 +214,11 @@ def test_bfloat16_trains_float32_adapters_on_a_bfloat16_base(base, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
-    found = []
+    results = []
     for on in ("false", "true"):
         train(base, tmp_path / on, f"train.gradient_checkpointing={on}", "train.save_every=2")
-        found.append([e["loss"] for e in history(tmp_path / on, 2) if "loss" in e])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        results.append([e["loss"] for e in history(tmp_path / on, 2) if "loss" in e])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_the_llava_configuration_runs_on_a_shrunk_model(llava, tmp_path, capsys)
 
 
 def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(llava, monkeypatch, tmp_path):
-    wanted = (
+    message = (
         "model=llava_1_5_7b",
         "data=llava_mix665k",
         "engine=deepspeed_zero3",
@@ -267,11 +267,11 @@ def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(lla
     with pytest.raises(
         SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
     ):
-        run.run(composed(*wanted))
+        run.run(composed(*message))
     with pytest.raises(
         SystemExit, match=r"^error: no conversation file at data/llava_v1_5_mix665k.json; .*data.path="
     ):
-        run.run(composed(*wanted, f"model.path={llava[0]}"))
+        run.run(composed(*message, f"model.path={llava[0]}"))
     assert not (tmp_path / "out").exists()
 
 

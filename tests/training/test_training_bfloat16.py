@@ -43,10 +43,10 @@ def trained(tmp_path_factory):
     "engine", ["deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2", "lightning"]
 )
 def test_an_engine_trains_as_accelerate_does(trained, engine, launcher):
-    (found, output), (expected, _) = trained(launcher, engine), trained(launcher, "accelerate")
-    assert len(found) == 3
+    (losses, output), (expected, _) = trained(launcher, engine), trained(launcher, "accelerate")
+    assert len(losses) == 3
     for name in ("loss", "ce", "kl"):
-        assert [e[name] for e in found] == pytest.approx([e[name] for e in expected], rel=2e-2), name
+        assert [e[name] for e in losses] == pytest.approx([e[name] for e in expected], rel=2e-2), name
     assert load_student(output, dtype=torch.float32).schedule.exit == 5
 
 

@@ -43,9 +43,9 @@ def alone(base, tmp_path_factory):
 
 
 def assert_same_student(output: Path, expected: Path) -> None:
-    found = load_file(output / "adapter_model.safetensors")
+    actual = load_file(output / "adapter_model.safetensors")
     for name, weight in load_file(expected / "adapter_model.safetensors").items():
-        assert (found[name] - weight).abs().max() < 1e-3 * weight.abs().max() + 1e-4, name
+        assert (actual[name] - weight).abs().max() < 1e-3 * weight.abs().max() + 1e-4, name
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
@@ -93,8 +93,8 @@ def test_processes_with_and_without_images_do_not_wait_for_each_other(
     base, tmp_path, engine, projector, schedule
 ):
     Image.new("RGB", (20, 30), (200, 0, 0)).save(tmp_path / "a.jpg")
-    seen = {"image": "a.jpg", "conversations": said("<image>\nwhat color is it?", "red")}
-    records = [seen if i < 3 else {"conversations": said("how many?", "nothing")} for i in range(6)]
+    seen = {"image": "a.jpg", "conversations": printed_by("<image>\nwhat color is it?", "red")}
+    records = [seen if i < 3 else {"conversations": printed_by("how many?", "nothing")} for i in range(6)]
     shuffled = Order(6, steps=3, size=2, seed=0)
     assert [[i < 3 for i in shuffled.share(step, 0, 1, 2)[0]] for step in range(3)] == [
         [True, False],
@@ -118,7 +118,7 @@ def test_processes_with_and_without_images_do_not_wait_for_each_other(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=LOSS)
 
 
-def said(question: str, answer: str) -> list[dict[str, str]]:
+def printed_by(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
@@ -135,24 +135,26 @@ def nodes(base: Path, outputs: list[Path], *options: str) -> list[tuple[int, str
     """What two launchers, each for one node, end with: status, what they printed, what they complained of."""
     port = free_port()
     launched = [start(f"node {rank}", base, output, *options, at=port) for rank, output in enumerate(outputs)]
-    found = [process.communicate(timeout=900) for process in launched]
-    return [(process.returncode, *said) for process, said in zip(launched, found, strict=True)]
+    outputs_of_nodes = [process.communicate(timeout=900) for process in launched]
+    return [
+        (process.returncode, *printed) for process, printed in zip(launched, outputs_of_nodes, strict=True)
+    ]
 
 
 def test_two_nodes_train_as_one(base, alone, tmp_path):
     """Two `accelerate launch`, as docs/training.md types them, on one machine."""
-    found = nodes(base, [tmp_path, tmp_path], "train.batch_size=4", "engine.processes=2")
-    for status, _, complained in found:
+    outputs = nodes(base, [tmp_path, tmp_path], "train.batch_size=4", "engine.processes=2")
+    for status, _, complained in outputs:
         assert status == 0, complained[-3000:]
-    assert [said.count("Trained in") for _, said, _ in found] == [1, 0]
+    assert [printed.count("Trained in") for _, printed, _ in outputs] == [1, 0]
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=LOSS)
     assert_same_student(tmp_path, alone)
 
 
 def test_nodes_that_share_no_folder_are_told_so(base, tmp_path):
-    found = nodes(base, [tmp_path / "a", tmp_path / "b"], "train.batch_size=4", "engine.processes=2")
-    assert all(status != 0 for status, _, _ in found)
-    assert any("all nodes must share it" in complained for _, _, complained in found)
+    outputs = nodes(base, [tmp_path / "a", tmp_path / "b"], "train.batch_size=4", "engine.processes=2")
+    assert all(status != 0 for status, _, _ in outputs)
+    assert any("all nodes must share it" in complained for _, _, complained in outputs)
     assert not list(tmp_path.glob("*/checkpoint-*"))
 
 

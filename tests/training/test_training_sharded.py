@@ -22,7 +22,7 @@ def logged(tmp_path_factory):
     larger = save_tiny_base(tmp_path_factory.mktemp("larger"), layers=9, seed=3)
     data = tmp_path_factory.mktemp("data")
     Image.new("RGB", (20, 30), (200, 0, 0)).save(data / "a.jpg")
-    asked = ["<image>\nwhat color is it?"] * 3 + [
+    questions = ["<image>\nwhat color is it?"] * 3 + [
         "how many?",
         "is it?",
         "how many?",
@@ -32,7 +32,7 @@ def logged(tmp_path_factory):
             **({"image": "a.jpg"} if question.startswith("<image>") else {}),
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}],
         }
-        for question in asked
+        for question in questions
     ]
     (data / "mix.json").write_text(json.dumps(records))
     options = (
@@ -57,15 +57,15 @@ def logged(tmp_path_factory):
 
 def test_fsdp2_trains_as_ddp(logged):
     """The same arithmetic, in shards; only norms are summed in another order."""
-    (found, _), (expected, _) = logged("fsdp2", "bfloat16"), logged("accelerate", "bfloat16")
-    assert len(found) == 3 * len(NAMES) and found == pytest.approx(expected, rel=1e-4)
+    (sharded, _), (expected, _) = logged("fsdp2", "bfloat16"), logged("accelerate", "bfloat16")
+    assert len(sharded) == 3 * len(NAMES) and sharded == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 1e-1)])
 def test_zero3_trains_as_ddp(logged, dtype, near):
     """In bfloat16 DeepSpeed rounds weights where autocast rounds what goes into products: up to 6e-2 apart."""
-    (found, output), (expected, _) = logged("deepspeed_zero3", dtype), logged("accelerate", dtype)
-    assert len(found) == 3 * len(NAMES) and found == pytest.approx(expected, rel=near)
+    (sharded, output), (expected, _) = logged("deepspeed_zero3", dtype), logged("accelerate", dtype)
+    assert len(sharded) == 3 * len(NAMES) and sharded == pytest.approx(expected, rel=near)
     assert (output / "checkpoint-3" / "global_step3").is_dir()
     sizes = {path: path.stat().st_size for path in output.glob("checkpoint-3/*.safetensors")}
     assert len(sizes) == 1 and max(sizes.values()) < 200_000, (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from latefusion.data.collate import IGNORE
 from latefusion.recipes.check import check_config
-from latefusion.training import assemble as parts
+from latefusion.training import assemble
 from latefusion.training.describe import unknown_words
 from latefusion.training.embedded.vocabulary import build_processor
 from latefusion.training.monitor import Monitor, line, trackers
@@ -24,12 +24,12 @@ from latefusion.training.order import Order
 def test_a_loss_that_is_no_number_stops_the_run_and_can_be_seen_again(base, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         train(base, tmp_path, "train.learning_rate=1e30", "train.max_grad_norm=1e9", "lora.dropout=0")
-    said = str(stopped.value)
-    assert said.startswith("error: step 2 is not finite: loss ") and "go on with resume=true" in said
+    message = str(stopped.value)
+    assert message.startswith("error: step 2 is not finite: loss ") and "go on with resume=true" in message
     (folder,) = tmp_path.glob("nonfinite-*")
-    assert folder.name == "nonfinite-step-2-rank-0" and str(folder) in said
+    assert folder.name == "nonfinite-step-2-rank-0" and str(folder) in message
     (batch,) = json.loads((folder / "rows.json").read_text())["batches"]
-    assert len(batch["rows"]) == 4 and all(row["id"] in said for row in batch["rows"])
+    assert len(batch["rows"]) == 4 and all(row["id"] in message for row in batch["rows"])
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not torch.tensor(replay(folder)).isfinite().any()
 
@@ -43,7 +43,7 @@ def test_the_named_samples_are_those_of_the_step(base, tmp_path, monkeypatch):
     batches = json.loads((folder / "rows.json").read_text())["batches"]
     assert [b["loss"] == "nan" for b in batches] == [False, True]
     config = check_config(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", "output_dir=x"))
-    rows, tokenizer = parts.samples(config.data), parts.student_of(config).processor.tokenizer
+    rows, tokenizer = assemble.samples(config.data), assemble.student_of(config).processor.tokenizer
     saved = torch.load(folder / "batches.pt", weights_only=True)["batches"]
     for named, inputs in zip(batches, saved, strict=True):
         for row, ids in zip(named["rows"], inputs["input_ids"], strict=True):
@@ -155,11 +155,11 @@ def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
 
 def test_answers_in_words_that_the_tokenizer_does_not_know_are_told():
     tokenizer = build_processor(patch_size=24).tokenizer
-    known, strange = ([IGNORE, *tokenizer(text).input_ids] for text in ("red", "photograph"))
-    assert strange[1:] == [tokenizer.unk_token_id] != known[1:]
-    assert unknown_words(torch.tensor([known, known]), tokenizer) == []
-    (said,) = unknown_words(torch.tensor([known, strange]), tokenizer)
-    assert said.startswith(f"1 of the 2 answer tokens of the first samples are {tokenizer.unk_token}: ")
+    in_vocabulary, strange = ([IGNORE, *tokenizer(text).input_ids] for text in ("red", "photograph"))
+    assert strange[1:] == [tokenizer.unk_token_id] != in_vocabulary[1:]
+    assert unknown_words(torch.tensor([in_vocabulary, in_vocabulary]), tokenizer) == []
+    (warning,) = unknown_words(torch.tensor([in_vocabulary, strange]), tokenizer)
+    assert warning.startswith(f"1 of the 2 answer tokens of the first samples are {tokenizer.unk_token}: ")
 
 
 def test_trackers_are_named_or_refused(monkeypatch, capsys):
