@@ -17,17 +17,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from latefusion.eval import metrics
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.evaluate import read_report
 from latefusion.eval.report.tables import prefix
-from latefusion.eval.tasks.choice import CIRCULAR, circular
+
+if TYPE_CHECKING:
+    from latefusion.eval.tasks.base import Answer
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -70,12 +71,12 @@ def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
             f"{before} and {after} have no system in common ({', '.join(old['systems'])}; {', '.join(new['systems'])})."
         )
     same = old["data"]["fingerprint"] == new["data"]["fingerprint"]
-    said = (_units(before, old), _units(after, new)) if same else (None, None)
+    units = (_units(before, old), _units(after, new)) if same else (None, None)
     several = len(new["data"].get("tasks", {})) > 1
     changes = []
     for key in shared:
         first, second = old["systems"][key], new["systems"][key]
-        changes.append(_accuracy(key, first, second, said))
+        changes.append(_accuracy(key, first, second, units))
         for name in first["accuracy"]["types"]:
             if name in second["accuracy"]["types"]:
                 a, b = first["accuracy"]["types"][name], second["accuracy"]["types"][name]
@@ -90,10 +91,10 @@ def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
     return changes
 
 
-def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], said: tuple[Any, Any]) -> Change:
+def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], units: tuple[Any, Any]) -> Change:
     """Overall accuracy; paired where every answer of both is at hand."""
     a, b = old["accuracy"]["overall"], new["accuracy"]["overall"]
-    first, second = (None if answers is None else answers.get(key) for answers in said)
+    first, second = (None if of_report is None else of_report.get(key) for of_report in units)
     if first is None or second is None or set(first) != set(second):
         return _independent(new["name"], "accuracy", a, b)
     names = sorted(first)
@@ -130,33 +131,36 @@ def _latency(system: str, what: str, old: Mapping[str, Any], new: Mapping[str, A
 
 
 def _units(path: Path, report: Mapping[str, Any]) -> dict[str, dict[tuple[str, str], Answer]] | None:
-    """What counts as one question, by system, task and id; None without the file of the answers."""
+    """Answers to what counts as one question, by system, task and id; None without the file of the answers."""
+    from latefusion.eval.tasks.base import Answer  # lazy: keeps argument errors fast
+    from latefusion.eval.tasks.choice import CIRCULAR, circular
+
     file = (path if path.is_dir() else path.parent) / PREDICTIONS
     if not file.is_file() or "tasks" not in report["data"]:
         return None
-    said: dict[tuple[str, str], list[Answer]] = {}
+    groups: dict[tuple[str, str], list[Answer]] = {}
     for line in file.read_text().splitlines():
         answer = Answer.from_dict(json.loads(line))
-        said.setdefault((answer.system, answer.task), []).append(answer)
-    found: dict[str, dict[tuple[str, str], Answer]] = {}
-    for (system, task), answers in said.items():
+        groups.setdefault((answer.system, answer.task), []).append(answer)
+    by_system: dict[str, dict[tuple[str, str], Answer]] = {}
+    for (system, task), answers in groups.items():
         rotated = report["data"]["tasks"][task]["metric"] == CIRCULAR
         units = circular(answers) if rotated else answers
-        found.setdefault(system, {}).update({(task, unit.id): unit for unit in units})
-    return found
+        by_system.setdefault(system, {}).update({(task, unit.id): unit for unit in units})
+    return by_system
 
 
 def table(changes: list[Change]) -> Table:
-    found = Table(title="After minus before", title_justify="left")
+    shown = Table(title="After minus before", title_justify="left")
     for name in ("", "", "before", "after", "difference", "interval", ""):
-        found.add_column(name, justify="left" if not name else "right")
+        shown.add_column(name, justify="left" if not name else "right")
     last = ""
     for change in changes:
         digits = 1 if change.unit == "%" else 2
         size, letter = (1.0, change.unit) if change.unit else prefix(max(change.before, change.after))
         unit = letter if change.unit else f" {letter}"
         ends = f"{change.low / size:+.{digits}f} to {change.high / size:+.{digits}f}"
-        found.add_row(
+        shown.add_row(
             change.system if change.system != last else "",
             change.what,
             f"{change.before / size:.{digits}f}{unit}",
@@ -166,10 +170,11 @@ def table(changes: list[Change]) -> Table:
             "[bold red]worse[/bold red]" if change.worse else "",
         )
         last = change.system
-    return found
+    return shown
 
 
-def main(arguments: list[str]) -> None:
+def main(words: list[str]) -> None:
+    """Run from the command line; the exit code is 1 if anything got worse."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,9 +183,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--cost", type=float, default=0.02, help="rise of FLOPs or KV bytes let pass (default: 0.02)"
     )
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     try:
-        changes = compare(chosen.before, chosen.after, cost=chosen.cost)
+        changes = compare(options.before, options.after, cost=options.cost)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     console = Console()

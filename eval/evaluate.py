@@ -5,8 +5,7 @@
     python eval/evaluate.py model=embedded policies=[visipruner,fastv] data=my.jsonl
     accelerate launch eval/evaluate.py checkpoint=outputs/late_fusion tasks=[vqav2]
 
-Started again after an interruption, it goes on where it stopped. `training/train.py` calls `evaluate_checkpoint` at its
-end.
+Started again after an interruption, it goes on where it stopped. A training run calls `evaluate_checkpoint` at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from latefusion.models.locate import check_base
 from latefusion.models.policies import recipe_of
-from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import world_size
 from latefusion.recipes.schema import Config
 
 if TYPE_CHECKING:
+    from latefusion.eval.comparison.settings import Settings
     from latefusion.eval.ledger import Processes
+    from latefusion.eval.tasks.base import Task
 
 CONFIG = "config.yaml"
 
@@ -46,7 +47,7 @@ class Arguments:
         checkpoint: folder that `training/train.py` wrote; or model: a base alone (`embedded`, a hub id, a folder).
         checkpoints: further folders to compare; those of one base share its weights in memory.
         policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
-        tasks: benchmarks (see docs/evaluation.md); none: the questions the checkpoint was trained for, else `scenes`.
+        tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`.
         data: a JSONL file of {"image", "question", "answers"} to ask instead.
         data_dir: folder with a folder of files for each benchmark.
         sources: folder or hub id of single benchmarks: `sources.pope=lmms-lab/POPE`.
@@ -57,7 +58,6 @@ class Arguments:
         controls: add rows without the image and with random tokens at each method's budget.
         batches, lengths: batch sizes and text lengths (tokens) that time is measured against.
         reference: an earlier report.json, whose dense row has to be reproduced before anything else is asked.
-        seed: of the bootstrap.
     """
 
     checkpoint: str | None = None
@@ -76,7 +76,26 @@ class Arguments:
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
     lengths: list[int] = field(default_factory=lambda: [16, 64, 256])
     reference: str | None = None
-    seed: int = 0
+
+
+def evaluate(arguments: Arguments, processes: Processes | None = None) -> dict[str, Any] | None:
+    """Answer the questions with every system, measure costs and write the report.
+
+    Args:
+        processes: those that share the questions; None: this one alone.
+
+    Returns:
+        What `report.json` holds; None for processes that are not the main one.
+
+    Raises:
+        FileNotFoundError: a model, checkpoint, data set or file is not there.
+        ValueError: arguments contradict each other, or data cannot be used.
+    """
+    from latefusion.eval.comparison.run import run_comparison  # lazy: keeps argument errors fast
+    from latefusion.eval.ledger import Processes
+
+    config, stored = check(arguments)
+    return run_comparison(settings_of(arguments, config, stored, processes or Processes()))
 
 
 def evaluate_checkpoint(
@@ -87,7 +106,7 @@ def evaluate_checkpoint(
     output: str | Path | None = None,
     batch_size: int = 96,
 ) -> dict[str, Any] | None:
-    """A trained student against its dense base and the pruned base, as its own run configured them; no more rows.
+    """Compare a trained student with its dense base and the pruned base, as its own run configured them.
 
     Args: see `Arguments`.
     """
@@ -105,61 +124,46 @@ def evaluate_checkpoint(
     )
 
 
-def evaluate(chosen: Arguments, processes: Processes | None = None) -> dict[str, Any] | None:
-    """What the command line asks for.
-
-    Raises:
-        FileNotFoundError: a model, checkpoint, data set or file is not there.
-        ValueError: arguments contradict each other, or data cannot be used.
-    """
-    config, stored = checked(chosen)
-
-    from latefusion.eval.comparison.settings import (
-        compared,  # torch and all that, which no refusal has to wait for
-    )
-
-    return compared(chosen, config, stored, processes)
-
-
-def checked(chosen: Arguments) -> tuple[Config | None, Mapping[str, Any] | None]:
-    """The configuration that the checkpoint was trained with, and the report to reproduce; of those that are named.
+def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None]:
+    """Check the arguments, and read what they name: the checkpoint's configuration and the report to reproduce.
 
     Raises:
         FileNotFoundError: a checkpoint, policy, file or folder is not there.
         ValueError: arguments contradict each other.
     """
-    check_arguments(chosen)
-    for entry in chosen.policies:
+    check_arguments(arguments)
+    for entry in arguments.policies:
         recipe_of(entry if isinstance(entry, str) else next(iter(entry)))
-    if chosen.model is not None:
-        check_base(chosen.model)
-    config = None if chosen.checkpoint is None else config_of(chosen.checkpoint)
-    return config, None if chosen.reference is None else read_report(chosen.reference)
+    if arguments.model is not None:
+        check_base(arguments.model)
+    config = None if arguments.checkpoint is None else config_of(arguments.checkpoint)
+    return config, None if arguments.reference is None else read_report(arguments.reference)
 
 
-def check_arguments(chosen: Arguments) -> None:
-    if (chosen.checkpoint is None) == (chosen.model is None):
+def check_arguments(arguments: Arguments) -> None:
+    """Raise ValueError if arguments contradict each other."""
+    if (arguments.checkpoint is None) == (arguments.model is None):
         raise ValueError("name either a trained checkpoint=FOLDER or a base model=PATH.")
-    if chosen.model is not None and not (chosen.policies or chosen.checkpoints):
+    if arguments.model is not None and not (arguments.policies or arguments.checkpoints):
         raise ValueError(
-            f"model={chosen.model} alone has nothing to be compared with; add policies=[visipruner]."
+            f"model={arguments.model} alone has nothing to be compared with; add policies=[visipruner]."
         )
-    if chosen.data is not None and chosen.tasks:
+    if arguments.data is not None and arguments.tasks:
         raise ValueError("data=FILE and tasks=[...] exclude each other; choose one.")
     for name in ("samples", "batch_size"):
-        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
-            raise ValueError(f"{name}={getattr(chosen, name)} must be at least 1.")
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     for name in ("batches", "lengths"):
-        if any(n < 1 for n in getattr(chosen, name)):
-            raise ValueError(f"{name}={getattr(chosen, name)} must be at least 1 each.")
+        if any(n < 1 for n in getattr(arguments, name)):
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1 each.")
 
 
 def config_of(checkpoint: str | Path) -> Config:
-    """The configuration of the run that wrote a checkpoint.
+    """Read the configuration of the run that wrote a checkpoint.
 
     Raises:
         FileNotFoundError: the folder or its configuration is not there.
-        ValueError: the configuration is none of a run.
+        ValueError: the file is not a training configuration.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -172,51 +176,185 @@ def config_of(checkpoint: str | Path) -> Config:
             "baseline is; name a folder that training/train.py wrote."
         )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / CONFIG))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), stored_values(folder / CONFIG))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(
-            f"{folder / CONFIG} is no configuration of a run ({str(error).splitlines()[0]}); name a folder that "
+            f"{folder / CONFIG} is not a training configuration ({str(error).splitlines()[0]}); name a folder that "
             "training/train.py wrote."
         ) from None
 
 
 def read_report(path: str | Path) -> Mapping[str, Any]:
-    """A `report.json`, or the one in a folder.
+    """Read a `report.json`, or the one in a folder.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: the file is not a report.
     """
     file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no report at {path}; name a report.json that eval/evaluate.py wrote.")
-    return json.loads(file.read_text())
+    try:
+        report = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not JSON ({error}); name a report.json that eval/evaluate.py wrote."
+        ) from None
+    if not isinstance(report, dict) or not {"systems", "data", "roles"} <= set(report):
+        raise ValueError(f"{file} is not a report; name a report.json that eval/evaluate.py wrote.")
+    return report
+
+
+def settings_of(
+    arguments: Arguments,
+    config: Config | None,
+    stored: Mapping[str, Any] | None,
+    processes: Processes,
+) -> Settings:
+    """Load the models and the questions.
+
+    Args:
+        config: of the checkpoint; None: a base alone is evaluated.
+        stored: the report to reproduce.
+    """
+    import torch  # lazy: keeps argument errors fast
+    from peft import PeftModel
+
+    from latefusion.eval.comparison.settings import Settings
+    from latefusion.eval.comparison.systems import Students, System, further, policies_of
+    from latefusion.models.attach import attach
+    from latefusion.models.base_model import compute_dtype, load_base, twin
+    from latefusion.models.fingerprint import model_fingerprint
+    from latefusion.models.policies.configured import visipruner
+    from latefusion.models.schedule import VisionSchedule
+
+    policies = policies_of(arguments.policies)
+    tasks = tasks_of(arguments, config)
+    student_system: System | None
+    systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
+    if config is not None:
+        assert arguments.checkpoint is not None
+        students = Students()
+        student = students.load(arguments.checkpoint)
+        model, processor, attachment = student.model, student.processor, student.attachment
+        student_system = System(name=config.name, policy=student.schedule, adapters=True)
+        source = model_fingerprint(arguments.checkpoint)
+        if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
+            model = students.base(config.model.path)
+            attachment = attach(model, VisionSchedule())
+            student_system = System(name=config.name, policy=student.schedule, student=student)
+            source += f" {model_fingerprint(config.model.path)}"
+        systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
+        systems |= policies
+        title = config.name
+    else:
+        assert arguments.model is not None
+        base, processor = load_base(arguments.model, dtype=compute_dtype())
+        students, model = Students({arguments.model: base}), twin(base)
+        attachment = attach(model, VisionSchedule())
+        systems |= {key: system for key, system in policies.items() if key != "dense"}
+        student_system, title, source = None, Path(arguments.model).name, model_fingerprint(arguments.model)
+    if torch.cuda.is_available():
+        model.cuda()
+    name = "" if student_system is None else student_system.name
+    systems |= further(students, arguments.checkpoints, processor, taken=name)
+    if student_system is not None:
+        systems["student"] = student_system
+    compared = [key for key in systems if key != "dense"] or ["dense"]
+    return Settings(
+        model=model,
+        processor=processor,
+        attachment=attachment,
+        systems=systems,
+        tasks=tasks,
+        output=output_of(arguments),
+        title=title,
+        checkpoint=arguments.checkpoint,
+        baseline="pruned" if config is not None else compared[0],
+        candidate="student" if config is not None else compared[-1],
+        batch_size=arguments.batch_size,
+        batches=arguments.batches,
+        lengths=arguments.lengths,
+        controls=arguments.controls,
+        stored=stored,
+        processes=processes,
+        seed=None if config is None else config.train.seed,
+        note="" if config is None else note_on(config),
+        source=source,
+    )
+
+
+def output_of(arguments: Arguments) -> Path:
+    """The folder for the report."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    questions = Path(arguments.data).stem if arguments.data else "_".join(arguments.tasks)
+    return Path(arguments.checkpoint or "outputs") / f"evaluation_{questions or arguments.split or 'test'}"
+
+
+def note_on(config: Config) -> str:
+    """How the checkpoint was trained, for the report."""
+    train = config.train
+    return f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
+
+
+def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:
+    """The questions: a user's, benchmarks, or those of the checkpoint's own run."""
+    from latefusion.data.load import evaluation_questions  # lazy: keeps argument errors fast
+    from latefusion.eval.tasks import load_task
+    from latefusion.eval.tasks.base import Task
+    from latefusion.eval.tasks.exact import own
+
+    if arguments.data is not None:
+        tasks = [own(arguments.data)]
+    elif arguments.tasks or config is None:
+        home = os.path.join(".", arguments.data_dir)  # what begins with a full stop is no hub id
+        names = arguments.tasks or ["scenes"]
+        places = {name: arguments.sources.get(name, f"{home}/{name}") for name in names}
+        tasks = [load_task(name, where, arguments.split) for name, where in places.items()]
+    else:
+        config.eval.split, config.eval.samples = arguments.split or "test", arguments.samples
+        rows = evaluation_questions(config)
+        if rows is None:
+            raise ValueError(
+                f"{arguments.checkpoint} was trained on data without questions to evaluate on; name them with "
+                "tasks=[...] or data=FILE."
+            )
+        name = config.data.source.value
+        return [Task(name=name, rows=rows, split=config.eval.split, source=config.data.eval_path or name)]
+    return [sampled(task, arguments.samples) for task in tasks]
+
+
+def sampled(task: Task, samples: int | None) -> Task:
+    """A task with `samples` of its questions, drawn; None: all."""
+    if samples is None or samples >= len(task.rows):
+        return task
+    return replace(task, rows=task.rows.shuffle(seed=0).select(range(samples)))
 
 
 def processes_here() -> Processes:
     """The processes that `accelerate launch` started, or this one alone."""
-    if world_size() == 1:
-        from latefusion.eval.ledger import Processes
-
-        return Processes()
-    import torch
-    from accelerate import PartialState
-
     from latefusion.eval.ledger import Processes
+
+    if world_size() == 1:
+        return Processes()
+    import torch  # lazy: keeps argument errors fast
+    from accelerate import PartialState
 
     # The fast wait for the slow
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     return Processes(rank=state.process_index, count=state.num_processes, wait=state.wait_for_everyone)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
+    words = check_words(words or ["?"], Arguments, str(__doc__))  # without a word: the usage
     try:
-        chosen = parse_words(words, Arguments)
-        checked(chosen)  # before the processes are joined
+        arguments = parse_words(words, Arguments)
+        check(arguments)  # before the processes are joined
         processes = processes_here()
-        evaluate(chosen, processes)
+        evaluate(arguments, processes)
         processes.wait()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

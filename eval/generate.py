@@ -11,16 +11,23 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from latefusion.models.locate import check_base
 from latefusion.models.policies import RECIPES, recipe_of
 from latefusion.recipes.compose import check_words, parse_words
+
+if TYPE_CHECKING:
+    from latefusion.models.explain import Explanation
+    from latefusion.models.policies.base import Policy
 
 
 @dataclass
@@ -28,7 +35,7 @@ class Arguments:
     """The command line of this script, as `key=value`.
 
     Attributes:
-        model: a name in recipes/model (which also knows VisiPruner's thresholds for it), a folder or a hub id.
+        model: a name in recipes/model (which also has VisiPruner's thresholds for it), a folder or a hub id.
         image: files, with commas between them.
         prompt: the question.
         policy: names in recipes/policy or YAML files, with commas between them; `NAME.argument=value` changes one.
@@ -44,33 +51,26 @@ class Arguments:
     picture: str | None = None
 
 
-def main(arguments: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    words = check_words(arguments, Arguments, str(__doc__))
+    words = check_words(words, Arguments, str(__doc__))
     try:
-        given = OmegaConf.from_cli(words)
-        names = [name.strip() for name in str(given.get("policy", Arguments.policy)).split(",")]
-        changes = {name: given.pop(name) for name in names if isinstance(given.get(name), DictConfig)}
-        asked = parse_words(given, Arguments)
-        path, calibrated = known(asked.model)
+        values = OmegaConf.from_cli(words)
+        names = [name.strip() for name in str(values.get("policy", Arguments.policy)).split(",")]
+        changes = {name: values.pop(name) for name in names if isinstance(values.get(name), DictConfig)}
+        arguments = parse_words(values, Arguments)
+        path, thresholds = locate(arguments.model)
         for name in names:
             recipe_of(name)
         check_base(path)
-
-        from latefusion.eval.answering import (  # torch, which no refusal has to wait for
-            answer,
-            policy,
-            question,
-        )
-
-        policies = {name: policy(name, changes.get(name), calibrated) for name in names}
-        answer(asked, path, question(asked), policies, Console())
+        policies = {name: policy_of(name, changes.get(name), thresholds) for name in names}
+        answer(arguments, path, question_of(arguments), policies, Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
-def known(model: str) -> tuple[str, dict[str, Any]]:
-    """Where the model is, and VisiPruner's arguments for it as far as its recipe knows them."""
+def locate(model: str) -> tuple[str, dict[str, Any]]:
+    """Where the model is, and VisiPruner's arguments for it as far as its recipe has them."""
     file = RECIPES.parent / "model" / f"{model}.yaml"
     if not file.is_file():
         return model, {}
@@ -79,6 +79,93 @@ def known(model: str) -> tuple[str, dict[str, Any]]:
     if OmegaConf.is_missing(recipe, "path"):
         raise ValueError(f"model={model} names no model; name its folder or hub id: model=HUB_ID_OR_FOLDER.")
     return recipe.path, OmegaConf.to_container(recipe.get("visipruner", OmegaConf.create()))  # type: ignore[return-value]
+
+
+def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any]) -> Policy:
+    """A policy by name, with arguments changed; `visipruner` has the model's own thresholds."""
+    from latefusion.models.policies import named  # lazy: keeps argument errors fast
+
+    arguments: Any = {} if changes is None else OmegaConf.to_container(changes)
+    return named(name, **(thresholds | arguments if name == "visipruner" else arguments))
+
+
+def question_of(arguments: Arguments) -> dict[str, Any]:
+    """The prompt as a row of `messages` and `images`."""
+    from latefusion.data.images import load_image  # lazy: keeps argument errors fast
+    from latefusion.data.scenes import load_scenes
+
+    if arguments.image is None:
+        row = load_scenes("test", n_scenes=1)[0]
+        images, text = [row["image"]], arguments.prompt or row["question"]
+    else:
+        files = [name.strip() for name in arguments.image.split(",")]
+        for file in files:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"no image at {file}; name a file with image=FILE.")
+        images, text = [load_image(file) for file in files], arguments.prompt
+        if not text:
+            raise ValueError('prompt is not set; add prompt="YOUR QUESTION".')
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": content}], "images": images, "question": text}
+
+
+def answer(
+    arguments: Arguments, path: str, row: dict[str, Any], policies: dict[str, Policy], console: Console
+) -> None:
+    """Print a table of what the model answers under each policy and what that saves, and each one explained."""
+    import torch  # lazy: keeps argument errors fast
+
+    from latefusion.data.prompts import prompt_inputs
+    from latefusion.eval.memory import kv_cache_bytes
+    from latefusion.models.attach import attach
+    from latefusion.models.base_model import compute_dtype, load_base
+    from latefusion.models.explain import explain
+    from latefusion.models.schedule import VisionSchedule
+
+    model: Any
+    model, processor = load_base(path, dtype=compute_dtype())
+    if torch.cuda.is_available():
+        model.cuda()
+    for policy in policies.values():
+        policy.validate(model.config.get_text_config().num_hidden_layers)
+    inputs = prompt_inputs(model, processor, [row])
+    table = Table(title=escape(f"{arguments.model}: {row['question']}"), title_justify="left")
+    for name in ("policy", "answer"):
+        table.add_column(name)
+    for name in ("vision\na layer", "FLOPs\nsaved", "attention\nsaved", "after\nfusion", "KV cache"):
+        table.add_column(name, justify="right", no_wrap=True)
+    explanations: dict[str, Explanation] = {}
+    with attach(model, VisionSchedule()) as attachment, torch.no_grad():
+        for name, policy in policies.items():
+            with attachment.using(policy):
+                out = model.generate(
+                    **inputs,
+                    max_new_tokens=arguments.max_new_tokens,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                )
+                text = processor.decode(
+                    out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                explanations[name] = explain(model, inputs)
+            sample = explanations[name].samples[0]
+            cost = sample.account
+            table.add_row(
+                escape(Path(name).name),
+                escape(text.strip()),
+                f"{cost.vision / len(sample.record.tokens):.1f} of {sample.record.n_vision}",
+                f"{cost.flops_saved:.1%}",
+                f"{cost.attention_saved:.1%}",
+                f"{cost.attention_saved_after:.1%}",
+                f"{kv_cache_bytes(out.past_key_values) / 1e6:.2f} MB",
+            )
+    console.print(table)
+    for name, explanation in explanations.items():
+        heading = f"[bold]{escape(Path(name).name)}[/bold]"
+        console.print(f"{heading} {escape(str(explanation))}", highlight=False, soft_wrap=True)
+    if arguments.picture is not None:
+        explanation.save(arguments.picture)
+        console.print(f"Picture of {name}: {arguments.picture}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ given answers need `--force_simple`: lmms-eval builds them for its older interfa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from latefusion.eval.comparison.systems import System, running
-from latefusion.eval.lmms_eval_parts import Chat, Pair, Until, chat_of, cut, dtype_of, generation, user
 from latefusion.models.attach import attach
-from latefusion.models.base_model import load_base
+from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
 from latefusion.models.student.save import load_student
@@ -35,6 +37,75 @@ MANIFEST = ModelManifest(
     chat_class_path=f"{__name__}.LateFusion",
     simple_class_path=f"{__name__}.LateFusionSimple",
 )
+
+
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
+Chat = tuple[
+    list[dict[str, Any]], list[Image.Image]
+]  # messages as chat templates take them, and their pictures
+
+
+class Pair(GenerationResult):
+    """A loss, and whether the answer is the greedy one; unpacks as the two.
+
+    The evaluator of lmms-eval 0.7 takes what `loglikelihood` returns for generated text, and makes a text of a plain
+    pair; of this it takes the pair out.
+    """
+
+    def __init__(self, loss: float, greedy: bool):
+        super().__init__(text=(loss, greedy))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
+
+
+class Until(StoppingCriteria):
+    """Stop an answer as soon as it holds one of the texts.
+
+    Args:
+        prompt: tokens that are there before the answers.
+    """
+
+    def __init__(self, stops: Sequence[str], processor: Any, prompt: int):
+        self.stops, self.processor, self.prompt = stops, processor, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        texts = self.processor.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        return torch.tensor(
+            [any(stop in text for stop in self.stops) for text in texts], device=input_ids.device
+        )
+
+
+def user(text: str, pictures: Sequence[Image.Image]) -> Chat:
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}], [picture.convert("RGB") for picture in pictures]
+
+
+def chat_of(messages: list[Any]) -> Chat:
+    chat = ChatMessages(messages=messages)
+    return chat.to_hf_messages(), [image.convert("RGB") for image in chat.extract_media()[0]]
+
+
+def generation(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's settings as `generate` takes them; temperature 0 is greedy."""
+    names = {"max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "min_new_tokens"}
+    options = {"max_new_tokens": 256} | {name: value for name, value in settings.items() if name in names}
+    if not options.get("do_sample") or not options.get("temperature"):
+        options |= {**GREEDY, "num_beams": settings.get("num_beams", 1)}
+    return options
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.partition(stop)[0] if stop else text
+    return text.strip()
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name is not None and name not in kinds:
+        raise ValueError(f"dtype={name} is unknown; use {', '.join(kinds)}.")
+    return kinds[name] if name else compute_dtype(device)
 
 
 class LateFusion(lmms):
@@ -75,7 +146,7 @@ class LateFusion(lmms):
             raise ValueError(
                 "name either a trained checkpoint=FOLDER or a base pretrained=PATH in --model_args."
             )
-        chosen = named(policy or "dense", **arguments)
+        base_policy = named(policy or "dense", **arguments)
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         precision = dtype_of(dtype, accelerator.device)
@@ -83,13 +154,14 @@ class LateFusion(lmms):
         if checkpoint is not None:
             student = load_student(checkpoint, dtype=precision)
             self.model, self.processor, self.attachment = student.model, student.processor, student.attachment
-            own = policy is None
-            self.system = System(name="", policy=student.schedule if own else chosen, adapters=own)
+            adapters = policy is None  # under its own schedule
+            active = student.schedule if adapters else base_policy
+            self.system = System(name="", policy=active, adapters=adapters)
         else:
             assert pretrained is not None
             self.model, self.processor = load_base(pretrained, dtype=precision)
-            self.attachment = attach(self.model, chosen)
-            self.system = System(name="", policy=chosen)
+            self.attachment = attach(self.model, base_policy)
+            self.system = System(name="", policy=base_policy)
         if attn_implementation is not None:
             unwrapped(self.model).set_attn_implementation(attn_implementation)
         self.model.to(device or accelerator.device)
@@ -103,18 +175,17 @@ class LateFusion(lmms):
         return self._batched(chats, settings, self._generate, "answers")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """Of each request the answer of every round; what later rounds ask depends on the answers before.
+        """For each request, the answer of every round; what later rounds ask depends on the answers before.
 
         Requests that are in the same round share batches.
         """
-        said: list[list[str]] = [[] for _ in requests]
-        told: list[Any] = [None] * len(requests)  # what a task hands from round to round
+        answered: list[list[str]] = [[] for _ in requests]
+        handed: list[Any] = [None] * len(requests)  # what a task hands from round to round
         going, number = list(range(len(requests))), 0
         while going:
             chats: dict[int, Chat] = {}
             for i in going:
-                chat, done, before, told[i] = self._round(requests[i], number, said[i], told[i])
-                said[i] = before
+                chat, done, answered[i], handed[i] = self._round(requests[i], number, answered[i], handed[i])
                 if not done:
                     chats[i] = chat
             going = list(chats)
@@ -123,12 +194,12 @@ class LateFusion(lmms):
                 [chats[i] for i in going], settings, self._generate, f"round {number + 1}"
             )
             for i, answer in zip(going, answers, strict=True):
-                said[i] = [*said[i], answer.text]
+                answered[i] = [*answered[i], answer.text]
             number += 1
-        return said
+        return answered
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[Pair]:
-        """Of each given answer its mean negative log-likelihood a token (nats), and whether it is the greedy one.
+        """For each answer of the task, its mean negative log-likelihood a token (nats), and whether it is greedy.
 
         lmms-eval calls the first a log-likelihood, but takes the choice with the least of it, so it is a loss, as its
         own models return it. A policy chooses tokens by the prompt alone, as it does when the model answers by itself.
@@ -144,7 +215,7 @@ class LateFusion(lmms):
                 answer = target if isinstance(target, str) else str(target(row))
                 chats.append(user(context, visual(row) or [] if visual is not None else []))
             answers.append(answer)
-        return self._batched(chats, answers, self._rank_given, "given answers", apart=False)
+        return self._batched(chats, answers, self._losses, "answers of the tasks", apart=False)
 
     def _chat(self, request: Instance) -> Chat:
         """What a request asks: `args` are context, messages of a document, settings, document, task, split."""
@@ -155,17 +226,17 @@ class LateFusion(lmms):
         return dict(request.args[2])
 
     def _round(
-        self, request: Instance, number: int, said: list[str], told: Any
+        self, request: Instance, number: int, answered: list[str], handed: Any
     ) -> tuple[Chat, bool, list[str], Any]:
-        """What a round asks; whether there is none any more; the answers as the task keeps them; what it hands on."""
+        """A round's question; whether the task is done; the answers as the task keeps them; what it hands on."""
         _, messages_of, _, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return chat_of(messages_of(row)), False, said, told
-        asked, done, before, told = messages_of(
-            row, round_idx=number, previous_output=said, previous_round_info=told
+            return chat_of(messages_of(row)), False, answered, handed
+        messages, done, kept, handed = messages_of(
+            row, round_idx=number, previous_output=answered, previous_round_info=handed
         )
-        return chat_of(asked or []), done, list(before) if before is not None else said, told
+        return chat_of(messages or []), done, answered if kept is None else list(kept), handed
 
     def _batched(
         self,
@@ -176,22 +247,22 @@ class LateFusion(lmms):
         *,
         apart: bool = True,
     ) -> list[Any]:
-        """`work` on batches, its results in the order of `chats`.
+        """Results of `work` on batches, in the order of `chats`.
 
-        Prompts with and without pictures share no batch; `apart`: nor do those of different settings.
+        Prompts with and without pictures never share a batch; with `apart`, nor do prompts of different settings.
         """
         groups: dict[Hashable, list[int]] = {}
         for i, (chat, setting) in enumerate(zip(chats, settings, strict=True)):
             groups.setdefault((repr(setting) if apart else "", not chat[1]), []).append(i)
-        found: dict[int, Any] = {}
+        by_chat: dict[int, Any] = {}
         with tqdm(total=len(chats), disable=self.rank != 0, desc=f"latefusion, {name}") as bar:
             for group in groups.values():
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]
                     results = work([chats[i] for i in batch], [settings[i] for i in batch])
-                    found.update(zip(batch, results, strict=True))
+                    by_chat.update(zip(batch, results, strict=True))
                     bar.update(len(batch))
-        return [found[i] for i in range(len(chats))]
+        return [by_chat[i] for i in range(len(chats))]
 
     def _inputs(self, texts: list[str], chats: Sequence[Chat]) -> Any:
         pictures = [list(images) for _, images in chats]
@@ -220,16 +291,16 @@ class LateFusion(lmms):
                 **inputs, **generation(settings[0]), stopping_criteria=StoppingCriteriaList([until_stop])
             )
         new = output[:, prompt:]  # [B, N]
-        said = self.processor.batch_decode(new, skip_special_tokens=True)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
         padding = self.processor.tokenizer.pad_token_id
         counts = new.shape[1] - (new.flip(1) != padding).int().argmax(1)  # [B], without padding at the end
         return [
             GenerationResult(text=cut(text, stops), token_counts=TokenCounts(output_tokens=int(count)))
-            for text, count in zip(said, counts, strict=True)
+            for text, count in zip(texts, counts, strict=True)
         ]
 
     @torch.no_grad()
-    def _rank_given(self, chats: list[Chat], answers: list[str]) -> list[Pair]:
+    def _losses(self, chats: list[Chat], answers: list[str]) -> list[Pair]:
         prompts = self._prompts(chats)
         whole = self._inputs(
             [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], chats
@@ -242,17 +313,19 @@ class LateFusion(lmms):
             same = int((bare[:n] == full[:n]).int().cumprod(0).sum())
             counts.append(len(full) - same)
         if empty := [answer for answer, count in zip(answers, counts, strict=True) if count == 0]:
-            raise ValueError(f"a given answer {empty[0]!r} has no token; leave it out of the task's choices.")
+            raise ValueError(f"the answer {empty[0]!r} has no token; leave it out of the task's choices.")
         ids, end, longest = whole["input_ids"], whole["input_ids"].shape[1], max(counts)  # [B, T]
-        asked = torch.tensor([[end - count - 1] for count in counts], device=ids.device)  # [B, 1]
-        with running(self.model, self.attachment, self.system), self.attachment.queries(asked):
+        last = torch.tensor(
+            [[end - count - 1] for count in counts], device=ids.device
+        )  # [B, 1]: of the prompt
+        with running(self.model, self.attachment, self.system), self.attachment.queries(last):
             logits = self.model(**whole, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
-        given = ids[:, end - longest :]  # [B, A]
+        choice = ids[:, end - longest :]  # [B, A]
         places = torch.arange(longest, device=ids.device)
         answer = places >= longest - torch.tensor(counts, device=ids.device)[:, None]  # [B, A]
-        loss = -logits.log_softmax(-1).gather(-1, given[..., None])[..., 0]  # [B, A]
+        loss = -logits.log_softmax(-1).gather(-1, choice[..., None])[..., 0]  # [B, A]
         mean = (loss * answer).sum(1) / answer.sum(1)
-        greedy = ((logits.argmax(-1) == given) | ~answer).all(1)
+        greedy = ((logits.argmax(-1) == choice) | ~answer).all(1)
         return [Pair(*pair) for pair in zip(mean.tolist(), greedy.tolist(), strict=True)]
 
 
@@ -270,13 +343,13 @@ class LateFusionSimple(LateFusion):
         return dict(request.args[1])
 
     def _round(
-        self, request: Instance, number: int, said: list[str], told: Any
+        self, request: Instance, number: int, answered: list[str], handed: Any
     ) -> tuple[Chat, bool, list[str], Any]:
         context, _, visual, text_of, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return user(context, visual(row) or []), False, said, told
-        pictures, text, done, before, told = text_of(
-            row, previous_output=said, round_idx=number, previous_round_info=told
+            return user(context, visual(row) or []), False, answered, handed
+        pictures, text, done, kept, handed = text_of(
+            row, previous_output=answered, round_idx=number, previous_round_info=handed
         )
-        return user(text or "", pictures or []), done, list(before) if before is not None else said, told
+        return user(text or "", pictures or []), done, answered if kept is None else list(kept), handed

@@ -65,6 +65,18 @@ class Paired:
     mcnemar_p: float
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Median with quartiles, of a system and of its ratio to the reference in the same round."""
+
+    median: float
+    q25: float
+    q75: float
+    ratio: float
+    ratio_q25: float
+    ratio_q75: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """A published figure: `scale` times a sum of ratios `sum(top) / sum(bottom)`, each over the questions.
@@ -82,6 +94,13 @@ class Measure:
 def normalise(answer: str) -> str:
     """Lower case, single spaces, no space or full stop at the ends; what exact match compares."""
     return re.sub(r"\s+", " ", answer).strip(" .").lower()
+
+
+def spread(values: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Quartiles of values (such as seconds), and of their ratios to the reference's of the same round."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    ratio_low, ratio, ratio_high = np.quantile(np.divide(values, reference), [0.25, 0.5, 0.75])
+    return Spread(float(middle), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
 
 
 def accuracy(scores: Sequence[float], scenes: Sequence[object]) -> Estimate:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +20,7 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.schema import RECIPES, Config
 
 Kind = TypeVar("Kind")
+INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -103,6 +107,29 @@ def parse_words(words: Sequence[str] | Any, kind: type[Kind]) -> Kind:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(refusal(error, [field.name for field in fields(kind)])) from None  # type: ignore[arg-type]
+
+
+def stored_values(path: Path) -> Any:
+    """Read a YAML file that a run has written, as data: `${...}` in it is text, and reads nothing of this machine.
+
+    Raises:
+        ValueError: the file is not YAML.
+    """
+    try:
+        return OmegaConf.create(_as_text(yaml.safe_load(path.read_text())) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}).") from None
+
+
+def _as_text(value: Any) -> Any:
+    """`value` with every interpolation escaped."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    if isinstance(value, str):
+        return INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
+    return value
 
 
 def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:

@@ -71,17 +71,10 @@ ROLES = {
 
 # Faults that are known and about to go.
 STILL_THERE = {
-    "training/run.py imports eval/comparison/answers.py",
-    "eval/calibrate.py <-> eval/thresholds/prefills.py <-> eval/thresholds/questions.py <-> eval/thresholds/run.py"
-    " <-> eval/thresholds/search.py",
-    "eval/answering.py <-> eval/generate.py",
-    "eval/comparison/answers.py <-> eval/comparison/systems.py",
-    "eval/comparison/settings.py <-> eval/evaluate.py",
     "eval/fusion/causal.py <-> eval/fusion/continued.py <-> eval/fusion/whole.py",
     "models/policies/scheduled.py <-> models/schedule.py",
     "models/policies/visipruner/decision.py <-> models/policies/visipruner/settings.py",
     "training/export.py <-> training/publish.py",
-    "eval/compare.py -> eval/comparison/answers.py -> datasets",
     "eval/calibrate.py, training/calibrate.py",
     "eval/comparison/answers.py, eval/fusion/answers.py",
     "eval/comparison/cost.py, eval/fusion/cost.py, training/cost.py",

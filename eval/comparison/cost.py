@@ -14,10 +14,11 @@ import torch
 from transformers import PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.comparison.energy import joules_of
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.memory import kv_cache_bytes, peak_bytes, whole_peak_bytes
+from latefusion.eval.metrics import Spread, spread
+from latefusion.eval.tasks.base import Answer
 from latefusion.models.accounting import vision_pairs
 from latefusion.models.flops import decoder_flops, vision_macs
 from latefusion.models.inputs import encode_images
@@ -44,18 +45,6 @@ class Compute:
     attention_pairs: float
     vision_tokens: list[float]
     text_tokens: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median with quartiles, of a system and of its ratio to the reference in the same round."""
-
-    median: float
-    q25: float
-    q75: float
-    ratio: float
-    ratio_q25: float
-    ratio_q75: float
 
 
 @dataclass(frozen=True)
@@ -89,16 +78,16 @@ def compute(
         config: of the model.
         answers: with the tokens that each layer computed.
         policy: whose ranking counts, where it takes more than a row a layer.
-        entry: its entry adapter, whose work counts where vision tokens enter after layer 0; None: it has none.
+        entry: its entry adapter, whose work counts where vision tokens enter after layer 0; None: no adapter.
     """
 
     def flops(answer: Answer) -> float:
-        found = float(decoder_flops(config, answer.tokens, answer.frozen))
+        total = float(decoder_flops(config, answer.tokens, answer.frozen))
         if isinstance(policy, VisionSchedule):
-            found += policy.ranking_flops(config, answer.text_tokens, answer.vision_tokens)
+            total += policy.ranking_flops(config, answer.text_tokens, answer.vision_tokens)
         if entry is not None and not answer.vision_tokens[0]:
-            found += entry.flops(max(answer.vision_tokens))
-        return found
+            total += entry.flops(max(answer.vision_tokens))
+        return total
 
     layers = zip(*(answer.vision_tokens for answer in answers), strict=True)
     return Compute(
@@ -232,13 +221,6 @@ def measure(
 def weight_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-
-
-def spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Quartiles, and those of the ratio to the reference's run of the same round."""
-    low, mid, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    ratio_low, ratio, ratio_high = np.quantile(np.divide(seconds, reference), [0.25, 0.5, 0.75])
-    return Spread(float(mid), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
 
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:

@@ -20,37 +20,56 @@ import torch
 
 from latefusion.eval import metrics
 from latefusion.eval.comparison import cost as efficiency
-from latefusion.eval.comparison.answers import Answer
+from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System, entry_adapter, model_of
 from latefusion.eval.metrics import normalise
-from latefusion.eval.tasks.base import Task
+from latefusion.eval.tasks.base import Answer, Task
 
 VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
 
 
-def describe_systems(
-    model: Any,
+def describe_answers(
+    settings: Settings,
     systems: dict[str, System],
-    tasks: Sequence[Task],
+    answers: dict[str, list[Answer]],
+    costs: dict[str, efficiency.Cost],
+) -> dict[str, Any]:
+    """Scores and costs of every system, and every system paired with the candidate and with the reference."""
+    units = {key: units_of(settings.tasks, of_system) for key, of_system in answers.items()}
+    candidate, reference = settings.candidate, settings.reference
+    return {
+        "systems": describe_systems(settings, systems, answers, units, costs),
+        "paired": {key: compare(units[candidate], units[key]) for key in systems if key != candidate},
+        "against": {key: compare(units[key], units[reference]) for key in systems if key != reference},
+    }
+
+
+def units_of(tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Answer]:
+    """What counts as one question each: all rotations of one are one."""
+    return [unit for task in tasks for unit in task.units([a for a in answers if a.task == task.name])]
+
+
+def describe_systems(
+    settings: Settings,
+    systems: dict[str, System],
     answers: dict[str, list[Answer]],
     units: dict[str, list[Answer]],
     costs: dict[str, efficiency.Cost],
-    reference: str,
-    seed: int,
 ) -> dict[str, Any]:
-    """Every system's scores and costs; what was not measured for it (a control's times) is not there."""
+    """Every system's scores and costs; what was not measured for it (a control's times) is left out."""
+    model = settings.model
     compute = {
         key: efficiency.compute(
             model_of(model, system).config, answers[key], system.policy, entry_adapter(model, system)
         )
         for key, system in systems.items()
     }
-    base = compute[reference]
+    base = compute[settings.reference]
     return {
         key: {
             **system.describe(),
-            "accuracy": accuracies(units[key], seed),
-            "tasks": {task.name: _task_scores(task, answers[key], units[key], seed) for task in tasks},
+            "accuracy": accuracies(units[key]),
+            "tasks": {task.name: _task_scores(task, answers[key], units[key]) for task in settings.tasks},
             "flops": _ratio(compute[key].flops, base.flops),
             "vision_macs": _ratio(compute[key].vision_macs, base.vision_macs),
             "vision_attention": _ratio(compute[key].attention_pairs, base.attention_pairs),
@@ -58,7 +77,7 @@ def describe_systems(
                 "per_layer": compute[key].vision_tokens,
                 **_ratio(fmean(compute[key].vision_tokens), fmean(base.vision_tokens)),
             },
-            **(_costs(costs[key], costs[reference]) if key in costs else {}),
+            **(_costs(costs[key], costs[settings.reference]) if key in costs else {}),
         }
         for key, system in systems.items()
     }
@@ -79,11 +98,11 @@ def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:
     }
 
 
-def accuracies(units: Sequence[Answer], seed: int) -> dict[str, Any]:
+def accuracies(units: Sequence[Answer]) -> dict[str, Any]:
     """Overall, and by question type; of several tasks the unweighted mean, and by task."""
     scores, scenes, names = _columns(units)
     return {
-        "overall": asdict(metrics.mean_of_tasks(scores, scenes, names, seed=seed)),
+        "overall": asdict(metrics.mean_of_tasks(scores, scenes, names)),
         "types": {
             name: asdict(metrics.accuracy([u.score for u in chosen], [u.scene for u in chosen]))
             for name, chosen in _by_type(units).items()
@@ -91,35 +110,34 @@ def accuracies(units: Sequence[Answer], seed: int) -> dict[str, Any]:
     }
 
 
-def _task_scores(task: Task, answers: Sequence[Answer], units: Sequence[Answer], seed: int) -> dict[str, Any]:
-    said = [answer for answer in answers if answer.task == task.name]
-    scenes = [answer.scene for answer in said]
-    measures = {name: (m, metrics.measure(m, scenes, seed=seed)) for name, m in task.measures(said).items()}
+def _task_scores(task: Task, answers: Sequence[Answer], units: Sequence[Answer]) -> dict[str, Any]:
+    of_task = [answer for answer in answers if answer.task == task.name]
+    scenes = [answer.scene for answer in of_task]
+    measures = {name: (m, metrics.measure(m, scenes)) for name, m in task.measures(of_task).items()}
     return {
-        "score": accuracies([unit for unit in units if unit.task == task.name], seed),
+        "score": accuracies([unit for unit in units if unit.task == task.name]),
         "measures": {name: {**asdict(e), "most": m.most} for name, (m, e) in measures.items()},
     }
 
 
-def compare(first: Sequence[Answer], second: Sequence[Answer], seed: int) -> dict[str, Any]:
-    """The first against the second on the same questions, overall and by type, and how often they say the same."""
+def compare(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str, Any]:
+    """The first against the second on the same questions, overall and by type, and how often their answers agree."""
     scores, scenes, names = _columns(first)
     others, _, _ = _columns(second)
     same = [normalise(a.prediction) == normalise(b.prediction) for a, b in zip(first, second, strict=True)]
-    mine, theirs = _by_type(first), _by_type(second)
+    first_types, second_types = _by_type(first), _by_type(second)
     return {
-        **asdict(metrics.paired(scores, others, scenes, tasks=names, seed=seed)),
+        **asdict(metrics.paired(scores, others, scenes, tasks=names)),
         "agreement": asdict(metrics.accuracy(same, scenes)),
         "types": {
             name: asdict(
                 metrics.paired(
-                    [u.score for u in mine[name]],
-                    [u.score for u in theirs[name]],
-                    [u.scene for u in mine[name]],
-                    seed=seed,
+                    [u.score for u in first_types[name]],
+                    [u.score for u in second_types[name]],
+                    [u.scene for u in first_types[name]],
                 )
             )
-            for name in mine
+            for name in first_types
         },
     }
 
@@ -142,7 +160,7 @@ def _ratio(value: float, base: float) -> dict[str, float]:
 
 
 def describe_data(tasks: Sequence[Task]) -> dict[str, Any]:
-    """What is asked, with a fingerprint of every question as it is put and every right answer."""
+    """The questions, with a fingerprint of every question as it is put to the model and of every right answer."""
     each = {}
     for task in tasks:
         rows = task.rows.with_format(None)
@@ -176,10 +194,10 @@ def describe_data(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def check_same_data(stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raise ValueError if a stored report is about other questions."""
+    """Raise ValueError if a stored report has other questions."""
     if stored["data"]["fingerprint"] != data["fingerprint"]:
         raise ValueError(
-            f"the reference asked other questions (fingerprint {stored['data']['fingerprint']}, here "
+            f"the reference has other questions (fingerprint {stored['data']['fingerprint']}, here "
             f"{data['fingerprint']}); use the same tasks, split and samples."
         )
 
@@ -195,9 +213,8 @@ def check_reference(
     Args:
         stored: an earlier `report.json`; answers: of the reference system.
     """
-    units = [unit for task in tasks for unit in task.units([a for a in answers if a.task == task.name])]
     before = stored["systems"][stored["roles"]["reference"]]["accuracy"]
-    now = accuracies(units, 0)
+    now = accuracies(units_of(tasks, answers))
     pairs = {"overall": (before["overall"], now["overall"])} | {
         name: (before["types"][name], now["types"][name]) for name in (now["types"] if len(tasks) > 1 else ())
     }

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from latefusion.data.prompts import prompt_inputs, prompt_text
 from latefusion.eval import metrics
-from latefusion.eval.comparison import cost as efficiency
-from latefusion.eval.comparison import results as found
-from latefusion.eval.comparison import sweeps
-from latefusion.eval.comparison.answers import Answer, answer_questions, check, progress_bar
-from latefusion.eval.comparison.systems import System, controls
-from latefusion.eval.ledger import Ledger, Processes
+from latefusion.eval.comparison import cost, results, sweeps
+from latefusion.eval.comparison.answers import answer_questions, progress_bar
+from latefusion.eval.comparison.settings import Settings
+from latefusion.eval.comparison.systems import System
+from latefusion.eval.ledger import Ledger
 from latefusion.eval.report.markdown import write_markdown
 from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
-from latefusion.eval.tasks.base import Task
+from latefusion.eval.tasks.base import Answer, Task
+from latefusion.models.policies import named
+from latefusion.models.schedule import VisionSchedule
 
 SCHEMA = 2  # of report.json; raise it when a key changes its meaning
 NEW_TOKENS = 6  # generated while timing: the first and five further ones
@@ -28,216 +29,188 @@ UNFINISHED = "unfinished.jsonl"  # answers of an evaluation that was interrupted
 TOLERANCE = 0.005  # by which the dense base may miss a stored reference
 
 
-def evaluate_run(
-    *,
-    model: Any,
-    processor: Any,
-    attachment: Any,
-    systems: dict[str, System],
-    tasks: Sequence[Task],
-    output_dir: str | Path,
-    title: str,
-    checkpoint: str | Path | None = None,
-    reference: str = "dense",
-    baseline: str = "pruned",
-    candidate: str = "student",
-    batch_size: int = 96,
-    latency_prompts: int = 6,
-    latency_repeats: int = 3,
-    batches: Sequence[int] = (),
-    lengths: Sequence[int] = (),
-    with_controls: bool = False,
-    stored: Mapping[str, Any] | None = None,
-    processes: Processes | None = None,
-    seed: int = 0,
-    note: str = "",
-    source: str = "",
-) -> dict[str, Any] | None:
-    """Evaluate `systems` on `tasks`, print the table and write the report.
+def run_comparison(settings: Settings) -> dict[str, Any] | None:
+    """Evaluate the systems on the tasks, print the table and write the report.
 
-    Writes into `output_dir`: `report.json` (every number), `report.html`, `report.md`, `predictions.jsonl` (one line
-    a question and system). Interrupted, it goes on where it stopped when it is called in the same way again. The model
-    is put into eval mode and given back in the mode it came in.
-
-    Args:
-        model: Hugging Face image-text-to-text model, PEFT-wrapped if a system has `adapters=True`.
-        processor: its processor; prompts are made with its chat template, padded on the left.
-        attachment: what `attach(model, ...)` returned; each system runs under
-            `attachment.using(system.policy)`.
-        systems: by key, in the order of the table, such as
-            `{"dense": System(name="Dense base", policy=VisionSchedule()),
-            "pruned": System(name="VisiPruner", policy=VisiPruner(...)),
-            "student": System(name="Late fusion", policy=schedule, adapters=True)}`.
-        tasks: what is asked (`eval/tasks/`).
-        output_dir: made if missing.
-        title: heading of the report, such as the recipe's name.
-        checkpoint: where the student was saved, named in the report's "use it next"; None: there is none.
-        reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of
-            the one that the headline speaks of.
-        batch_size: questions a batch (accuracy only; latency is measured at batch 1).
-        latency_prompts, latency_repeats: prompts that latency and memory are measured on, and rounds over
-            them.
-        batches, lengths: batch sizes and text lengths that time is measured against; none by default.
-        with_controls: add rows without the image, and with random tokens at each method's budget.
-        stored: an earlier `report.json` whose reference row this one's must reproduce before others are asked.
-        processes: those that share the questions; the main one measures costs and writes.
-        seed: of the bootstrap.
-        note: free text on how the checkpoint was made (steps, time), shown in the report.
-        source: what the model was loaded from, so that an interrupted run is not resumed with another.
+    Writes `report.json` (every number), `report.html`, `report.md` and `predictions.jsonl` (one line a question and
+    system). Interrupted, it goes on where it stopped when it is called in the same way again. The model is put into
+    eval mode and given back in the mode it came in.
 
     Returns:
         What `report.json` holds; None for processes that are not the main one.
 
     Raises:
-        ValueError: a key names no system, a task is empty, adapters are asked of a model without them, or the
-            reference is not reproduced.
+        ValueError: the stored reference is not reproduced.
     """
-    for role, key in (("reference", reference), ("baseline", baseline), ("candidate", candidate)):
-        if key not in systems:
-            raise ValueError(f"{role}={key!r} names no system; choose one of {', '.join(systems)}.")
-    for task in tasks:
-        check(model, systems, task.rows)
     started = time.perf_counter()
-    folder, processes = Path(output_dir), processes or Processes()
-    data = found.describe_data(tasks)
-    if stored is not None:
-        found.check_same_data(stored, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    systems = dict(systems)
-    identity = [source, str(model.dtype), {k: s.describe() for k, s in systems.items()}, data]
-    ledger = Ledger(folder / UNFINISHED, found.plain(identity), processes)
+    model, processes, tasks = settings.model, settings.processes, settings.tasks
+    data = results.describe_data(tasks)
+    if settings.stored is not None:
+        results.check_same_data(settings.stored, data)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(settings.output / UNFINISHED, results.plain(identity_of(settings, data)), processes)
     if ledger.resumed and processes.main:
-        print(f"Going on with {ledger.resumed:,} answers of an interrupted run in {folder}.", flush=True)
+        where = settings.output
+        print(f"Going on with {ledger.resumed:,} answers of an interrupted run in {where}.", flush=True)
     was_training = model.training
     model.eval()
     try:
-        asked = {"model": model, "processor": processor, "attachment": attachment}
-        asked |= {"batch_size": batch_size, "ledger": ledger}
-        if stored is not None:
-            first = answer_tasks(tasks, systems={reference: systems[reference]}, **asked)
-            found.check_reference(stored, first[reference], tasks, TOLERANCE)
-        answers = answer_tasks(tasks, systems=systems, **asked)
-        if with_controls:
-            extra = controls(systems, answers, reference)
-            answers |= answer_tasks(tasks, systems=extra, **asked)
-            systems |= extra
+        systems, answers = answer_all(settings, ledger)
         if not processes.main:
             return None
-        rows = [row for task in tasks for row in _spread(task, -(-latency_prompts // len(tasks)))]
-        costs, sweep, vision = measure_costs(
-            model=model,
-            processor=processor,
-            attachment=attachment,
-            systems=systems,
-            reference=reference,
-            rows=rows,
-            repeats=latency_repeats,
-            batches=batches,
-            lengths=lengths,
-        )
+        rows = prompts_to_time(settings)
+        costs, swept, vision_seconds = measure_costs(settings, systems, rows)
     finally:
         model.train(was_training)
-    units = {
-        key: [unit for task in tasks for unit in task.units([a for a in said if a.task == task.name])]
-        for key, said in answers.items()
-    }
-    results = {
+    report = {
         "schema": SCHEMA,
-        "title": title,
-        "note": note,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "roles": {"reference": reference, "baseline": baseline, "candidate": candidate},
+        "title": settings.title,
+        "note": settings.note,
+        "checkpoint": settings.checkpoint,
+        "roles": {
+            "reference": settings.reference,
+            "baseline": settings.baseline,
+            "candidate": settings.candidate,
+        },
         "data": data,
-        "model": found.describe_model(model, answers[reference]) | {"vision_seconds": vision},
-        "systems": found.describe_systems(model, systems, tasks, answers, units, costs, reference, seed),
-        "paired": {
-            key: found.compare(units[candidate], units[key], seed) for key in systems if key != candidate
-        },
-        "against": {
-            key: found.compare(units[key], units[reference], seed) for key in systems if key != reference
-        },
-        "sweeps": sweep,
+        "model": results.describe_model(model, answers[settings.reference])
+        | {"vision_seconds": vision_seconds},
+        **results.describe_answers(settings, systems, answers, costs),
+        "sweeps": swept,
         "settings": {
             "decoding": "greedy",
-            "prompts": {task.name: prompt_text(processor, task.rows[0]) for task in tasks},
-            "batch_size": batch_size,
+            "prompts": {task.name: prompt_text(settings.processor, task.rows[0]) for task in tasks},
+            "batch_size": settings.batch_size,
             "latency_prompts": len(rows),
-            "latency_repeats": latency_repeats,
+            "latency_repeats": settings.latency_repeats,
             "latency_new_tokens": NEW_TOKENS,
             "bootstrap_resamples": metrics.RESAMPLES,
-            "seed": seed,
-            "reference_reproduced": stored is not None,
+            "seed": settings.seed,
+            "reference_reproduced": settings.stored is not None,
         },
-        "environment": found.describe_environment(model, time.perf_counter() - started, processes.count),
+        "environment": results.describe_environment(model, time.perf_counter() - started, processes.count),
     }
-    (folder / "report.json").write_text(json.dumps(found.plain(results), indent=2, allow_nan=False) + "\n")
-    with (folder / "predictions.jsonl").open("w") as lines:
-        for said in answers.values():
-            lines.writelines(json.dumps(answer.to_dict()) + "\n" for answer in said)
-    write_report(folder / "report.html", results, tasks, answers)
-    write_markdown(folder / "report.md", results)
+    write(settings, report, answers)
     ledger.close()
-    print_table(results)
-    print(folder / "report.html")
-    return results
+    print_table(report)
+    print(settings.output / "report.html")
+    return report
 
 
-def answer_tasks(tasks: Sequence[Task], **asked: Any) -> dict[str, list[Answer]]:
+def identity_of(settings: Settings, data: dict[str, Any]) -> list[Any]:
+    """Everything that an answer depends on: interrupted work goes on only where it is the same."""
+    systems = {key: system.describe() for key, system in settings.systems.items()}
+    return [settings.source, str(settings.model.dtype), systems, data]
+
+
+def answer_all(settings: Settings, ledger: Ledger) -> tuple[dict[str, System], dict[str, list[Answer]]]:
+    """All systems, controls included, and their answers; the reference first where it has to be reproduced."""
+    systems = dict(settings.systems)
+    if settings.stored is not None:
+        first = answer_tasks(settings, {settings.reference: systems[settings.reference]}, ledger)
+        results.check_reference(settings.stored, first[settings.reference], settings.tasks, TOLERANCE)
+    answers = answer_tasks(settings, systems, ledger)
+    if settings.controls:
+        extra = controls(systems, answers, settings.reference)
+        answers |= answer_tasks(settings, extra, ledger)
+        systems |= extra
+    return systems, answers
+
+
+def answer_tasks(settings: Settings, systems: dict[str, System], ledger: Ledger) -> dict[str, list[Answer]]:
     """`answer_questions` for each task; a system's answers follow each other in the order of the tasks."""
-    answers: dict[str, list[Answer]] = {}
-    for task in tasks:
-        said = answer_questions(
-            dataset=task.rows,
-            task=task.name,
-            score=task.score,
-            max_new_tokens=task.max_new_tokens,
-            **asked,
+    answers: dict[str, list[Answer]] = {key: [] for key in systems}
+    for task in settings.tasks:
+        of_task = answer_questions(
+            model=settings.model,
+            processor=settings.processor,
+            attachment=settings.attachment,
+            systems=systems,
+            task=task,
+            batch_size=settings.batch_size,
+            ledger=ledger,
         )
-        for key, given in said.items():
-            answers.setdefault(key, []).extend(given)
+        for key, more in of_task.items():
+            answers[key] += more
     return answers
 
 
+def controls(
+    systems: dict[str, System], answers: dict[str, list[Answer]], reference: str
+) -> dict[str, System]:
+    """Systems that show what the vision tokens are worth: no image, and random tokens at the budget of each method.
+
+    A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
+    """
+    extra = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
+    dense = tokens_a_layer(answers[reference])
+    for key, system in systems.items():
+        share = round(tokens_a_layer(answers[key]) / dense, 3) if dense else 1.0
+        if key != reference and not system.control and 0 < share < 1:
+            policy = named("random", keep_ratio=share)
+            extra[f"random_{share:g}"] = System(
+                name=f"Random {100 * share:.3g}%", policy=policy, control=True
+            )
+    return extra
+
+
+def tokens_a_layer(answers: Sequence[Answer]) -> float:
+    """Vision tokens a layer, mean over questions."""
+    return fmean(fmean(answer.vision_tokens) for answer in answers)
+
+
+def prompts_to_time(settings: Settings) -> list[dict[str, Any]]:
+    """Rows that latency and memory are measured on: about as many of each task, spread over it."""
+    each = -(-settings.latency_prompts // len(settings.tasks))
+    return [row for task in settings.tasks for row in spread_over(task, each)]
+
+
+def spread_over(task: Task, n: int) -> list[dict[str, Any]]:
+    """`n` rows, or all if there are fewer, spread evenly over the task."""
+    n = min(n, len(task.rows))
+    return [task.rows[i * len(task.rows) // n] for i in range(n)]
+
+
 def measure_costs(
-    *,
-    model: Any,
-    processor: Any,
-    attachment: Any,
-    systems: dict[str, System],
-    reference: str,
-    rows: list[dict[str, Any]],
-    repeats: int,
-    batches: Sequence[int],
-    lengths: Sequence[int],
-) -> tuple[dict[str, efficiency.Cost], dict[str, Any], float]:
+    settings: Settings, systems: dict[str, System], rows: list[dict[str, Any]]
+) -> tuple[dict[str, cost.Cost], dict[str, Any], float]:
     """Latency and memory of every system that is no control, the sweeps, and the vision tower's seconds.
 
     Adapters are off for every system: merged into the weights, as a student is deployed, LoRA costs nothing, and costs
     do not depend on the values of weights. The entry adapter runs where a schedule enters late.
     """
-    timed = {key: replace(system, adapters=False) for key, system in systems.items() if not system.control}
-    common: dict[str, Any] = {
-        "model": model,
-        "attachment": attachment,
-        "systems": timed,
-        "reference": reference,
-    }
+    model, processor, repeats = settings.model, settings.processor, settings.latency_repeats
     prompts = [prompt_inputs(model, processor, [row]) for row in rows]
+    rounds = len(prompts) + len(settings.batches) + len(settings.lengths)
     with progress_bar() as progress:
-        steps = len(prompts) * (repeats + 1) + (len(batches) + len(lengths)) * (repeats + 1)
+        steps = rounds * (repeats + 1)
         bar = progress.add_task("Latency, memory", total=steps)
-        common |= {"repeats": repeats, "new_tokens": NEW_TOKENS, "advance": lambda: progress.advance(bar)}
-        costs = efficiency.measure(prompts=prompts, **common)
+        common: dict[str, Any] = {
+            "model": model,
+            "attachment": settings.attachment,
+            "systems": {k: replace(s, adapters=False) for k, s in systems.items() if not s.control},
+            "reference": settings.reference,
+            "repeats": repeats,
+            "new_tokens": NEW_TOKENS,
+            "advance": lambda: progress.advance(bar),
+        }
+        costs = cost.measure(prompts=prompts, **common)
         common |= {"processor": processor}
-        sweep = {
-            "batch": sweeps.against_batch(rows=rows, sizes=batches, **common),
-            "text": sweeps.against_text(row=rows[0], lengths=lengths, **common),
+        swept = {
+            "batch": sweeps.against_batch(rows=rows, sizes=settings.batches, **common),
+            "text": sweeps.against_text(row=rows[0], lengths=settings.lengths, **common),
         }
         progress.update(bar, completed=steps)
-    return costs, sweep, efficiency.vision_seconds(model, prompts * repeats)
+    return costs, swept, cost.vision_seconds(model, prompts * repeats)
 
 
-def _spread(task: Task, n: int) -> list[dict[str, Any]]:
-    """`n` rows, or all if there are fewer, spread evenly over the task."""
-    n = min(n, len(task.rows))
-    return [task.rows[i * len(task.rows) // n] for i in range(n)]
+def write(settings: Settings, report: dict[str, Any], answers: dict[str, list[Answer]]) -> None:
+    """Write the report's files."""
+    folder = settings.output
+    text = json.dumps(results.plain(report), indent=2, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n")
+    with (folder / "predictions.jsonl").open("w") as lines:
+        for of_system in answers.values():
+            lines.writelines(json.dumps(answer.to_dict()) + "\n" for answer in of_system)
+    write_report(folder / "report.html", report, settings.tasks, answers)
+    write_markdown(folder / "report.md", report)

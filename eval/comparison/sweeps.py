@@ -13,8 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from latefusion.data.prompts import prompt_inputs, prompt_of
-from latefusion.eval.comparison.cost import Spread, generate, seconds, spread
+from latefusion.eval.comparison.cost import generate, seconds
 from latefusion.eval.comparison.systems import System, running
+from latefusion.eval.metrics import spread
 from latefusion.models.flops import decoder_flops
 from latefusion.models.inputs import encode_images, fresh_inputs
 
@@ -53,7 +54,7 @@ def against_text(
         )
         if inputs["input_ids"].shape[1] <= limit:
             points.append((int((inputs["input_ids"] != model.config.image_token_id).sum()), inputs))
-    measured = _measure(model=model, inputs=[found for _, found in points], answers=False, **common)
+    measured = _measure(model=model, inputs=[inputs for _, inputs in points], answers=False, **common)
     return [{"text_tokens": n, "systems": point} for (n, _), point in zip(points, measured, strict=True)]
 
 
@@ -113,5 +114,4 @@ def _measure(
 
 
 def _rate(times: list[float], reference: list[float], count: int) -> dict[str, float]:
-    found: Spread = spread([count / t for t in times], [count / t for t in reference])
-    return vars(found)
+    return vars(spread([count / t for t in times], [count / t for t in reference]))

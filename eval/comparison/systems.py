@@ -1,4 +1,4 @@
-"""What is compared: a model under a policy, with its adapters on or off, with or without its image."""
+"""The systems of a comparison: a model under a policy, adapters on or off, asked with or without the image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,9 +22,6 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.models.student.save import load, load_student
-
-if TYPE_CHECKING:
-    from latefusion.eval.comparison.answers import Answer
 
 NAMES = {
     "dense": "Dense base",
@@ -62,7 +58,7 @@ class System:
     source: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """What tells it from another system, as JSON holds it."""
+        """What distinguishes it from another system, as JSON holds it."""
         return {
             "name": self.name,
             "policy": {"type": type(self.policy).__name__, **vars(self.policy)},
@@ -75,7 +71,7 @@ class System:
 
 @contextmanager
 def running(model: Any, attachment: Any, system: System) -> Iterator[Any]:
-    """The model as `system`: its policy attached, its adapters on or off, no gradients; yields the model."""
+    """Run the model as `system`: its policy attached, adapters on or off, no gradients; yields the model."""
     if system.student is not None:
         model, attachment = system.student.model, system.student.attachment
     off = isinstance(model, PeftModel) and not system.adapters
@@ -83,22 +79,22 @@ def running(model: Any, attachment: Any, system: System) -> Iterator[Any]:
         yield model
 
 
-def policies_of(chosen: Sequence[Any]) -> dict[str, System]:
+def policies_of(entries: Sequence[Any]) -> dict[str, System]:
     """Systems of the base under policies of `recipes/policy/`.
 
     Args:
-        chosen: names, or `{name: {argument: value}}` where some of a recipe's arguments are replaced.
+        entries: names, or `{name: {argument: value}}` where some of a recipe's arguments are replaced.
 
     Raises:
         ValueError: there is no such policy or argument.
     """
     systems: dict[str, System] = {}
     titles: list[str] = []
-    for entry in chosen:
+    for entry in entries:
         name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         policy = named(name, **(changes or {}))
-        said = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
-        title = f"{NAMES.get(name, name)} ({said})" if said else NAMES.get(name, name)
+        shown = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
+        title = f"{NAMES.get(name, name)} ({shown})" if shown else NAMES.get(name, name)
         titles.append(title)
         number = titles.count(title)
         key = name if name not in systems else f"{name}_{len(titles)}"
@@ -137,7 +133,7 @@ class Students:
         return student
 
     def base(self, name: str) -> PreTrainedModel:
-        """A model of one's own over the weights of a base."""
+        """A model with hooks of its own over the weights of a base."""
         if name not in self.bases:
             check_base(name)
             self.bases[name], _ = load_base(name, dtype=compute_dtype())
@@ -154,10 +150,10 @@ def further(
 
     Raises:
         FileNotFoundError: a folder holds no student, or its base is not there.
-        ValueError: its prompts are made otherwise than those of the model at hand.
+        ValueError: it makes prompts differently from the model at hand.
     """
     paths = [Path(folder).resolve() for folder in folders]
-    found = {}
+    systems = {}
     for folder, path in zip(folders, paths, strict=True):
         ends = [taken, *("/".join(other.parts) for other in set(paths) - {path})]
         depth = 1
@@ -168,14 +164,14 @@ def further(
             raise ValueError(
                 f"the base of {folder} reads prompts in another way than this run's; compare it in a run of its own."
             )
-        found[str(folder)] = System(
+        systems[str(folder)] = System(
             name="/".join(path.parts[-depth:]),
             policy=student.schedule,
             adapters=isinstance(student.model, PeftModel),
             student=student,
             source=model_fingerprint(folder),
         )
-    return found
+    return systems
 
 
 def _prompts_of(processor: Any) -> tuple[Any, ...]:
@@ -190,30 +186,6 @@ def model_of(model: Any, system: System) -> Any:
 
 
 def entry_adapter(model: Any, system: System) -> Any:
-    """The entry adapter that a system runs, or None; a base inside PEFT has its own switched off."""
-    found = model_of(model, system)
-    return entry_of(found) if system.adapters or not isinstance(found, PeftModel) else None
-
-
-def controls(
-    systems: dict[str, System], answers: dict[str, list[Answer]], reference: str
-) -> dict[str, System]:
-    """What the vision tokens are worth: no image at all, and random tokens at the budget of each method.
-
-    A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
-    """
-    found = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
-    whole = _tokens(answers[reference])
-    for key, system in systems.items():
-        share = round(_tokens(answers[key]) / whole, 3) if whole else 1.0
-        if key != reference and not system.control and 0 < share < 1:
-            policy = named("random", keep_ratio=share)
-            found[f"random_{share:g}"] = System(
-                name=f"Random {100 * share:.3g}%", policy=policy, control=True
-            )
-    return found
-
-
-def _tokens(answers: list[Answer]) -> float:
-    """Vision tokens a layer, mean over questions."""
-    return fmean(fmean(answer.vision_tokens) for answer in answers)
+    """The entry adapter that a system runs, or None; the base inside a PEFT model runs without it."""
+    active = model_of(model, system)
+    return entry_of(active) if system.adapters or not isinstance(active, PeftModel) else None

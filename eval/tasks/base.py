@@ -1,21 +1,72 @@
-"""What a benchmark is to the evaluation, and how its files are found."""
+"""What a benchmark is to the evaluation: its questions, a system's answer to one of them, how its files are found."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from latefusion.data.sources import read
-from latefusion.eval.comparison.answers import Answer, Score, exact_match
-from latefusion.eval.metrics import Measure
+from latefusion.eval.metrics import Measure, normalise
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+Score = Callable[[str, dict[str, Any]], float]  # of (prediction, row), from 0 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One system's answer to one question.
+
+    Attributes:
+        system: key of the system; task, id, type, scene: of the question.
+        answer: the right one, or the first of several.
+        prediction: decoded text; score: what the task's scorer gives it, from 0 to 1.
+        text_tokens: prompt tokens that are neither vision nor padding.
+        tokens: tokens that entered each decoder layer in the prefill, from `Attachment.trace`.
+        fusion_layer, exit_layer, frozen, reads: as the trace has them.
+    """
+
+    system: str
+    task: str
+    id: str
+    type: str
+    scene: str
+    question: str
+    answer: str
+    prediction: str
+    score: float
+    text_tokens: int
+    tokens: list[int] = field(repr=False)
+    fusion_layer: int | None
+    exit_layer: int | None
+    frozen: list[int] = field(default_factory=list, repr=False)
+    reads: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def correct(self) -> bool:
+        return self.score >= 0.5
+
+    @property
+    def vision_tokens(self) -> list[int]:
+        return [n - self.text_tokens for n in self.tokens]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "correct": self.correct}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Answer:
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
+
+def exact_match(prediction: str, row: dict[str, Any]) -> float:
+    """1 if the prediction equals one of the row's `answers` (or its `answer`) after `normalise`."""
+    right = row["answers"] if row.get("answers") else [row["answer"]]
+    return float(normalise(prediction) in [normalise(answer) for answer in right])
 
 
 def _same(answers: list[Answer]) -> list[Answer]:
@@ -32,11 +83,11 @@ class Task:
 
     Attributes:
         name: what tables call it.
-        rows: columns of `data.load.QUESTION_COLUMNS`, `images` and `prompt` (the question as it is put to the
+        rows: the columns of `data.load.QUESTION_COLUMNS`, `images` and `prompt` (the question as it is put to the
             model), and what `score` reads.
         metric: what the mean of the scores is called.
         score: of `(prediction, row)`, from 0 to 1.
-        units: turns answers into those that count as one question (MMBench's rotations).
+        units: turns answers into the units that count as one question (MMBench's rotations).
         measures: the benchmark's further figures, by name.
         max_new_tokens: None: as the longest answer needs.
         ocr: its answers are read from the image.
@@ -62,7 +113,7 @@ class Files:
     Args:
         task: its name; where: a folder, or a hub id; split: of the hub's data set.
         needs: what the folder has to hold, with `|` between alternatives.
-        come_from: where one gets them.
+        come_from: where to get them.
         hub: a hub id with the same questions.
     """
 
@@ -87,21 +138,21 @@ class Files:
         )
         missing = [name for name in self.needs if self._first(name) is None]
         if looks_local and (not folder.is_dir() or (self.local and missing)):
-            wanted = ", ".join(
+            files = ", ".join(
                 name.replace("|", " or ") for name in (missing if folder.is_dir() else self.needs)
             )
             hub = (
                 f", or name a hub id or a copy of it with sources.{self.task}={self.hub}" if self.hub else ""
             )
             raise FileNotFoundError(
-                f"no data for task {self.task} in {self.where}: put {wanted} there (from {self.come_from}){hub}."
+                f"no data for task {self.task} in {self.where}: put {files} there (from {self.come_from}){hub}."
             )
 
     def path(self, name: str) -> Path:
         """The first of the alternatives in `name` that is there."""
-        found = self._first(name)
-        assert found is not None, "check() was not called"
-        return found
+        path = self._first(name)
+        assert path is not None, "check() was not called"
+        return path
 
     def json(self, name: str) -> Any:
         return json.loads(self.path(name).read_text())
@@ -119,10 +170,10 @@ class Files:
 
 
 def read_config(where: str, config: str, split: str) -> datasets.Dataset:
-    """`read` for a hub data set with several configurations.
+    """Read one configuration of a hub data set.
 
     Raises:
-        FileNotFoundError: there is none, or it cannot be reached.
+        FileNotFoundError: it does not exist or cannot be reached.
     """
     try:
         return datasets.load_dataset(where, config, split=split)
@@ -149,7 +200,7 @@ def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
 
 
 def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str, Any]]) -> datasets.Dataset:
-    """A hub data set whose column `image` holds the picture, or a list of them, in the form of `rows_of`.
+    """A hub data set whose column `image` holds the picture, or a list of pictures, in the form of `rows_of`.
 
     Pictures are not decoded.
     """
@@ -161,8 +212,7 @@ def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str
     for number, row in enumerate(plain):
         for name, value in question({"row": number, **row}).items():
             fields.setdefault(name, []).append(value)
-    found = datasets.Dataset.from_dict(fields)
-    return datasets.concatenate_datasets([found, kept], axis=1)
+    return datasets.concatenate_datasets([datasets.Dataset.from_dict(fields), kept], axis=1)
 
 
 def _stored(image: Any) -> Any:

@@ -16,9 +16,8 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import LETTER, Files, Task, mapped, rows_of
+from latefusion.eval.tasks.base import LETTER, Answer, Files, Task, mapped, rows_of
 
 LETTERS = "ABCDEFGH"
 CIRCULAR = "circular accuracy"

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, read_config, rows_of
+from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped, read_config, rows_of
 
 TOLERANCE, LEAST = 0.05, 0.5
 

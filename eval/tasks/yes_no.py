@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, rows_of
+from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped, rows_of
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 PERCEPTION = (

@@ -1,4 +1,4 @@
-"""From every setting's numbers to the one that is chosen, and the files that say so."""
+"""Choose the best setting from every setting's numbers, and write the files that say so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     Raises:
         ValueError: no setting stays under the bound; what was tried is written all the same.
     """
-    asked, columns, correct = results["arguments"], results["columns"], results["correct"]
+    arguments, columns, correct = results["arguments"], results["columns"], results["correct"]
     dense, number = columns["dense_flops"].mean(), (~np.isnan(columns["kl"])).sum(1)  # [settings]
     kl, flops = np.nanmean(columns["kl"], 1), np.nanmean(columns["flops"] / columns["dense_flops"], 1)
     prompts = columns["kl"].shape[1]
@@ -44,11 +44,11 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         for i, setting in enumerate(results["settings"])
     ]
     partial, kl = kl, np.where(complete, kl, np.inf)
-    best = cheapest(kl, flops, asked["kl"])
+    best = cheapest(kl, flops, arguments["kl"])
     shown = [] if best is None else around(front(kl, flops), best, ROWS)
     lines = [line(rows[i], results, i) for i in shown]
     out = {
-        "arguments": asked,
+        "arguments": arguments,
         "prompts": prompts,
         "seconds": results["seconds"],
         "dense": {
@@ -66,7 +66,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     if best is None:
         nearest = rows[int(partial.argmin())]
         raise ValueError(
-            f"no setting stays under kl={asked['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} "
+            f"no setting stays under kl={arguments['kl']}: the least is {nearest['kl']:.2g} (on {nearest['prompts']} "
             f"prompts), at boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower "
             "tokens_thresholds."
         )
@@ -79,26 +79,26 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
 
 
 def cheapest(kl: NDArray, flops: NDArray, bound: float) -> int | None:
-    """The setting of least FLOPs with KL at most `bound`, then of least KL, then the first; None: there is none."""
+    """The setting of least FLOPs with KL at most `bound`, then of least KL, then the first; None: no setting fits."""
     fits = np.flatnonzero(kl <= bound)
     return int(fits[np.lexsort((fits, kl[fits], flops[fits]))[0]]) if len(fits) else None
 
 
 def front(kl: NDArray, flops: NDArray) -> list[int]:
     """Settings that no other beats in both, from least FLOPs to least KL."""
-    found, least = [], np.inf
+    best, least = [], np.inf
     for i in np.lexsort((np.arange(len(kl)), kl, flops)):
         if kl[i] < least:
-            found.append(int(i))
+            best.append(int(i))
             least = kl[i]
-    return found
+    return best
 
 
-def around(found: list[int], best: int, rows: int) -> list[int]:
+def around(settings: list[int], best: int, rows: int) -> list[int]:
     """At most `rows` of the front, `best` among them, half of them cheaper."""
-    at = found.index(best)
-    start = max(0, min(at - rows // 2, len(found) - rows))
-    return found[start : start + rows]
+    at = settings.index(best)
+    start = max(0, min(at - rows // 2, len(settings) - rows))
+    return settings[start : start + rows]
 
 
 def line(row: dict[str, Any], results: dict[str, Any], i: int) -> list[str]:
@@ -129,21 +129,21 @@ def markdown(header: tuple[str, ...], lines: list[list[str]], bold: int) -> str:
 
 
 def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
-    asked = out["arguments"]
+    arguments = out["arguments"]
     stages = ", ".join(row["stages"])
     return (
-        f"# VisiPruner for {asked['model']}, calibrated on {out['prompts']} prompts of {asked['data']}, "
-        f"{asked['split']}:\n"
-        f"# {row['flops_ratio']:.1%} of the dense decoder's FLOPs at KL {row['kl']:.4f} (bound {asked['kl']:g}), "
+        f"# VisiPruner for {arguments['model']}, calibrated on {out['prompts']} prompts of {arguments['data']}, "
+        f"{arguments['split']}:\n"
+        f"# {row['flops_ratio']:.1%} of the dense decoder's FLOPs at KL {row['kl']:.4f} (bound {arguments['kl']:g}), "
         f"{row['same_answer']:.1%} of the answers unchanged.\n"
         "_target_: latefusion.models.policies.visipruner.settings.VisiPruner\n"
         f"boundary: {row['boundary']}\n"
         f"layer_threshold: {row['layer_threshold']:g}\n"
         f"tokens_threshold: {row['tokens_threshold']:g}\n"
-        f"exit_threshold: {asked['exit_threshold']:g}\n"
-        f"exit_patience: {asked['exit_patience']}\n"
+        f"exit_threshold: {arguments['exit_threshold']:g}\n"
+        f"exit_patience: {arguments['exit_patience']}\n"
         f"stages: [{stages}]\n"
-        f"sink_rule: {asked['sink_rule']}\n"
+        f"sink_rule: {arguments['sink_rule']}\n"
     )
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 
 from latefusion.data.draw import opened, prompts_of, said_of, with_images
 from latefusion.data.samples import first_exchange
 from latefusion.data.scenes import load_scenes
+from latefusion.eval.thresholds.settings import Arguments
 from latefusion.recipes.schema import DataConfig, Source
-
-if TYPE_CHECKING:
-    from latefusion.eval.calibrate import Arguments
 
 
 @dataclass(frozen=True)
@@ -22,16 +20,16 @@ class Questions:
     """Prompts by number.
 
     Attributes:
-        rows: by index, with their images; at: which of them are asked.
-        known: of each prompt what is known without its images: what is asked, `scene` (the same for prompts about the
-            same images), and `answer`, if it has one.
-        source: what else tells these prompts from others.
-        remarks: what should be known of them, in sentences.
+        rows: by index, with their images; at: the numbers of those that are used.
+        records: each prompt without its images: the question, `scene` (the same for prompts about the same images),
+            and `answer`, if it has one.
+        source: where they come from.
+        remarks: for the user to read, in sentences.
     """
 
     rows: Any
     at: Sequence[int]
-    known: Sequence[dict[str, Any]]
+    records: Sequence[dict[str, Any]]
     source: str
     remarks: Sequence[str] = ()
 
@@ -40,36 +38,40 @@ class Questions:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[self.at[i]]
-        return {**(first_exchange(row) if "messages" in row else row), **self.known[i]}
+        return {**(first_exchange(row) if "messages" in row else row), **self.records[i]}
 
     @property
     def labelled(self) -> bool:
-        return all("answer" in row for row in self.known)
+        return all("answer" in row for row in self.records)
 
 
-def read(asked: Arguments) -> Questions:
+def read(arguments: Arguments) -> Questions:
     """The prompts: rows of `scenes`, or of any data set with `messages` and `images`, in the order of `seed`.
 
     Raises:
         FileNotFoundError, ValueError: the data are not there, or none has an image.
     """
-    if asked.data == "scenes":
-        rows = load_scenes(asked.split)
-        if asked.samples is not None and asked.samples < len(rows):
-            rows = rows.shuffle(seed=asked.seed).select(range(asked.samples))
+    if arguments.data == "scenes":
+        rows = load_scenes(arguments.split)
+        if arguments.samples is not None and arguments.samples < len(rows):
+            rows = rows.shuffle(seed=arguments.seed).select(range(arguments.samples))
         return of_scenes(rows)
-    data = DataConfig(source=Source.dataset, path=asked.data, split=asked.split)
+    data = DataConfig(source=Source.dataset, path=arguments.data, split=arguments.split)
     rows = prompts_of(data, None, 0)
-    found, bad = with_images(rows, wanted=asked.samples, seed=asked.seed)
-    if not found:
-        raise ValueError(f"no prompt of {asked.data} has an image; VisiPruner has nothing to prune there.")
-    taken = found[: asked.samples]
-    known = []
+    drawn, bad = with_images(rows, wanted=arguments.samples, seed=arguments.seed)
+    if not drawn:
+        raise ValueError(
+            f"no prompt of {arguments.data} has an image; VisiPruner has nothing to prune there."
+        )
+    taken = drawn[: arguments.samples]
+    records = []
     for at, row in zip(taken, opened(rows, taken), strict=True):
         last = row["messages"][-1]
         answer = {"answer": _text(last)} if last["role"] == "assistant" else {}
-        known.append({"messages": row["messages"], "scene": " ".join(sorted(map(str, at.images))), **answer})
-    return Questions(rows, [at.row for at in taken], known, asked.data, said_of(bad))
+        records.append(
+            {"messages": row["messages"], "scene": " ".join(sorted(map(str, at.images))), **answer}
+        )
+    return Questions(rows, [at.row for at in taken], records, arguments.data, said_of(bad))
 
 
 def of_scenes(rows: Dataset) -> Questions:

@@ -69,7 +69,7 @@ class Batch:
         return self.inputs["input_ids"].shape[1] - self.answers.shape[1] - 1
 
     def logits(self, attachment: Attachment) -> Tensor:
-        """What the model thinks before each answer token, float32 `[B, A, V]`."""
+        """Logits before each answer token, float32 `[B, A, V]`."""
         queries = torch.full_like(self.answers[:, :1], self.last)
         with attachment.queries(queries), torch.no_grad():
             out = attachment.model(
@@ -82,7 +82,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each prompt of a batch, `[B]` each.
+    """How a setting changes each prompt of a batch, `[B]` each.
 
     Attributes:
         kl: KL(dense || pruned), nats, mean over the answer's tokens.
@@ -99,7 +99,7 @@ class Outcome:
     def where(self, rows: NDArray[np.bool_], other: Outcome) -> Outcome:
         """This outcome in `rows`, the other elsewhere."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Outcome(*(np.where(rows, mine, theirs) for mine, theirs in pairs))
+        return Outcome(*(np.where(rows, here, there) for here, there in pairs))
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,22 @@ class Recorded:
     states: list[Tensor]
     least: NDArray[np.float64]
     norms: list[Tensor]
+
+
+def surveyed(recorded: Recorded, tokens_thresholds: Sequence[float]) -> dict[str, Any]:
+    """Each layer's least cosine `[layers, B]`, and how many tokens it would keep, `[layers, thresholds, B]`."""
+    kept = [
+        [(norms > threshold).sum(1).cpu().numpy() for threshold in tokens_thresholds]
+        for norms in recorded.norms
+    ]
+    return {"least": recorded.least, "kept": np.array(kept)}
+
+
+def fusion_layers(least: NDArray, boundary: int, layer_threshold: float) -> NDArray:
+    """Each prompt's fusion layer, the number of layers if it never fuses; `least` is `[layers, B]`."""
+    fuses = least < layer_threshold
+    fuses[: boundary + 1] = False
+    return np.where(fuses.any(0), fuses.argmax(0), len(fuses))
 
 
 def record(batch: Batch, attachment: Attachment, boundary: int, sink_rule: str) -> Recorded:
@@ -153,7 +169,7 @@ def resume(
 
 
 def judge(batch: Batch, attachment: Attachment, logits: Tensor, dense: Tensor) -> Outcome:
-    """How far `logits` are from the dense ones, and what the last prefill of `attachment` computed."""
+    """Distance of `logits` from the dense ones, and what the last prefill of `attachment` computed."""
     real = batch.real
     ours, theirs = logits.log_softmax(-1), dense.log_softmax(-1)  # [B, A, V]
     kl = (theirs.exp() * (theirs - ours)).sum(-1).masked_fill(~real, 0).sum(1) / real.sum(1)

@@ -3,7 +3,7 @@
 The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
 out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
 more than all prompts together may have. And a prefill of each prompt says what a setting computes at least
-(`survey.floor`), so nothing dearer than a setting known to be under the bound need run.
+(`least_flops`), so nothing dearer than a setting known to be under the bound need run.
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
 from latefusion.eval.comparison.answers import progress_bar
-from latefusion.eval.thresholds import replay as calibration
-from latefusion.eval.thresholds.floor import floor
-from latefusion.eval.thresholds.prefills import Prompts, Setting, policy_of, prefix, settings
-from latefusion.eval.thresholds.replay import Batch, Outcome
+from latefusion.eval.thresholds import replay
+from latefusion.eval.thresholds.prefills import Prompts
+from latefusion.eval.thresholds.questions import Questions
+from latefusion.eval.thresholds.replay import Batch, Outcome, fusion_layers
+from latefusion.eval.thresholds.settings import Arguments, Setting, grid, policy_of, prefix
 from latefusion.models.attach import Attachment
 from latefusion.models.fingerprint import model_fingerprint
-from latefusion.models.flops import decoder_flops
-
-if TYPE_CHECKING:
-    from latefusion.eval.calibrate import Arguments
-    from latefusion.eval.thresholds.questions import Questions
+from latefusion.models.flops import decoder_flops, layer_flops
 
 PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
@@ -41,38 +39,38 @@ EXACT = 1e-9  # relative; sums of floats in another order are equal
 class Search:
     """All settings on as many prompts as it takes, batch by batch; what is done is kept on disk."""
 
-    def __init__(self, asked: Arguments, attachment: Attachment, processor: Any, rows: Questions):
-        self.asked, self.attachment, self.rows = asked, attachment, rows
-        self.prompts = Prompts(asked, attachment, processor, rows)
+    def __init__(self, arguments: Arguments, attachment: Attachment, processor: Any, rows: Questions):
+        self.arguments, self.attachment, self.rows = arguments, attachment, rows
+        self.prompts = Prompts(arguments, attachment, processor, rows)
         self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
         layers = len(attachment.layers)
-        boundaries = list(range(layers - 1)) if asked.boundaries is None else asked.boundaries
+        boundaries = list(range(layers - 1)) if arguments.boundaries is None else arguments.boundaries
         first, _ = self.prompts.dense_batch(self.prompts.batches[0])
-        recorded = calibration.record(first, attachment, 0, asked.sink_rule)
+        recorded = replay.record(first, attachment, 0, arguments.sink_rule)
         self.longest = max(attachment.trace, key=lambda record: record.tokens[0])
-        self.thresholds = asked.tokens_thresholds or scale(recorded)
+        self.thresholds = arguments.tokens_thresholds or scale(recorded)
         self.limit = self.shallow_limit(boundaries, first, recorded.logits)
         self.settings = [
             setting
-            for setting in settings(asked, boundaries, self.thresholds)
+            for setting in grid(arguments, boundaries, self.thresholds)
             if "shallow" not in setting["stages"] or setting["boundary"] <= self.limit
         ]
         for setting in self.settings:
-            policy_of(setting, asked).validate(layers)
+            policy_of(setting, arguments).validate(layers)
         self.prefixes = sorted({0, *map(prefix, self.settings)})
-        self.folder = Path(asked.output) / "batches" / self.fingerprint()
+        self.folder = Path(arguments.output) / "batches" / self.fingerprint()
         self.sweeps = 0
 
     def cost(self) -> str:
-        """What the search will compute, said before it does."""
+        """What the search will compute, in words, before it does."""
         config, layers = self.attachment.model.config, len(self.attachment.layers)
         text, vision = self.longest.tokens[0] - self.longest.vision[0], self.longest.vision[0]
         dense = decoder_flops(config, self.longest.tokens)
         passes, resumed = 0, 0.0
         for shallow in {prefix(s) for s in self.settings}:
-            mine = [s for s in self.settings if prefix(s) == shallow]
-            fusions = range(min(s["boundary"] for s in mine) + 1, layers - 1)
-            kinds = {(s["tokens_threshold"], "deep" in s["stages"]) for s in mine}
+            group = [s for s in self.settings if prefix(s) == shallow]
+            fusions = range(min(s["boundary"] for s in group) + 1, layers - 1)
+            kinds = {(s["tokens_threshold"], "deep" in s["stages"]) for s in group}
             passes += len(kinds) * len(fusions)
             left = text + vision // 4
             resumed += (
@@ -99,7 +97,7 @@ class Search:
                 done.append(self.kept(f"survey_{number:05d}", work))
                 progress.advance(task, len(rows))
             self.dense = joined(done)
-            self.floors = np.stack([self.floor(setting) for setting in self.settings])  # [settings, N]
+            self.floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
             empty = partial(np.full, self.floors.shape, np.nan)
             self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
             self.sweep(self.alive(), 1, progress)
@@ -122,10 +120,10 @@ class Search:
     @property
     def most(self) -> float:
         """What the KL of all prompts may add up to."""
-        return self.asked.kl * len(self.rows) * (1 + EXACT)
+        return self.arguments.kl * len(self.rows) * (1 + EXACT)
 
     def least_flops(self) -> NDArray:
-        """What each setting computes at least, against dense: exact where it ran."""
+        """Lower bound of each setting's FLOPs, against dense: exact where it ran."""
         flops = np.where(self.ran(), self.columns["flops"], self.floors)
         return (flops / self.dense["dense_flops"]).mean(1)
 
@@ -138,25 +136,25 @@ class Search:
         """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""
         alive = np.flatnonzero(self.alive())
         kl = np.nanmean(self.columns["kl"][alive], 1)
-        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.asked.kl)))[:PROBES]
+        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.arguments.kl)))[:PROBES]
         return np.isin(np.arange(len(self.settings)), alive[first])
 
-    def floor(self, setting: Setting) -> NDArray:
+    def bound_of(self, setting: Setting) -> NDArray:
         shallow = prefix(setting)
-        return floor(
+        return least_flops(
             self.attachment.model.config,
             setting,
             least=self.dense[f"least_{shallow}"],
             kept=self.dense[f"kept_{shallow}"][:, self.thresholds.index(setting["tokens_threshold"])],
             text=self.dense["text"],
             vision=self.dense["vision"],
-            patience=self.asked.exit_patience,
+            patience=self.arguments.exit_patience,
         )
 
     # ---------------------------------------------------------------- passes over the prompts
 
     def sweep(self, which: NDArray[np.bool_], batches: int, progress: Any) -> None:
-        """Run these settings on so many batches, as long as any of them is not ruled out."""
+        """Run these settings on the first `batches` batches, as long as any of them is not ruled out."""
         self.sweeps += 1  # also where nothing is left to do: files are named by it
         if not which.any():
             return
@@ -165,15 +163,15 @@ class Search:
             here = slice(self.ends[number], self.ends[number + 1])
             left = np.flatnonzero(which & self.alive() & ~self.ran()[:, here].any(1))
             if len(left):
-                mine, written = [self.settings[i] for i in left], self.dense["answers"][:, here]
-                work = partial(self.prompts.try_on, rows, written, mine)
-                found = self.kept(f"sweep{self.sweeps}_{number:05d}", work)
+                tried, written = [self.settings[i] for i in left], self.dense["answers"][:, here]
+                work = partial(self.prompts.try_on, rows, written, tried)
+                outcomes = self.kept(f"sweep{self.sweeps}_{number:05d}", work)
                 for name, column in self.columns.items():
-                    column[left, here] = found[name]
+                    column[left, here] = outcomes[name]
             progress.advance(task, len(rows))
 
     def kept(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` gives, from disk if it was computed before."""
+        """The result of `compute`, from disk if it was computed before."""
         file = self.folder / f"{name}.npz"
         if not file.exists():
             part = file.with_suffix(".part.npz")
@@ -192,10 +190,10 @@ class Search:
         if not (len(wrong) and len(whole)):
             return correct
         task = progress.add_task("Labels", total=len(wrong))
-        for start in range(0, len(wrong), self.asked.batch_size):
-            at = wrong[start : start + self.asked.batch_size]
-            rows, mine = [self.prompts.order[i] for i in at], [self.settings[i] for i in whole]
-            correct[np.ix_(whole, at)] = self.prompts.try_labels(rows, mine)
+        for start in range(0, len(wrong), self.arguments.batch_size):
+            at = wrong[start : start + self.arguments.batch_size]
+            rows, tried = [self.prompts.order[i] for i in at], [self.settings[i] for i in whole]
+            correct[np.ix_(whole, at)] = self.prompts.try_labels(rows, tried)
             progress.advance(task, len(at))
         return correct
 
@@ -204,25 +202,24 @@ class Search:
     def shallow_limit(self, boundaries: Sequence[int], first: Batch, dense: torch.Tensor) -> int:
         """The last boundary up to which the shallow rule alone stays under the bound, on one batch."""
         limit = 0
-        if any("shallow" in stages for stages in self.asked.stages):
+        if any("shallow" in stages for stages in self.arguments.stages):
             for boundary in sorted(b for b in boundaries if b > 0):
-                logits = calibration.record(first, self.attachment, boundary, self.asked.sink_rule).logits
-                outcome = calibration.judge(first, self.attachment, logits, dense)
-                if outcome.kl.mean() > self.asked.kl:
+                logits = replay.record(first, self.attachment, boundary, self.arguments.sink_rule).logits
+                outcome = replay.judge(first, self.attachment, logits, dense)
+                if outcome.kl.mean() > self.arguments.kl:
                     break
                 limit = boundary
         return limit
 
     def fingerprint(self) -> str:
-        """Of all that a batch's numbers depend on."""
-        known = {k: v for k, v in asdict(self.asked).items() if k != "output"}
+        """Hash of everything that a batch's numbers depend on."""
         described = json.dumps(
             [
-                known,
-                model_fingerprint(self.asked.model),
+                {name: value for name, value in asdict(self.arguments).items() if name != "output"},
+                model_fingerprint(self.arguments.model),
                 self.settings,
                 self.rows.source,
-                self.rows.known,
+                self.rows.records,
                 str(self.attachment.model.dtype),
             ],
             sort_keys=True,
@@ -230,10 +227,10 @@ class Search:
         return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
 
     def results(self, correct: NDArray | None) -> dict[str, Any]:
-        clusters = [row["scene"] for row in self.rows.known]
+        clusters = [row["scene"] for row in self.rows.records]
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         return {
-            "arguments": asdict(self.asked),
+            "arguments": asdict(self.arguments),
             "settings": self.settings,
             "shallow_limit": self.limit,
             "columns": self.columns | dense,
@@ -247,7 +244,7 @@ def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: np.concatenate([batch[name] for batch in batches], axis=-1) for name in batches[0]}
 
 
-def scale(recorded: calibration.Recorded) -> list[float]:
+def scale(recorded: replay.Recorded) -> list[float]:
     """`tokens_threshold`s that keep about `SHARES` of the vision tokens in the layers of the middle half."""
     quarter = len(recorded.norms) // 4
     norms = torch.cat([norm[norm >= 0] for norm in recorded.norms[quarter : 3 * quarter]])
@@ -255,3 +252,32 @@ def scale(recorded: calibration.Recorded) -> list[float]:
         norms.double().cpu()[:: max(1, len(norms) // 1_000_000)], 1 - torch.tensor(SHARES).double()
     )
     return sorted({float(f"{value:.1g}") for value in at.tolist()})
+
+
+def least_flops(
+    config: PretrainedConfig,
+    setting: dict[str, Any],
+    *,
+    least: NDArray,
+    kept: NDArray,
+    text: NDArray,
+    vision: NDArray,
+    patience: int,
+) -> NDArray:
+    """Lower bound of a setting's FLOPs on each prompt, `[N]`: exact if vision leaves as soon as it may.
+
+    Args:
+        least: `[layers, N]`; kept: tokens above the setting's threshold, `[layers, N]`.
+        text, vision: tokens of each prompt, `[N]`.
+        patience: layers after fusion that have to pass before vision leaves.
+    """
+    layers = len(least)
+    fusion = fusion_layers(least, setting["boundary"], setting["layer_threshold"])
+    chosen = np.take_along_axis(kept, np.minimum(fusion, layers - 1)[None], 0)[0]
+    cost = np.array([layer_flops(config, n) for n in range(int((text + vision).max()) + 1)], float)
+    whole = np.minimum(fusion + 1, layers)  # layers that compute every token
+    pruned = layers - whole
+    if "deep" in setting["stages"]:
+        pruned = np.minimum(pruned, patience)
+    rest = layers - whole - pruned
+    return whole * cost[text + vision] + pruned * cost[text + chosen] + rest * cost[text]

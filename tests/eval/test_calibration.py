@@ -15,9 +15,10 @@ from rich.progress import Progress
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, evaluate, generate
 from latefusion.eval.thresholds import choose, questions, replay
-from latefusion.eval.thresholds.floor import fusion_layers
-from latefusion.eval.thresholds.prefills import Prompts, ended, policy_of, settings
+from latefusion.eval.thresholds.prefills import Prompts, ended
+from latefusion.eval.thresholds.replay import fusion_layers
 from latefusion.eval.thresholds.search import Search
+from latefusion.eval.thresholds.settings import grid, policy_of
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.flops import decoder_flops
@@ -133,7 +134,7 @@ def arguments_for(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
 def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     base: str, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
+    small_grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
     bars, add = [], Progress.add_task
 
     def adding(self: Any, description: str, **more: Any) -> Any:
@@ -141,7 +142,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
         return add(self, description, **more)
 
     monkeypatch.setattr(Progress, "add_task", adding)
-    whole = calibrate.calibrate(arguments_for(base, tmp_path / "whole", **grid), Console(quiet=True))
+    whole = calibrate.calibrate(arguments_for(base, tmp_path / "whole", **small_grid), Console(quiet=True))
     assert bars and all(total > 0 and not name.startswith("0 ") for name, total in bars), bars
     batches, run = [], Prompts.try_on
 
@@ -153,8 +154,8 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
 
     monkeypatch.setattr(Prompts, "try_on", stopping)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.calibrate(arguments_for(base, tmp_path / "cut", **grid), Console(quiet=True))
-    again = calibrate.calibrate(arguments_for(base, tmp_path / "cut", **grid), Console(quiet=True))
+        calibrate.calibrate(arguments_for(base, tmp_path / "cut", **small_grid), Console(quiet=True))
+    again = calibrate.calibrate(arguments_for(base, tmp_path / "cut", **small_grid), Console(quiet=True))
     assert batches[2] == batches[3] and batches[3] not in batches[:2], "a finished batch was run again"
     for result in (whole, again):
         result["seconds"] = result["arguments"]["output"] = None
@@ -190,9 +191,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
         alone: dict[int, list[tuple[Any, Any]]] = {}
         for batch in (prompts.dense_batch(batch)[0] for batch in prompts.batches):
             dense, unpruned = replay.dense(batch, attachment)
-            for number, setting in enumerate(
-                settings(arguments, GRID["boundaries"], GRID["tokens_thresholds"])
-            ):
+            for number, setting in enumerate(grid(arguments, GRID["boundaries"], GRID["tokens_thresholds"])):
                 with attachment.using(policy_of(setting, arguments)):
                     outcome = replay.judge(batch, attachment, batch.logits(attachment), dense)
                 alone.setdefault(number, []).append((outcome.kl, outcome.flops / unpruned.flops))

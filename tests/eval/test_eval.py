@@ -67,8 +67,9 @@ def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
 def test_rows_of_the_training_sources_are_asked_the_same(student, processor):
     options = {"model": student.model.eval(), "processor": processor, "attachment": student.attachment}
     options |= {"systems": {"dense": SYSTEMS["dense"]}, "batch_size": 7}
-    plain = answer_questions(**options, dataset=load_scenes("test", 1))["dense"]
-    assert answer_questions(**options, dataset=scene_samples("test", n_scenes=1))["dense"] == plain
+    plain = answer_questions(**options, task=evaluated_student.task(load_scenes("test", 1)))["dense"]
+    samples = evaluated_student.task(scene_samples("test", n_scenes=1))
+    assert answer_questions(**options, task=samples)["dense"] == plain
 
 
 def by_hand(n_text: int, vision: list[int]) -> int:
@@ -204,7 +205,7 @@ def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
 
 def test_a_broken_configuration_is_said(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
-    with pytest.raises(SystemExit, match="is no configuration of a run") as error:
+    with pytest.raises(SystemExit, match="is not a training configuration") as error:
         main([f"checkpoint={tmp_path}"])
     assert "colour" in str(error.value) and "\n" not in str(error.value)
 

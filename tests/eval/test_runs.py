@@ -37,9 +37,8 @@ def ask(ledger: Ledger | None) -> dict[str, list[str]]:
         processor=evaluated_student.processor(),
         attachment=student.attachment,
         systems=evaluated_student.SYSTEMS,
-        dataset=evaluated_student.questions(),
+        task=evaluated_student.task(),
         batch_size=9,
-        task="scenes",
         ledger=ledger,
     )
     return {key: [answer.prediction for answer in answers] for key, answers in by_system.items()}
@@ -115,7 +114,7 @@ def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
     kept = (tmp_path / "drift/unfinished.jsonl").read_text().splitlines()[1:]
     assert {json.loads(line)["value"]["system"] for line in kept} == {"dense"}  # nobody else was asked
     other["data"]["fingerprint"] = "0"
-    with pytest.raises(ValueError, match="asked other questions"):
+    with pytest.raises(ValueError, match="has other questions"):
         evaluated_student.evaluate(tmp_path / "data", stored=other)
     assert not (tmp_path / "data").exists()
 
@@ -166,9 +165,8 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
         processor=evaluated_student.processor(),
         attachment=student.attachment,
         systems={"dense": evaluated_student.SYSTEMS["dense"]},
-        dataset=rows,
+        task=evaluated_student.task(rows, max_new_tokens=6),
         batch_size=4,
-        max_new_tokens=6,
     )["dense"]
     assert [answer.vision_tokens for answer in answers] == [[0] * 4, [16] * 4]
     assert answers[1].prediction == evaluated_student.naive()["dense"][0][0]

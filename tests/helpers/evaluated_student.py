@@ -13,7 +13,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.comparison.run import evaluate_run
+from latefusion.eval.comparison.run import run_comparison
+from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System
 from latefusion.eval.tasks.base import Task
 from latefusion.models.schedule import VisionSchedule
@@ -116,13 +117,13 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any] | None:
         "attachment": student().attachment,
         "systems": SYSTEMS,
         "tasks": [task()],
-        "output_dir": folder,
+        "output": folder,
         "title": "tiny",
         "batch_size": 10,
         "latency_prompts": 2,
         "latency_repeats": 1,
     }
-    return evaluate_run(**values | changes)
+    return run_comparison(Settings(**values | changes))
 
 
 @cache
@@ -134,7 +135,7 @@ def full_run() -> tuple[Path, dict[str, Any]]:
         folder,
         checkpoint="outputs/tiny",
         latency_repeats=2,
-        with_controls=True,
+        controls=True,
         batches=[1, 3],
         lengths=[8, 40],
     )

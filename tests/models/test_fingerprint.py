@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from latefusion.eval import calibrate, evaluate
-from latefusion.eval.comparison import settings as compared
+from latefusion.eval.comparison import run
 from latefusion.eval.thresholds import questions
 from latefusion.eval.thresholds.search import Search
 from latefusion.models import fingerprint as module
@@ -280,10 +280,10 @@ def saved_anew(base: Path) -> None:
 
 def test_an_interrupted_evaluation_goes_on_with_the_same_weights_alone(tmp_path: Path, monkeypatch) -> None:
     base, sources = save_tiny_base(tmp_path / "base"), []
-    monkeypatch.setattr(compared, "evaluate_run", lambda **given: sources.append(given["source"]))
-    chosen = evaluate.Arguments(model=str(base), policies=["visipruner"], samples=2)
+    monkeypatch.setattr(run, "run_comparison", lambda settings: sources.append(settings.source))
+    chosen = evaluate.Arguments(model=str(base), policies=["fastv"], samples=2)
     for change in (lambda: None, lambda: saved_anew(base), lambda: None):
-        compared.compared(chosen, None, None, None)
+        evaluate.evaluate(chosen)
         change()
     assert sources[0] == sources[1] != sources[2]
 

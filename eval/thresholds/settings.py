@@ -1,0 +1,107 @@
+"""Settings of VisiPruner to try: the command line of `eval/calibrate.py`, and the grid that it spans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from latefusion.data.places import check_dataset
+from latefusion.models.locate import check_base
+
+if TYPE_CHECKING:
+    from latefusion.models.policies.visipruner.settings import VisiPruner
+
+Setting = dict[str, Any]  # arguments of VisiPruner that are searched
+
+
+@dataclass
+class Arguments:
+    """The command line of this script, as `key=value`.
+
+    Attributes:
+        model: embedded, a folder or a hub id.
+        data: scenes, or a folder or hub id of a data set with the columns messages and images.
+        split: of the data; samples: how many prompts, drawn by `seed`; null: all.
+        kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
+        boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
+            model's own norms, read off the trial. The shallow rule saves no FLOPs of its own, so only
+            `stages=[[middle,deep],[shallow,middle,deep]]` tries it too.
+        exit_threshold, exit_patience, sink_rule: as `VisiPruner` has them, not searched.
+        max_new_tokens: longest answer.
+        batch_size: prompts a forward.
+        output: folder for the results.
+    """
+
+    model: str = "embedded"
+    data: str = "scenes"
+    split: str = "validation"
+    samples: int | None = None
+    seed: int = 0
+    kl: float = 0.02
+    boundaries: list[int] | None = None
+    layer_thresholds: list[float] = field(
+        default_factory=lambda: [0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998]
+    )
+    tokens_thresholds: list[float] | None = None
+    stages: list[list[str]] = field(default_factory=lambda: [["middle", "deep"]])
+    exit_threshold: float = 0.999
+    exit_patience: int = 2
+    sink_rule: str = "first"
+    max_new_tokens: int = 16
+    batch_size: int = 32
+    output: str = "outputs/calibration"
+
+
+def check(arguments: Arguments) -> None:
+    """Raise, before anything is loaded, if an argument cannot work."""
+    for name in ("kl", "batch_size", "max_new_tokens"):
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be positive.")
+    if arguments.samples is not None and arguments.samples < 1:
+        raise ValueError(f"samples={arguments.samples} must be at least 1.")
+    for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
+        if getattr(arguments, name) == []:
+            raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")
+    for stages in arguments.stages:
+        if "middle" not in stages:
+            raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
+    check_base(arguments.model)
+    if arguments.data != "scenes":
+        check_dataset(arguments.data, key="data")
+
+
+def grid(
+    arguments: Arguments, boundaries: Sequence[int], tokens_thresholds: Sequence[float]
+) -> list[Setting]:
+    """All settings to try, in a fixed order; the shallow rule needs a layer below the boundary."""
+    return [
+        {
+            "stages": tuple(stages),
+            "boundary": boundary,
+            "layer_threshold": layer_threshold,
+            "tokens_threshold": tokens_threshold,
+        }
+        for stages in arguments.stages
+        for boundary in boundaries
+        if boundary > 0 or "shallow" not in stages
+        for layer_threshold in arguments.layer_thresholds
+        for tokens_threshold in tokens_thresholds
+    ]
+
+
+def policy_of(setting: Setting, arguments: Arguments) -> VisiPruner:
+    """The policy of a setting; raises ValueError if it cannot be."""
+    from latefusion.models.policies.visipruner.settings import VisiPruner  # lazy: keeps argument errors fast
+
+    return VisiPruner(
+        **setting,
+        exit_threshold=arguments.exit_threshold,
+        exit_patience=arguments.exit_patience,
+        sink_rule=arguments.sink_rule,
+    )
+
+
+def prefix(setting: Setting) -> int:
+    """How many layers run under the shallow rule: settings with the same number run alike up to their fusion."""
+    return setting["boundary"] if "shallow" in setting["stages"] else 0
