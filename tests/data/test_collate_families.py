@@ -122,7 +122,7 @@ def test_labels_are_those_marked_by_hand(family):
 
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_several_images_in_several_turns_become_as_many_features_as_placeholders(family):
-    """What the family's model is going to count is counted by its own image features in `test_models.py`."""
+    """What the family's model is going to count is counted by its own image features in `test_model_recipes.py`."""
     collate = Collator(processor=processor(family), vision_ids=[vision_id(family)], stop=[STOP[family]])
     images = [Image.new("RGB", (40, 30)), Image.new("RGB", (30, 50)), Image.new("RGB", (28, 28))]
     messages = [
