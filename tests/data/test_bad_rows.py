@@ -199,7 +199,7 @@ def test_a_row_that_a_mixture_repeats_is_left_out_once_by_all_workers(folder, tm
         }
 
 
-def test_workers_give_the_batches_of_none(folder, tmp_path):
+def test_workers_give_the_batches_of_a_loader_without_workers(folder, tmp_path):
     path = write_rows(folder, *[{**row, "id": i} for i, row in enumerate([*GOOD, *BAD])], name="work.jsonl")
     rows = training_data(configuration(path).data)
 

@@ -50,7 +50,7 @@ def collator(template: str | None = None, **options) -> Collator:
 
 
 def learnt(collate: Collator, batch: dict, row: int) -> str:
-    """The labels of a row, `.` where there is none, padding left out."""
+    """The labels of a row, `.` for a token without one, without padding."""
     tokenizer = collate.processor.tokenizer
     real = int(batch["attention_mask"][row].sum())
     assert (batch["labels"][row, real:] == IGNORE).all()

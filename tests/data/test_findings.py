@@ -1,4 +1,4 @@
-"""What is told of bad rows: the list, its summary, and how early a run refuses them."""
+"""Reports of bad rows: the list, its summary, and how early a run refuses them."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def broken(tmp_path) -> str:
 
 @pytest.mark.slow
 def test_the_list_goes_to_its_file_while_the_bar_is_on_the_terminal(broken, tmp_path):
-    """rich takes what is printed under a bar to the bar's own console, unless it is told not to."""
+    """rich sends what is printed below a progress bar to the bar's console by default."""
     terminal, end = pty.openpty()
     command = [sys.executable, validate.__file__, "data=dataset", f"data.path={broken}"]
     with (tmp_path / "list").open("w") as file:

@@ -199,7 +199,7 @@ def test_a_bad_row_stops_a_run_unless_told_otherwise(base, tmp_path, mixed):
         (("kl.cache=./none",), r"no teacher's answers in kl\.cache=\./none; write it"),
     ],
 )
-def test_what_only_the_processor_can_tell_is_told_before_weights_are_loaded(
+def test_rows_that_the_processor_refuses_stop_a_run_before_weights_are_loaded(
     base, tmp_path, mixed, options, message, monkeypatch
 ):
     """And before anything is taken out of the output folder."""
@@ -254,7 +254,7 @@ def test_validate_lists_every_bad_row_with_its_reason(base, mixed, capsys, strea
     assert "3 of 5 rows cannot be used" in printed.err
 
 
-def test_validate_of_good_data_and_of_none(base, tmp_path, capsys, monkeypatch):
+def test_validate_passes_good_data_and_refuses_empty_data(base, tmp_path, capsys, monkeypatch):
     good = write_rows(tmp_path, {"messages": [QUESTION, ANSWER]}, name="good.jsonl")
     with pytest.raises(SystemExit) as end:
         validate.main(["data=dataset", f"data.path={good}"])

@@ -95,7 +95,7 @@ BAD_MESSAGES = [
 
 
 @pytest.mark.parametrize(("record", "reason"), BAD_MESSAGES)
-def test_what_contradicts_itself_is_one_sentence_when_it_is_asked_for(folder, record, reason):
+def test_a_row_that_contradicts_itself_is_refused_when_it_is_read(folder, record, reason):
     good = {"messages": [QUESTION, ANSWER], "images": ["b.png"]}
     rows = sources.dataset(write_rows(folder, good, record), split="train")
     assert rows[0]["messages"] == [turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")]

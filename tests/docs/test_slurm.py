@@ -45,7 +45,7 @@ def submit(tmp_path):
     return run
 
 
-def test_every_task_is_told_who_it_is(submit, tmp_path):
+def test_every_task_gets_its_rank(submit, tmp_path):
     assert submit(0) == 0
     run = "training/train.py output_dir=outputs/latefusion-40007 resume=false engine.processes=2"
     assert (tmp_path / "started").read_text().splitlines() == [

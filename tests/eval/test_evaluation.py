@@ -64,7 +64,7 @@ def test_batched_answers_equal_asking_one_by_one(run, naive, questions):
     assert results["systems"]["dense"]["accuracy"]["overall"]["value"] > 0.3  # little
 
 
-def test_rows_of_the_training_sources_are_asked_the_same(student, processor):
+def test_rows_of_the_training_sources_get_the_same_prompts(student, processor):
     options = {"model": student.model.eval(), "processor": processor, "attachment": student.attachment}
     options |= {"systems": {"dense": SYSTEMS["dense"]}, "batch_size": 7}
     plain = answer_questions(**options, task=evaluated_student.task(load_scenes("test", 1)))["dense"]
@@ -203,7 +203,7 @@ def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     assert not folder.exists()
 
 
-def test_a_broken_configuration_is_said(tmp_path):
+def test_a_broken_configuration_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
     with pytest.raises(SystemExit, match="is not a training configuration") as error:
         main([f"checkpoint={tmp_path}"])

@@ -159,7 +159,7 @@ def test_no_more_bands_are_measured_than_are_announced() -> None:
 
 
 def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_path: Path) -> None:
-    """In two batches, whose dense answers are computed once and held, or anew for each schedule."""
+    """In two batches, whose dense answers are held, or computed again for each schedule."""
     model = planted("llava", 1, 5)
     batches = [planted_batch(model, 6, images=8), planted_batch(model, 6, images=8)]
     with attach(model, VisionSchedule()) as attachment:

@@ -92,7 +92,7 @@ def test_rows_of_any_data_are_drawn(source: str, folder: Path) -> None:
     assert last == {"user" if source == "no answers" else "assistant"}
 
 
-def test_where_images_are_few_they_come_again_and_none_calibrates_what_it_is_measured_by(
+def test_few_images_are_repeated_and_none_calibrates_its_own_measurement(
     folder: Path,
 ) -> None:
     words = ["model=embedded", *sources(folder)["lines"]]
@@ -147,7 +147,7 @@ def base(tmp_path_factory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base"), layers=4)
 
 
-def test_answers_are_written_where_there_are_none(base: Path, folder: Path) -> None:
+def test_rows_without_an_answer_get_the_models_own(base: Path, folder: Path) -> None:
     """By the model, in the place of what some rows may have."""
     model, processor = bases.load_base(str(base), dtype=torch.float32)
     arguments, config = command.parsed(
@@ -233,7 +233,7 @@ def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypa
 def test_measurements_are_of_these_weights_and_prompts_alone(
     folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Whatever is saved anew in the same place is measured anew; what is not, is not."""
+    """What was saved again in the same place is measured again; the rest is reused."""
     home, model = tmp_path / "home", tmp_path / "base"
     (home / "images").mkdir(parents=True)
     for file in [*folder.glob("images/*"), folder / "rows.jsonl"]:

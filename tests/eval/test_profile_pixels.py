@@ -134,7 +134,7 @@ def test_a_batch_with_encoded_images_answers_as_its_pixels(family: str) -> None:
         )
 
 
-def test_vision_tokens_that_are_all_alike_are_told_so() -> None:
+def test_vision_tokens_that_are_all_alike_are_refused() -> None:
     model = build_from(CONFIGS["gemma3"]())
     inputs = prompt("gemma3", ["t I tt"] * 12)
     features = inputs["mm_encoder_outputs"]["image"].pooler_output

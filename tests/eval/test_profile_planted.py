@@ -231,14 +231,14 @@ def part(batch: Batch, rows: list[int]) -> Batch:
     return Batch(("x",) * len(rows), inputs, batch.labels[rows], batch.queries[rows], batch.vision[rows])
 
 
-def test_a_model_that_needs_no_image_is_told_so(tmp_path: Path) -> None:
+def test_a_model_that_needs_no_image_is_reported(tmp_path: Path) -> None:
     model = planted("llava", 0, 0)
     with attach(model, VisionSchedule()) as attachment, pytest.raises(ValueError) as error:
         study(model, attachment, tmp_path / "measured.jsonl")
     assert "does not need its images" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = planted("llava", 1, 4)
     batch = planted_batch(model)
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_logits_that_are_not_finite_are_told_so(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_logits_that_a_knock_out_makes_infinite_are_told_so() -> None:
+def test_logits_that_a_knock_out_makes_infinite_are_refused() -> None:
     dense = Answers(torch.zeros(2, 3).log_softmax(-1), torch.tensor([0, 1]), torch.tensor([0, 1]))
     for broken in (float("nan"), float("-inf")):
         changed = replace(dense, log_probs=dense.log_probs.clone().index_fill_(1, torch.tensor([2]), broken))

@@ -290,7 +290,7 @@ def test_lost_answers_are_a_regression(
         main([str(after), str(run[0])])
 
 
-def test_dearer_is_a_regression_and_a_little_dearer_is_none(
+def test_dearer_is_a_regression_and_a_little_dearer_is_not(
     run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     def dearer(factor: float) -> Any:

@@ -140,7 +140,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3", "paligemma"])
 @pytest.mark.parametrize("rows", [MIXED, ["tt I ttt", "t I tttt"]], ids=["ragged", "even"])
 def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypatch: Any) -> None:
-    """One look per prefill (the counts), none per decode step beyond those of the stock model."""
+    """One wait for the device a prefill (the counts), and in decoding no more than the stock model has."""
     monkeypatch.setattr(returns, "looking_is_free", lambda tensor: False)  # as on a GPU
     model, inputs = build(family), prompt(family, rows)
     lists: list[int] = []

@@ -239,7 +239,7 @@ def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, w
         (10, "10 images are too few to calibrate the entry at layer 1"),
     ],
 )
-def test_too_few_images_are_told_so_before_training(base, tmp_path, images, message) -> None:
+def test_too_few_images_are_refused_before_training(base, tmp_path, images, message) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
     rows = [assemble.samples(config.data)[i] for i in range(0, 10 * images, 10)]
     turns = [{"role": role, "content": [{"type": "text", "text": "hm?"}]} for role in ("user", "assistant")]

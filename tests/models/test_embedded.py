@@ -159,7 +159,7 @@ def test_score_wants_every_token_of_an_answer():
     assert list(score(logits, packed))[2] == (kind, False)
 
 
-def test_crowded_scenes_are_asked_for_what_crowds_them():
+def test_crowded_scenes_get_questions_about_what_crowds_them():
     drawn = draw(0, range(9), crowd_every=3)
     for index, (scene, questions) in enumerate(drawn):
         counts = [int(question.answer) for question in questions if question.type == "counting"]

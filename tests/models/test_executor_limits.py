@@ -72,7 +72,7 @@ def test_keeps_refuse_a_chunk_that_ends_or_begins_inside_an_image() -> None:
 
 
 def seen(vision: Tensor, *numbers: int) -> list[Tensor]:
-    """The first so many vision tokens of each sample, per layer."""
+    """The first COUNT vision tokens of each sample, a count per layer."""
     order = vision.cumsum(1)
     return [vision & (order <= n) for n in numbers]
 

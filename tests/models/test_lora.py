@@ -126,7 +126,7 @@ def test_the_backward_pass_ends_where_nothing_below_trains(samples, options, end
     assert dense - spared == decoder_flops(config, [10] * ends)
 
 
-def test_lora_goes_to_the_busy_layers_unless_told_otherwise():
+def test_lora_goes_to_the_busy_layers_by_default():
     assert LoraConfig().layers is Layers.busy
     assert configured("model=llava_1_5_7b").lora.layers is Layers.busy
     assert configured("model=embedded").lora.layers is Layers.all

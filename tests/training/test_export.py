@@ -140,7 +140,7 @@ def test_adapters_of_another_base_are_refused(checkpoint, tmp_path, layers):
         load(tmp_path / "student")
 
 
-def test_adapters_without_their_base_and_plain_checkpoints_are_told_before_torch(checkpoint, tmp_path):
+def test_adapters_without_their_base_and_plain_checkpoints_are_refused_before_torch(checkpoint, tmp_path):
     shutil.copytree(checkpoint[0], tmp_path / "student")
     named(tmp_path / "student", "/gone/base")
     for source, message in (

@@ -82,7 +82,7 @@ def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole):
     ]
 
 
-def test_what_cannot_be_resumed_is_said(base, cut, tmp_path):
+def test_what_cannot_be_resumed_is_refused(base, cut, tmp_path):
     shutil.rmtree(cut / "checkpoint-1")
     with pytest.raises(SystemExit, match=r"resume=1 finds no checkpoint-1 in .*; there are steps 2\."):
         train(base, cut, "resume=1")
@@ -187,7 +187,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_last_checkpoint(base, cut
     assert_same_weights(cut, whole)
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_loads(base, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_loads(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"output_dir=.*file/out cannot be written \(Not a directory\)"):
         train(base, tmp_path / "file" / "out")

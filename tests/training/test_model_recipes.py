@@ -47,7 +47,7 @@ def test_every_configuration_has_a_family_here():
 
 
 def shrunk(family: str, layers: int) -> torch.nn.Module:
-    """A random model with so many layers, in the words of the family's tiny processor."""
+    """A random model of this many layers whose token ids are those of the family's tiny processor."""
     config = CONFIGS["llava" if family == "embedded" else family]()
     text, words = config.get_text_config(), processor(family).tokenizer
     text.num_hidden_layers = layers
@@ -150,7 +150,7 @@ def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, m
     )
 
 
-def test_any_other_model_borrows_nothing_and_wants_to_be_told_where_it_fuses(hub, tmp_path, capsys):
+def test_any_other_model_borrows_nothing_and_needs_a_schedule(hub, tmp_path, capsys):
     base = hub("qwen2_5_vl", 10)
     with pytest.raises(
         SystemExit, match=r"say schedule.enter=N and schedule.exit=N, or schedule=auto"

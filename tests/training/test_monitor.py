@@ -153,7 +153,7 @@ def test_rates_are_what_was_done_by_the_time_it_took(tmp_path, monkeypatch):
     assert text == " 4/10  0:12 left  loss 1.5000  ce 1.2500  2.5k tokens/s  4 samples/s  3.0 GB  MFU 2%"
 
 
-def test_answers_in_words_that_the_tokenizer_does_not_know_are_told():
+def test_answers_in_words_that_the_tokenizer_does_not_know_are_reported():
     tokenizer = build_processor(patch_size=24).tokenizer
     in_vocabulary, strange = ([IGNORE, *tokenizer(text).input_ids] for text in ("red", "photograph"))
     assert strange[1:] == [tokenizer.unk_token_id] != in_vocabulary[1:]

@@ -107,7 +107,7 @@ def test_a_changed_chat_template_is_noticed(base, cache):
 
 
 def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
-    """As those of a base that was trained on and saved anew."""
+    """A base that was trained further and saved again in its place."""
     config = check_config(options(base, cache, "output_dir=x"))
     student = assemble.student_of(config)
     answers = expected(config, student.processor, assemble.teacher(config))

@@ -87,7 +87,7 @@ def test_one_process_needs_no_store(monkeypatch) -> None:
     assert first.first_says("it", lambda: {"enter": 1}) == {"enter": 1}
 
 
-def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_path, monkeypatch) -> None:
+def test_a_resumed_run_reads_its_profile_and_another_run_makes_its_own(base, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     made: list[str] = []
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_reads_its_profile_and_another_makes_it_anew(base, tmp_pat
         assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
 
 
-def test_a_folder_that_machines_do_not_share_is_told_so(tmp_path: Path) -> None:
+def test_a_folder_that_machines_do_not_share_is_refused(tmp_path: Path) -> None:
     schedule = {"enter": 1, "exit": 3, "keep": {}}
     with pytest.raises(ValueError, match=r"choose an output_dir=FOLDER that all machines share") as error:
         prepare.schedule_at(str(tmp_path), schedule)

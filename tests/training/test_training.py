@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_same_run(base, tmp_path):
     )
 
 
-def test_a_finished_run_is_refused_and_overwritten_only_when_told(base, tmp_path):
+def test_a_finished_run_is_overwritten_only_with_overwrite(base, tmp_path):
     train(base, tmp_path, "train.steps=1")
     with pytest.raises(SystemExit, match=r"error: .* holds a run already; continue it with resume=true"):
         train(base, tmp_path)

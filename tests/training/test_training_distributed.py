@@ -151,7 +151,7 @@ def test_two_nodes_train_as_one(base, alone, tmp_path):
     assert_same_student(tmp_path, alone)
 
 
-def test_nodes_that_share_no_folder_are_told_so(base, tmp_path):
+def test_nodes_that_share_no_folder_are_refused(base, tmp_path):
     outputs = nodes(base, [tmp_path / "a", tmp_path / "b"], "train.batch_size=4", "engine.processes=2")
     assert all(status != 0 for status, _, _ in outputs)
     assert any("all nodes must share it" in complained for _, _, complained in outputs)
