@@ -1,29 +1,38 @@
-"""Rows that cannot be used: an error, or left out, counted and written down; their places are taken by others."""
+"""Rows that cannot be used: `Guard` raises or puts other rows in their places, `findings` lists them beforehand."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from latefusion.data.collate import BadRow, Collator
-from latefusion.data.samples import BadSample, Refused, TooLong
-from latefusion.data.streaming import Lazy, Stream
+from latefusion.data.samples import BadSample, Refused, TooLong, sample_of
+from latefusion.data.sources import name_of, python_row
+from latefusion.data.streaming import Lazy, Shard, Stream
 from latefusion.recipes.schema import Group, OnError
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 TRIES = 1000  # rows drawn for one that is bad
+BLOCK = 100  # rows of a stream that are read together
+ROW_ONLY = (  # what in a reason belongs to one row, and what stands for it in the summary
+    (re.compile(r" \(.*\)$"), ""),
+    (re.compile(r"(?<=bad image: ).*?(?= (?:cannot|is|has) )"), "FILE"),
+    (re.compile(r"(?<=message part ).*(?=; parts)"), "…"),
+    (re.compile(r"(?<![\w=./'-])\d[\d,]*(?!\w)"), "N"),
+)
 
 
 @dataclass(frozen=True)
 class Bad:
-    """In a sample's place: which row it is, what the data call it, and why it cannot be used."""
+    """In a sample's place: which row it is, its name in the data, and why it cannot be used."""
 
     row: int | None  # of a stream its position
     id: str
@@ -31,10 +40,10 @@ class Bad:
     place: int | str | None = None  # in the data, wherever it comes up in an epoch; None: as `id` says
 
     @classmethod
-    def of(cls, sample: dict[str, Any], found: BadRow) -> Bad:
+    def of(cls, sample: dict[str, Any], error: BadRow) -> Bad:
         """The sample of a batch that the collator did not take."""
-        name = str(sample.get("id", found.at))
-        return cls(sample.get("row"), name, found.reason, sample.get("place"))
+        name = str(sample.get("id", error.at))
+        return cls(sample.get("row"), name, error.reason, sample.get("place"))
 
 
 class Checked(Dataset):
@@ -61,19 +70,23 @@ class Checked(Dataset):
         name = sample["id"] if "id" in sample else self.rows.identity(row)
         return {**sample, "id": name, "row": row, "place": place}
 
+    def fingerprint(self) -> str:
+        """Hash of the rows, in their order."""
+        return self.rows.fingerprint()
+
 
 class Guard:
-    """A collator that answers for bad rows: raises, or puts others in their places.
+    """A collator that raises on bad rows, or puts other rows in their places.
 
-    A batch keeps its size, so no process runs out of step with the others. Rows of a set are replaced by rows that
-    the bad one's number draws, rows of a stream by those that follow: a run repeats itself, however it is divided.
+    A batch keeps its size, so no process runs out of step with the others. The bad row's number draws a replacement
+    from a set; in a stream the next usable row takes its place: a run repeats itself, however it is divided.
 
     Args:
-        collator: raises `BadRow` for what only it can find: too long, or nothing that the model's processor takes.
-        on_error: of every bad row but those that are too long.
-        too_long: of those.
-        dataset: whose rows they are.
-        folder: where `skipped_rows.jsonl` is written, a line a row and its reason; None: nowhere.
+        collator: raises `BadRow` for what only it can find: too long, or refused by the model's processor.
+        on_error: what every bad row means, except those that are too long.
+        too_long: what a row that is too long means.
+        dataset: the rows' data set.
+        folder: where `skipped_rows.jsonl` is written, a line a row with its reason; None: nowhere.
     """
 
     def __init__(
@@ -102,10 +115,10 @@ class Guard:
         raise Refused(f"{TRIES} rows in a row cannot be used, the last {bad.id}; run data/validate.py.")
 
     def another(self, bad: Bad, attempt: int) -> dict[str, Any]:
-        """A sample for a bad row's place, another one in each attempt.
+        """A sample to take a bad row's place, a different one in each attempt.
 
         Raises:
-            Refused: it must not be left out, or there is no other.
+            Refused: the row must not be left out, or no other can be used.
         """
         self.note(bad)
         draw = random.Random(f"{bad.row} {bad.id} {attempt}")
@@ -134,10 +147,10 @@ class Guard:
 
     def note(self, bad: Bad) -> None:
         """Count the row, or raise, as the user chose."""
-        key, wanted = "on_error", self.on_error
+        key, choice = "on_error", self.on_error
         if isinstance(bad.error, TooLong):
-            key, wanted = "too_long", self.too_long
-        if wanted is OnError["raise"]:
+            key, choice = "too_long", self.too_long
+        if choice is OnError["raise"]:
             raise Refused(f"row {bad.id} {bad.error}; leave such rows out with data.{key}=skip.")
         place = bad.id if bad.place is None else bad.place
         if place in self.seen:
@@ -162,3 +175,63 @@ def skipped(folder: str | Path) -> int:
     """How many different rows of a run have been left out so far."""
     file = Path(folder) / SKIPPED_FILE
     return len(set(file.read_text().splitlines())) if file.is_file() else 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row that was checked; `reason` None: it can be used."""
+
+    id: str
+    reason: str | None
+
+
+class Findings(Dataset):
+    """One `Finding` a row, made when it is asked for."""
+
+    def __init__(self, rows: Checked, collator: Collator | None):
+        self.rows, self.collator = rows, collator
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Finding:
+        sample = self.rows[index]
+        if isinstance(sample, Bad):
+            return Finding(sample.id, str(sample.error))
+        return Finding(sample["id"], rejected(sample, self.collator))
+
+
+def rejected(sample: dict[str, Any], collator: Collator | None) -> str | None:
+    """The collator's reason to refuse a sample; None if it takes it."""
+    if collator is not None:
+        try:
+            collator([sample])
+        except BadRow as error:
+            return str(error.reason)
+    return None
+
+
+def findings(rows: Checked, collator: Collator | None, *, workers: int) -> Iterator[Finding]:
+    """One finding a row, in order."""
+    yield from DataLoader(Findings(rows, collator), batch_size=None, num_workers=workers)
+
+
+def stream_findings(table: Any, folder: Path | None, collator: Collator | None) -> Iterator[Finding]:
+    """One finding a row of a stream (as `sources.stream` gives it), in order."""
+    for number in range(table.num_shards):
+        shard = Shard(table, BLOCK, number)
+        while rows := shard.next():
+            for place, records, at in rows:
+                row = records.slice(at, 1)
+                name = name_of(row) or place
+                try:
+                    yield Finding(name, rejected(sample_of(python_row(row), folder), collator))
+                except BadSample as error:
+                    yield Finding(name, str(error))
+
+
+def kind(reason: str) -> str:
+    """A reason without the row's file, numbers and library messages, so that rows of one kind are counted together."""
+    for pattern, stands in ROW_ONLY:
+        reason = pattern.sub(stands, reason)
+    return reason

@@ -1,4 +1,4 @@
-"""From samples to a batch: the processor's own chat template and expansion, labels on answer tokens alone."""
+"""Make a batch of samples: the processor's own chat template and expansion, labels on answer tokens alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from latefusion.data.packing import isolate_turns
+from latefusion.data.printing import first_line
 from latefusion.data.samples import BadSample, TooLong
+from latefusion.data.turns import isolate_turns
 from latefusion.models.base_model import load_processor
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.locate import EMBEDDED, EMBEDDED_WEIGHTS, check_base
-from latefusion.recipes.schema import Config
+from latefusion.models.policies.configured import schedule_of
+from latefusion.recipes.schema import Config, Teacher
 
 IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -27,7 +29,7 @@ Span = tuple[int, int]
 
 
 class BadRow(ValueError):
-    """A sample of a batch cannot be used: its place `at` in the batch, and the `reason`."""
+    """A sample of a batch that cannot be used: its place `at` in the batch, and the `reason`."""
 
     def __init__(self, at: int, name: Any, reason: BadSample):
         super().__init__(f"sample {name} {reason}.")
@@ -43,17 +45,21 @@ class Collator:
     - `labels` int64 `[B, T]`: the token where an assistant's answer is to be learnt (every turn, with the
       token that ends it), -100 elsewhere; never on a vision token, nor on one that a vision token would
       predict, whose state is stale once vision tokens have left.
-    - `queries` int64 `[B, Q]`: the token before each answer, repeated to fill the row (for
-      `Attachment.queries`).
+    - `queries` int64 `[B, Q]`: where the prompts end by which a policy may rank vision tokens (for
+      `Attachment.queries`). `[B, 1]`, the token before the first answer: later turns have read answers, and a chat on
+      a kept cache has only the vision tokens that its first turn kept. With `isolate`, the token before each answer,
+      repeated to fill the row: all questions of a row rank together (see `turns`).
 
     Args:
         processor: of the model (a `ProcessorMixin`), with a fast tokenizer.
         vision_ids: token ids that stand for vision features (`config.image_token_id`).
         stop: the tokens at which the model's `generate` stops; the first is written after an answer that the
-            chat template closes with none of them (LLaVA-1.5's does not).
+            chat template does not close (LLaVA-1.5's does not).
         max_length: the most tokens, vision included, that a sample may have; None: any number. Nothing is ever cut.
-        isolate: let every turn see the image and itself alone (`isolate_turns`), with a mask of this dtype;
+        isolate: every turn sees the image and itself alone (`isolate_turns`), under a mask of this dtype;
             None: turns see those before them. It needs sdpa or eager attention and plain positions.
+        ranked: a policy of the run chooses vision tokens by the text that follows them. Then an image after an answer
+            is a bad row: its tokens could only be ranked by text that has read that answer.
     """
 
     def __init__(
@@ -64,18 +70,18 @@ class Collator:
         stop: Sequence[str],
         max_length: int | None = None,
         isolate: torch.dtype | None = None,
+        ranked: bool = True,
     ):
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
-        self.isolate = isolate
+        self.isolate, self.ranked = isolate, ranked
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
-        self.vision_tokens = tuple(processor.tokenizer.convert_ids_to_tokens(self.vision_ids.tolist()))
+        self.reserved = reserved_tokens(processor, self.vision_ids.tolist(), self.stop)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch.
 
         Raises:
-            BadRow: a sample is too long, teaches nothing, or is nothing that the chat template and the processor can
-                work with.
+            BadRow: a sample is too long, has no token to learn, or is refused by the chat template or the processor.
         """
         rendered = [self.rendered(at, sample) for at, sample in enumerate(samples)]
         texts, spans = zip(*rendered, strict=True)
@@ -87,7 +93,7 @@ class Collator:
                     self.process(texts[at : at + 1], [list(sample["images"])])
                 except Exception as alone:
                     raise self.bad(
-                        at, sample, f"does not go through the processor: {_first_line(alone)}"
+                        at, sample, f"does not go through the processor: {first_line(alone)}"
                     ) from alone
             raise error
         offsets = batch.pop("offset_mapping")  # [B, T, 2]
@@ -108,33 +114,40 @@ class Collator:
         for at in (~learnt.any(1)).nonzero().flatten().tolist():
             raise self.bad(at, samples[at], "has no token to learn")
         inputs["labels"] = ids.masked_fill(~learnt, IGNORE)
+        if self.isolate is None:
+            first &= first.cumsum(1) == 1  # of all answers
         inputs["queries"] = before(first, inputs["attention_mask"])
-        if self.isolate is not None:
+        if self.isolate is not None or self.ranked:
             late = answer & (vision.flip(1).cumsum(1).flip(1) > 0)  # [B, T]: vision tokens follow
             for at in late.any(1).nonzero().flatten().tolist():
-                raise self.bad(at, samples[at], "has an image after an answer; that takes data.isolate=false")
+                fix = (
+                    "that takes data.isolate=false"
+                    if self.isolate is not None
+                    else "that takes a schedule without keep and teacher=dense or none"
+                )
+                raise self.bad(at, samples[at], f"has an image after an answer; {fix}")
+        if self.isolate is not None:
             inputs.update(isolate_turns(vision, answer, inputs["attention_mask"].bool(), self.isolate))
         return inputs
 
     def rendered(self, at: int, sample: dict[str, Any]) -> tuple[str, list[Span]]:
-        """As `render`, sure that the text shows the sample's images and no more.
+        """As `render`, with a check that the text shows exactly the sample's images.
 
         Raises:
-            BadRow: it does not, the chat template refuses the conversation, or a text has a token written in it
-                that would be read as an image, or as the end of an answer.
+            BadRow: it does not, the chat template refuses the conversation, or a token is written in a text that
+                would be read as an image or a video, as the end of an answer, or as the beginning of a turn.
         """
         try:
             text, spans = self.render(sample["messages"])
         except Exception as error:  # whatever a template's expressions lead to
-            raise self.bad(at, sample, f"is refused by the chat template: {_first_line(error)}") from error
+            raise self.bad(at, sample, f"is refused by the chat template: {first_line(error)}") from error
         placeholder = self.processor.image_token
         if (shown := text.count(placeholder)) != len(sample["images"]):
             n = len(sample["images"])
             raise self.bad(at, sample, f"has {n} image(s) but {shown} times {placeholder} in its text")
         for turn, message in enumerate(sample["messages"]):
-            meant = self.vision_tokens + (self.stop if message["role"] == "assistant" else ())
             for part in message["content"]:
-                if written := [token for token in meant if token in part.get("text", "")]:
+                if written := [token for token in self.reserved if token in part.get("text", "")]:
                     raise self.bad(
                         at, sample, f"has the token {written[0]} written in the text of turn {turn}"
                     )
@@ -171,7 +184,7 @@ class Collator:
             (text,), (generated,) = rendered
             return self.close(text, [(start, end) for start, end in generated])
         text = self.processor.apply_chat_template(messages)
-        found = []
+        spans = []
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self.processor.apply_chat_template(messages[:turn], add_generation_prompt=True)
@@ -182,8 +195,8 @@ class Collator:
                         "answer cannot be found; put {% generation %} ... {% endgeneration %} around answers "
                         "in the template."
                     )
-                found.append((len(prompt), min(len(until), len(text))))
-        return self.close(text, found)
+                spans.append((len(prompt), min(len(until), len(text))))
+        return self.close(text, spans)
 
     def close(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """End every span right after a stop token, writing one where the template has none."""
@@ -205,6 +218,24 @@ class Collator:
         return text, closed
 
 
+def reserved_tokens(processor: Any, vision_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, ...]:
+    """The tokens that no text of a row may contain, because they would be read as structure.
+
+    They are those of images, videos and audio, those that end an answer, and the special tokens that the chat template
+    writes.
+    """
+    tokenizer, template = processor.tokenizer, processor.chat_template or ""
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    others = (getattr(processor, f"{kind}_token", None) for kind in ("video", "audio"))
+    tokens = [
+        *tokenizer.convert_ids_to_tokens(vision_ids),
+        *stop,
+        *(token for token in special if token in template),
+        *(token for token in others if isinstance(token, str)),
+    ]
+    return tuple(dict.fromkeys(tokens))
+
+
 def build_collator(
     processor: Any,
     config: PretrainedConfig,
@@ -212,12 +243,13 @@ def build_collator(
     *,
     max_length: int | None = None,
     isolate: torch.dtype | None = None,
+    ranked: bool = True,
 ) -> Collator:
     """The collator of a model, by its configuration alone: no weights are needed.
 
     Args:
         config, generation_config: of the model.
-        max_length, isolate: as `Collator` has them.
+        max_length, isolate, ranked: as `Collator` has them.
     """
     return Collator(
         processor=processor,
@@ -225,6 +257,7 @@ def build_collator(
         stop=stop_tokens(generation_config, processor),
         max_length=max_length,
         isolate=isolate,
+        ranked=ranked,
     )
 
 
@@ -253,7 +286,13 @@ def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float
         generation,
         max_length=config.data.max_length,
         isolate=dtype if config.data.isolate else None,
+        ranked=is_ranked(config),
     )
+
+
+def is_ranked(config: Config) -> bool:
+    """Whether the student's schedule or its teacher chooses vision tokens by the text that follows them."""
+    return bool(schedule_of(config.schedule).keep) or config.teacher is Teacher.visipruner
 
 
 def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:
@@ -265,9 +304,9 @@ def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tens
     """
     inside = torch.zeros(offsets.shape[:2], dtype=torch.bool)
     first = torch.zeros_like(inside)
-    for row, (token, found) in enumerate(zip(offsets, spans, strict=True)):
-        start, end = token.unbind(-1)  # [T]
-        for left, right in found:
+    for row, (tokens, row_spans) in enumerate(zip(offsets, spans, strict=True)):
+        start, end = tokens.unbind(-1)  # [T]
+        for left, right in row_spans:
             hit = (start < right) & (end > left) & (end > start)
             inside[row] |= hit
             first[row] |= hit & (hit.cumsum(0) == 1)
@@ -309,25 +348,20 @@ def _after(spans: Sequence[Span], moved: Sequence[dict[str, Any]]) -> list[Span]
 
 @contextmanager
 def _replacements(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
-    """Filled with what the processor tells of the placeholders it replaces.
+    """A list that is filled with the processor's record of the placeholders it replaces.
 
-    Asked for as an output (`return_text_replacement_offsets`), InternVL's processor tries to make a tensor of it.
+    As an output (`return_text_replacement_offsets`), InternVL's processor would try to make a tensor of it.
     """
-    found: list[list[dict[str, Any]]] = []
+    replacements: list[list[dict[str, Any]]] = []
     replace = processor.get_text_with_replacements
 
     def record(*args: Any, **kwargs: Any) -> Any:
         text, moved = replace(*args, **kwargs)
-        found.extend(moved)
+        replacements.extend(moved)
         return text, moved
 
     processor.get_text_with_replacements = record
     try:
-        yield found
+        yield replacements
     finally:
         del processor.get_text_with_replacements
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

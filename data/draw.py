@@ -1,8 +1,7 @@
-"""Which rows of any data something is measured on: those with images, up to their first answer, spread over images."""
+"""Draw rows to measure on: rows with images, cut after the first answer, different images first."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -10,27 +9,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latefusion.data.bad_rows import Bad, Checked, usable
-from latefusion.data.load import parts_of, rows_of, training_data
-from latefusion.data.mixing import Mixture
+from latefusion.data.load import Mixture, parts_of, rows_of, training_data
 from latefusion.data.samples import first_exchange
 from latefusion.data.sources import Rows
 from latefusion.data.streaming import Lazy
+from latefusion.models.fingerprint import image_fingerprint
 from latefusion.recipes.schema import DataConfig, Source
 
-LOOKED = 20  # rows with images opened, at most, for each that is wanted
+OPENED = 20  # rows with images that are opened at most for each image that is needed
 
 
 @dataclass(frozen=True)
-class Found:
-    """A row with images: its number, what tells its images from others, and how many rows before it have the same."""
+class ImageRow:
+    """A row with images: its number, a key of its images, and how many rows before it have the same images."""
 
     row: int
     images: frozenset[Hashable]
     times: int
 
 
-class Opened(Sequence[Any]):
-    """The beginning of a stream, opened row by row."""
+class StreamStart(Sequence[Any]):
+    """The first rows of a stream, opened one by one."""
 
     def __init__(self, rows: Sequence[Lazy]):
         self.rows = rows
@@ -42,15 +41,15 @@ class Opened(Sequence[Any]):
         return usable(self.rows[at])
 
 
-def prompts_of(data: DataConfig, split: str | None, wanted: int) -> Any:
+def prompt_rows(data: DataConfig, split: str | None, needed: int) -> Any:
     """Samples by index, `Bad` where a row cannot be used; a row needs no answer, unless it comes from a stream.
 
     Args:
-        split: in the place of the data's own.
-        wanted: of a stream, how many rows are of use.
+        split: replaces the data's own.
+        needed: how many rows of a stream are needed.
 
     Raises:
-        FileNotFoundError, ValueError: what is named is not there, or is no such thing.
+        FileNotFoundError, ValueError: the data are not there, or cannot be read.
     """
     if split is not None:
         if data.source is not Source.dataset:
@@ -59,59 +58,56 @@ def prompts_of(data: DataConfig, split: str | None, wanted: int) -> Any:
             )
         data = replace(data, split=split)
     if data.streaming:
-        return Opened(training_data(data).first(2 * wanted))
+        return StreamStart(training_data(data).first(2 * needed))
     parts = [rows_of(part) for part in parts_of(data)]
     rows = [Rows(part.table, part.images, answered=False) for part in parts]
     weights = [part.weight for part in parts_of(data)]
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed))
 
 
-def with_images(rows: Any, *, wanted: int | None, seed: int) -> tuple[list[Found], list[Bad]]:
+def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[ImageRow], list[Bad]]:
     """Rows that have images before their first answer, new images first, and rows that cannot be used.
 
-    Rows are looked at in an order of `seed`, until `wanted` different images are found; None: all.
+    Rows are opened in an order drawn by `seed`, until there are `needed` different images; None: all rows.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     times: Counter[frozenset[Hashable]] = Counter()
-    found: list[Found] = []
+    image_rows: list[ImageRow] = []
     bad: list[Bad] = []
     for i in order:
-        given = rows[i]
-        if isinstance(given, Bad):
-            bad.append(given)
+        row = rows[i]
+        if isinstance(row, Bad):
+            bad.append(row)
             continue
-        row = first_exchange(given)
-        if not row["images"]:
+        sample = first_exchange(row)
+        if not sample["images"]:
             continue
-        images = images_key(row)
-        found.append(Found(i, images, times[images]))
+        images = images_key(sample)
+        image_rows.append(ImageRow(i, images, times[images]))
         times[images] += 1
-        if wanted is not None and (len(times) == wanted or len(found) == LOOKED * wanted):
+        if needed is not None and (len(times) == needed or len(image_rows) == OPENED * needed):
             break
-    return sorted(found, key=lambda row: row.times), bad
+    return sorted(image_rows, key=lambda row: row.times), bad
 
 
 def images_key(row: dict[str, Any]) -> frozenset[Hashable]:
-    """The same for rows about the same images: their pixels, or the scene that they show."""
+    """A key that rows about the same images share: their pixels, or the scene that they show."""
     if "scene" in row:
         return frozenset([row["scene"]])
-    return frozenset(
-        hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=12).hexdigest()
-        for image in row["images"]
-    )
+    return frozenset(image_fingerprint(image) for image in row["images"])
 
 
-def opened(rows: Any, found: Sequence[Found]) -> list[dict[str, Any]]:
-    """These rows, each up to its first answer."""
-    return [first_exchange(rows[at.row]) for at in found]
+def opened(rows: Any, image_rows: Sequence[ImageRow]) -> list[dict[str, Any]]:
+    """The samples of these rows, each up to its first answer."""
+    return [first_exchange(rows[row.row]) for row in image_rows]
 
 
-def apart(found: Sequence[Found], measured: Sequence[Found], n: int) -> list[Found]:
-    """At most `n` of `found` that share no image with `measured`, nor with each other."""
-    taken = {image for row in measured for image in row.images}
-    chosen: list[Found] = []
-    for row in found:
+def with_other_images(image_rows: Sequence[ImageRow], used: Sequence[ImageRow], n: int) -> list[ImageRow]:
+    """At most `n` of the rows, which share no image with the rows `used`, nor with each other."""
+    taken = {image for row in used for image in row.images}
+    chosen: list[ImageRow] = []
+    for row in image_rows:
         if len(chosen) == n:
             break
         if not row.images & taken:
@@ -135,26 +131,26 @@ def distinct_images(
     Raises:
         NoImages: no row that can be used has one.
     """
-    found: list[dict[str, Any]] = []
+    chosen: list[dict[str, Any]] = []
     seen: set[Any] = set()
     for i in range(len(rows)):
-        given = rows[i]
-        row = None if isinstance(given, Bad) else first_exchange(given)
-        if row is not None and (not row["images"] or ("scene" in row and row["scene"] in seen)):
+        row = rows[i]
+        sample = None if isinstance(row, Bad) else first_exchange(row)
+        if sample is not None and (not sample["images"] or ("scene" in sample and sample["scene"] in seen)):
             continue
-        if not fits(given) or row is None:
+        if not fits(row) or sample is None:
             continue
-        seen.add(row.get("scene"))
-        found.append(row)
-        if len(found) == n:
+        seen.add(sample.get("scene"))
+        chosen.append(sample)
+        if len(chosen) == n:
             break
-    if not found:
+    if not chosen:
         raise NoImages("the data has no sample with an image; name data with images.")
-    return found
+    return chosen
 
 
-def said_of(bad: Sequence[Bad]) -> list[str]:
-    """In a sentence, that rows were left out."""
+def left_out(bad: Sequence[Bad]) -> list[str]:
+    """A sentence about the rows that were left out; none if there were none."""
     if not bad:
         return []
     first = f"row {bad[0].id} {bad[0].error}"

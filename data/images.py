@@ -1,39 +1,46 @@
-"""Whatever stands for an image in a data set -> an upright RGB picture, or one sentence why there is none."""
+"""Load an image from any form that a data set stores it in; raise `BadImage` with the reason.
+
+Every command opens its images here: training, evaluation, generation, profile and calibration see the same pixels.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from pathlib import Path
 from stat import S_ISCHR, S_ISFIFO
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from latefusion.data.samples import printable
+from latefusion.data.printing import first_line, short
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: beyond it a small file can take a machine's memory
 MAX_BYTES = 16 * MAX_PIXELS  # of a file: four channels of 32 bits, uncompressed
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|.*;base64,)", re.IGNORECASE)
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+DATA_URL = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 
 
 class BadImage(ValueError):
-    """This image cannot be used; the message says why."""
+    """An image that cannot be used; the message is the reason."""
 
 
 def load_image(source: Any, folder: Path | None = None) -> Image.Image:
-    """An image as the processors expect it.
+    """An upright RGB picture, as the processors expect it.
 
-    The first frame of an animation; rotated as its EXIF orientation says; 16-bit grey scaled to 8 bits (a plain
-    conversion would clip it to white); CMYK, palettes and transparency converted.
+    An animation gives its first frame. EXIF orientation is applied, 16-bit grey is scaled to 8 bits (a plain
+    conversion would clip it to white), transparency is laid on white (as the processors of transformers do), CMYK and
+    palettes are converted.
 
     Args:
-        source: a PIL image, bytes, a path, or `{"bytes", "path"}` as `datasets` stores images.
-        folder: that paths are relative to.
+        source: a PIL image, bytes, a path, a base64 data URL, or `{"bytes", "path"}` as `datasets` stores images.
+        folder: paths are relative to it.
 
     Raises:
-        BadImage: missing, empty, truncated, no image at all, or larger than `MAX_PIXELS`.
+        BadImage: missing, empty, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     image, name = _open(source, folder)
     pixels = image.width * image.height
@@ -43,14 +50,34 @@ def load_image(source: Any, folder: Path | None = None) -> Image.Image:
         raise BadImage(f"{name} has {image.width} x {image.height} pixels")
     try:
         image.load()
-        return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
+        return _on_white(_eight_bits(ImageOps.exif_transpose(image), name))
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise BadImage(f"{name} cannot be decoded ({_reason(error)})") from None
+        raise BadImage(f"{name} cannot be decoded ({first_line(error)})") from None
+
+
+def is_data_url(source: Any) -> bool:
+    return isinstance(source, str) and DATA_URL.match(source) is not None
+
+
+def data_url_bytes(url: str) -> bytes:
+    """The bytes of a base64 data URL.
+
+    Raises:
+        BadImage: it is not base64.
+    """
+    header, _, body = url.partition(",")
+    try:
+        if not header.lower().endswith(";base64"):
+            raise ValueError("its header does not end in ;base64")
+        return base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
+    except ValueError as error:
+        raise BadImage(f"{short(url)} is a data URL that cannot be decoded ({first_line(error)})") from None
 
 
 def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
+    """The image, not decoded yet, and its name for messages."""
     if isinstance(source, Image.Image):
         return source, "an image"
     data, path = source, None
@@ -64,19 +91,12 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
             raise BadImage("an image has neither bytes nor a path")
         if not isinstance(path, (str, Path)):
             raise BadImage(f"an image has a path that is {type(path).__name__}")
-        if ADDRESS.match(str(path)):
+        if is_data_url(path):
+            data, name = data_url_bytes(str(path)), "a data URL"
+        elif ADDRESS.match(str(path)):
             raise BadImage(f"{name} is an address; download the image and give its path or bytes")
-        file = (folder or Path()) / path
-        try:
-            about = file.stat()
-            if S_ISFIFO(about.st_mode) or S_ISCHR(about.st_mode):
-                raise ValueError("a pipe or a device")
-            if about.st_size > MAX_BYTES:
-                raise ValueError(f"{about.st_size:,} bytes, more than {MAX_BYTES:,}")
-            data = file.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: one of these, or a NUL in the path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise BadImage(f"{name} cannot be read ({reason}: {short(file)})") from None
+        else:
+            data = _read((folder or Path()) / path, name)
     if not isinstance(data, bytes):
         raise BadImage(f"an image is given as {type(data).__name__}, not as a picture, bytes or a path")
     if not data:
@@ -90,27 +110,40 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
         raise BadImage(f"{name} {what} ({len(data)} bytes that begin with {data[:8].hex(' ')})") from None
 
 
+def _read(file: Path, name: str) -> bytes:
+    try:
+        status = file.stat()
+        if S_ISFIFO(status.st_mode) or S_ISCHR(status.st_mode):
+            raise ValueError("a pipe or a device")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: one of these, or a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadImage(f"{name} cannot be read ({reason}: {short(file)})") from None
+
+
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise BadImage(
             f"{name} has floating-point pixels, whose range is not known; store it in 8 or 16 bits"
         )
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")  # the same colours as straight to RGB, without a warning
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise BadImage(f"{name} has pixels from {values.min()} to {values.max()}; store it in 8 or 16 bits")
-    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+    grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):  # the one grey that is transparent
+        grey[values == clear] = 0xFF
+    return Image.fromarray(grey)
 
 
-def short(path: Any) -> str:
-    """A path for a message; something else in its place, base64 say, may have megabytes."""
-    text = printable(str(path))
-    return text if len(text) <= 300 else f"{text[:60]}… of {len(text)} characters"
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB, its transparent parts white."""
+    if "transparency" not in image.info and not {"A", "a"} & set(image.getbands()):
+        return image.convert("RGB")
+    if image.mode == "La":  # from which there is no direct way
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latefusion.data.records import RECORD, named
+from latefusion.data.samples import RECORD, record_name
 
 PIECE = 1 << 20  # bytes read at a time
 DECODER = json.JSONDecoder()
@@ -18,58 +18,72 @@ FILLED = re.compile(r"[^ \t\r\n]")
 
 
 class Broken(str):
-    """Why a row is none, in its place."""
+    """In a row's place, the reason why there is no row."""
 
 
-def json_records(path: str, version: tuple[int, int]) -> Iterator[dict[str, str]]:
-    """`id` and `RECORD` of every row; bytes that are no UTF-8 stay in it, as surrogates.
+def read_json(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Every row of a JSON list or of JSON lines with its place (`line 3`, `row 3`); `Broken` where it is not an object.
 
-    Args:
-        path: the file.
-        version: its size and time of change, by which `datasets` knows what it has read before.
+    Bytes that are not UTF-8 stay in a row's texts as lone surrogates.
 
     Raises:
         ValueError: the file is neither a JSON list nor JSON lines.
     """
     with Path(path).open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        begins = file.read(len(codecs.BOM_UTF8))
+        if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path} is UTF-16; save it as UTF-8.")
+        if begins != codecs.BOM_UTF8:
             file.seek(0)
         start, first = file.tell(), b""
         while not first and (piece := file.read(PIECE)):
             first = piece.lstrip()[:1]
         file.seek(start)
-        rows = _items(file, path) if first == b"[" else _lines(file, path)
-        for number, record in enumerate(rows):
-            if not isinstance(record, (dict, Broken)):
-                record = Broken(f"is {type(record).__name__}, not an object")
-            name = None if isinstance(record, Broken) else named(record.get("id"))
-            yield {"id": name or str(number), RECORD: json.dumps(record)}
+        for place, row in _items(file, path) if first == b"[" else _lines(file, path):
+            if not isinstance(row, (dict, Broken)):
+                row = Broken(f"is {type(row).__name__}, not an object")
+            yield place, row
 
 
-def _lines(file: BinaryIO, path: str) -> Iterator[Any]:
-    """The rows of JSON lines; what is none costs its line."""
+def json_records(path: str, version: tuple[int, int]) -> Iterator[dict[str, str]]:
+    """`id` and `RECORD` of every row, for a table.
+
+    Args:
+        path: the file.
+        version: its size and time of change, by which `datasets` recognises what it has read before.
+
+    Raises:
+        ValueError: the file is neither a JSON list nor JSON lines.
+    """
+    for number, (_, record) in enumerate(read_json(path)):
+        name = None if isinstance(record, Broken) else record_name(record.get("id"))
+        yield {"id": name or str(number), RECORD: json.dumps(record)}
+
+
+def _lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The rows of JSON lines; a line that is not JSON costs that line."""
     whole = Path(path).suffix == ".json"  # perhaps one object over many lines
-    for line in file:
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line.decode("utf-8", "surrogateescape"))
+            yield f"line {number}", json.loads(line.decode("utf-8", "surrogateescape"))
         except (ValueError, RecursionError) as error:
             if whole:
                 raise ValueError(
                     f"{path} is neither a JSON list nor JSON lines: its first line is no JSON ({error})."
                 ) from None
-            yield Broken(f"is no JSON ({error})")
+            yield f"line {number}", Broken(f"is no JSON ({error})")
         whole = False
 
 
-def _items(file: BinaryIO, path: str) -> Iterator[Any]:
+def _items(file: BinaryIO, path: str | Path) -> Iterator[tuple[str, Any]]:
     """The entries of a JSON list."""
     rest, number = _Rest(file), 0
     try:
         rest.take("[")
         while rest.next() != "]" or number:
-            yield rest.value()
+            yield f"row {number}", rest.value()
             number += 1
             if rest.next() == "]":
                 break
@@ -82,7 +96,7 @@ def _items(file: BinaryIO, path: str) -> Iterator[Any]:
 
 
 class _Rest:
-    """What is left of a JSON text."""
+    """The rest of a JSON text that is read piece by piece."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -95,22 +109,23 @@ class _Rest:
         self.text, self.at = self.text[self.at :] + self.decoder.decode(data, self.ended), 0
 
     def next(self) -> str:
-        """The next character that is not blank; empty: there is none."""
-        while (found := FILLED.search(self.text, self.at)) is None:
+        """The next character that is not blank; empty at the end."""
+        while (match := FILLED.search(self.text, self.at)) is None:
             self.at = len(self.text)
             if self.ended:
                 return ""
             self.read(PIECE)
-        self.at = found.start()
-        return found[0]
+        self.at = match.start()
+        return match[0]
 
-    def take(self, wanted: str) -> None:
-        if (found := self.next()) != wanted:
-            raise ValueError(f"{found or 'the end'!r} where {wanted or 'the end'!r} should be")
-        self.at += len(wanted)
+    def take(self, expected: str) -> None:
+        """Step over this character; empty: expect the end."""
+        if (character := self.next()) != expected:
+            raise ValueError(f"{character or 'the end'!r} where {expected or 'the end'!r} should be")
+        self.at += len(expected)
 
     def value(self) -> Any:
-        """The next value, read on for until it is whole."""
+        """The next value; reads on until it is whole."""
         size = PIECE
         while True:
             try:

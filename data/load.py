@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from latefusion.data import sources
 from latefusion.data.bad_rows import Checked
-from latefusion.data.mixing import Mixture
-from latefusion.data.packing import Conversations
+from latefusion.data.samples import sample_of
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import Stream
+from latefusion.data.turns import Conversations
+from latefusion.models.fingerprint import fingerprint, rows_fingerprint
 from latefusion.recipes.schema import Config, DataConfig, PartConfig, Source
 
 QUESTION_COLUMNS = ("id", "question", "answer", "type", "scene")
@@ -20,7 +27,7 @@ def training_data(data: DataConfig) -> Any:
     """Samples by index (`Checked`; of `scenes`, a `datasets.Dataset` or `Conversations`), or a `Stream` of them.
 
     Raises:
-        FileNotFoundError, ValueError: what is named is not there, or is no such thing.
+        FileNotFoundError, ValueError: the data are not there, or cannot be read.
     """
     if data.source is Source.scenes:
         rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
@@ -38,8 +45,14 @@ def training_data(data: DataConfig) -> Any:
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed), data.group)
 
 
+def data_fingerprint(dataset: Any) -> str:
+    """Hash of a training set: its rows in their order and their images' contents; of a stream, the first rows."""
+    own = getattr(dataset, "fingerprint", None)
+    return rows_fingerprint(dataset, whole=False) if own is None else own()
+
+
 def parts_of(data: DataConfig) -> list[PartConfig]:
-    """The sources of a mixture, or the one source there is."""
+    """The sources of a mixture, or the one source."""
     if data.source is Source.mixture:
         return data.parts
     return [PartConfig(source=data.source, path=data.path or "", images=data.images, split=data.split)]
@@ -65,8 +78,75 @@ def streamed(part: PartConfig) -> Any:
 
 
 def _row(table: Any, folder: Any) -> dict[str, Any]:
-    """A sample of a one-row Arrow table; text that is no UTF-8 shows only when it is read."""
-    return sources.sample_of(sources.python_row(table), folder)
+    """A sample of a one-row Arrow table; text that is not UTF-8 shows only when it is read."""
+    return sample_of(sources.python_row(table), folder)
+
+
+class Mixture(Dataset):
+    """Several sources as one, by weight: an epoch is as long as all together, and each has its weight's share of rows.
+
+    A source that is short of its share is repeated (whole, and then a random part of it), one that has more is
+    drawn from without repetition. Weights are relative; weights proportional to the sources' sizes give them all once.
+
+    Args:
+        parts: the sources.
+        weights: one each.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a weight is so small that its source has no row.
+    """
+
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float], seed: int):
+        self.parts = parts
+        total = sum(map(len, parts))
+        shares = [weight / sum(weights) for weight in weights]
+        ends = [round(total * share) for share in accumulate(shares)]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        if 0 in counts:
+            k = counts.index(0)
+            raise ValueError(
+                f"data.parts[{k}].weight={weights[k]} is less than one row of {total}; raise it, or leave it out."
+            )
+        self.ends = list(accumulate(counts))
+        self.rows: list[list[int]] = []  # of each part
+        for k, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            whole, rest = divmod(count, len(part))
+            drawn = random.Random(f"{seed} {k}").sample(range(len(part)), rest)
+            self.rows.append(list(range(len(part))) * whole + sorted(drawn))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def place(self, index: int) -> str:
+        """The row's part and its number there."""
+        part, row = self.drawn(index)
+        return f"{part}:{row}"
+
+    def drawn(self, index: int) -> tuple[int, int]:
+        """The part that a row comes from, and its number there."""
+        part = bisect_right(self.ends, index)
+        start = self.ends[part - 1] if part else 0
+        return part, self.rows[part][index - start]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, row = self.drawn(index)
+        sample = self.parts[part][row]
+        return {**sample, "id": f"{part}:{sample['id']}"} if "id" in sample else sample
+
+    def identity(self, index: int) -> str:
+        """The row's part and its name there."""
+        part, row = self.drawn(index)
+        return f"{part}:{self.parts[part].identity(row)}"
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Characters of text and number of images of every row."""
+        sizes = [part.sizes() for part in self.parts]
+        return [sizes[part][row] for part, row in map(self.drawn, range(len(self)))]
+
+    def fingerprint(self) -> str:
+        """Hash of the parts' rows and of which of them are drawn."""
+        return fingerprint([part.fingerprint() for part in self.parts], self.rows)
 
 
 def evaluation_questions(config: Config) -> Any:

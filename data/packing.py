@@ -1,88 +1,141 @@
-"""Several questions about one image in one row: the image is computed once, each question is answered alone.
+"""Text-only samples side by side in a row instead of one below the other: no padding is computed.
 
-A row is `prefix, turn 1, turn 2, ...`, where the prefix ends with the last vision token and a turn ends with its
-answer. A block mask lets a turn see the prefix and itself; its positions go on from the prefix. So every turn gets
-what it would get in a row of its own (tested in float64), at a fraction of the cost.
+A packed row is `sample 1, sample 2, ...` without a mask: positions begin again with every sample, by which the mask
+functions of transformers and its flash attention tell them apart, so none sees another. What every token gets, and so
+loss and gradients, is what it gets in a row of its own.
 """
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from latefusion.data.collate import IGNORE
+
+TAUGHT = ("teacher_tokens", "teacher_logprobs")  # [N, k], by label token, sample by sample
 
 
-class Conversations(Dataset):
-    """Questions about one image, up to `turns` of them, merged to one sample of several turns.
+class Packed:
+    """A collator whose batches without images have their samples packed; those with images stay as they are.
 
     Args:
-        samples: rows of `{"messages", "images"}` with one question each, those of one image side by side.
-        image: for each row, what names its image.
-        turns: questions in a sample at most; an image with more gives several samples of nearly equal size.
+        collator: whose batches they are, padded on the right.
+        one_row: all samples in one row, as flash attention wants it. Elsewhere a row gets no longer than the longest
+            sample, so that the mask `[B, 1, T, T]` never grows.
+        axes: positions a token has: 1, or as many as a decoder with multimodal RoPE takes with those of the text.
     """
 
-    def __init__(self, samples: datasets.Dataset, image: list[str], turns: int):
-        self.samples = samples
-        self.ranges: list[range] = []
-        start = 0
-        for _, rows in groupby(image):
-            n = len(list(rows))
-            parts = -(-n // turns)
-            bounds = [start + n * i // parts for i in range(parts + 1)]
-            self.ranges += [range(a, b) for a, b in pairwise(bounds)]
-            start += n
+    def __init__(self, collator: Callable[..., dict[str, Tensor]], *, one_row: bool, axes: int):
+        self.collator, self.one_row, self.axes = collator, one_row, axes
 
-    def __len__(self) -> int:
-        return len(self.ranges)
+    @classmethod
+    def of(cls, model: PreTrainedModel, collator: Callable[..., dict[str, Tensor]]) -> Packed:
+        """Packed as this model can take it."""
+        text = model.config.get_text_config()
+        multimodal = "mrope_section" in (text.rope_parameters or {})
+        return cls(collator, one_row=is_flash_attention_requested(text), axes=4 if multimodal else 1)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rows = self.ranges[index]
-        batch = self.samples[rows.start : rows.stop]
-        messages = list(batch["messages"][0])
-        for later in batch["messages"][1:]:
-            messages += [{**m, "content": [p for p in m["content"] if p["type"] != "image"]} for m in later]
-        return {"id": batch["id"][0], "messages": messages, "images": batch["images"][0]}
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        batch = self.collator(samples)
+        shape = batch["input_ids"].shape
+        text = all(v.shape == shape for name, v in batch.items() if name not in ("queries", *TAUGHT))
+        return self.packed(batch) if text else batch
+
+    def packed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A text-only batch `[B, T]` as `[R, T']`; `labels` and `queries` (and a teacher's answers) go along.
+
+        Returns:
+            The batch with `position_ids` (`[R, T']`, or `[axes, R, T']`) in place of `attention_mask`.
+        """
+        mask, labels, queries = batch["attention_mask"], batch["labels"], batch["queries"]
+        lengths = mask.sum(1).tolist()
+        rows = [list(range(len(lengths)))] if self.one_row else fitted(lengths)
+        width = max(sum(lengths[i] for i in row) for row in rows)
+
+        def joined(values: Tensor, fill: int) -> Tensor:
+            """`[B, T]` as `[R, T']`."""
+            out = values.new_full((len(rows), width), fill)
+            for r, row in enumerate(rows):
+                parts = torch.cat([values[i, : lengths[i]] for i in row])
+                out[r, : len(parts)] = parts
+            return out
+
+        pads = batch["input_ids"][mask == 0]
+        fills = {"input_ids": int(pads[0]) if len(pads) else 0, "labels": IGNORE}
+        others = ("attention_mask", "queries", *TAUGHT)
+        kept = {
+            name: joined(values, fills.get(name, 0)) for name, values in batch.items() if name not in others
+        }
+        kept["queries"] = _moved(queries, rows, lengths)
+        if TAUGHT[0] in batch:
+            counts = (labels[:, 1:] != IGNORE).sum(1).tolist()
+            order = [i for row in rows for i in row]
+            for name in TAUGHT:
+                parts = batch[name].split(counts)
+                kept[name] = torch.cat([parts[i] for i in order])
+        steps = torch.arange(mask.shape[1]).expand_as(mask)
+        positions = joined(steps, 0)  # [R, T']
+        kept["position_ids"] = positions if self.axes == 1 else positions.expand(self.axes, -1, -1)
+        return kept
 
 
-def isolate_turns(vision: Tensor, answer: Tensor, real: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Mask and positions under which every turn sees the prefix and itself.
+def fitted(lengths: Sequence[int]) -> list[list[int]]:
+    """Samples by row, the longest first, each into the first row where it fits; no row is longer than the longest."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, free in enumerate(room) if lengths[i] <= free), None)
+        if r is None:
+            rows.append([])
+            room.append(max(lengths))
+            r = len(rows) - 1
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
 
-    Args:
-        vision: bool `[B, T]`, vision tokens; all of them must come before the first answer.
-        answer: bool `[B, T]`, answers, each with the token that ends it.
-        real: bool `[B, T]`, false for padding.
-        dtype: of the mask: what the model computes in.
 
-    Returns:
-        `attention_mask` `[B, 1, T, T]`, additive, and `position_ids` int64 `[B, T]`.
+def _moved(queries: Tensor, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    """The queries of a row's samples where they stand in it, `[R, Q']`, short rows filled with their last one."""
+    found = []
+    for row in rows:
+        start, parts = 0, []
+        for i in row:
+            parts.append(queries[i].unique_consecutive() + start)
+            start += lengths[i]
+        found.append(torch.cat(parts))
+    width = max(map(len, found))
+    return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in found])
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel) -> None:
+    """Raise if a packed sample of this model sees the one before it.
 
     Raises:
-        ValueError: an image comes after an answer.
+        ValueError: in one sentence.
     """
-    length = vision.shape[1]
-    position = torch.arange(length, device=vision.device)  # [T]
-    prefix = vision.flip(1).cumsum(1).flip(1) > 0  # up to the last vision token
-    if bool((prefix & answer).any()):
+    words = [i for i in range(7) if i != model.config.image_token_id]
+    position_ids = torch.arange(3).repeat(2)[None].expand(Packed.of(model, dict).axes, -1, -1)  # [axes, 1, 6]
+    training = model.training
+    model.eval()
+    try:
+        seconds = [
+            model(
+                input_ids=torch.tensor([first + words[3:6]], device=model.device),
+                position_ids=(position_ids if len(position_ids) > 1 else position_ids[0]).to(model.device),
+                use_cache=False,
+            ).logits[:, 3:]
+            for first in (words[:3], words[2::-1])
+        ]
+    finally:
+        model.train(training)
+    if not torch.equal(*seconds):
         raise ValueError(
-            "data.isolate=true needs every image before the first answer; use data.isolate=false."
+            f"data.pack=true does not work with {type(model).__name__} under {model.config._attn_implementation}: "
+            "packed samples would see each other; use data.pack=false."
         )
-    ended = answer.clone()
-    ended[:, :-1] &= ~answer[:, 1:]
-    opens = prefix.clone()  # the first token after the prefix or after an answer opens a turn
-    opens[:, 1:] = (ended | prefix)[:, :-1] & ~prefix[:, 1:]
-    opens[:, 0] = ~prefix[:, 0]
-    turn = opens.cumsum(1)  # [B, T]: 0 in the prefix
-    start = torch.where(opens, position, 0).cummax(1).values  # of the token's turn
-    size = prefix.sum(1, keepdim=True)
-    position_ids = torch.where(prefix, position, size + position - start)
-
-    seen = (turn[:, :, None] == turn[:, None, :]) | (turn == 0)[:, None, :]
-    seen &= (position[None, :] <= position[:, None]) & real[:, None, :]  # [B, T, T]
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )
-    return {"attention_mask": mask[:, None], "position_ids": position_ids}

@@ -1,28 +1,30 @@
-"""Where samples come from: every source gives `{"id", "messages", "images"}`, made when a row is asked for.
+"""Where rows come from: every source gives samples `{"id", "messages", "images"}`, made when a row is asked for.
 
-`messages` is a conversation (`data/samples.py`), `images` holds one RGB picture for each image part, in order.
 A row that cannot be used raises `BadSample` when it is asked for, not before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from latefusion.data.images import short
-from latefusion.data.json_file import json_records
-from latefusion.data.places import FORMATS, JSON, check_conversations, check_images
-from latefusion.data.records import RECORD, images_of, named, sample_of, size_of
-from latefusion.data.samples import BadSample
+from latefusion.data.images import is_data_url
+from latefusion.data.json_file import Broken, json_records, read_json
+from latefusion.data.local_files import FORMATS, JSON, check_conversations, check_images
+from latefusion.data.printing import first_line, short
+from latefusion.data.samples import RECORD, BadSample, image_sources, record_name, sample_of, size_of
 from latefusion.data.scenes import load_scenes
+from latefusion.models.fingerprint import rows_fingerprint
 
 CONVERSATIONS = ("messages", "conversations")
+IMAGES = ("images", "image")
 PROBED = 20  # images whose absence, all of them, means that the folder is wrong
 
 
@@ -56,11 +58,11 @@ class Rows(Dataset):
         return sample_of(python_row(self.table[index : index + 1]), self.images, answered=self.answered)
 
     def identity(self, index: int) -> str:
-        """What the data call the row; its number if they do not."""
+        """The row's name in the data, or its number if it has none."""
         return name_of(self.table[index : index + 1]) or str(index)
 
     def place(self, index: int) -> int:
-        """Where the row stands in the data."""
+        """The row's number in the data."""
         return index
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -70,7 +72,19 @@ class Rows(Dataset):
             return [size_of(json.loads(row[RECORD])) for row in records]
         counts = _image_counts(self.table)
         texts = self.table.select_columns([n for n in CONVERSATIONS if n in self.table.column_names])
-        return [(size_of(_readable(text))[0], n) for text, n in zip(texts, counts, strict=True)]
+        sizes = [size_of(_readable(text)) for text in texts]
+        return [
+            (characters, max(in_parts, in_column))
+            for (characters, in_parts), in_column in zip(sizes, counts, strict=True)
+        ]
+
+    def fingerprint(self) -> str:
+        """Hash of the rows in their order and of their images' contents (`rows_fingerprint` says of how many)."""
+        if RECORD not in self.table.column_names:
+            return rows_fingerprint(self.table, self.images, whole=False)
+        texts = (row[RECORD] for row in self.table.with_format(None))
+        rows = ({RECORD: text, "images": image_sources(json.loads(text))} for text in texts)
+        return rows_fingerprint(rows, self.images, whole=False)
 
 
 def llava(path: str, images: str | None) -> Rows:
@@ -82,7 +96,7 @@ def llava(path: str, images: str | None) -> Rows:
 
     Raises:
         FileNotFoundError: the file, the folder or its first images are not there.
-        ValueError: the file is no JSON list.
+        ValueError: the file is not a JSON list.
     """
     check_conversations(path)
     return json_rows(path, images)
@@ -106,7 +120,8 @@ def json_rows(path: str, images: str | None) -> Rows:
         raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.") from None
     folder = Path(images) if images is not None else file.parent
     first = table.select(range(min(PROBED, len(table))))
-    names = [name for row in first for name in images_of(json.loads(row[RECORD])) if isinstance(name, str)]
+    sources = [source for row in first for source in image_sources(json.loads(row[RECORD]))]
+    names = [name for name in sources if isinstance(name, str) and not is_data_url(name)]
     if names and all(_lost(folder / name) for name in names):
         raise FileNotFoundError(
             f"no image {short(names[0])} in {folder}; download the images there, or name yours: data.images=FOLDER."
@@ -143,6 +158,27 @@ def stream(
     return _checked(read(path, split=split, streaming=True), path), _folder(path, images)
 
 
+def records(path: str) -> Iterator[tuple[str, Any]]:
+    """Every row of a file (JSON, JSON lines, parquet, arrow, CSV) as it is stored, with its place in the file.
+
+    A row that cannot be read is `Broken`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not one of these.
+    """
+    if Path(path).suffix not in FORMATS:
+        yield from read_json(path)
+        return
+    table = read(path, split="train").with_format("arrow")
+    for number in range(len(table)):
+        try:
+            row: Any = python_row(table[number : number + 1])
+        except BadSample as error:
+            row = Broken(error)
+        yield f"row {number}", row
+
+
 def read(path: str, *, split: str, streaming: bool = False) -> Any:
     """A data set saved to disk, in a folder or file, or on the hub.
 
@@ -152,16 +188,17 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
     """
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
-            found = datasets.load_from_disk(path)
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
-            return found.to_iterable_dataset() if streaming else found
+            saved = datasets.load_from_disk(path)
+            saved = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return saved.to_iterable_dataset() if streaming else saved
         kind = FORMATS.get(Path(path).suffix) if Path(path).is_file() else None
         if kind is not None:
             return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
         return datasets.load_dataset(path, split=split, streaming=streaming)
     except datasets.exceptions.DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"the data at {path} cannot be read: {reason}") from error
+        raise ValueError(
+            f"the data at {path} cannot be read: {first_line(error.__cause__ or error)}"
+        ) from error
     except (
         FileNotFoundError,
         ConnectionError,
@@ -169,10 +206,9 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
         ValueError,
         datasets.exceptions.DatasetNotFoundError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"no data set with a split {split!r} at {path} that can be read from here; name a file, a folder or "
-            f"a hub id ({reason})."
+            f"a hub id ({first_line(error)})."
         ) from error
 
 
@@ -180,7 +216,7 @@ def python_row(table: Any) -> dict[str, Any]:
     """The one row of an Arrow table.
 
     Raises:
-        BadSample: its text is no UTF-8 (which Arrow does not check).
+        BadSample: its text is not UTF-8 (which Arrow does not check).
     """
     try:
         return table.to_pylist()[0]
@@ -189,9 +225,9 @@ def python_row(table: Any) -> dict[str, Any]:
 
 
 def name_of(table: Any) -> str | None:
-    """What the one row of an Arrow table is called; None if it has no name that can be read."""
+    """The name (`id`) of the one row of an Arrow table; None if it has none that can be read."""
     try:
-        return named(table["id"][0].as_py()) if "id" in table.column_names else None
+        return record_name(table["id"][0].as_py()) if "id" in table.column_names else None
     except UnicodeDecodeError:
         return None
 
@@ -221,7 +257,7 @@ def _folder(path: str, images: str | None) -> Path | None:
 def _lost(file: Path) -> bool:
     try:
         return not file.exists()
-    except OSError:  # no path at all, but base64, say
+    except OSError:  # not a path, but base64, say
         return False
 
 
@@ -232,12 +268,15 @@ def _readable(table: Any) -> dict[str, Any]:
         return {}
 
 
-def _image_counts(table: datasets.Dataset) -> Sequence[int]:
-    name = next((n for n in ("images", "image") if n in table.column_names), None)
+def _image_counts(table: datasets.Dataset) -> list[int]:
+    """Number of images in the image column of every row; the column may be a list of any Arrow kind, or no list."""
+    name = next((n for n in IMAGES if n in table.column_names), None)
     if name is None:
         return [0] * len(table)
     column = table.select_columns([name])[:][name]
-    if isinstance(table.features[name], datasets.List):
+    if any(
+        kind(column.type) for kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    ):
         return [n or 0 for n in pc.list_value_length(column).to_pylist()]
     return pc.cast(pc.is_valid(column), "int64").to_pylist()
 

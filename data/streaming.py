@@ -15,14 +15,16 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset, get_worker_info
 
-from latefusion.data.samples import Refused
-from latefusion.data.sources import name_of
+from latefusion.data.samples import BadSample, Refused
+from latefusion.data.sources import name_of, python_row
+from latefusion.models.fingerprint import fingerprint
 from latefusion.recipes.launcher import rank
 
 MARKS = "stream.jsonl"
 EVERY = 1000  # rows between two marks
 OPEN = 10  # shards that a block is read from
 DRAWS = 1000  # rows whose sources are drawn together
+HASHED = 256  # rows at the beginning that a stream's fingerprint reads
 
 
 class Lazy:
@@ -33,18 +35,21 @@ class Lazy:
         place: in the data.
         name: the row's, for messages.
         make: gives the sample, or raises `BadSample`.
+        record: the row as it is stored, an Arrow table.
     """
 
-    def __init__(self, position: int, place: str, name: str, make: Callable[[], dict[str, Any]]):
-        self.position, self.place, self.name, self.make = position, place, name, make
+    def __init__(
+        self, position: int, place: str, name: str, make: Callable[[], dict[str, Any]], record: Any = None
+    ):
+        self.position, self.place, self.name, self.make, self.record = position, place, name, make, record
 
 
 class Stream(Dataset):
     """Endless rows of one or several iterable sources, by position, the source of each drawn by weight.
 
-    What stands at a position is a function of the data and the seed alone, so loader workers, processes and resumed
-    runs each ask for theirs. Reading goes forwards: rows are read up to the position that is asked for, and neither
-    opened nor decoded before they are used. Asked for one that has been let go, reading begins again.
+    The row at a position is a function of the data and the seed alone, so loader workers, processes and resumed runs
+    each take their positions. Reading goes forwards: rows are read up to the position that is asked for, and neither
+    opened nor decoded before they are used. For a row that has been let go, reading begins again.
 
     Args:
         sources: `datasets.IterableDataset`s in Arrow format.
@@ -52,11 +57,11 @@ class Stream(Dataset):
         weights: one a source.
         seed: of draws and of shuffling.
         buffer: rows among which each source is shuffled.
-        name: says what the sources are; marks of another stream are not used.
+        name: of the sources; marks of a stream of another name are not used.
 
     Attributes:
         marks: a file that the first process of a run writes and all read: where the sources stood, every `EVERY`
-            rows, so that a resumed run reads from there; None: none.
+            rows, so that a resumed run reads from there; None: no file.
     """
 
     marks: Path | None = None
@@ -81,53 +86,57 @@ class Stream(Dataset):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Lazy]:
-        """These rows; those before the first of them are let go."""
+        """The rows at these positions; rows before the first of them are let go."""
         first = min(positions)
         reader = self._at(first)
         reader.forget(first)
         return [reader.row(position) for position in positions]
 
+    def fingerprint(self) -> str:
+        """Hash of the sources' names, of how rows are drawn, and of the first `HASHED` rows; others are not read."""
+        return fingerprint(self.key, [[row.place, _stored(row.record)] for row in self.first(HASHED)])
+
     def first(self, n: int) -> list[Lazy]:
         return self.__getitems__(range(n))
 
     def after(self, position: int) -> Lazy:
-        """The row that follows one that is held; nothing is let go."""
+        """The row after one that is held; nothing is let go."""
         return self._at(position).row(position + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_reader": None}
 
     def _at(self, position: int) -> Reader:
-        """A reader that holds this row, or has yet to come to it, and stands as near to it as is known."""
+        """A reader that holds this row or will come to it, from the nearest mark before it."""
         reader = self._reader
         if reader is not None and (reader.process != os.getpid() or position < reader.lowest):
             reader = None  # a loader worker must not read its parent's files, and nothing is read backwards
         if reader is not None and position <= reader.position + EVERY:
             return reader
-        known = self._marked()
-        mark = max((row for row in known if row <= position), default=0)
+        marked = self._marked()
+        mark = max((row for row in marked if row <= position), default=0)
         if reader is None or reader.position < mark:
             if position and self.marks is not None and writes():
                 print(
                     f"The stream goes on at row {position}: reading from row {mark} up to it, opening none.",
                     flush=True,
                 )
-            reader = self._reader = Reader(self, mark, known)
+            reader = self._reader = Reader(self, mark, marked)
         return reader
 
     def _marked(self) -> dict[int, Any]:
-        """What the marks say of each row; lines that a kill cut off, and those of another stream, say nothing."""
+        """Where the sources stood at each marked row; leaves out lines that a kill cut off or another stream wrote."""
         if self.marks is None or not self.marks.is_file():
             return {}
-        found = {}
+        marked = {}
         for line in self.marks.read_text().splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if entry["of"] == self.key:
-                found[entry["row"]] = entry["feeds"]
-        return found
+                marked[entry["row"]] = entry["feeds"]
+        return marked
 
 
 class Reader:
@@ -139,15 +148,15 @@ class Reader:
         process: that reads.
     """
 
-    def __init__(self, stream: Stream, position: int, known: dict[int, Any]):
+    def __init__(self, stream: Stream, position: int, marked: dict[int, Any]):
         self.stream, self.position, self.lowest = stream, position, position
         self.process = os.getpid()
         self.held: dict[int, Lazy] = {}
-        self.known = set(known)
-        stood = known.get(position) or [None] * len(stream.sources)
+        self.marked = set(marked)
+        states = marked.get(position) or [None] * len(stream.sources)
         self.feeds = [
-            Feed(source, seed=f"{stream.seed} {k}", buffer=stream.buffer, stood=stands)
-            for k, (source, stands) in enumerate(zip(stream.sources, stood, strict=True))
+            Feed(source, seed=f"{stream.seed} {k}", buffer=stream.buffer, state=state)
+            for k, (source, state) in enumerate(zip(stream.sources, states, strict=True))
         ]
         self.drawn = -1
         self.draws: list[int] = []
@@ -164,19 +173,19 @@ class Reader:
 
     def _read(self) -> None:
         stream, position = self.stream, self.position
-        if stream.marks is not None and position % EVERY == 0 and position not in self.known and writes():
-            feeds = [feed.stands() for feed in self.feeds]
+        if stream.marks is not None and position % EVERY == 0 and position not in self.marked and writes():
+            feeds = [feed.state() for feed in self.feeds]
             entry = json.dumps({"of": stream.key, "row": position, "feeds": feeds})
             with suppress(OSError), stream.marks.open("a") as file:  # without it, more is read again
                 file.write(f"\n{entry}\n")  # a line may have been cut off before it
-            self.known.add(position)
+            self.marked.add(position)
         k = self._source(position)
         place, table, row = self.feeds[k].next()
         if position >= self.lowest:
             record = table.slice(row, 1)
             of = f"{k}:" if len(self.feeds) > 1 else ""
             name = of + (name_of(record) or place)
-            self.held[position] = Lazy(position, of + place, name, partial(stream.make[k], record))
+            self.held[position] = Lazy(position, of + place, name, partial(stream.make[k], record), record)
         self.position += 1
 
     def _source(self, position: int) -> int:
@@ -198,10 +207,10 @@ class Feed:
 
     Args:
         buffer: rows of a block, from up to `OPEN` shards.
-        stood: what `stands` said; None: at the beginning.
+        state: where to begin, from `state()`; None: at the first row.
     """
 
-    def __init__(self, source: Any, *, seed: str, buffer: int, stood: dict[str, Any] | None):
+    def __init__(self, source: Any, *, seed: str, buffer: int, state: dict[str, Any] | None):
         self.source, self.seed = source, seed
         self.size = max(1, buffer // min(OPEN, source.num_shards))
         self.epoch, self.blocks = -1, 0
@@ -211,22 +220,22 @@ class Feed:
         self.rows: list[tuple[str, Any, int]] = []
         self.taken = 0
         self.begun = self._state()
-        if stood is not None:
-            self.epoch, self.blocks, self.empty = stood["epoch"], stood["blocks"], stood["empty"]
-            self.waiting = list(stood["waiting"])
-            self.open = [Shard(source, self.size, *shard) for shard in stood["open"]]
+        if state is not None:
+            self.epoch, self.blocks, self.empty = state["epoch"], state["blocks"], state["empty"]
+            self.waiting = list(state["waiting"])
+            self.open = [Shard(source, self.size, *shard) for shard in state["open"]]
             self._block()
-            self.taken = stood["taken"]
+            self.taken = state["taken"]
 
     def next(self) -> tuple[str, Any, int]:
-        """The next row: its place in the data, a table, and its number in that."""
+        """The next row: its place in the data, a table, and its number in the table."""
         if self.taken == len(self.rows):
             self._block()
         self.taken += 1
         return self.rows[self.taken - 1]
 
-    def stands(self) -> dict[str, Any]:
-        """How to come to the next row again."""
+    def state(self) -> dict[str, Any]:
+        """From what to come to the next row again."""
         return {**self.begun, "taken": self.taken}
 
     def _block(self) -> None:
@@ -257,12 +266,12 @@ class Feed:
 
 
 class Shard:
-    """The rest of one shard of a source, in Arrow tables.
+    """What is left of one shard of a source, in Arrow tables.
 
     Args:
         size: rows of a table.
-        read: rows before the rest.
-        state: of the `datasets.IterableDataset` there; None: nothing has been read.
+        read: how many rows have been read.
+        state: of the `datasets.IterableDataset` after them; None: nothing has been read.
     """
 
     def __init__(self, source: Any, size: int, number: int, read: int = 0, state: Any = None):
@@ -276,7 +285,7 @@ class Shard:
         )  # a plain iteration shares out to workers
 
     def next(self) -> list[tuple[str, Any, int]]:
-        """The next rows: place in the data, table, number in that; none: it is at its end.
+        """The next rows (place in the data, table, number in the table); an empty list at the end.
 
         Raises:
             Refused: the file is damaged.
@@ -296,6 +305,14 @@ class Shard:
 
 
 def writes() -> bool:
-    """Whether this process speaks for the run: the first, or its first loader worker."""
+    """Whether this is the first process of the run, or its first loader worker: the one that writes and prints."""
     worker = get_worker_info()
     return rank() == 0 and (worker is None or worker.id == 0)
+
+
+def _stored(record: Any) -> Any:
+    """A row as plain values; the reason why it cannot be read if its text is broken."""
+    try:
+        return python_row(record)
+    except BadSample as error:
+        return str(error)

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data.bad_rows import Guard, usable
-from latefusion.data.collate import Collator, build_collator
+from latefusion.data.collate import Collator, build_collator, is_ranked
 from latefusion.data.load import training_data
-from latefusion.data.padding_free import Packed, check_isolation
+from latefusion.data.packing import Packed, check_isolation
 from latefusion.data.streaming import Stream
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.policies.base import Policy
@@ -147,6 +147,7 @@ def collator_of(student: Student, config: Config | None = None) -> Collator:
         model.generation_config,
         max_length=config.data.max_length if config else None,
         isolate=dtype_of(config) if config and config.data.isolate else None,
+        ranked=is_ranked(config) if config else True,
     )
 
 

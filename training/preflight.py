@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from latefusion.data.places import check_places
+from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
 from latefusion.models.policies.configured import check_depths, check_known, schedule_of
 from latefusion.recipes.check import check_config
@@ -92,7 +92,7 @@ def check_inputs(config: Config) -> None:
     check_base(path)
     if other is not None:
         check_base(other, fix="with kl.model=PATH")
-    check_places(config.data)
+    check_local_files(config.data)
     asked = config.schedule
     if asked.profile is not None and not Path(asked.profile).exists() and not asked.auto:
         raise FileNotFoundError(

@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from latefusion.data.places import check_places
+from latefusion.data.local_files import check_local_files
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import compose_config, refusal, unknown_key
 from latefusion.recipes.schema import RECIPES, Config, DataConfig, Dtype, Source
 
 if TYPE_CHECKING:
-    from latefusion.data.draw import Found
+    from latefusion.data.draw import ImageRow
 
 
 @dataclass
@@ -113,7 +113,7 @@ def run(own: Arguments, config: Config, **options: Any) -> dict[str, Any]:
         raise ValueError(f"samples={own.samples} says nothing of how samples differ; use 2 or more.")
     wanted, console = config.model, options.pop("console", None) or Console()
     check_base(wanted.path)
-    check_places(config.data)
+    check_local_files(config.data)
     drawn = chosen_rows(config.data, own)
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(own.dtype, compute_dtype())
     try:
@@ -199,21 +199,28 @@ def chosen_rows(data: DataConfig, own: Arguments) -> Drawn:
         FileNotFoundError, ValueError: the data are not there, or there are fewer than asked for.
     """
     from latefusion.data import sources
-    from latefusion.data.draw import apart, distinct_images, opened, prompts_of, said_of, with_images
+    from latefusion.data.draw import (
+        distinct_images,
+        left_out,
+        opened,
+        prompt_rows,
+        with_images,
+        with_other_images,
+    )
 
     if data.source is Source.scenes:
         rows: Any = sources.scenes(own.split or "validation", seed=data.seed)
-        found, _ = with_images(rows, wanted=own.samples, seed=own.seed)
+        found, _ = with_images(rows, needed=own.samples, seed=own.seed)
         measured = opened(rows, enough(found, own))
         train: Any = sources.scenes("train", seed=data.seed)
         return Drawn(measured, distinct_images(train, own.images), [])
     wanted = own.samples + own.images
-    rows = prompts_of(data, own.split, wanted)
-    found, bad = with_images(rows, wanted=wanted, seed=own.seed)
-    chosen, remarks = enough(found, own), said_of(bad)
-    others = apart(found[own.samples :], chosen, own.images)
+    rows = prompt_rows(data, own.split, wanted)
+    found, bad = with_images(rows, needed=wanted, seed=own.seed)
+    chosen, remarks = enough(found, own), left_out(bad)
+    others = with_other_images(found[own.samples :], chosen, own.images)
     if not others:
-        others = apart(chosen, [], own.images)
+        others = with_other_images(chosen, [], own.images)
         remarks.append(
             "The data have no images beside those of the samples, so the entry is calibrated on them: its KL is better "
             "than it will be on others; fewer samples leave some."
@@ -221,7 +228,7 @@ def chosen_rows(data: DataConfig, own: Arguments) -> Drawn:
     return Drawn(opened(rows, chosen), opened(rows, others), remarks)
 
 
-def enough(found: Sequence[Found], own: Arguments) -> list[Found]:
+def enough(found: Sequence[ImageRow], own: Arguments) -> list[ImageRow]:
     if len(found) < own.samples:
         raise ValueError(
             f"samples={own.samples} is more than the {len(found)} samples with images that the data has"

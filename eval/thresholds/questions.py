@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from latefusion.data.draw import opened, prompts_of, said_of, with_images
+from latefusion.data.draw import left_out, opened, prompt_rows, with_images
 from latefusion.data.samples import first_exchange
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.thresholds.settings import Arguments
@@ -57,8 +57,8 @@ def read(arguments: Arguments) -> Questions:
             rows = rows.shuffle(seed=arguments.seed).select(range(arguments.samples))
         return of_scenes(rows)
     data = DataConfig(source=Source.dataset, path=arguments.data, split=arguments.split)
-    rows = prompts_of(data, None, 0)
-    drawn, bad = with_images(rows, wanted=arguments.samples, seed=arguments.seed)
+    rows = prompt_rows(data, None, 0)
+    drawn, bad = with_images(rows, needed=arguments.samples, seed=arguments.seed)
     if not drawn:
         raise ValueError(
             f"no prompt of {arguments.data} has an image; VisiPruner has nothing to prune there."
@@ -71,7 +71,7 @@ def read(arguments: Arguments) -> Questions:
         records.append(
             {"messages": row["messages"], "scene": " ".join(sorted(map(str, at.images))), **answer}
         )
-    return Questions(rows, [at.row for at in taken], records, arguments.data, said_of(bad))
+    return Questions(rows, [at.row for at in taken], records, arguments.data, left_out(bad))
 
 
 def of_scenes(rows: Dataset) -> Questions:

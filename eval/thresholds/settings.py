@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from latefusion.data.places import check_dataset
+from latefusion.data.local_files import check_dataset
 from latefusion.models.locate import check_base
 
 if TYPE_CHECKING:

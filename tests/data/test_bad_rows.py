@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from latefusion.data import findings, validate
+from latefusion.data import validate
 from latefusion.data.bad_rows import SKIPPED_FILE, Guard, skipped
 from latefusion.data.collate import Collator
 from latefusion.data.load import parts_of, training_data
@@ -125,7 +125,7 @@ def configuration(path, **options):
 
 def found_by_validate(data) -> list[tuple[str, str | None]]:
     (part,) = parts_of(data)
-    checked = findings.findings(part, small_collator(), workers=0, streaming=data.streaming)
+    checked = validate.part_findings(part, small_collator(), workers=0, streaming=data.streaming)
     return [(finding.id, finding.reason) for finding in checked]
 
 

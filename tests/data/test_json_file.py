@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latefusion.data import json_file
 from latefusion.data.json_file import json_records
-from latefusion.data.records import RECORD
+from latefusion.data.samples import RECORD
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -1,100 +1,176 @@
-"""Several questions in a row: each must get exactly what it gets in a row of its own."""
+"""Packed text: every token gets what it gets in a row of its own, and so do loss and gradients."""
 
-from __future__ import annotations
+import json
 
 import pytest
 import torch
+from helpers.data_rows import IMAGE_PART, turn, write_rows
+from helpers.families import FAMILIES, MROPE_FAMILIES, prompt, shared
+from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, shake, tiny_student
+from PIL import Image
 
-from latefusion.data import sources
-from latefusion.data.collate import IGNORE, Collator
-from latefusion.data.packing import Conversations, isolate_turns
-from latefusion.models.attach import attach
-from latefusion.models.embedded import load_base
-from latefusion.models.schedule import VisionSchedule
+from latefusion.data.collate import IGNORE
+from latefusion.data.packing import Packed, check_isolation, fitted
+from latefusion.training import assemble, run
 
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(torch.float64)
+PACKABLE = [family for family in FAMILIES if family != "paligemma"]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return sources.scenes("validation", n_scenes=3)
+def conversation(question: str, *answers: str) -> dict:
+    turns = [t for answer in answers for t in (turn("user", question), turn("assistant", answer))]
+    return {"messages": turns, "images": []}
 
 
-def collator(base, isolate):
-    model, processor = base
-    return Collator(
-        processor=processor, vision_ids=[model.config.image_token_id], stop=["<eos>"], isolate=isolate
-    )
+TEXTS = [
+    conversation("is it red?", "yes"),
+    conversation("how many large red squares are there?", "2", "3"),
+    conversation("what color?", "red"),
+    conversation("what is left of the large red circle?", "square", "large", "blue"),
+    conversation("red?", "no"),
+]
 
 
-def answers(base, batch):
-    """Logits and labels of every answer token, in reading order."""
-    labels = batch.pop("labels")
-    batch.pop("queries")
+def test_rows_are_no_longer_than_the_longest_sample():
+    assert fitted([3, 9, 4, 5, 2]) == [[1], [3, 2], [0, 4]]
+    assert fitted([4, 4]) == [[0], [1]]
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_a_batch_by_hand(one_row):
+    batch = {
+        "input_ids": torch.tensor([[11, 12, 13, 14], [21, 22, 9, 9], [31, 9, 9, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]),
+        "labels": torch.tensor([[-100, 12, -100, 14], [-100, 22, -100, -100], [-100] * 4]),
+        "queries": torch.tensor([[0, 2], [0, 0], [0, 0]]),
+        "teacher_tokens": torch.tensor([[1], [2], [3]]),
+        "teacher_logprobs": torch.tensor([[0.1], [0.2], [0.3]]),
+    }
+    packed = Packed(lambda samples: batch, one_row=one_row, axes=1)([])
+    assert "attention_mask" not in packed
+    if one_row:
+        assert packed["input_ids"].tolist() == [[11, 12, 13, 14, 21, 22, 31]]
+        assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0]]
+        assert packed["labels"].tolist() == [[-100, 12, -100, 14, -100, 22, -100]]
+        assert packed["queries"].tolist() == [[0, 2, 4, 6]]
+    else:
+        assert packed["input_ids"].tolist() == [[11, 12, 13, 14], [21, 22, 31, 9]]
+        assert packed["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+        assert packed["queries"].tolist() == [[0, 2], [0, 2]]
+    assert packed["teacher_tokens"].tolist() == [[1], [2], [3]]
+
+
+def test_the_teachers_answers_follow_their_samples():
+    batch = {
+        "input_ids": torch.tensor([[11, 12, 9], [21, 22, 23], [31, 32, 33]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+        "labels": torch.tensor([[-100, 12, -100], [-100, 22, 23], [-100, -100, 33]]),
+        "queries": torch.tensor([[0, 0], [0, 1], [1, 1]]),
+        "teacher_tokens": torch.tensor([[120], [220], [230], [330]]),
+        "teacher_logprobs": torch.tensor([[1.2], [2.2], [2.3], [3.3]]),
+    }
+    packed = Packed(lambda samples: batch, one_row=False, axes=1)([])
+    learnt = packed["labels"][:, 1:]
+    assert learnt[learnt != IGNORE].tolist() == [22, 23, 33, 12]
+    assert packed["teacher_tokens"].flatten().tolist() == [220, 230, 330, 120]
+    assert packed["teacher_logprobs"].flatten().tolist() == pytest.approx([2.2, 2.3, 3.3, 1.2])
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(f, "sdpa") for f in PACKABLE] + [(f, "eager") for f in ("llava", "gemma3", "qwen2_5_vl")],
+)
+def test_every_token_gets_what_it_gets_alone(family, attention):
+    model = shared(family, attention)
+    inputs = prompt(family, ["t" * n for n in (9, 4, 6, 3, 2)], side="right")
+    batch = {**inputs, "labels": inputs["input_ids"], "queries": torch.zeros(5, 1, dtype=torch.long)}
+    packed = Packed.of(model, lambda samples: batch)([])
+    assert (packed["position_ids"].dim() == 3) == (family in MROPE_FAMILIES)
+    packed_inputs = {name: v for name, v in packed.items() if name not in ("labels", "queries")}
     with torch.no_grad():
-        logits = base[0](**batch).logits
-    learnt = labels[:, 1:] != IGNORE
-    return logits[:, :-1][learnt], labels[:, 1:][learnt]
+        alone = model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+        together = model(**packed_inputs, use_cache=False).logits
+    places = [(0, 0, 9), (1, 0, 6), (1, 6, 3), (2, 0, 4), (2, 4, 2)]
+    order = {9: 0, 4: 1, 6: 2, 3: 3, 2: 4}
+    by_sample = dict(zip(order, alone.split([9, 4, 6, 3, 2]), strict=True))
+    for row, start, length in places:
+        torch.testing.assert_close(
+            together[row, start : start + length], by_sample[length], atol=1e-5, rtol=0
+        )
+    check_isolation(model)
 
 
-@pytest.mark.parametrize("turns", [2, 5, 13])
-def test_conversations_hold_every_question_once_and_one_image(rows, turns):
-    scenes = rows.with_format(None)["scene"]
-    conversations = Conversations(rows, scenes, turns)
-    questions = []
-    for i, part in enumerate(conversations.ranges):
-        sample = conversations[i]
-        assert len({scenes[k] for k in part}) == 1
-        assert len(sample["messages"]) == 2 * len(part) <= 2 * turns
-        images = [p for m in sample["messages"] for p in m["content"] if p["type"] == "image"]
-        assert len(images) == len(sample["images"]) == 1
-        questions += [m["content"][-1]["text"] for m in sample["messages"][::2]]
-    assert questions == rows.with_format(None)["question"][:]
+def test_a_model_in_which_samples_see_each_other_is_refused():
+    model = shared("llava")
+
+    def forget(module, args, kwargs):
+        return args, {**kwargs, "position_ids": None}
+
+    with (
+        model.get_decoder().register_forward_pre_hook(forget, with_kwargs=True),
+        pytest.raises(ValueError, match=r"Llava.* under sdpa: .* use data\.pack=false"),
+    ):
+        check_isolation(model)
+    check_isolation(model)
 
 
-@pytest.mark.parametrize("schedule", [VisionSchedule(), VisionSchedule(enter=2, exit=11)])
-def test_a_packed_turn_gets_what_it_gets_alone(base, rows, schedule):
-    n = rows.with_format(None)["scene"][:].count(rows.with_format(None)["scene"][0])
-    packed = Conversations(rows, rows.with_format(None)["scene"], 4)
-    first = [packed[i] for i, part in enumerate(packed.ranges) if part.stop <= n]
-    with attach(base[0], schedule):
-        alone, labels_alone = answers(base, collator(base, None)([rows[i] for i in range(n)]))
-        together, labels_together = answers(base, collator(base, torch.float64)(first))
-    assert torch.equal(labels_alone, labels_together)
-    assert torch.allclose(alone, together, atol=1e-9)
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("data.isolate=true", r"data\.pack=true and data\.isolate=true both lay out rows"),
+        ("kl.model=other", r"with kl\.model use kl\.cache, or data\.pack=false"),
+    ],
+)
+def test_what_does_not_go_with_packing_is_refused(option, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        configured("data=dataset", "data.path=x", "data.pack=true", option)
 
 
-def test_turns_that_see_each_other_answer_differently(base, rows):
-    packed = Conversations(rows, rows.with_format(None)["scene"], 4)
-    isolated, _ = answers(base, collator(base, torch.float64)([packed[0]]))
-    joined, _ = answers(base, collator(base, None)([packed[0]]))
-    assert not torch.allclose(isolated, joined, atol=1e-3)
+@pytest.mark.parametrize("teacher", ["dense", "none"])
+def test_loss_and_gradients_are_those_of_the_padded_batch(teacher):
+    config, student = tiny_student(f"teacher={teacher}")
+    shake(student)
+    collator = assemble.collator_of(student)
+    objective = assemble.objective_of(config, student)
+    weights = [w for w in student.model.parameters() if w.requires_grad]
+    results = []
+    for collate in (collator, Packed.of(student.attachment.model, collator)):
+        batch = collate(TEXTS)
+        count = (batch["labels"] != IGNORE).sum()
+        loss, terms = objective(student.model, batch, count=count)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        results.append((batch, loss, terms, [g for g in grads if g is not None]))
+    (padded, loss, terms, gradients), (packed, loss_packed, terms_packed, gradients_packed) = results
+    assert packed["input_ids"].numel() < 0.7 * padded["input_ids"].numel()
+    assert loss_packed.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert {k: v.item() for k, v in terms_packed.items()} == pytest.approx(
+        {k: v.item() for k, v in terms.items()}, rel=1e-5
+    )
+    assert len(gradients) == len(gradients_packed) > 20
+    for a, b in zip(gradients, gradients_packed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_mask_and_positions_by_hand():
-    vision = torch.tensor([[False, True, True, False, False, False, False, False]])
-    answer = torch.tensor([[False, False, False, False, True, False, True, False]])
-    real = torch.tensor([[True] * 7 + [False]])
-    out = isolate_turns(vision, answer, real, torch.float32)
-    assert out["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 3]]
-    seen = (out["attention_mask"][0, 0] == 0).int().tolist()
-    assert seen == [
-        [1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0, 1, 0, 0],
-        [1, 1, 1, 0, 0, 1, 1, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-    ]
-
-
-def test_an_image_after_an_answer_is_refused():
-    vision = torch.tensor([[True, False, True, False]])
-    answer = torch.tensor([[False, True, False, True]])
-    with pytest.raises(ValueError, match=r"data\.isolate=false"):
-        isolate_turns(vision, answer, torch.ones_like(vision), torch.float32)
+def test_a_run_with_packing_is_the_run_without(tmp_path, monkeypatch):
+    base = save_tiny_base(tmp_path / "base")
+    seen = []
+    before = Packed.packed
+    monkeypatch.setattr(Packed, "packed", lambda self, batch: seen.append(1) or before(self, batch))
+    rows = [{**row, "images": []} for row in TEXTS]
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(tmp_path / "a.png")
+    rows += [
+        {"messages": [turn("user", IMAGE_PART, "what color?"), turn("assistant", "red")], "images": ["a.png"]}
+    ] * 4
+    data = write_rows(tmp_path, *rows, name="chat.jsonl")
+    losses = []
+    for pack in ("false", "true"):
+        options = (
+            *(f"model.path={base}", "data=dataset", f"data.path={data}", "data.group=modality"),
+            *("train.threads=1", "train.steps=4", "train.batch_size=4", "train.log_every=1"),
+            *("train.learning_rate=1e-2", "eval.enabled=false", "teacher=dense", "train.trackers=[]"),
+            *(f"data.pack={pack}", f"output_dir={tmp_path / pack}"),
+        )
+        run.run(composed(*SMALL, *BAND, *options))
+        lines = (tmp_path / pack / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert 0 < len(seen) < 4

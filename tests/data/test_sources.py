@@ -20,8 +20,7 @@ from helpers.data_rows import (
 from helpers.pictures import JPEG, PNG
 
 from latefusion.data import sources
-from latefusion.data.load import training_data
-from latefusion.data.mixing import Mixture
+from latefusion.data.load import Mixture, training_data
 from latefusion.data.samples import BadSample, messages_of
 from latefusion.data.streaming import Stream
 from latefusion.recipes.schema import DataConfig, PartConfig, Source

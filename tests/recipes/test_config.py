@@ -246,7 +246,7 @@ def test_settings_of_the_processor_are_added_to_the_model_s():
 
 def test_every_recipe_file_starts_with_its_own_launch_command(monkeypatch):
     """One that the recipe's own settings let begin, where data and weights are."""
-    for name in ("check_places", "check_base", "check_output"):
+    for name in ("check_local_files", "check_base", "check_output"):
         monkeypatch.setattr(preflight, name, lambda *_: None)
     monkeypatch.setattr("latefusion.models.locate.find_spec", lambda name: name)  # bitsandbytes
     for path in (RECIPES / "recipe").glob("*.yaml"):

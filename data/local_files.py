@@ -1,4 +1,4 @@
-"""Files and folders that `data=...` names: whether they are there, said before anything is read."""
+"""Check that the local files and folders that `data=...` names exist, before anything is read (without torch)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 JSON = (".json", ".jsonl")
 
 
-def check_places(data: DataConfig) -> None:
-    """Raise, in one sentence, where data on this machine are named that are not there or cannot be read.
+def check_local_files(data: DataConfig) -> None:
+    """Raise FileNotFoundError or ValueError if `data` names a local file or folder that cannot be read.
 
-    A hub id is left to the hub.
+    Hub ids are not looked up.
     """
     if data.eval_path is not None:
         check_dataset(data.eval_path, key="data.eval_path")
@@ -48,13 +48,13 @@ def check_images(folder: str) -> None:
 
 
 def check_dataset(path: str, key: str = "data.path") -> None:
-    """What looks like a file or a folder of this machine must be one that can be read; else it may be a hub id."""
-    known = (*FORMATS, *JSON)
-    if Path(path).is_file() and Path(path).suffix not in known:
+    """Raise FileNotFoundError if `path` looks like a local file or folder and cannot be read; it may be a hub id."""
+    suffixes = (*FORMATS, *JSON)
+    if Path(path).is_file() and Path(path).suffix not in suffixes:
         raise FileNotFoundError(
-            f"{key}={path} does not end in {', '.join(known)}; store the data as one of these."
+            f"{key}={path} does not end in {', '.join(suffixes)}; store the data as one of these."
         )
-    local = path.startswith((".", "/", "~")) or Path(path).suffix in known
+    local = path.startswith((".", "/", "~")) or Path(path).suffix in suffixes
     if local and not Path(path).exists():
         raise FileNotFoundError(
             f"no file or folder at {path}; name the data with {key}=FILE_FOLDER_OR_HUB_ID."

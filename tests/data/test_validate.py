@@ -12,7 +12,7 @@ from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.tiny_base import composed
 
 from latefusion.data import validate
-from latefusion.data.findings import kind
+from latefusion.data.bad_rows import kind
 from latefusion.training import run
 
 ANSWER = turn("assistant", "red.")
