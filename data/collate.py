@@ -70,12 +70,12 @@ class Collator:
         stop: Sequence[str],
         max_length: int | None = None,
         isolate: torch.dtype | None = None,
-        ranked: bool = True,
+        ranked: bool = False,
     ):
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
         self.isolate, self.ranked = isolate, ranked
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
-        self.reserved = reserved_tokens(processor, self.vision_ids.tolist(), self.stop)
+        self.reserved = reserved_tokens(processor, self.vision_ids.tolist())
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch.
@@ -146,8 +146,9 @@ class Collator:
             n = len(sample["images"])
             raise self.bad(at, sample, f"has {n} image(s) but {shown} times {placeholder} in its text")
         for turn, message in enumerate(sample["messages"]):
+            reserved = self.reserved + (self.stop if message["role"] == "assistant" else ())
             for part in message["content"]:
-                if written := [token for token in self.reserved if token in part.get("text", "")]:
+                if written := [token for token in reserved if token in part.get("text", "")]:
                     raise self.bad(
                         at, sample, f"has the token {written[0]} written in the text of turn {turn}"
                     )
@@ -218,18 +219,16 @@ class Collator:
         return text, closed
 
 
-def reserved_tokens(processor: Any, vision_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, ...]:
+def reserved_tokens(processor: Any, vision_ids: Sequence[int]) -> tuple[str, ...]:
     """The tokens that no text of a row may contain, because they would be read as structure.
 
-    They are those of images, videos and audio, those that end an answer, and the special tokens that the chat template
-    writes.
+    They are those of images, videos and audio, and the special tokens that the chat template writes between turns.
     """
     tokenizer, template = processor.tokenizer, processor.chat_template or ""
     special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     others = (getattr(processor, f"{kind}_token", None) for kind in ("video", "audio"))
     tokens = [
         *tokenizer.convert_ids_to_tokens(vision_ids),
-        *stop,
         *(token for token in special if token in template),
         *(token for token in others if isinstance(token, str)),
     ]
@@ -243,7 +242,7 @@ def build_collator(
     *,
     max_length: int | None = None,
     isolate: torch.dtype | None = None,
-    ranked: bool = True,
+    ranked: bool = False,
 ) -> Collator:
     """The collator of a model, by its configuration alone: no weights are needed.
 

@@ -147,7 +147,7 @@ def collator_of(student: Student, config: Config | None = None) -> Collator:
         model.generation_config,
         max_length=config.data.max_length if config else None,
         isolate=dtype_of(config) if config and config.data.isolate else None,
-        ranked=is_ranked(config) if config else True,
+        ranked=config is not None and is_ranked(config),
     )
 
 

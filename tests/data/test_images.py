@@ -2,11 +2,13 @@
 
 import io
 import os
+from base64 import b64encode, encodebytes
 
 import numpy as np
 import pytest
 from helpers.pictures import JPEG, PNG, decompression_bomb, encode, noise
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
 
@@ -25,7 +27,15 @@ from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": None, "path": 5}, "has a path that is int"),
         ("https://x.org/a.png", r"https://x\.org/a\.png is an address; download the image and give its path"),
-        ("data:image/png;base64,iVBOR", "is an address; download the image"),
+        ("data:image/png;base64,iVBOR", "iVBOR is a data URL that cannot be decoded"),
+        (
+            "data:image/svg+xml,<svg/>",
+            r"a data URL that cannot be decoded \(its header does not end in ;base64",
+        ),
+        (
+            f"data:image/png;base64,{b64encode(PNG[:60]).decode()}",
+            "a data URL (cannot be decoded|is no image)",
+        ),
         (
             "iVBOR" * 999,
             r"^iVBOR.{56} of 4995 characters cannot be read \(File name too long: .{61} of \d+ characters\)$",
@@ -63,7 +73,18 @@ def test_a_large_picture_below_the_limit_is_no_bomb(monkeypatch):
 def test_paths_bytes_and_pictures_are_the_same_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     pixels = np.asarray(noise())
-    sources = ("a.png", PNG, {"bytes": PNG, "path": None}, {"bytes": None, "path": "a.png"}, noise())
+    url = f"data:image/png;base64,{b64encode(PNG).decode()}"
+    wrapped = f"data:;BASE64,{encodebytes(PNG).decode()}"  # in lines, as MIME has it
+    sources = (
+        "a.png",
+        url,
+        wrapped,
+        {"bytes": None, "path": url},
+        PNG,
+        {"bytes": PNG, "path": None},
+        {"bytes": None, "path": "a.png"},
+        noise(),
+    )
     for source in (*sources, str(tmp_path / "a.png")):
         image = load_image(source, tmp_path)
         assert image.mode == "RGB" and (np.asarray(image) == pixels).all()
@@ -111,12 +132,43 @@ def test_cmyk_ink_becomes_the_colour_it_prints(kind):
         assert np.abs(np.subtract(seen, colour)).max() < 12
 
 
+def transparent_pictures() -> dict[str, bytes]:
+    alpha = noise("L")
+    coloured, palette = noise(), noise("L").convert("P")
+    coloured.putalpha(alpha)
+    grey = noise("L")
+    grey.putalpha(alpha)
+    return {
+        "RGBA": encode(coloured, "PNG"),
+        "LA": encode(grey, "PNG"),
+        "WEBP": encode(coloured, "WEBP", lossless=True),
+        "P, one colour clear": encode(palette, "PNG", transparency=3),
+        "P, alpha of each colour": encode(palette, "PNG", transparency=bytes(range(256))),
+        "L, one grey clear": encode(noise("L"), "PNG", transparency=int(np.asarray(noise("L"))[0, 0])),
+        "RGB, one colour clear": encode(noise(), "PNG", transparency=noise().getpixel((0, 0))),
+    }
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("transparency", [0, bytes(range(256))])
-def test_palette_with_transparency_becomes_rgb(transparency):
-    image = noise("L").convert("P")
-    seen = load_image(encode(image, "PNG", transparency=transparency))
-    assert seen.mode == "RGB" and (np.asarray(seen) == np.asarray(image.convert("RGB"))).all()
+@pytest.mark.parametrize("kind", transparent_pictures())
+def test_transparency_is_laid_on_white_as_the_stock_processors_do(kind):
+    data = transparent_pictures()[kind]
+    image = load_image(data)
+    assert image.mode == "RGB"
+    assert (np.asarray(image) == convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)).all()
+
+
+def test_what_is_black_on_clear_is_not_all_black():
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    for image in (load_image(encode(picture, "PNG")), load_image(picture.convert("LA").convert("La"))):
+        assert image.getpixel((0, 0)) == (255,) * 3 and image.getpixel((4, 4)) == (0,) * 3
+
+
+def test_a_clear_grey_of_16_bits_is_white():
+    values = np.array([[0, 256 * 10, 256 * 200]], np.uint16)
+    image = load_image(encode(Image.fromarray(values), "PNG", transparency=0))
+    assert np.asarray(image)[0, :, 0].tolist() == [255, 10, 200]
 
 
 def test_black_and_white_become_rgb():

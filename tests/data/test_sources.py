@@ -21,7 +21,7 @@ from helpers.pictures import JPEG, PNG
 
 from latefusion.data import sources
 from latefusion.data.load import Mixture, training_data
-from latefusion.data.samples import BadSample, messages_of
+from latefusion.data.samples import BadSample, conversation_of
 from latefusion.data.streaming import Stream
 from latefusion.recipes.schema import DataConfig, PartConfig, Source
 
@@ -119,7 +119,8 @@ def test_a_row_that_contradicts_itself_is_refused_when_it_is_read(folder, record
     ],
 )
 def test_contents_are_parts_or_strings(content, parts):
-    messages = messages_of({"messages": [{"role": "user", "content": content}, ANSWER]}, 2)
+    record = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "b.png"]}
+    messages, _ = conversation_of(record)
     assert messages[0]["content"] == parts
 
 
