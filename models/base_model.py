@@ -1,14 +1,16 @@
-"""The model to start from: `embedded`, a local folder, or a hub id."""
+"""Load the model to start from (`embedded`, a local folder, or a hub id) and its processor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -17,12 +19,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from latefusion.models import embedded
-from latefusion.models.locate import EMBEDDED, EMBEDDED_WEIGHTS, check_base, check_four_bits
+from latefusion.models.locate import check_base, check_four_bits, check_not_a_student, location
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it, else float32."""
+    """bfloat16 if the hardware multiplies in it, else float32."""
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -39,10 +40,11 @@ def load_base(
     four_bits: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A base model and its processor: `embedded`, a local folder, or a hub id.
+    """Load a base model in eval mode, and its processor.
 
     Args:
-        dtype: of the weights, or with `four_bits` of what is computed with them.
+        path: `embedded`, a local folder, or a hub id.
+        dtype: of the weights; with `four_bits`, of what is computed with them.
         revision: branch, tag or commit of a hub id; None: its main branch.
         processor: settings that the processor is loaded with (`max_pixels`, ...).
         four_bits: hold the decoder in NF4 (QLoRA, arXiv 2305.14314); the rest stays as it is.
@@ -50,24 +52,52 @@ def load_base(
 
     Raises:
         FileNotFoundError: there are no such weights, or they cannot be reached from here.
-        ValueError: 4 bits, or the processor, need a package that is not here.
+        ValueError: the folder holds a student; or 4 bits, or the processor, need a package that is not here.
     """
     if four_bits:
         check_four_bits(path)
-    if path == EMBEDDED:
-        return embedded.load_base(dtype)
     check_base(path)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    more = {"quantization_config": _nf4(path, dtype, where)} if four_bits else {}
-    found = load_processor(path, settings=processor, **where)
+    place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    more = {"quantization_config": _nf4(path, dtype, place)} if four_bits else {}
+    loaded = load_processor(path, settings=processor, **place)
+    model = _load_model(AutoModelForImageTextToText, path, dtype=dtype, **place, **more)
+    check_not_a_student(model.config.to_dict(), path)  # of a hub id nothing was known before
+    return model, loaded
+
+
+def load_checkpoint(
+    path: str, *, dtype: torch.dtype, ignored: Sequence[str]
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a whole checkpoint that holds more tensors than its stock class has, in eval mode, and its processor.
+
+    Args:
+        ignored: patterns of the names of those tensors; the caller reads them.
+
+    Raises:
+        FileNotFoundError: the weights or the processor cannot be read.
+        ValueError: it is not an image-text model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{path} is a {config.model_type}, not an image-text model.")
+    stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    known = [*(stock._keys_to_ignore_on_load_unexpected or ()), *ignored]
+    quiet = type(stock.__name__, (stock,), {"_keys_to_ignore_on_load_unexpected": known})
+    quiet.__module__ = stock.__module__  # transformers looks for the family's helpers there
+    loaded = load_processor(path)
+    model = _load_model(quiet, path, dtype=dtype)
+    model.__class__ = stock
+    return model, loaded
+
+
+def _load_model(kind: Any, path: str, **settings: Any) -> PreTrainedModel:
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **where, **more)
+        return kind.from_pretrained(location(path), **settings).eval()
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise FileNotFoundError(
             f"the weights of {path} cannot be read ({reason}); download them again."
         ) from None
-    return model.eval(), found
 
 
 def load_processor(
@@ -77,42 +107,47 @@ def load_processor(
     trust_remote_code: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> ProcessorMixin:
-    """The processor of a base model, without its weights; see `load_base`.
+    """Load a model's processor without the model; see `load_base`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it needs a package that is not here, or is none of images and text.
+        FileNotFoundError: there is no processor that can be read.
+        ValueError: it needs a package that is not here, or does not take images.
     """
-    where = EMBEDDED_WEIGHTS if path == EMBEDDED else path
-    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    place = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        found = AutoProcessor.from_pretrained(where, **code, **(settings or {}))
+        processor = AutoProcessor.from_pretrained(location(path), **place, **(settings or {}))
     except ImportError as error:  # SmolVLM's needs num2words, PIL's relatives need torchvision
         reason = " ".join(str(error).split())
         raise ValueError(f"the processor of {path} needs a package that is not here: {reason}") from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{path} holds no processor that can be read ({reason}); name a folder that holds the model's processor "
-            "beside its weights, or its hub id."
+            f"the processor in {path} cannot be read ({reason}); name a folder that holds the model's processor beside "
+            "its weights, or its hub id."
         ) from None
-    if not isinstance(found, ProcessorMixin):
+    if not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"{path} is no model of images and text: it comes with a {type(found).__name__} alone."
+            f"{path} comes with a {type(processor).__name__} alone, so it is not an image-text model."
         )
-    return found
+    return processor
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model over the very same weights, with modules (and hooks, and adapters to come) of its own."""
+    """Another model over the very same weights, with its own modules (so hooks and adapters stay apart)."""
     tensors = [*model.parameters(), *model.buffers()]
     return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesConfig:
-    """Four bits for the decoder's layers alone: what trains in full cannot be quantised."""
+def beside_the_decoder(model: PreTrainedModel) -> list[nn.Module]:
+    """The parts of a model that are not its decoder: vision tower, projector, ..."""
+    decoder = model.get_decoder()
+    return [module for module in model.base_model.children() if module is not decoder]
+
+
+def _nf4(path: str, dtype: torch.dtype, place: dict[str, Any]) -> BitsAndBytesConfig:
+    """Settings for 4 bits in the decoder's layers alone: a part that trains in full cannot be quantised."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **where))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(location(path), **place))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -123,7 +158,6 @@ def _nf4(path: str, dtype: torch.dtype, where: dict[str, Any]) -> BitsAndBytesCo
 
 
 def unquantised(model: PreTrainedModel) -> list[str]:
-    """What 4 bits leave alone, by whole names, as transformers compares them: vision tower, projector, output head."""
-    decoder = model.get_decoder()
-    parts = {module for module in model.base_model.children() if module is not decoder}
+    """Whole names of the modules that 4 bits leave alone: vision tower, projector, output head."""
+    parts = set(beside_the_decoder(model))
     return [*(name for name, module in model.named_modules() if module in parts), "lm_head"]

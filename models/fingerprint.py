@@ -30,9 +30,8 @@ from typing import Any
 import huggingface_hub
 from PIL import Image
 
-from latefusion.models.locate import ADAPTER_CONFIG, EMBEDDED, EMBEDDED_WEIGHTS
+from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, location
 
-BASE = "base_model_name_or_path"  # in an adapter's configuration: the path or hub id of its base
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.index.json", "*.py"),
     *("config.json", "generation_config.json", ADAPTER_CONFIG, "vision_schedule.json"),
@@ -84,13 +83,13 @@ def model_fingerprint(path: str | Path, revision: str | None = None) -> str:
     Raises:
         FileNotFoundError: there is no such model.
     """
-    folder = EMBEDDED_WEIGHTS if str(path) == EMBEDDED else Path(path)
+    folder = Path(location(str(path)))
     if not folder.is_dir():
         return _commit(str(path), revision)
     digest = hashlib.sha256()
     for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
         if file.name == ADAPTER_CONFIG:
-            adapter = json.loads(file.read_text())
+            adapter = adapter_settings(folder)
             base = model_fingerprint(adapter.pop(BASE), adapter.get("revision"))
             _add(digest, [file.name, adapter, base])
         else:

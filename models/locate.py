@@ -1,25 +1,39 @@
-"""Where a model is: whether its weights can be found, said without loading them or torch."""
+"""Find a model's weights without loading them, and without torch."""
 
 from __future__ import annotations
 
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
 EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
-ADAPTER_CONFIG = "adapter_config.json"  # what PEFT writes into a student's folder
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
+BASE = "base_model_name_or_path"  # in it: the path or hub id of the base
+
+
+def location(path: str) -> str | Path:
+    """The folder or hub id that `path` names; `embedded` is the model that ships here."""
+    return EMBEDDED_WEIGHTS if path == EMBEDDED else path
 
 
 def check_base(path: str, fix: str = "with model.path=PATH") -> None:
-    """Raise FileNotFoundError, in one sentence, where `load_base` cannot find the weights of `path`.
+    """Raise FileNotFoundError, in one sentence, if `load_base` would not find the weights of `path`.
 
     Args:
-        fix: how another can be named.
+        fix: how the user names another model.
     """
-    if path == EMBEDDED or (Path(path) / "config.json").is_file():
+    if path == EMBEDDED and not (EMBEDDED_WEIGHTS / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no weights in {EMBEDDED_WEIGHTS}; check out models/embedded/weights, or train them with "
+            "`python -m latefusion.training.embedded.train_base`."
+        )
+    config = Path(location(path)) / "config.json"
+    if config.is_file():
+        check_not_a_student(read_config(config), path)
         return
     if Path(path).exists():
         raise FileNotFoundError(
@@ -42,38 +56,85 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
         ) from None
 
 
+def check_not_a_student(config: dict[str, Any], path: str) -> None:
+    """Raise ValueError if a model's configuration is that of a student whose adapters were merged.
+
+    As a base it would run dense and without its entry adapter, which it was not trained for.
+    """
+    if config.get("vision_schedule") is not None:
+        raise ValueError(
+            f"{path} is a trained student, not a base: load it with latefusion.load, evaluate it with "
+            f"checkpoints=[{path}], and name the model that it was trained from as the base."
+        )
+
+
 def check_base_of(student: str | Path) -> str:
-    """The base that a student's adapters are for, where it can be found; raises as `check_base` does."""
-    file = Path(student) / ADAPTER_CONFIG
-    base = json.loads(file.read_text())["base_model_name_or_path"]
-    check_base(base, fix=f"as base_model_name_or_path in {file}")
+    """The base that a student's adapters belong to, once it is sure that it can be found.
+
+    Raises:
+        FileNotFoundError: it cannot.
+        ValueError: the adapters' configuration is damaged.
+    """
+    base = adapter_settings(student)[BASE]
+    check_base(base, fix=f"as {BASE} in {Path(student) / ADAPTER_CONFIG}")
     return base
 
 
-def known_layers(path: str, revision: str | None = None) -> int | None:
-    """Decoder layers of a model, as its config.json states them; None: it leaves them to its class, or is not here.
+def adapter_settings(student: str | Path) -> dict[str, Any]:
+    """The adapter configuration in a student's folder, as plain values.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: it is damaged, or names no base.
     """
-    file: object = EMBEDDED_WEIGHTS / "config.json" if path == EMBEDDED else Path(path) / "config.json"
-    if path != EMBEDDED and not Path(path).is_dir():
+    file = Path(student) / ADAPTER_CONFIG
+    try:
+        settings = json.loads(file.read_text())
+        if isinstance(settings[BASE], str):
+            return settings
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{file} is not an adapter configuration with a {BASE}; name a folder that training wrote."
+    )
+
+
+def known_layers(path: str, revision: str | None = None) -> int | None:
+    """Number of decoder layers in a model's config.json; None if it is not stated there or the file is not here.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    file: object = Path(location(path)) / "config.json"
+    if not Path(location(path)).is_dir():
         file = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
     if not isinstance(file, str | Path):
         return None
-    try:
-        said = json.loads(Path(file).read_text())
-        return said.get("text_config", said).get("num_hidden_layers")
-    except (ValueError, AttributeError):
-        raise ValueError(
-            f"{file} is no model's configuration; name another folder or hub id with model.path=..., or "
-            "download it again."
-        ) from None
+    config = read_config(Path(file))
+    text = config.get("text_config", config)
+    return text.get("num_hidden_layers") if isinstance(text, dict) else None
 
 
 def check_four_bits(path: str) -> None:
-    """Raise ValueError, in one sentence, where the weights of `path` cannot be held in 4 bits."""
+    """Raise ValueError, in one sentence, if the weights of `path` cannot be held in 4 bits."""
     if path == EMBEDDED:
         raise ValueError("model.load_in_4bit=true is for large models; model=embedded has 5 million weights.")
     if find_spec("bitsandbytes") is None:
         raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json, as plain values.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{file} is not a model configuration; name another folder or hub id with model.path=..., or download it "
+            "again."
+        )
+    return config

@@ -2,7 +2,8 @@
 
     python training/export.py checkpoint=outputs/late_fusion output=outputs/merged merge=true push_to_hub=me/late-fusion
 
-With `merge=true` stock `AutoModelForImageTextToText` loads the folder; `latefusion.load` runs it under its schedule.
+With `merge=true` the adapters are added to the weights; stock `AutoModelForImageTextToText` loads the folder too, but
+runs it dense. `latefusion.load` runs either form under its schedule.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from latefusion.training.run_folder import check_writable
 
 @dataclass
 class Arguments:
-    """What can be exported and how.
+    """Keys of the command line.
 
     Attributes:
-        checkpoint: folder of `training/train.py`.
+        checkpoint: folder that `training/train.py` wrote.
         output: folder to write; must not hold a model.
-        merge: one plain checkpoint; else adapters, to be put on the base.
-        dtype: of the merged weights; `auto`: bfloat16 where the hardware computes in it, else float32.
-        push_to_hub: a repository's name, to be made if need be and filled with the folder; None: no.
-        private: whether a new repository is.
+        merge: write one checkpoint with the adapters merged; else the adapters alone.
+        dtype: of the merged weights; `auto`: bfloat16 if the hardware computes in it, else float32.
+        push_to_hub: name of the repository to upload the folder to, created if it does not exist; None: no upload.
+        private: create the repository as a private one.
     """
 
     checkpoint: str = MISSING
@@ -45,13 +46,13 @@ def check(arguments: Arguments) -> None:
 
     Raises:
         FileNotFoundError: the checkpoint holds no student, or its base is not there.
-        ValueError: it needs no export; or the output is taken, or cannot be written.
+        ValueError: the checkpoint is whole already; or the output holds a model, or cannot be written.
     """
     source, target = Path(arguments.checkpoint), Path(arguments.output)
     if not (source / ADAPTER_CONFIG).is_file() and (source / "config.json").is_file():
         raise ValueError(
-            f"{source} is a plain checkpoint already (all its weights were trained, or adapters merged into them): use "
-            f"it as it is, or publish it with `hf upload NAME {source}`."
+            f"{source} is a whole checkpoint already (all its weights were trained, or adapters were merged into "
+            f"them): use it as it is, or publish it with `hf upload NAME {source}`."
         )
     if not (source / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(
@@ -63,16 +64,55 @@ def check(arguments: Arguments) -> None:
     check_base_of(source)
 
 
+def export(arguments: Arguments) -> str:
+    """Write the folder, publish it if `push_to_hub` says so, and return what happened in a sentence.
+
+    Raises:
+        FileNotFoundError: the student's base is not there.
+        ValueError: merging would change nothing.
+    """
+    import torch  # lazy: keeps argument errors fast
+    from huggingface_hub import HfApi
+
+    from latefusion.models.student.entry import entry_of
+    from latefusion.models.student.save import load_student, merge, save_student
+    from latefusion.training.model_card import model_card
+
+    source, target = Path(arguments.checkpoint), Path(arguments.output)
+    dtype = None if arguments.dtype is Dtype.auto else getattr(torch, arguments.dtype.value)
+    if arguments.merge:
+        merged = merge(source, target, dtype=dtype)
+        model = merged.model
+        summary = f"{merged.changed} of {merged.total} tensors of the base have changed."
+        if merged.lost > 0:
+            summary += f" Rounding took away {merged.lost:.0%} of what the adapters changed."
+    else:
+        student = load_student(source, dtype=dtype)
+        target.mkdir(parents=True, exist_ok=True)
+        save_student(student, target)
+        model, summary = student.model, "The folder holds adapters, to be put on the base."
+    card = model_card(
+        source,
+        folder=arguments.push_to_hub or str(target),
+        merged=arguments.merge,
+        entry=entry_of(model) is not None,
+    )
+    (target / "README.md").write_text(card)
+    if arguments.push_to_hub is not None:
+        api = HfApi()
+        api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True)
+        address = api.upload_folder(repo_id=arguments.push_to_hub, folder_path=str(target))
+        summary += f" Published: {address}"
+    return f"{target} is written. {summary}"
+
+
 def main(arguments: list[str]) -> None:
-    """Run from the command line; what cannot work ends in one sentence."""
-    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # nothing said asks what could be
+    """Run from the command line; an export that cannot work stops with a one-line error."""
+    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # without arguments: list the keys
     try:
-        asked = parse_words(words, Arguments)
-        check(asked)
-
-        from latefusion.training.publish import export  # torch and all that, which no refusal has to wait for
-
-        print(export(asked))
+        chosen = parse_words(words, Arguments)
+        check(chosen)
+        print(export(chosen))
     except (ValueError, OSError) as error:  # also a full disk
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, what it was trained on and how, what was measured."""
+"""Write the model card of an exported student: what it is, what it was trained on and how, what was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.compose import stored_values
 
 METRICS = ("report.json", "results.json")
 
@@ -21,7 +22,7 @@ tags: [latefusion, vision-token-pruning]
 
 # {name}
 
-A late-fusion student of `{base}`, trained with latefusion: its vision tokens {band}.
+A late-fusion student of {base_name}, trained with latefusion: its vision tokens {band}.
 {kind}
 
 ```python
@@ -34,8 +35,8 @@ A late-fusion student of `{base}`, trained with latefusion: its vision tokens {b
 {schedule}
 ```
 
-Layers count from 0. Before `enter` and from `exit` on no vision token is computed; `keep` says how many of the best are
-left from a layer on.
+Layers count from 0. No vision token is computed before `enter` and from `exit` on; `keep` says how many of the best
+are left from a layer on.
 
 ## Training
 
@@ -48,69 +49,72 @@ left from a layer on.
 {metrics}
 """
 
-MERGED = """A plain Hugging Face checkpoint. `AutoModelForImageTextToText` loads it and runs it *dense*: every layer
-sees every vision token, which is not what it was trained for. `latefusion.load` attaches the schedule{entry}."""
+MERGED = """One checkpoint, its adapters merged. `latefusion.load` runs it under its schedule{entry}. Stock
+`AutoModelForImageTextToText` loads it too, but runs it *dense*{without}: every layer sees every vision token, which it
+was not trained for."""
 ADAPTER = (
     "This folder holds the adapters alone; `latefusion.load` puts them on the base and attaches the schedule."
 )
 USE = """import latefusion as lf
 
-model, processor = lf.load("{folder}")"""
+model, processor = lf.load({folder})"""
+TRAINING = {
+    "data": "data.source",
+    "data from": "data.path",
+    "mixture": "data.parts",
+    "split": "data.split",
+    "teacher": "teacher",
+    "teacher's model": "kl.model",
+    "what trained": "tune",
+    "LoRA rank": "lora.r",
+    "KL weight": "kl.weight",
+    "KL temperature": "kl.temperature",
+    "steps": "train.steps",
+    "epochs": "train.epochs",
+    "batch size a device": "train.batch_size",
+    "accumulation": "train.accumulation",
+    "peak learning rate": "train.learning_rate",
+    "seed": "train.seed",
+}
 
 
 def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool) -> str:
     """The card of the student at `checkpoint`, as Markdown.
 
     Args:
-        folder: that the user loads.
-        merged: whether it holds a plain checkpoint, or adapters.
-        entry: whether an entry adapter belongs to it.
+        folder: what the user gives to `latefusion.load`.
+        merged: it holds one checkpoint; else adapters.
+        entry: the student has an entry adapter.
     """
     path = Path(checkpoint)
     schedule = VisionSchedule.load(path)
-    config: Any = (
-        OmegaConf.load(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
-    )
+    config = stored_values(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
     if schedule.cross:
         layers = ", ".join(map(str, schedule.cross))
         band = f"stay what the projector made them, and text reads them in the layers {layers} only"
     else:
         exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
         band = f"are computed from layer {schedule.enter} to {exit_layer} only"
-    kind = MERGED.format(entry=" and the entry adapter beside it" if entry else "") if merged else ADAPTER
+    parts = {"entry": " and with its entry adapter", "without": " and without its entry adapter"}
+    kind = MERGED.format(**(parts if entry else dict.fromkeys(parts, ""))) if merged else ADAPTER
+    base = str(OmegaConf.select(config, "model.path") or "unknown")
     return _TEXT.format(
-        name=OmegaConf.select(config, "name") or path.name,
-        base=OmegaConf.select(config, "model.path") or "unknown",
+        name=_cell(OmegaConf.select(config, "name") or path.name),
+        base=json.dumps(base),
+        base_name=_cell(base),
         band=band,
         kind=kind,
-        use=USE.format(folder=folder),
+        use=USE.format(folder=json.dumps(folder)),
         schedule=json.dumps(schedule.to_dict(), indent=2),
-        training="\n".join(f"| {what} | {value} |" for what, value in _training(config)),
+        training="\n".join(f"| {what} | {_cell(value)} |" for what, value in _training(config)),
         metrics=_metrics(path),
     )
 
 
 def _training(config: DictConfig) -> list[tuple[str, Any]]:
-    """What a reader wants to know of the run, from its own configuration."""
-    wanted = {
-        "data": "data.source",
-        "data from": "data.path",
-        "mixture": "data.parts",
-        "split": "data.split",
-        "teacher": "teacher",
-        "teacher's model": "kl.model",
-        "what trained": "tune",
-        "LoRA rank": "lora.r",
-        "KL weight": "kl.weight",
-        "KL temperature": "kl.temperature",
-        "steps": "train.steps",
-        "batch size a device": "train.batch_size",
-        "accumulation": "train.accumulation",
-        "peak learning rate": "train.learning_rate",
-        "seed": "train.seed",
-    }
-    found = [(what, OmegaConf.select(config, key)) for what, key in wanted.items()]
-    return [(what, value) for what, value in found if value is not None and value != []]
+    """What a reader wants to know of the run, from the configuration that it saved."""
+    rows = [(what, OmegaConf.select(config, key)) for what, key in TRAINING.items()]
+    return [(what, value) for what, value in rows if value is not None and value != []]
 
 
 def _metrics(path: Path) -> str:
@@ -121,6 +125,14 @@ def _metrics(path: Path) -> str:
     lines = ["| system | accuracy (95% interval) | decoder FLOPs, of dense |", "| --- | ---: | ---: |"]
     for system in results["systems"].values():
         overall = system["accuracy"]["overall"]
-        shown = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
-        lines.append(f"| {system['name']} | {shown} | {system['flops']['ratio']:.0%} |")
+        accuracy = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
+        lines.append(f"| {_cell(system['name'])} | {accuracy} | {system['flops']['ratio']:.0%} |")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """A value as plain text in Markdown: no HTML, no link, no further cell or line."""
+    text = " ".join(str(value).split())
+    for mark in "\\`[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -21,6 +21,7 @@ from latefusion.data.bad_rows import Bad
 from latefusion.data.streaming import Stream
 from latefusion.models.student.build import Student
 from latefusion.recipes.check import check_config
+from latefusion.recipes.compose import stored_values
 from latefusion.recipes.schema import Config
 from latefusion.training.assemble import dtype_of, objective_of, student_of
 from latefusion.training.order import Order
@@ -145,7 +146,7 @@ def replay(folder: str | Path) -> Sequence[float]:
             f"no reproduction with weights in {folder}; name a nonfinite-step-... folder."
         )
     schema = OmegaConf.structured(Config)
-    config = check_config(OmegaConf.merge(schema, OmegaConf.load(path.parent / "config.yaml")))  # type: ignore[arg-type]
+    config = check_config(OmegaConf.merge(schema, stored_values(path.parent / "config.yaml")))  # type: ignore[arg-type]
     config.output_dir = str(path.parent)  # wherever it has been moved to
     student = student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))

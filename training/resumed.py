@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from latefusion.recipes.compose import stored_values
+
 CONFIG = "config.yaml"  # that a run leaves in its folder
 FREE = {  # what may change: where and how fast it computes, what it says, how long it goes on
     *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
@@ -31,7 +33,7 @@ def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
     file = Path(output_dir) / CONFIG
     if not file.is_file():
         return []
-    before, now = (dict(_values(_plain(found))) for found in (OmegaConf.load(file), cfg))
+    before, now = (dict(_values(_plain(found))) for found in (stored_values(file), cfg))
     skip = {*FREE, "schedule.profile"}
     if now.get("schedule.auto") or now.get("schedule.profile") is not None:
         skip |= {"schedule.enter", "schedule.exit", "schedule.keep"}  # the profile's, which the run settled

@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from latefusion.models import embedded
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.base_model import load_base, load_processor
 from latefusion.models.executor.vision import vision_token_ids
-from latefusion.models.locate import EMBEDDED
+from latefusion.models.locate import EMBEDDED, location
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_depths, teaches
 from latefusion.recipes.schema import Config
@@ -140,7 +139,7 @@ def _both(config: Config) -> list[tuple[str, str | None]]:
 
 def _config(config: Config, path: str, revision: str | None) -> Any:
     return AutoConfig.from_pretrained(
-        _folder(path), revision=revision, trust_remote_code=config.model.trust_remote_code
+        location(path), revision=revision, trust_remote_code=config.model.trust_remote_code
     )
 
 
@@ -149,7 +148,3 @@ def _processor(config: Config, path: str, revision: str | None) -> Any:
     return load_processor(
         path, revision=revision, trust_remote_code=config.model.trust_remote_code, settings=settings
     )
-
-
-def _folder(path: str) -> Any:
-    return embedded.WEIGHTS if path == EMBEDDED else path

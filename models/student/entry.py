@@ -73,8 +73,13 @@ class EntryAdapter(nn.Module):
             mapped = mapped + self.up(self.down(x))
         return mapped.to(hidden_states.dtype)
 
+    def sizes(self) -> dict[str, int]:
+        """Its rank and places, as a checkpoint's config.json holds them."""
+        rank = 0 if self.down is None else self.down.out_features
+        return {"rank": rank, "places": 0 if self.start is None else len(self.start.bias)}
+
     def flops(self, tokens: float) -> float:
-        """Of its matrix products for so many vision tokens."""
+        """FLOPs of its matrix products for this many vision tokens."""
         width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
         return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
 

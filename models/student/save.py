@@ -1,36 +1,61 @@
-"""What is written of a student, and how it comes back: adapter folders, plain checkpoints, the merge of the two."""
+"""Save, load and merge students: PEFT adapter folders, and checkpoints with the adapters merged into the weights."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attach
-from latefusion.models.base_model import compute_dtype, load_base
-from latefusion.models.locate import ADAPTER_CONFIG, check_base_of
+from latefusion.models.base_model import compute_dtype, load_base, load_checkpoint
+from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base_of, read_config
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import ENTRY, entry_of, entry_shape, install_entry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LOOSE_ENTRY = f"{ENTRY}.safetensors"  # where checkpoints of an earlier format keep the entry adapter
+SCHEDULE = "vision_schedule"  # in a checkpoint's config.json, beside `ENTRY`
+LOST = 0.5  # of the adapters' change of the weights; `load` warns if merging rounds away more
+WRITTEN = {  # settings of LoRA that `build_student` writes or PEFT adds; all others must be PEFT's defaults
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"),
+    *("task_type", "peft_type", "peft_version", "inference_mode", "revision", BASE),
+}
 
-ENTRY_WEIGHTS = f"{ENTRY}.safetensors"
+
+@dataclass(frozen=True)
+class Merge:
+    """What merging adapters into the weights did.
+
+    Attributes:
+        model: the Hugging Face model, its adapters merged and gone.
+        changed: tensors of the base that are different now; total: all that it has.
+        lost: share of the adapters' change of the adapted weights that rounding to the weights' dtype took away
+            (a ratio of Frobenius norms).
+    """
+
+    model: PreTrainedModel
+    changed: int
+    total: int
+    lost: float
+
+
+# ---------------------------------------------------------------- save
 
 
 def save_student(student: Student, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """A PEFT adapter folder with `vision_schedule.json` and the processor beside it; `load` reads it.
-
-    Of a student without adapters, what `merge` would write.
+    """Write the student for `load`: an adapter folder, or a whole checkpoint if it has no adapters.
 
     Args:
         state_dict: the model's, where an engine has gathered it from shards.
@@ -38,43 +63,86 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     if isinstance(student.model, PeftModel):
         student.model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     else:
-        _save_whole(student.model, student.schedule, folder, state_dict)
+        record(student.model, student.schedule)
+        spare_deepspeed_the_guess()
+        student.model.save_pretrained(folder, state_dict=state_dict)
     student.processor.save_pretrained(folder)
     student.schedule.save(folder)
 
 
-def _save_whole(
-    model: Any, schedule: VisionSchedule, folder: str | Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """A plain checkpoint whose configuration carries the schedule, the entry adapter's weights beside it."""
-    weights = state_dict if state_dict is not None else model.state_dict()
-    entry = {name.partition(f"{ENTRY}.")[2]: w for name, w in weights.items() if name.startswith(f"{ENTRY}.")}
-    plain = {name: w for name, w in weights.items() if not name.startswith(f"{ENTRY}.")}
-    model.config.vision_schedule = schedule.to_dict()
-    spare_deepspeed_the_guess()
-    model.save_pretrained(folder, state_dict=plain)
-    if entry:
-        save_file({name: w.contiguous().cpu() for name, w in entry.items()}, Path(folder) / ENTRY_WEIGHTS)
+def record(model: PreTrainedModel, schedule: VisionSchedule) -> None:
+    """Write the schedule and the entry adapter's sizes into the model's configuration, where `load` looks for them."""
+    entry = entry_of(model)
+    setattr(model.config, SCHEDULE, schedule.to_dict())
+    setattr(model.config, ENTRY, None if entry is None else entry.sizes())
 
 
 def spare_deepspeed_the_guess() -> None:
-    """Saving with transformers, and its `Trainer`, import DeepSpeed if it is installed, which guesses, and warns."""
+    """Say that there is no GPU: transformers imports DeepSpeed to save, which would guess the device and warn."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+# ---------------------------------------------------------------- load
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, merge: bool = True
+) -> tuple[Any, ProcessorMixin]:
+    """Load a trained late-fusion model with its schedule attached, and its processor.
+
+    Args:
+        path: a folder that `training/train.py` or `training/export.py` wrote.
+        dtype: of the weights; None: bfloat16 where the hardware has it, else float32.
+        merge: add LoRA to the weights, so that the model is as fast as its base. Exact to float error in float32; in
+            bfloat16 the sums are rounded (docs/models.md). False: keep the adapters apart, to go on training or to
+            switch them off.
+
+    Raises:
+        FileNotFoundError: the folder holds no student, or its base is not there.
+        ValueError: its files contradict each other.
+    """
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        student = load_student(folder, dtype=dtype)
+        if not merge:
+            return student.model, student.processor
+        done = merge_adapters(student)
+        if done.lost > LOST:
+            warnings.warn(
+                f"merging the adapters of {path} into {_name(done.model.dtype)} rounds away {done.lost:.0%} of what "
+                "they changed; load it with dtype=torch.float32 or merge=False.",
+                stacklevel=2,
+            )
+        attach(done.model, student.schedule)
+        return done.model, student.processor
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
+        )
+    schedule = read_config(folder / "config.json").get(SCHEDULE)
+    if schedule is None:
+        raise FileNotFoundError(
+            f"the model at {path} has no vision schedule; load it with transformers and attach one."
+        )
+    model, processor = load_checkpoint(str(folder), dtype=dtype or compute_dtype(), ignored=[rf"^{ENTRY}\."])
+    load_entry(model, folder)
+    attach(model, VisionSchedule.from_dict(schedule))
+    return model, processor
 
 
 def load_student(
     path: str | Path, *, dtype: torch.dtype | None = None, base: PreTrainedModel | None = None
 ) -> Student:
-    """A student from the adapter folder that `save_student` wrote, for inference.
+    """Load a student from its adapter folder for inference, its adapters apart from the base's weights.
 
     Args:
         dtype: of the base's weights; None: bfloat16 where the hardware has it, else float32.
-        base: the model to put the adapters on, used by nobody else (`twin`); None: loaded as they name it.
+        base: the model to put the adapters on, used by nobody else (`twin`); None: the one that the folder names.
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
-        ValueError: its adapters are damaged, or of another base.
+        ValueError: its adapters are damaged, incomplete, or made for another base.
     """
     folder = Path(path)
     for name in (ADAPTER_CONFIG, SCHEDULE_FILE):
@@ -82,31 +150,31 @@ def load_student(
             raise FileNotFoundError(
                 f"no student at {path}: it has no {name}; name a folder that training wrote."
             )
+    config = lora_config(folder)
+    shapes = _saved_shapes(folder / ADAPTER_WEIGHTS)
+    entry = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
+    if ENTRY in (config.modules_to_save or ()) and not entry:
+        raise ValueError(
+            f"the student at {path} was trained with an entry adapter, but {ADAPTER_WEIGHTS} does not hold it: it was "
+            "loaded and saved without latefusion; use the folder that training wrote."
+        )
     model = base
     if model is None:
         model, _ = load_base(check_base_of(folder), dtype=dtype or compute_dtype())
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / ADAPTER_WEIGHTS} is damaged ({error}); name another checkpoint."
-        ) from None
-    entries = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
-    if entries:
-        install_entry(model, *entry_shape(entries))
+    if entry:
+        install_entry(model, *entry_shape(entry))
     other = f"the student at {path} is of another base than {model.name_or_path}"
-    fix = f"name the one it was trained on as base_model_name_or_path in {folder / ADAPTER_CONFIG}."
+    fix = f"name the one it was trained on as {BASE} in {folder / ADAPTER_CONFIG}."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
         try:
-            student = PeftModel.from_pretrained(model, str(folder)).eval()
+            student = PeftModel.from_pretrained(model, str(folder), config=config).eval()
         except (RuntimeError, ValueError) as error:  # shapes, names of modules
             raise ValueError(f"{other}: {str(error).splitlines()[-1].strip().rstrip('.')}; {fix}") from None
-    apart = shapes.keys() ^ get_peft_model_state_dict(student, save_embedding_layers=False).keys()
-    if apart:
-        raise ValueError(f"{other}: {min(apart)} is in one of them alone; {fix}")
+    unmatched = shapes.keys() ^ get_peft_model_state_dict(student, save_embedding_layers=False).keys()
+    if unmatched:
+        raise ValueError(f"{other}: {min(unmatched)} is in one of them alone; {fix}")
     schedule = VisionSchedule.load(folder)
     return Student(
         model=student,
@@ -116,8 +184,87 @@ def load_student(
     )
 
 
+def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
+    """Install the entry adapter of a whole checkpoint in its model, if it has one.
+
+    Raises:
+        ValueError: the configuration and the weights do not agree whether there is one, and of which sizes.
+    """
+    weights = _entry_weights(Path(folder))
+    sizes = getattr(model.config, ENTRY, None)
+    saved = None
+    if weights:
+        rank, places = entry_shape({name: weight.shape for name, weight in weights.items()})
+        saved = {"rank": rank, "places": places}
+    if sizes is not None and sizes != saved:
+        state = (
+            f"holds one with {saved}"
+            if saved
+            else "lacks its weights: transformers alone drops them as it loads"
+        )
+        raise ValueError(
+            f"the student at {folder} needs its entry adapter ({sizes}), but the checkpoint {state}; use the folder "
+            "that training/export.py or training wrote."
+        )
+    if saved is None:
+        return
+    entry = entry_of(model)
+    if entry is None:
+        entry = install_entry(model, saved["rank"], saved["places"])
+    entry.load_state_dict(weights)
+
+
+def lora_config(folder: Path) -> LoraConfig:
+    """The LoRA settings of a student's folder, taken from its JSON as plain values.
+
+    PEFT acts on some other settings (`megatron_core` names a module to import); a folder that sets them is refused.
+
+    Raises:
+        ValueError: the file is damaged, or sets what `build_student` never does.
+    """
+    settings = adapter_settings(folder)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} describes adapters of type {settings.get('peft_type')!r}; a student has LORA."
+        )
+    defaults = LoraConfig().to_dict()
+    for name, value in settings.items():
+        if name not in WRITTEN and value and value != defaults.get(name):
+            raise ValueError(
+                f"{folder / ADAPTER_CONFIG} sets {name}={value!r}, which no student of latefusion has; name a folder "
+                "that training wrote."
+            )
+    names = {field.name for field in fields(LoraConfig)} & WRITTEN - {"peft_type"}
+    return LoraConfig(**{name: settings[name] for name in names if name in settings})
+
+
+def _saved_shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no student at {file.parent}: it has no {file.name}.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); name another checkpoint.") from None
+
+
+def _entry_weights(folder: Path) -> dict[str, Tensor]:
+    """The entry adapter's tensors in a whole checkpoint; those of an earlier format have a file of their own."""
+    if (folder / LOOSE_ENTRY).is_file():
+        return load_file(folder / LOOSE_ENTRY)
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{ENTRY}.")]  # noqa: SIM118
+            tensors.update({name.removeprefix(f"{ENTRY}."): weights.get_tensor(name) for name in names})
+    return tensors
+
+
+# ---------------------------------------------------------------- start from, merge
+
+
 def start_from(student: Student, folder: str | Path) -> None:
-    """Give a new student the weights that an earlier one trained (`recipe=align`, say), its teacher left as it is.
+    """Give a new student the weights that an earlier one trained (`recipe=align`, say); its teacher stays the base.
 
     Raises:
         FileNotFoundError: the folder holds no student.
@@ -130,117 +277,92 @@ def start_from(student: Student, folder: str | Path) -> None:
         )
     if not isinstance(student.model, PeftModel):
         raise ValueError("init=FOLDER needs adapters to put the weights in; use tune=lora or tune=align.")
-    trained: Any = student.model.peft_config["default"]
-    mine = set(trained.modules_to_save or ())
-    earlier = vars(PeftConfig.from_pretrained(str(path)))
-    for name in earlier["modules_to_save"] or ():
-        if name not in mine:
+    config: Any = student.model.peft_config["default"]
+    for name in lora_config(path).modules_to_save or ():
+        if name not in (config.modules_to_save or ()):
             raise ValueError(
                 f"the student at {folder} trained {name}, which this one does not; set "
                 f"{'entry.kind and schedule.enter' if name == ENTRY else 'lora.train_projector=true'} as there."
             )
     try:
-        found: Any = set_peft_model_state_dict(student.model, load_file(path / ADAPTER_WEIGHTS))
-        unknown = found.unexpected_keys
+        result: Any = set_peft_model_state_dict(student.model, load_file(path / ADAPTER_WEIGHTS))
     except RuntimeError as error:
         raise ValueError(
             f"the student at {folder} has weights of other shapes: {str(error).splitlines()[-1]}"
         ) from None
-    if unknown:
-        raise ValueError(f"the student at {folder} trained {unknown[0]}, which this one does not have.")
+    if result.unexpected_keys:
+        raise ValueError(
+            f"the student at {folder} trained {result.unexpected_keys[0]}, which this one does not have."
+        )
 
 
-def _entry_weights(folder: Path) -> dict[str, Tensor]:
-    """Beside the checkpoint, or in it: stock `save_pretrained` of a loaded model writes them among the others."""
-    if (folder / ENTRY_WEIGHTS).is_file():
-        return load_file(folder / ENTRY_WEIGHTS)
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(f"{ENTRY}.")]  # noqa: SIM118
-            found.update({name.removeprefix(f"{ENTRY}."): weights.get_tensor(name) for name in names})
-    return found
+def merge(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Merge:
+    """Write the student at `source` as one checkpoint, LoRA merged, to `target`; `load` reads it.
 
-
-def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
-    """The entry adapter of a plain checkpoint, if it has one, installed in its model."""
-    weights = _entry_weights(Path(folder))
-    if not weights:
-        return
-    entry = entry_of(model)
-    if entry is None:
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        entry = install_entry(model, *entry_shape(shapes))
-    entry.load_state_dict(weights)
-
-
-def merge(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Write the student at `source` as a plain Hugging Face checkpoint, LoRA merged, to `target`.
-
-    Its `config.json` carries the schedule as `vision_schedule`; the entry adapter lies beside the weights,
-    so any stock class loads the folder (and runs it dense). `load` restores both.
-
-    Returns:
-        How many of the base's tensors have changed, and how many it has.
+    `config.json` carries the schedule as `vision_schedule` and the entry adapter's sizes as `vision_entry`, whose
+    tensors lie among the others. Stock classes load the folder without both, and run it dense.
 
     Raises:
-        ValueError: none has: adapters that never trained, or changes too small for the dtype of the weights.
+        ValueError: merging changes nothing: the adapters never trained, or the changes are too small for the dtype.
     """
     student = load_student(source, dtype=dtype)
-    student.attachment.detach()
-    before = fingerprints(student.model.get_base_model())
-    model = student.model.merge_and_unload()
-    after = fingerprints(model)
-    changed = sum(after[name] != before[name] for name in before)
-    if before.keys() != after.keys():
-        raise ValueError(
-            f"merging {source} left other weights than the base has; is its adapter of this model?"
-        )
-    if not changed:
+    done = merge_adapters(student)
+    if not done.changed:
         raise ValueError(
             f"merging {source} changed no weight of its base: its adapters never trained, or their changes are too "
-            f"small for {str(model.dtype).removeprefix('torch.')}; merge in float32."
+            f"small for {_name(done.model.dtype)}; merge in float32."
         )
-    _save_whole(model, student.schedule, target)
-    student.processor.save_pretrained(target)
-    return changed, len(before)
+    save_student(
+        Student(
+            model=done.model,
+            processor=student.processor,
+            attachment=student.attachment,
+            schedule=student.schedule,
+        ),
+        target,
+    )
+    return done
 
 
-def fingerprints(model: Any) -> dict[str, int]:
-    """A checksum of every weight of the base inside `model`, adapters left out, by the base's own names."""
-    found = {}
-    for name, weight in model.state_dict().items():
-        if ENTRY in name or "lora_" in name or ".modules_to_save." in name:
-            continue
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        found[plain] = crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found
+@torch.no_grad()
+def merge_adapters(student: Student) -> Merge:
+    """Add a student's LoRA to the weights of its base, in place, and take its policy off.
 
-
-def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, ProcessorMixin]:
-    """A trained late-fusion model, its schedule attached, and its processor.
-
-    Args:
-        path: a folder of `training/train.py` (PEFT adapter) or of `merge` (plain checkpoint).
-        dtype: of the base's weights; None: bfloat16 where the hardware has it, else float32.
-
-    Raises:
-        FileNotFoundError: the folder holds neither.
+    The sums are made in float32 and rounded once to the weights' dtype.
     """
-    folder = Path(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        student = load_student(folder, dtype=dtype)
-        return student.model, student.processor
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that "
-            "training wrote."
-        )
-    model, processor = load_base(str(folder), dtype=dtype or compute_dtype())
-    if not hasattr(model.config, "vision_schedule"):
-        raise FileNotFoundError(
-            f"the model at {path} carries no vision schedule; load it with transformers and attach one."
-        )
-    load_entry(model, folder)
-    attach(model, VisionSchedule.from_dict(model.config.vision_schedule))
-    return model, processor
+    student.attachment.detach()
+    base = student.model.get_base_model()
+    dtype = base.dtype
+    changed, difference, change = 0, 0.0, 0.0
+    for module in student.model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module.get_base_layer()
+            before = layer.weight.data
+            layer.weight.data = before.to(torch.float32, copy=True)
+            module.merge()
+            exact = layer.weight.data
+            layer.weight.data = exact.to(before.dtype)
+            changed += not torch.equal(layer.weight.data, before)
+            difference += float((layer.weight.data.float() - exact).square().sum(dtype=torch.float64))
+            change += float((exact - before.float()).square().sum(dtype=torch.float64))
+        elif isinstance(module, ModulesToSaveWrapper) and not _is_entry(base, module):
+            trained: Any = module.modules_to_save["default"]
+            original = module.original_module.state_dict()
+            trained.to(dtype)
+            changed += sum(
+                not torch.equal(weight, original[name]) for name, weight in trained.state_dict().items()
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        model = student.model.merge_and_unload()
+    record(model, student.schedule)
+    total = sum(1 for name in model.state_dict() if not name.startswith(f"{ENTRY}."))
+    return Merge(model, changed, total, (difference / change) ** 0.5 if change else 0.0)
+
+
+def _is_entry(base: nn.Module, module: nn.Module) -> bool:
+    return base._modules.get(ENTRY) is module
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -104,7 +104,7 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     save_student(student, tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
-    model, processor = load(tmp_path / "adapter", dtype=torch.float32)
+    model, processor = load(tmp_path / "adapter", dtype=torch.float32, merge=False)
     assert torch.equal(student_logits(model, inputs), expected)
     assert processor.chat_template == student.processor.chat_template
 
@@ -116,10 +116,11 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
     torch.testing.assert_close(student_logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(student_logits(assemble.student_of(config).model, inputs), expected, rtol=1e-2)
 
+    assert saved["vision_entry"] == {"rank": 4, "places": 0}
+    assert {file.name for file in (tmp_path / "merged").glob("*.safetensors")} == {"model.safetensors"}
     plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert (
-        not info["missing_keys"] and not info["unexpected_keys"]
-    )  # a stock checkpoint, dense until attached
+    assert not info["missing_keys"]  # a stock checkpoint, dense until attached
+    assert info["unexpected_keys"] == {f"vision_entry.{name}" for name in entry_of(merged).state_dict()}
     plain.add_module("vision_entry", entry_of(merged))
     with attach(plain, schedule):
         torch.testing.assert_close(
@@ -139,7 +140,7 @@ def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
 def test_what_is_not_there_is_one_sentence(tmp_path, base, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no model at .*neither adapter_config.json nor config.json"):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="carries no vision schedule"):
+    with pytest.raises(FileNotFoundError, match="has no vision schedule"):
         load(base)
     with pytest.raises(FileNotFoundError, match=r"no model at .*model\.path="):
         load_base(str(tmp_path), dtype=torch.float32)

@@ -11,7 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from latefusion.data.scene_questions import TYPES
 from latefusion.data.scenes import make_scene, render, split_of
-from latefusion.models import embedded
+from latefusion.models import locate
+from latefusion.models.base_model import load_base
+from latefusion.models.locate import EMBEDDED_WEIGHTS
 from latefusion.training.embedded import batched_attention as attention
 from latefusion.training.embedded.architecture import build_config, build_model
 from latefusion.training.embedded.batches import caption, draw, pack, pixels
@@ -44,7 +46,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def base():
-    return embedded.load_base()
+    return load_base("embedded", dtype=torch.bfloat16)
 
 
 def tiny_learner() -> Learner:
@@ -256,7 +258,7 @@ def test_an_interrupted_stage_ends_in_the_same_state(name, tmp_path):
         (tmp_path / folder).mkdir()
         for stop in stops:
             run_stage(tiny_learner(), stage, tmp_path / folder, stop_after=stop, checkpoint_every=2)
-        states.append(torch.load(tmp_path / folder / f"{name}.pt"))
+        states.append(torch.load(tmp_path / folder / f"{name}.pt", weights_only=True))
     whole, cut = (state["learner"] for state in states)
     assert states[0]["done"] == states[1]["done"] == 4
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -273,12 +275,12 @@ def test_stages_build_on_finished_ones(tmp_path):
 
 
 def test_weights_are_small_and_stock(base):
-    files = {path.name: path.stat().st_size for path in embedded.WEIGHTS.iterdir()}
+    files = {path.name: path.stat().st_size for path in EMBEDDED_WEIGHTS.iterdir()}
     assert sum(files.values()) <= 12e6
-    assert AutoModelForImageTextToText.from_pretrained(embedded.WEIGHTS).dtype == torch.bfloat16
+    assert AutoModelForImageTextToText.from_pretrained(EMBEDDED_WEIGHTS).dtype == torch.bfloat16
     model, _ = base
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
-    assert embedded.load_base(torch.float32)[0].dtype == torch.float32
+    assert load_base("embedded", dtype=torch.float32)[0].dtype == torch.float32
 
 
 def test_the_base_sees(base):
@@ -304,8 +306,8 @@ def test_the_base_sees(base):
 
 
 def test_the_record_reaches_the_bar_and_the_card_says_what_it_says():
-    record = json.loads((embedded.WEIGHTS / "record.json").read_text())
-    assert (embedded.WEIGHTS / "README.md").read_text() == model_card(record)
+    record = json.loads((EMBEDDED_WEIGHTS / "record.json").read_text())
+    assert (EMBEDDED_WEIGHTS / "README.md").read_text() == model_card(record)
     assert len(record["test"]["base"]["by_seed"]) == len(record["test"]["blind"]["by_seed"]) == 3
     for result in record["test"]["base"]["by_seed"].values():
         assert result["all"]["accuracy"] >= 97
@@ -322,6 +324,6 @@ def test_summary_counts_and_brackets():
 
 
 def test_missing_weights_are_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(locate, "EMBEDDED_WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no weights in .*; check out .*, or train them with"):
-        embedded.load_base()
+        load_base("embedded", dtype=torch.bfloat16)

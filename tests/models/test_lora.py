@@ -22,7 +22,7 @@ from latefusion.models.base_model import unquantised
 from latefusion.models.flops import decoder_flops
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
-from latefusion.models.student.save import fingerprints, load, load_student, merge, save_student
+from latefusion.models.student.save import load, load_student, merge, save_student
 from latefusion.recipes.schema import Layers, LoraConfig
 from latefusion.training import assemble
 from latefusion.training.cost import backward_ends, training_flops
@@ -60,15 +60,13 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, options)
     inputs = student_inputs(student, samples)
     expected = student_logits(student.model, inputs)
     save_student(student, tmp_path / "adapter")
-    loaded, _ = load(tmp_path / "adapter", dtype=torch.float32)
+    loaded, _ = load(tmp_path / "adapter", dtype=torch.float32, merge=False)
     assert torch.equal(student_logits(loaded, inputs), expected)
-    changed, total = merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
-    assert 0 < changed < total
+    done = merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    assert 0 < done.changed < done.total
     merged, _ = load(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(student_logits(merged, inputs), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(student_logits(student_on(base, *options).model, inputs), expected, rtol=1e-2)
-    merged.save_pretrained(tmp_path / "again")  # and once more, through stock saving
-    assert fingerprints(merged).keys() >= fingerprints(loaded.get_base_model()).keys()
 
 
 def test_what_each_variant_trains():
@@ -211,7 +209,7 @@ def test_merging_what_never_trained_is_an_error(tmp_path, base):
     save_student(student, tmp_path / "faint")
     with pytest.raises(ValueError, match="too small for bfloat16; merge in float32"):
         merge(tmp_path / "faint", tmp_path / "merged", dtype=torch.bfloat16)
-    assert merge(tmp_path / "faint", tmp_path / "merged", dtype=torch.float32)[0] > 0
+    assert merge(tmp_path / "faint", tmp_path / "merged", dtype=torch.float32).changed > 0
 
 
 def test_the_band_narrows_from_all_layers_to_the_schedule():
@@ -313,5 +311,5 @@ def test_a_decoder_in_four_bits_trains_and_merges(tmp_path, samples):
     assert all(p.grad is not None for p in student.model.parameters() if p.requires_grad)
     shake(student, 0.1)
     save_student(student, tmp_path / "adapter")
-    assert merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)[0] > 0
+    assert merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32).changed > 0
     assert load_student(tmp_path / "adapter", dtype=torch.float32).schedule.exit == 5

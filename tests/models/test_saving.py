@@ -1,17 +1,31 @@
 """Saved, loaded, merged, loaded, saved and loaded again: the same logits, in every family and variant of LoRA."""
 
+import json
+import sys
+import warnings
+
 import pytest
 import torch
 from helpers.families import build, prompt
 from helpers.tiny_base import shake
-from transformers import ProcessorMixin
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from latefusion.models import base_model as base
 from latefusion.models.attach import attached
+from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import entry_of
-from latefusion.models.student.save import load, merge, save_student
+from latefusion.models.student.save import (
+    LOOSE_ENTRY,
+    load,
+    load_student,
+    merge,
+    merge_adapters,
+    save_student,
+)
 
 PLAIN, RS, DORA = {}, {"rslora": True}, {"dora": True}
 SCHEDULE = VisionSchedule(enter=2, exit=5, keep={4: 2})
@@ -33,7 +47,7 @@ class StandIn(ProcessorMixin):
         pass
 
 
-@pytest.mark.parametrize(
+VARIANTS = pytest.mark.parametrize(
     ("family", "variant"),
     [
         ("llava", DORA),
@@ -47,14 +61,26 @@ class StandIn(ProcessorMixin):
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "lora"),
 )
-def test_a_student_keeps_its_logits_through_every_form(family, variant, tmp_path, monkeypatch):
-    stand_in = StandIn()
-    monkeypatch.setattr(base.AutoProcessor, "from_pretrained", lambda path, **settings: stand_in)
-    build(family).save_pretrained(tmp_path / "base")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    processor = StandIn()
+    monkeypatch.setattr(base.AutoProcessor, "from_pretrained", lambda path, **settings: processor)
+    return processor
+
+
+def fresh(family):
+    return prompt(family, ["tt I ttt", "t I t I tt"], side="right")
+
+
+def saved_student(family, variant, folder, stand_in):
+    """A shaken student of the family in `folder / "adapter"`, and its logits on `fresh(family)`."""
+    build(family).save_pretrained(folder / "base")
     student = build_student(
-        base.load_base(str(tmp_path / "base"), dtype=torch.float32)[0],
+        base.load_base(str(folder / "base"), dtype=torch.float32)[0],
         stand_in,
-        base=str(tmp_path / "base"),
+        base=str(folder / "base"),
         schedule=SCHEDULE,
         rank=2,
         alpha=4,
@@ -64,24 +90,128 @@ def test_a_student_keeps_its_logits_through_every_form(family, variant, tmp_path
         train=[PROJECTOR[family]] if family in PROJECTOR else [],
         **variant,
     )
-    inputs = prompt(family, ["tt I ttt", "t I t I tt"], side="right")
-    untrained = logits(student.model, dict(inputs))
+    untrained = logits(student.model, fresh(family))
     shake(student, 0.1)
-
-    def fresh():
-        return prompt(family, ["tt I ttt", "t I t I tt"], side="right")
-
-    expected = logits(student.model, fresh())
-    real = fresh()["attention_mask"].bool()
+    expected = logits(student.model, fresh(family))
+    real = fresh(family)["attention_mask"].bool()
     assert (expected - untrained)[real].abs().max() > 1e-2
-    save_student(student, tmp_path / "adapter")
-    loaded, _ = load(tmp_path / "adapter", dtype=torch.float32)
-    assert torch.equal(logits(loaded, fresh()), expected)
+    save_student(student, folder / "adapter")
+    return expected, real
+
+
+@VARIANTS
+def test_a_student_keeps_its_logits_through_every_form(family, variant, tmp_path, stand_in):
+    expected, real = saved_student(family, variant, tmp_path, stand_in)
+    loaded, _ = load(tmp_path / "adapter", dtype=torch.float32, merge=False)
+    assert torch.equal(logits(loaded, fresh(family)), expected)
     merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
-    folder = tmp_path / "merged"
-    for again in ("again", "and again"):
+    folder, folders = tmp_path / "adapter", [tmp_path / name for name in ("merged", "again", "and again")]
+    for following in folders:  # the adapters merged as they are loaded, merged on disk, saved by stock saving
         model, _ = load(folder, dtype=torch.float32)
+        assert not isinstance(model, PeftModel) and not any("lora" in name for name in model.state_dict())
         assert attached(model).policy == SCHEDULE and entry_of(model) is not None
-        torch.testing.assert_close(logits(model, fresh())[real], expected[real], rtol=1e-4, atol=1e-4)
-        folder = tmp_path / again
-        model.save_pretrained(folder)  # stock saving, entry adapter among the weights
+        torch.testing.assert_close(logits(model, fresh(family))[real], expected[real], rtol=1e-5, atol=1e-5)
+        if not following.exists():
+            model.save_pretrained(following)
+        assert [file.name for file in following.glob("*.safetensors")] == ["model.safetensors"]
+        folder = following
+
+
+@VARIANTS
+def test_a_student_that_lost_its_entry_adapter_is_refused(family, variant, tmp_path, stand_in):
+    """Merged, loaded and saved by transformers alone: the schedule is still there, the entry adapter is not."""
+    saved_student(family, variant, tmp_path, stand_in)
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"needs its entry adapter .* but the checkpoint lacks its weights"):
+        load(tmp_path / "stock", dtype=torch.float32)
+
+
+def merged_llava(folder, stand_in):
+    expected, real = saved_student("llava", PLAIN, folder, stand_in)
+    merge(folder / "adapter", folder / "merged", dtype=torch.float32)
+    return folder / "merged", expected[real], real
+
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_folders_of_the_earlier_format_still_load(tmp_path, stand_in):
+    """The entry adapter in a file of its own, and its sizes nowhere."""
+    folder, expected, real = merged_llava(tmp_path, stand_in)
+    weights = load_file(folder / "model.safetensors")
+    entry = {name: weights.pop(name) for name in list(weights) if name.startswith("vision_entry.")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({name.removeprefix("vision_entry."): w for name, w in entry.items()}, folder / LOOSE_ENTRY)
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_entry"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(model, fresh("llava"))[real], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"rank": 10**9, "places": 0}, {"rank": 2, "places": 4}, "2", [2]])
+def test_sizes_that_are_not_the_weights_are_refused(sizes, tmp_path, stand_in):
+    folder, _, _ = merged_llava(tmp_path, stand_in)
+    edit(folder / "config.json", vision_entry=sizes)
+    with pytest.raises(ValueError, match="the checkpoint holds one with"):
+        load(folder, dtype=torch.float32)
+
+
+def test_adapters_without_the_entry_that_they_trained_are_refused(tmp_path, stand_in):
+    """As PEFT leaves them where the model had no such module."""
+    saved_student("llava", PLAIN, tmp_path, stand_in)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if "vision_entry" not in name}, file)
+    with pytest.raises(
+        ValueError, match=r"was trained with an entry adapter, but adapter_model\.safetensors"
+    ):
+        load(tmp_path / "adapter", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"peft_type": "PROMPT_TUNING"},
+        {"layer_replication": [[0, 4], [2, 5]]},
+        {"base_model_name_or_path": None},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_adapter_settings_are_data(settings, tmp_path, stand_in):
+    """PEFT imports the module that `megatron_core` names."""
+    saved_student("llava", PLAIN, tmp_path, stand_in)
+    edit(tmp_path / "adapter" / "adapter_config.json", **settings)
+    with pytest.raises(ValueError, match=r"adapter_config\.json (sets|describes|is not)"):
+        load(tmp_path / "adapter", dtype=torch.float32)
+    assert "antigravity" not in sys.modules
+
+
+def test_a_student_is_not_a_base(tmp_path, stand_in):
+    """As one it would run dense, without its entry adapter."""
+    folder, _, _ = merged_llava(tmp_path, stand_in)
+    for refuses in (check_base, lambda path: base.load_base(path, dtype=torch.float32)):
+        with pytest.raises(
+            ValueError, match=r"is a trained student, not a base: load it with latefusion\.load"
+        ):
+            refuses(str(folder))
+
+
+def test_what_bfloat16_rounds_away_is_said(tmp_path, stand_in):
+    """Small changes vanish in 8 bits; larger ones are kept."""
+    saved_student("llava", PLAIN, tmp_path, stand_in)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(tmp_path / "adapter", dtype=torch.float32)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: w * (1e-4 if "lora_B" in name else 1) for name, w in weights.items()}, file)
+    with pytest.warns(
+        UserWarning, match=r"into bfloat16 rounds away \d\d% of what they changed; load it with dtype"
+    ):
+        load(tmp_path / "adapter", dtype=torch.bfloat16)
+    student = load_student(tmp_path / "adapter", dtype=torch.float32)
+    assert merge_adapters(student).lost == 0

@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake, student_inputs, student_logits
+from huggingface_hub import HfApi
 from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.save import load, save_student
-from latefusion.training import assemble, export, publish
+from latefusion.training import assemble, export
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +72,9 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
 
 def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
     done = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"])))
     monkeypatch.setattr(
-        publish.HfApi, "create_repo", lambda self, name, **how: done.append((name, how["private"]))
-    )
-    monkeypatch.setattr(
-        publish.HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
+        HfApi, "upload_folder", lambda self, **what: done.append(what) or "https://hub/me/student"
     )
     arguments = [f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}", "push_to_hub=me/student"]
     export.main(arguments)
@@ -148,7 +147,7 @@ def test_adapters_without_their_base_and_plain_checkpoints_are_refused_before_to
             tmp_path / "student",
             r"no model at /gone/base: .*, as base_model_name_or_path in .*adapter_config\.json",
         ),
-        (checkpoint[0].parent / "base", "base is a plain checkpoint already"),
+        (checkpoint[0].parent / "base", "base is a whole checkpoint already"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             export.check(export.Arguments(checkpoint=str(source), output=str(tmp_path / "out"), merge=True))

@@ -23,6 +23,7 @@ from latefusion.training.embedded.vocabulary import ASSISTANT, EOS, PAD, USER, e
 
 IGNORE = -100
 PADDED_LENGTHS = (176, 192, 208, 224)  # few shapes, so that few kernels are compiled
+CROWD = 4  # objects of one colour or shape; such scenes are rare, and counting learns them last
 MASKED = -30000.0  # finite, so that a padded row's softmax stays finite in bfloat16
 
 
@@ -41,9 +42,6 @@ class Packed:
     cells: Tensor  # [N, 9] the cells it speaks of
 
 
-CROWD = 4  # so many of one colour or shape are rare in a scene, and the last thing that counting learns
-
-
 def draw(
     seed: int, indices: range, *, split: str = "train", more_counting: bool = True, crowd_every: int = 0
 ) -> list[tuple[Scene, list[Question]]]:
@@ -56,10 +54,10 @@ def draw(
         crowded = crowd_every > 0 and index % crowd_every == 0
         scene, questions = _crowded(split, index, seed) if crowded else make_scene(split, index, seed=seed)
         if more_counting:
-            asked = {question.question for question in questions}
+            texts = {question.question for question in questions}
             more = ask_counting(scene, random.Random(f"more counting/{seed}/{index}"))
             more += [count_most(scene)] if crowded else []
-            questions = questions + [question for question in more if question.question not in asked]
+            questions = questions + [question for question in more if question.question not in texts]
         drawn.append((scene, questions))
     return drawn
 
@@ -73,14 +71,14 @@ def _crowded(split: str, index: int, seed: int) -> tuple[Scene, list[Question]]:
 
 
 def count_most(scene: Scene) -> Question:
-    """How many there are of the most frequent colour or shape."""
+    """A question for the number of objects of the most frequent colour or shape."""
     kinds = Counter(kind for item in scene.items for kind in (item.color, item.shape))
     kind, count = max(kinds.items(), key=lambda counted: (counted[1], counted[0]))
     return Question("counting", f"how many {kind} objects?", str(count))
 
 
 def caption(scene: Scene) -> Question:
-    """All that stands in the image, cell by cell: many answer tokens for stage `decoder`."""
+    """A question for everything in the image, cell by cell: it gives stage `decoder` many answer tokens."""
     what = {(i.row, i.column): f"{i.color} {i.shape}" for i in scene.items}
     what[scene.sign.row, scene.sign.column] = "sign"
     names = [what.get((row, column), "nothing") for row in range(3) for column in range(3)]

@@ -62,10 +62,13 @@ A study of *where* this model fuses vision into text should know what put it the
 ## Use
 
 ```python
-from latefusion.models.embedded import load_base
+import torch
+from latefusion.models.base_model import load_base
 
-model, processor = load_base()  # or AutoModelForImageTextToText and AutoProcessor on this folder
+model, processor = load_base("embedded", dtype=torch.bfloat16)
 ```
+
+Stock `AutoModelForImageTextToText` and `AutoProcessor` load this folder, too.
 """
 
 

@@ -28,6 +28,8 @@ def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class MuonAdam:
+    """An optimizer with Muon for the matrices of the layers and Adam for the rest."""
+
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float = 0.02
     ) -> None:
@@ -90,7 +92,7 @@ class MuonAdam:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         for name in ("masters", "momenta", "moments"):
-            for mine, saved in zip(getattr(self, name), state[name], strict=True):
-                mine.copy_(saved)
+            for tensor, saved in zip(getattr(self, name), state[name], strict=True):
+                tensor.copy_(saved)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)

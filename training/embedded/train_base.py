@@ -19,7 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlavaConfig
 
-from latefusion.models.embedded import WEIGHTS
+from latefusion.models.locate import EMBEDDED_WEIGHTS
 from latefusion.training.embedded import batched_attention as attention
 from latefusion.training.embedded.architecture import build_config, build_model
 from latefusion.training.embedded.optimiser import MuonAdam
@@ -72,7 +72,7 @@ def run_stage(
     optimiser = MuonAdam(learner.named_parameters(), lr=stage.lr)
     path, done, spent = folder / f"{stage.name}.pt", 0, 0.0
     if path.is_file():
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)
         done, spent = state["done"], state["cpu_seconds"]
         learner.load_state_dict(state["learner"])
         if done < stage.steps:
@@ -99,10 +99,10 @@ def run_stage(
 
 
 def load_finished(learner: Learner, names: tuple[str, ...], folder: Path) -> None:
-    """Put earlier stages into the learner: all of the first one, what the others trained themselves."""
+    """Load finished stages into the learner: the first one whole, of the others the modules that they trained."""
     for order, name in enumerate(names):
         path = folder / f"{name}.pt"
-        state = torch.load(path) if path.is_file() else None
+        state = torch.load(path, weights_only=True) if path.is_file() else None
         if state is None or state["done"] < STAGES[name].steps:
             raise FileNotFoundError(
                 f"stage {name} is not finished in {folder}; run it first with --stages {name}"
@@ -129,7 +129,7 @@ def main() -> None:
         "--work", type=Path, default=Path("outputs/embedded_base"), help="checkpoints and logs"
     )
     parser.add_argument(
-        "--output", type=Path, default=WEIGHTS, help="where weights, processor, record and card go"
+        "--output", type=Path, default=EMBEDDED_WEIGHTS, help="where weights, processor, record and card go"
     )
     parser.add_argument("--stages", nargs="+", choices=list(NEEDS), default=list(NEEDS))
     arguments = parser.parse_args()
@@ -142,7 +142,10 @@ def main() -> None:
         if name == "record":
             blind = build_learner(compiled=False)
             load_finished(blind, ("blind",), arguments.work)
-            seconds = {stage: torch.load(arguments.work / f"{stage}.pt")["cpu_seconds"] for stage in STAGES}
+            seconds = {
+                stage: torch.load(arguments.work / f"{stage}.pt", weights_only=True)["cpu_seconds"]
+                for stage in STAGES
+            }
             write_record(learner.eval(), blind.eval(), cpu_seconds=seconds, folder=arguments.output)
         else:
             _run_with_progress(learner, STAGES[name], arguments.work)
@@ -154,11 +157,11 @@ def _run_with_progress(learner: Learner, stage: Stage, folder: Path) -> None:
         task = progress.add_task(stage.name, total=stage.steps)
 
         def report(step: int, numbers: dict[str, float]) -> None:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-            progress.update(task, completed=step + 1, description=f"{stage.name}: {told}")
+            line = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            progress.update(task, completed=step + 1, description=f"{stage.name}: {line}")
             if (step + 1) % 25 == 0:
                 progress.console.print(
-                    f"{stage.name} {step + 1}/{stage.steps}: {told}, CPU {time.process_time():.0f} s"
+                    f"{stage.name} {step + 1}/{stage.steps}: {line}, CPU {time.process_time():.0f} s"
                 )
 
         seconds = run_stage(learner, stage, folder, report=report)
