@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from helpers.tiny_base import BAND, SMALL, configured, save_tiny_base, shake, student_inputs, student_logits
 from huggingface_hub import HfApi
 from transformers import AutoModelForImageTextToText
@@ -14,6 +15,7 @@ from latefusion.data import sources
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.save import load, save_student
 from latefusion.training import assemble, export
+from latefusion.training.model_card import model_card
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     assert processor.chat_template
     card = (target / "README.md").read_text()
     for line in (
-        "base_model: ",
+        'base_model: "',
         "from layer 2 to layer 4 only",
         '"keep": {\n    "4": 2',
         "| teacher | visipruner |",
@@ -64,10 +66,26 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     if merged == "true":
         assert "tensors of the base have changed" in printed
         stock, info = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        assert all(name.startswith("vision_entry.") for name in info["unexpected_keys"])
         assert not torch.allclose(
             student_logits(stock, inputs), expected, rtol=1e-2
         )  # dense, as the card says
+
+
+def test_a_card_holds_what_a_foreign_folder_says_as_text(checkpoint, tmp_path, monkeypatch):
+    """No environment variable, no HTML, no further row, no further key of the card's header."""
+    monkeypatch.setenv("SECRET", "hidden-key")
+    source = shutil.copytree(checkpoint[0], tmp_path / "student")
+    (source / "config.yaml").write_text(
+        "name: '<img src=x>'\nmodel: {path: \"a\\nlicense: mit\"}\nteacher: '${oc.env:SECRET}'\n"
+        "data: {source: 'a | b', path: '[click](http://x)'}\ntrain: {seed: '${train.steps}', steps: 3}\n"
+    )
+    card = model_card(source, folder="me/student", merged=True, entry=True)
+    assert "hidden-key" not in card and "| teacher | ${oc.env:SECRET} |" in card
+    assert "| seed | ${train.steps} |" in card and "| data | a \\| b |" in card
+    assert "<img" not in card and "](" not in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "a\nlicense: mit"
 
 
 def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch, capsys):
