@@ -74,7 +74,6 @@ STILL_THERE = {
     "eval/fusion/causal.py <-> eval/fusion/continued.py <-> eval/fusion/whole.py",
     "models/policies/scheduled.py <-> models/schedule.py",
     "models/policies/visipruner/decision.py <-> models/policies/visipruner/settings.py",
-    "training/export.py <-> training/publish.py",
     "eval/calibrate.py, training/calibrate.py",
     "eval/comparison/answers.py, eval/fusion/answers.py",
     "eval/comparison/cost.py, eval/fusion/cost.py, training/cost.py",

@@ -9,13 +9,13 @@ from latefusion.data import sources
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.data.turns import Conversations, isolate_turns
 from latefusion.models.attach import attach
-from latefusion.models.embedded import load_base
+from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(torch.float64)
+    return load_base("embedded", dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
