@@ -6,9 +6,270 @@ python eval/profile_model.py model=HUB_ID_OR_FOLDER data=FOLDER samples=64 budge
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from latefusion.data.local_files import check_local_files
+from latefusion.models.locate import check_base
+from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.compose import compose_config, refusal, unknown_key
+from latefusion.recipes.schema import RECIPES, Config, DataConfig, Dtype, Source
+
+if TYPE_CHECKING:
+    from latefusion.data.draw import ImageRow
+
+
+@dataclass
+class Arguments:
+    """Beside `model=` and `data=` (names in recipes/, or a folder or hub id) and their keys (`data.path=`, ...):
+
+    Attributes:
+        samples: prompts to measure on, about as many different images as the data has.
+        split: of the data; null: validation of scenes, the data's own otherwise.
+        bound: nats of KL per answer token that the schedule may cost, its entry and keeps included.
+        budget: decoder FLOPs to stay below, as a share of dense; null: as few as the bound allows.
+        images: training images that calibrate the entry; no sample shows one of them.
+        output: folder; null: outputs/profile_MODEL.
+        batch_size: samples a batch.
+        dtype: auto (bfloat16 where the hardware computes in it), bfloat16 or float32.
+        seed: for drawing the samples.
+        new_tokens: length of the model's own answers, where the data has none.
+    """
+
+    samples: int = 128
+    split: str | None = None
+    bound: float = 0.05
+    budget: float | None = None
+    images: int = 256
+    output: str | None = None
+    batch_size: int = 16
+    dtype: Dtype = Dtype.auto
+    seed: int = 0
+    new_tokens: int = 16
+
+
+NAMES = [field.name for field in fields(Arguments)]
+KEYS = ["model", "data", *NAMES]
+
+
+def main(words: Sequence[str]) -> None:
+    """Run from the command line; invalid arguments end the program with one sentence."""
+    if any("=" not in word for word in words) or not words:
+        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
+    try:
+        run(*parse(words))
+    except OmegaConfBaseException as error:
+        sys.exit(f"error: {refusal(error, KEYS)}")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
+    """The arguments of this command, and the keys of `model` and `data` as a configuration of training."""
+    own, rest = [], []
+    for word in words:
+        key = word.partition("=")[0]
+        if key in NAMES:
+            own.append(word)
+        elif key.lstrip("+").partition(".")[0] in ("model", "data"):
+            rest += expanded(word)
+        else:
+            raise ValueError(unknown_key(key.lstrip("+"), KEYS))
+    arguments: Any = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(own))
+    )
+    for name in ("samples", "images", "batch_size", "new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
+    if not arguments.bound > 0:
+        raise ValueError(f"bound={arguments.bound} must be positive; it is in nats.")
+    if arguments.budget is not None and not 0 < arguments.budget <= 1:
+        raise ValueError(
+            f"budget={arguments.budget} is a share of dense FLOPs; choose it above 0 and at most 1."
+        )
+    return arguments, compose_config(rest)
+
+
+def expanded(word: str) -> list[str]:
+    """`model=PATH` or `data=PATH` as the keys that it stands for; any other word as it is."""
+    key, _, value = word.partition("=")
+    if key not in ("model", "data") or (RECIPES / key / f"{value}.yaml").is_file():
+        return [word]
+    if "/" not in value and not Path(value).exists():
+        return [word]  # a mistyped name: `compose_config` lists those that exist
+    if key == "data":
+        return ["data=dataset", f"data.path={value}"]
+    return ["model=other", f"model.path={value}"]
+
+
+def run(arguments: Arguments, config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Profile the model that `config` names on its data; returns what `profile.json` holds."""
+    if arguments.samples < 2:
+        raise ValueError(f"samples={arguments.samples} does not show how samples differ; use 2 or more.")
+    check_base(config.model.path)
+    check_local_files(config.data)
+
+    import torch  # lazy: keeps argument errors fast
+
+    from latefusion.eval.fusion.decide import Goal
+    from latefusion.eval.fusion.run import profile
+    from latefusion.models.base_model import compute_dtype, load_base
+    from latefusion.models.fingerprint import model_identity
+
+    console = console or Console()
+    prompts = draw(config.data, arguments)
+    dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(
+        arguments.dtype, compute_dtype()
+    )
+    source = config.model
+    try:
+        model, processor = load_base(
+            source.path,
+            dtype=dtype,
+            revision=source.revision,
+            processor=source.processor,
+            four_bits=source.load_in_4bit,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{source.path} is not a model that reads images and text ({str(error).splitlines()[0][:120]}); name an "
+            "image-text-to-text model."
+        ) from None
+    if torch.cuda.is_available() and model.device.type != "cuda":
+        model.cuda()  # type: ignore[call-arg]
+    for remark in prompts.remarks:
+        console.print(remark)
+    samples = prompts.measured
+    labelled = all(sample["messages"][-1]["role"] == "assistant" for sample in samples)
+    if not labelled:
+        console.print(
+            f"The data have no answers: the model writes its own first, up to {arguments.new_tokens} tokens to each of "
+            f"{len(samples)} prompts."
+        )
+        samples = own_answers(model, processor, samples, arguments.new_tokens, console)
+    about = {
+        "model": source.path,
+        **model_identity(source.path, source.revision, processor=processor, dtype=dtype),
+        "data": config.data.path or config.data.source.value,
+        "split": arguments.split,
+        "seed": arguments.seed,
+        "data_seed": config.data.seed,
+        "images": arguments.images,
+        "labelled": labelled,
+    }
+    return profile(
+        model=model,
+        processor=processor,
+        samples=samples,
+        fit_on=prompts.calibrating,
+        remarks=prompts.remarks,
+        console=console,
+        labelled=labelled,
+        about=about,
+        output_dir=arguments.output or f"outputs/profile_{Path(source.path).name}",
+        goal=Goal(bound=arguments.bound, budget=arguments.budget, by_hand=schedule_by_hand(config, model)),
+        batch_size=arguments.batch_size,
+    )
+
+
+def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
+    """The schedule that `recipes/model` holds for the model; None if it holds none or the model does not fit it."""
+    held = config.model.schedule
+    if held.enter is None:
+        return None
+    schedule = VisionSchedule.from_dict({"enter": held.enter, "exit": held.exit, "keep": held.keep})
+    try:
+        schedule.validate(model.config.get_text_config().num_hidden_layers)
+    except ValueError:
+        return None
+    return None if schedule == VisionSchedule() else schedule
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Samples to measure on, samples whose images calibrate the entry, and sentences about both for the reader."""
+
+    measured: list[dict[str, Any]]
+    calibrating: list[dict[str, Any]]
+    remarks: list[str]
+
+
+def draw(data: DataConfig, arguments: Arguments) -> Prompts:
+    """Draw samples to measure on and samples to calibrate on, with different images.
+
+    Raises:
+        FileNotFoundError, ValueError: the data are missing, or have fewer samples than `samples`.
+    """
+    from latefusion.data import sources
+    from latefusion.data.draw import (
+        distinct_images,
+        left_out,
+        opened,
+        prompt_rows,
+        with_images,
+        with_other_images,
+    )
+
+    if data.source is Source.scenes:
+        scenes: Any = sources.scenes(arguments.split or "validation", seed=data.seed)
+        candidates, _ = with_images(scenes, needed=arguments.samples, seed=arguments.seed)
+        measured = opened(scenes, first_samples(candidates, arguments.samples))
+        train: Any = sources.scenes("train", seed=data.seed)
+        return Prompts(measured, distinct_images(train, arguments.images), [])
+    needed = arguments.samples + arguments.images
+    rows = prompt_rows(data, arguments.split, needed)
+    candidates, bad = with_images(rows, needed=needed, seed=arguments.seed)
+    chosen, remarks = first_samples(candidates, arguments.samples), left_out(bad)
+    others = with_other_images(candidates[arguments.samples :], chosen, arguments.images)
+    if not others:
+        others = with_other_images(chosen, [], arguments.images)
+        remarks.append(
+            "The data have no images beside those of the samples, so the entry is calibrated on them: its KL is better "
+            "than it will be on others; fewer samples leave some."
+        )
+    return Prompts(opened(rows, chosen), opened(rows, others), remarks)
+
+
+def first_samples(candidates: Sequence[ImageRow], samples: int) -> list[ImageRow]:
+    """The first `samples` of the rows with images; refuses data that has fewer."""
+    if len(candidates) < samples:
+        raise ValueError(
+            f"samples={samples} is more than the {len(candidates)} samples with images that the data has"
+            + (f"; choose at most {len(candidates)}." if len(candidates) > 1 else "; name data with images.")
+        )
+    return list(candidates[:samples])
+
+
+def own_answers(
+    model: Any, processor: Any, samples: list[dict[str, Any]], new_tokens: int, console: Console
+) -> list[dict[str, Any]]:
+    """The samples with the model's own greedy answer at their end, which replaces one that a sample may have."""
+    import torch
+    from rich.progress import track
+
+    from latefusion.data.prompts import prompt_inputs, prompt_of
+
+    answered = []
+    for sample in track(samples, "Answering", console=console):
+        inputs = prompt_inputs(model, processor, [sample])
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text or "."}]}
+        answered.append({**sample, "messages": [*prompt_of(sample), answer]})
+    return answered
+
 
 if __name__ == "__main__":
-    from latefusion.eval.fusion.command import main
-
-    main(sys.argv[1:], str(__doc__))
+    main(sys.argv[1:])

@@ -27,7 +27,7 @@ LAYERS = (
 # schedule=auto begins with a profile.
 MAY_GO_UP = {
     ("training/run.py", "eval/evaluate.py"),
-    ("training/prepare.py", "eval/fusion/command.py"),
+    ("training/prepare.py", "eval/profile_model.py"),
 }
 
 # These check their arguments and refuse them before torch loads, in under a second.
@@ -71,12 +71,10 @@ ROLES = {
 
 # Faults that are known and about to go.
 STILL_THERE = {
-    "eval/fusion/causal.py <-> eval/fusion/continued.py <-> eval/fusion/whole.py",
     "models/policies/scheduled.py <-> models/schedule.py",
     "models/policies/visipruner/decision.py <-> models/policies/visipruner/settings.py",
     "eval/calibrate.py, training/calibrate.py",
-    "eval/comparison/answers.py, eval/fusion/answers.py",
-    "eval/comparison/cost.py, eval/fusion/cost.py, training/cost.py",
+    "eval/comparison/cost.py, training/cost.py",
 }
 
 

@@ -65,7 +65,7 @@ def schedule_at(folder: str, wanted: dict[str, Any] | None) -> VisionSchedule:
 
 def profile(config: Config) -> None:
     """Profile the run's model on its data; goes on where an earlier one stopped."""
-    from latefusion.eval.fusion.command import Arguments, run
+    from latefusion.eval.profile_model import Arguments, run
 
     asked = config.schedule
     run(

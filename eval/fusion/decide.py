@@ -1,4 +1,7 @@
-"""From effects to a schedule: where vision enters, where it leaves, how few tokens are kept in between."""
+"""From measurements to a schedule: where vision enters, where it leaves, how few tokens are kept in between.
+
+`Study` holds the order of measurements and decisions; the functions below it make one decision each.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,30 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from typing import Any
 
-from latefusion.models.schedule import VisionSchedule
+import numpy as np
 
-NEAR = 3  # layers that the joint band may be wider than each end alone asks for, on either side
-BANDS = (NEAR + 1) ** 2 + NEAR * (
-    NEAR + 1
-) // 2  # measured jointly at most: the second part where exit <= enter
-KEEP_LAYERS = 6  # of the band, evenly spread, where a keep may begin
-KEEP_SHARES = (2, 4, 8, 16, 32)  # parts of the vision tokens that a keep may be one of
-STEPS = 3  # keeps in a pyramid at most
-SPREAD = 4  # pyramids measured along the front of those that promise most, whatever the bound
-PROBES = 6  # and more of it where the bound or the budget is met
-TRIES = 3  # bands within the bound whose calibrated entry is measured
+from latefusion.eval.fusion.effects import interval
+from latefusion.eval.fusion.measure import Measurer
+from latefusion.eval.fusion.plan import KEEP_LAYERS, KEEP_SHARES, NEAR, PROBES, SINGLES, SPREAD, STEPS, TRIES
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.entry_fit import Calibration, TooFew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a schedule is chosen by.
+
+    Attributes:
+        bound: nats of KL per answer token, mean over samples, that the schedule may cost: where vision enters, where
+            it leaves, both at once, and the whole of it with its entry and keeps.
+        budget: share of dense decoder FLOPs; None: as few as the bound allows.
+        by_hand: a schedule that is measured beside the chosen one.
+    """
+
+    bound: float = 0.05
+    budget: float | None = None
+    by_hand: VisionSchedule | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Point:
 
     Attributes:
         calibrated: whether vision tokens entered through the calibrated entry.
-        flops: of the decoder's prefill, in parts of dense (`VisionSchedule.flops`).
+        flops: of the decoder's prefill, as a share of dense (`VisionSchedule.flops`).
         kl: nats per answer token, mean over samples, with its 95% interval.
         accuracy: share of samples whose whole answer is right, None without labels.
     """
@@ -44,8 +59,224 @@ class Point:
         return {**vars(self), "schedule": self.schedule.to_dict()}
 
 
+@dataclass
+class Study:
+    """The order of measurements and decisions.
+
+    Args:
+        labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
+        text, vision: tokens of a sample, on average.
+    """
+
+    measurer: Measurer
+    goal: Goal
+    labelled: bool
+    text: float
+    vision: float
+    calibration: Calibration | None = None
+
+    def run(self, calibrate: Callable[[int], Calibration]) -> dict[str, Any]:
+        """Measure and decide; `calibration` is then the chosen band's.
+
+        Args:
+            calibrate: fits the entry at a layer.
+
+        Returns:
+            Measurements and decision, as JSON holds them.
+
+        Raises:
+            ValueError: the model does not need its images on this data.
+        """
+        measurer, goal, layers = self.measurer, self.goal, self.measurer.layers
+        looks, effects = measurer.looks(), measurer.knock_outs()
+        mean = {key: float(np.mean(measured(effect["kl"]))) for key, effect in effects.items()}
+        prefix = [0.0, *(mean[f"prefix {a}"] for a in range(1, layers + 1))]
+        suffix = [prefix[-1], *(mean[f"suffix {b}"] for b in range(1, layers)), 0.0]
+        enter, leave = latest(prefix, goal.bound), earliest(suffix, goal.bound)
+        if enter == layers:
+            raise ValueError(
+                f"hiding the image from the text in every layer changes the answers by {prefix[-1]:.4f} nats, less "
+                f"than bound={goal.bound}: the model does not need its images on this data; choose a lower bound or "
+                "other data."
+            )
+        pairs = near_bands(enter, leave, layers)
+        joint = measurer.bands(pairs)
+        band_kl = {(a, b): float(np.mean(joint[f"{a} {b}"]["kl"])) for a, b in pairs}
+        tried: dict[tuple[int, int], Point] = {}
+        fitted: dict[int, Calibration] = {}
+        notes: list[str] = []
+
+        def fit(a: int) -> None:
+            if a == 0 or a in fitted or notes:
+                return
+            try:
+                fitted[a] = calibrate(a)
+            except TooFew as error:
+                notes.append(f"The entry is not calibrated: {error}")
+
+        for a, b in cheapest_bands(band_kl, goal.bound, self.flops, layers):
+            fit(a)
+            tried[a, b] = self.carried_out(band_schedule(a, b, layers), _entry_of(fitted.get(a)))
+            if tried[a, b].kl <= goal.bound:
+                break
+        else:
+            a, b = min(tried, key=lambda band: (tried[band].kl, tried[band].flops))
+        band, whole = band_schedule(a, b, layers), tried[a, b]
+        self.calibration = fitted.get(a)
+        entry = _entry_of(self.calibration)
+        points = self._among_knock_outs(effects)
+        raw = self.carried_out(band, None) if entry is not None else whole
+        keeps = self._keeps(band, entry, whole.kl) if b - a > 1 else []
+        chosen, why = choose([whole, *keeps], goal.bound, goal.budget)
+        beside = {"chosen, raw entry": self.carried_out(chosen.schedule, None)} if entry is not None else {}
+        if goal.by_hand is not None:
+            fit(goal.by_hand.enter)
+            beside["by hand"] = self.carried_out(goal.by_hand, _entry_of(fitted.get(goal.by_hand.enter)))
+        if b - a == 1:
+            notes.append(f"Vision is needed in layer {a} alone: a band of one layer has no room for a keep.")
+        points += [*tried.values(), *keeps, *([raw] if entry is not None else []), *beside.values()]
+        right = effects["dense"]["right"]
+        return {
+            "layers": layers,
+            "labelled": self.labelled,
+            "tokens": {"text": self.text, "vision": self.vision},
+            "goal": {"bound": goal.bound, "budget": goal.budget},
+            "dense_accuracy": float(np.mean(right)) if self.labelled else None,
+            "effects": effects,
+            "looks": looks,
+            "bands": [{"enter": a, "exit": b, "kl": kl} for (a, b), kl in band_kl.items()],
+            "ends": {"enter": enter, "exit": leave},
+            "entry": self._entry(a, mean, band_kl.get((a, b)), raw, whole),
+            "kept": self._kept(chosen, entry, right),
+            "points": [p.to_dict() for p in points],
+            "front": [p.to_dict() for p in pareto(points)],
+            "beside": {name: p.to_dict() for name, p in beside.items()},
+            "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl[a, b]},
+            "note": " ".join(notes),
+        }
+
+    def flops(self, schedule: VisionSchedule) -> float:
+        """Of a prefill of the average sample, as a share of dense."""
+        config = self.measurer.model.config
+        text, vision = round(self.text), round(self.vision)
+        return schedule.flops(config, text, vision) / VisionSchedule().flops(config, text, vision)
+
+    def carried_out(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> Point:
+        flops = self.flops(schedule)
+        kl, right = self.measurer.schedule(schedule, entry, flops)
+        return self._point(schedule, entry is not None, flops, kl, right)
+
+    def _point(
+        self, schedule: VisionSchedule, calibrated: bool, flops: float, kl: list[float], right: list[bool]
+    ) -> Point:
+        accuracy = float(np.mean(right)) if self.labelled else None
+        mean, low, high = interval(kl)
+        return Point(schedule, calibrated, flops, mean, low, high, accuracy)
+
+    def _among_knock_outs(self, effects: dict[str, Any]) -> list[Point]:
+        """The schedules that are knock-outs, too: dense, late entry alone, early exit alone."""
+        right = effects["dense"]["right"]
+        points = [self._point(VisionSchedule(), False, 1.0, [0.0] * len(right), right)]
+        for layer in range(1, self.measurer.layers):
+            for kind, schedule in (
+                ("late", VisionSchedule(enter=layer)),
+                ("suffix", VisionSchedule(exit=layer)),
+            ):
+                effect = effects[f"{kind} {layer}"]
+                points.append(
+                    self._point(schedule, False, self.flops(schedule), effect["kl"], effect["right"])
+                )
+        return points
+
+    def _keeps(self, band: VisionSchedule, entry: CalibratedEntry | None, base: float) -> list[Point]:
+        """Single keeps; of the pyramids that they promise, some along their front, more where the limit is met."""
+        layers, goal = self.measurer.layers, self.goal
+        leave = layers if band.exit is None else band.exit
+        sizes = keep_sizes(round(self.vision))
+        table: dict[tuple[int, int], float] = {}
+        points: dict[tuple[tuple[int, int], ...], Point] = {}
+
+        def schedule(keep: Mapping[int, int]) -> VisionSchedule:
+            return band_schedule(band.enter, leave, layers, keep)
+
+        def kl(keep: Mapping[int, int]) -> float:
+            key = tuple(keep.items())
+            if key not in points:
+                points[key] = self.carried_out(schedule(keep), entry)
+            return points[key].kl
+
+        def price(most: int) -> float:
+            return sum(
+                self.flops(schedule({layer: k}))
+                for layer in keep_layers(band.enter, leave, most)
+                for k in sizes
+            )
+
+        most = max((n for n in range(2, KEEP_LAYERS + 1) if price(n) <= SINGLES), default=1)
+        for layer in keep_layers(band.enter, leave, most):
+            for k in sizes:
+                table[layer, k] = max(0.0, kl({layer: k}) - base)
+                if table[layer, k] > 4 * goal.bound and goal.budget is None:
+                    break  # fewer tokens will not cost less
+        front = pyramids(table, lambda keep: self.flops(schedule(keep)))
+        n = len(front)
+        for i in spread(n):
+            kl(front[i][2])
+        if goal.budget is None:
+            guess = sum(base + cost > goal.bound for _, cost, _ in front)
+            bisect(n, guess, lambda i: kl(front[i][2]) <= goal.bound)
+        else:
+            affordable = [keep for flops, _, keep in front if flops <= goal.budget]
+            for keep in affordable[-PROBES:]:
+                kl(keep)
+        return list(points.values())
+
+    def _kept(
+        self, chosen: Point, entry: CalibratedEntry | None, dense_right: Sequence[bool]
+    ) -> dict[str, Any]:
+        """Each sample's KL and correctness under the chosen schedule; of the first few, which tokens it kept."""
+        kl, right = self.measurer.schedule(chosen.schedule, entry, chosen.flops)
+        pairs = list(zip(dense_right, right, strict=True))
+        return {
+            "kl": kl,
+            "right": right,
+            "lost": pairs.count((True, False)),
+            "gained": pairs.count((False, True)),
+            "tokens": self.measurer.kept(chosen.schedule, entry),
+        }
+
+    def _entry(
+        self, enter: int, mean: dict[str, float], ceiling: float | None, raw: Point, whole: Point
+    ) -> dict[str, Any] | None:
+        if self.calibration is None:
+            return None
+        return {
+            "layer": enter,
+            "explained": self.calibration.explained,
+            "tokens": self.calibration.tokens,
+            "places": len(self.calibration.entry.bias),
+            "kl_raw": raw.kl,
+            "kl_calibrated": whole.kl,
+            "kl_ceiling": ceiling,
+            "accuracy_raw": raw.accuracy,
+            "accuracy_calibrated": whole.accuracy,
+        }
+
+
+def _entry_of(calibration: Calibration | None) -> CalibratedEntry | None:
+    return None if calibration is None else calibration.entry
+
+
+def measured(values: Sequence[Any]) -> list[Any]:
+    """Without the samples that a measurement left out."""
+    return [value for value in values if value is not None]
+
+
+# ---------------------------------------------------------------- the band
+
+
 def latest(kl: Sequence[float], bound: float) -> int:
-    """The last a of `kl[0..a]` that are all within the bound; 0 if none is."""
+    """The last a for which all of `kl[0..a]` are within the bound; 0 if not even that of a = 0 is."""
     a = 0
     while a + 1 < len(kl) and kl[a + 1] <= bound:
         a += 1
@@ -53,7 +284,7 @@ def latest(kl: Sequence[float], bound: float) -> int:
 
 
 def earliest(kl: Sequence[float], bound: float) -> int:
-    """The first b of `kl[b..]` that are all within the bound; the last index if none is."""
+    """The first b for which all of `kl[b..]` are within the bound; the last index if not even its own is."""
     b = len(kl) - 1
     while b > 0 and kl[b - 1] <= bound:
         b -= 1
@@ -61,7 +292,7 @@ def earliest(kl: Sequence[float], bound: float) -> int:
 
 
 def near_bands(enter: int, exit_layer: int, layers: int) -> list[tuple[int, int]]:
-    """Bands as narrow as each end alone allows, and up to NEAR layers wider: both ends hidden at once may cost more."""
+    """The band that each end alone allows and those up to NEAR layers wider: both ends at once may cost more."""
     enters = range(max(0, enter - NEAR), min(enter, layers - 1) + 1)
     exits = range(max(exit_layer, 1), min(layers, max(exit_layer, enter + 1) + NEAR) + 1)
     return [(a, b) for a, b in product(enters, exits) if a < b]
@@ -70,7 +301,7 @@ def near_bands(enter: int, exit_layer: int, layers: int) -> list[tuple[int, int]
 def cheapest_bands(
     kl: Mapping[tuple[int, int], float], bound: float, flops: Callable[[VisionSchedule], float], layers: int
 ) -> list[tuple[int, int]]:
-    """The bands within the bound, cheapest first, TRIES at most; or, if none is, the one of least KL."""
+    """Up to TRIES bands within the bound, cheapest first; if there are none, the one of least KL."""
     within = [band for band, value in kl.items() if value <= bound]
     if not within:
         return [min(kl, key=lambda band: (kl[band], band))]
@@ -84,15 +315,18 @@ def band_schedule(
     return VisionSchedule(enter=enter, exit=None if exit_layer == layers else exit_layer, keep=keep or {})
 
 
+# ---------------------------------------------------------------- keeps
+
+
 def keep_layers(enter: int, exit_layer: int, most: int = KEEP_LAYERS) -> list[int]:
-    """Layers of the band where a keep may begin, at most `most`; none in a band of one layer."""
+    """Layers of the band where a keep may begin, at most `most` of them; a band of one layer has none."""
     inside = list(range(enter + 1, exit_layer))
     n = min(most, len(inside))
     return sorted({inside[round(i * (len(inside) - 1) / max(n - 1, 1))] for i in range(n)})
 
 
 def keep_sizes(n_vision: int) -> list[int]:
-    """Numbers of tokens that a keep may hold, descending."""
+    """Numbers of tokens that a keep may hold, in descending order."""
     return sorted({max(1, -(-n_vision // share)) for share in KEEP_SHARES} - {n_vision}, reverse=True)
 
 
@@ -109,17 +343,17 @@ def pyramids(
         FLOPs, expected cost, and the pyramid.
     """
     layers = sorted({layer for layer, _ in table})
-    found: list[tuple[float, float, dict[int, int]]] = []
+    every: list[tuple[float, float, dict[int, int]]] = []
     for n in range(1, STEPS + 1):
         for chosen in combinations(layers, n):
             sizes = [[k for at, k in table if at == layer] for layer in chosen]
             for ks in product(*sizes):
                 if all(a > b for a, b in pairwise(ks)):
                     keep = dict(zip(chosen, ks, strict=True))
-                    found.append((flops(keep), sum(table[step] for step in keep.items()), keep))
-    found.sort(key=lambda entry: (entry[0], entry[1], tuple(entry[2].items())))
+                    every.append((flops(keep), sum(table[step] for step in keep.items()), keep))
+    every.sort(key=lambda entry: (entry[0], entry[1], tuple(entry[2].items())))
     front, least = [], float("inf")
-    for entry in found:
+    for entry in every:
         if entry[1] < least:
             front.append(entry)
             least = entry[1]
@@ -127,13 +361,13 @@ def pyramids(
 
 
 def spread(n: int, most: int = SPREAD) -> list[int]:
-    """At most `most` of n, evenly spread, both ends among them."""
+    """At most `most` indices of `range(n)`, evenly spread, both ends included."""
     most = min(most, n)
     return sorted({round(i * (n - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 def bisect(n: int, guess: int, within: Callable[[int], bool]) -> int:
-    """The least index of `range(n)` that is within, if those after it are, too; n if none is. PROBES tries at most."""
+    """The least index of `range(n)` that is within, if all after it are too, or n; at most PROBES tries."""
     low, high, at = -1, n, min(guess, n - 1)
     for _ in range(PROBES):
         if high - low <= 1:
@@ -143,24 +377,27 @@ def bisect(n: int, guess: int, within: Callable[[int], bool]) -> int:
     return high
 
 
+# ---------------------------------------------------------------- the choice
+
+
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both FLOPs and KL, cheapest first."""
-    found: list[Point] = []
+    """The points that no other point beats in both FLOPs and KL, cheapest first."""
+    front: list[Point] = []
     least = float("inf")
     for point in sorted(points, key=lambda p: (p.flops, p.kl, p.schedule.to_dict()["enter"])):
         if point.kl < least:
-            found.append(point)
+            front.append(point)
             least = point.kl
-    return found
+    return front
 
 
 def choose(points: Sequence[Point], limit: float, budget: float | None) -> tuple[Point, str]:
-    """The schedule to recommend, and in one sentence why.
+    """The schedule to recommend, and the reason in one sentence.
 
     Args:
         points: the band and its pyramids, as they would be used.
-        limit: the bound, nats; without a budget the cheapest point within it is taken.
-        budget: parts of dense FLOPs; given, the point of least KL within it is taken.
+        limit: the bound in nats; without a budget the cheapest point within it is taken.
+        budget: share of dense FLOPs; with it the point of least KL within it is taken.
     """
     if budget is None:
         within = [p for p in points if p.kl <= limit]

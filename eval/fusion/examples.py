@@ -48,19 +48,19 @@ def views(row: Mapping[str, Tensor], sample: dict[str, Any], vision_ids: Collect
         lengths = [each] * len(images)  # side by side
     if len(lengths) != len(images):
         return [View(image, range(0), None) for image in images[:SHOWN]]
-    seen, grids = pixels(row.get("pixel_values"), len(images)), row.get("image_grid_thw")
-    found, first = [], 0
+    cropped, grids = pixels(row.get("pixel_values"), len(images)), row.get("image_grid_thw")
+    shown, first = [], 0
     for i, length in enumerate(lengths):
         grid = grid_shape(length, None if grids is None else grids[i].tolist())
-        reshaped = seen and images[i].width * seen[i].height != images[i].height * seen[i].width
-        image = seen[i] if grid and reshaped else images[i]
-        found.append(View(image, range(first, first + length), grid))
+        reshaped = cropped and images[i].width * cropped[i].height != images[i].height * cropped[i].width
+        image = cropped[i] if grid and reshaped else images[i]
+        shown.append(View(image, range(first, first + length), grid))
         first += length
-    return found[:SHOWN]
+    return shown[:SHOWN]
 
 
 def examples(
-    folder: Path, found: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
+    folder: Path, profile: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
 ) -> list[dict[str, Any]]:
     """The first few samples as the page has them, each also a PNG in `folder`; `shown`: of each its `views`."""
     rows = []
@@ -68,7 +68,7 @@ def examples(
         pictures = []
         for number, view in enumerate(seen):
             name = f"image {number + 1}: " if len(sample["images"]) > 1 else ""
-            pictures += [(name + label, picture) for label, picture in maps(found, i, view)]
+            pictures += [(name + label, picture) for label, picture in maps(profile, i, view)]
         strip([picture for _, picture in pictures]).save(folder / f"example_{i}.png")
         question = [part for m in sample["messages"][:-1] for part in m["content"] if m["role"] != "system"]
         rows.append(
@@ -83,20 +83,20 @@ def examples(
     return rows
 
 
-def maps(found: dict[str, Any], i: int, view: View) -> list[tuple[str, Image.Image]]:
+def maps(profile: dict[str, Any], i: int, view: View) -> list[tuple[str, Image.Image]]:
     """The image of sample `i`, attention at three layers over it, and what is kept of it."""
     if view.grid is None:
         return [("the image", scaled(view))]
-    schedule, layers = found["chosen"]["schedule"], found["layers"]
+    schedule, layers = profile["chosen"]["schedule"], profile["layers"]
     middle = (schedule["enter"] + (schedule["exit"] or layers)) // 2
     pictures = [("the image", scaled(view))]
     for layer in sorted({0, middle, layers - 1}):
-        attention = [found["maps"][i]["attention"][layer][token] for token in view.tokens]
+        attention = [profile["maps"][i]["attention"][layer][token] for token in view.tokens]
         pictures.append((f"attention, layer {layer}", heat(view, attention)))
-    for layer, tokens in found["kept"]["tokens"][i] or []:
-        mine = [token - view.tokens.start for token in tokens if token in view.tokens]
-        if str(layer) in map(str, schedule["keep"]) and len(mine) < len(view.tokens):
-            pictures.append((f"kept from layer {layer}: {len(mine)}", masked(view, mine)))
+    for layer, tokens in profile["kept"]["tokens"][i] or []:
+        inside = [token - view.tokens.start for token in tokens if token in view.tokens]
+        if str(layer) in map(str, schedule["keep"]) and len(inside) < len(view.tokens):
+            pictures.append((f"kept from layer {layer}: {len(inside)}", masked(view, inside)))
     return pictures
 
 

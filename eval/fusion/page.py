@@ -1,4 +1,4 @@
-"""`report.html`: one file with everything a profile found, no network."""
+"""`report.html`: one file with everything a profile profile, no network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from latefusion.eval.fusion.examples import View, examples
 
 
 def write_report(
-    folder: Path, found: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
+    folder: Path, profile: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
 ) -> None:
     """Draw every picture and write the page.
 
     Args:
-        found: what `profile.json` holds; samples: for the examples; shown: images of the first of them.
+        profile: what `profile.json` holds; samples: for the examples; shown: images of the first of them.
     """
-    drawings = figures.draw(found, folder)
+    drawings = figures.draw(profile, folder)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,25 +31,25 @@ def write_report(
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}"
     page = environment.get_template("template.html").render(
-        found=found,
-        headline=headline(found),
-        stages=stages_in_words(found),
+        profile=profile,
+        headline=headline(profile),
+        stages=stages_in_words(profile),
         drawings={name: Markup(text) for name, text in drawings.items()},
-        examples=examples(folder, found, samples, shown),
+        examples=examples(folder, profile, samples, shown),
     )
     (folder / "report.html").write_text(page)
 
 
-def headline(found: dict[str, Any]) -> str:
-    chosen = found["chosen"]
-    schedule, layers = chosen["schedule"], found["layers"]
+def headline(profile: dict[str, Any]) -> str:
+    chosen = profile["chosen"]
+    schedule, layers = chosen["schedule"], profile["layers"]
     enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
     see = f"{enter} to {leave - 1} see" if leave - enter > 1 else f"layer {enter} alone sees"
     right = ""
-    if found["labelled"]:
+    if profile["labelled"]:
         right = (
             f" {100 * chosen['accuracy']:.1f}% of the answers are right, "
-            f"{100 * found['dense_accuracy']:.1f}% in the dense model."
+            f"{100 * profile['dense_accuracy']:.1f}% in the dense model."
         )
     return (
         f"Of {layers} decoder layers, {see} vision tokens, {_keeps(schedule)}: "
@@ -66,10 +66,10 @@ def _keeps(schedule: dict[str, Any]) -> str:
     )
 
 
-def stages_in_words(found: dict[str, Any]) -> str:
+def stages_in_words(profile: dict[str, Any]) -> str:
     """Whether the three stages of VisiPruner's paper appear, plainly."""
-    a, b, layers = found["ends"]["enter"], found["ends"]["exit"], found["layers"]
-    bound = found["wishes"]["bound"]
+    a, b, layers = profile["ends"]["enter"], profile["ends"]["exit"], profile["layers"]
+    bound = profile["goal"]["bound"]
     parts = [
         f"Shallow: hiding the image from the text in {_span(0, a)} stays within the bound of {bound:g} nats."
         if a
@@ -78,13 +78,13 @@ def stages_in_words(found: dict[str, Any]) -> str:
         if b < layers
         else f"Deep: there is no such stage; the last layer still costs more than {bound:g} nats.",
     ]
-    single = {int(row["layer"]): row["kl"] for row in found["curves"]["single"]}
+    single = {int(row["layer"]): row["kl"] for row in profile["curves"]["single"]}
     peak = max(single, key=lambda layer: single[layer])
     inside = [layer for layer, kl in single.items() if kl > bound]
     parts.append(
         f"Middle: {_needed(inside)} (beyond the bound), layer {peak} most ({single[peak]:.3f} nats)."
     )
-    schedule = found["chosen"]["schedule"]
+    schedule = profile["chosen"]["schedule"]
     enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
     if (enter, leave) != (a, b):
         parts.append(

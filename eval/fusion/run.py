@@ -1,10 +1,8 @@
-"""A whole profile: samples, measurements, decision, files."""
+"""A whole profile: batches, measurements, decision, files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,19 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator, build_collator
 from latefusion.data.prompt_batches import Group, batches, counts
-from latefusion.eval.fusion.causal import Runner
-from latefusion.eval.fusion.continued import Continued, cacheable
-from latefusion.eval.fusion.cost import Cost, Shape, planned
-from latefusion.eval.fusion.files import write
+from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
+from latefusion.eval.fusion.decide import Goal, Study
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
-from latefusion.eval.fusion.study import Study, Wishes
-from latefusion.eval.fusion.summary import summarise
+from latefusion.eval.fusion.plan import Cost, Shape, make_plan
+from latefusion.eval.fusion.summary import summarise, write
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.executor.vision import vision_token_ids
+from latefusion.models.fingerprint import fingerprint
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration, fit_entry
 
-SCHEMA = 3  # of profile.json; raise it when a key changes its meaning
+SCHEMA = 4  # of profile.json; raise it when a key changes its meaning
 
 
 def profile(
@@ -39,7 +36,7 @@ def profile(
     labelled: bool,
     about: dict[str, Any],
     output_dir: str | Path,
-    wishes: Wishes,
+    goal: Goal,
     batch_size: int = 16,
     remarks: Sequence[str] = (),
     console: Console | None = None,
@@ -51,11 +48,11 @@ def profile(
 
     Args:
         samples: `{"messages", "images"}`, each ending in the answer that it is judged by.
-        fit_on: samples whose images calibrate the entry; no sample's own image should be among them.
+        fit_on: samples whose images calibrate the entry; none should share an image with `samples`.
         labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
-        about: what the measurements depend on (weights, data, seed, dtype) beside what samples are made of, for
+        about: what the measurements depend on (weights, data, seed, dtype) beside the samples' contents, for
             resuming and for the report.
-        remarks: what a reader of the report should know of the samples.
+        remarks: sentences about the samples for the report.
 
     Returns:
         What `profile.json` holds.
@@ -63,7 +60,7 @@ def profile(
     Raises:
         ValueError: the model or the data does not allow it, in one sentence.
     """
-    from latefusion.eval.fusion.examples import views  # drawing libraries: seconds
+    from latefusion.eval.fusion.examples import views  # lazy: drawing libraries take seconds
 
     console = console or Console()
     folder = Path(output_dir)
@@ -71,62 +68,61 @@ def profile(
     if layers < 2:
         raise ValueError(f"a decoder of {layers} layer leaves nothing to choose; profile a deeper model.")
     collator = build_collator(processor, model.config, model.generation_config)
-    sources = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))  # see `planned`
-    depends = {**about, "batch_size": batch_size, "fit_on": sorted(map(hash_of, fit_on))}
-    ledger = Ledger(folder / "measured.jsonl", {**depends, "prompts": [group.content for group in sources]})
+    # two batches at least: a single one can leave out no knock-out (`plan.make_plan`)
+    groups = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))
+    identity = {
+        **about,
+        "batch_size": batch_size,
+        "fit_on": sorted(fingerprint(sample["messages"], sample["images"]) for sample in fit_on),
+        "prompts": [group.content for group in groups],
+    }
+    ledger = Ledger(folder / "measured.jsonl", identity)
     with attach(model, VisionSchedule()) as attachment:
-        plan = planned(model.config, shapes(attachment, sources))
-        expense = plan.cost
-        announce(console, expense, len(samples), layers, len(fit_on), ledger)
-        with bar(console) as progress:
-            task = progress.add_task("Profiling", total=expense.total * len(samples))
-            measurer = Measurer(
-                model, attachment, sources, ledger, plan, lambda share: progress.advance(task, share)
-            )
-            study = Study(measurer, wishes, labelled, *counts(sources))
-            found = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
-            progress.update(task, completed=expense.total * len(samples))
-    note = found["note"]  # the remarks were said before
-    found["note"] = " ".join(filter(None, [*remarks, note]))
-    found = {"schema": SCHEMA, "about": about, "cost": vars(expense) | {"total": expense.total}, **found}
-    found = summarise(found, processor.tokenizer)
+        plan = make_plan(model.config, shapes(attachment, groups))
+        announce(console, plan.cost, len(samples), layers, len(fit_on), ledger)
+        with progress_bar(console) as bar:
+            prefills = plan.cost.total * len(samples)
+            task = bar.add_task("Profiling", total=prefills)
+            measurer = Measurer(model, attachment, groups, ledger, plan, lambda done: bar.advance(task, done))
+            study = Study(measurer, goal, labelled, *counts(groups))
+            results = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
+            bar.update(task, completed=prefills)
+    note = results["note"]
+    results["note"] = " ".join(filter(None, [*remarks, note]))
+    results = {
+        "schema": SCHEMA,
+        "about": about,
+        "cost": vars(plan.cost) | {"total": plan.cost.total},
+        **results,
+    }
+    results = summarise(results, processor.tokenizer)
     vision = set(vision_token_ids(model.base_model.config).values())
     shown = [views(collator([sample]), sample, vision) for sample in samples[:EXAMPLES]]
-    write(folder, found, study.calibration, samples, shown)
-    report(console, folder, found, note)
-    return found
+    write(folder, results, study.calibration, samples, shown)
+    report(console, folder, results, note)
+    return results
 
 
-def shapes(attachment: Attachment, sources: Sequence[Group]) -> list[Shape]:
-    """Of each batch, for `planned`: whether a prompt can be continued is tried on the first that may be."""
+def shapes(attachment: Attachment, groups: Sequence[Group]) -> list[Shape]:
+    """The shape of each batch; whether prompts can run on a cache is tried on the first batch that may."""
     model = attachment.model
-    tried = [
-        source.together and cacheable(model.config, source.places[-1] + 1) for source in sources
-    ]  # as `Continued` does
-    continued = False
+    tried = [group.together and cacheable(model.config, group.places[-1] + 1) for group in groups]
+    cached = False
     if any(tried):
-        example = sources[tried.index(True)].make()
-        continued = isinstance(Runner(model, attachment, example).way()[-1], Continued)
+        example = groups[tried.index(True)].make()
+        cached = isinstance(cheapest_runs(Runner(model, attachment, example))[-1], CachedRuns)
     return [
         Shape(
-            samples=len(source.numbers),
-            answers=source.answers,
-            length=max(source.lengths),
-            cut=source.places[-1] + 1,
-            vision=len(source.places),
+            samples=len(group.numbers),
+            answers=group.answers,
+            length=max(group.lengths),
+            cut=group.places[-1] + 1,
+            vision=len(group.places),
             tried=may,
-            continued=may and continued,
+            cached=may and cached,
         )
-        for source, may in zip(sources, tried, strict=True)
+        for group, may in zip(groups, tried, strict=True)
     ]
-
-
-def hash_of(sample: dict[str, Any]) -> str:
-    """Of a sample's images and words."""
-    digest = sha256(json.dumps(sample["messages"], sort_keys=True).encode())
-    for image in sample["images"]:
-        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def calibrate(
@@ -141,7 +137,7 @@ def calibrate(
 
 
 def announce(console: Console, cost: Cost, samples: int, layers: int, images: int, ledger: Ledger) -> None:
-    """What is about to be spent."""
+    """Print what the profile will cost."""
     console.print(
         f"{samples} samples, {layers} layers: up to {cost.total * samples:,.0f} prefills' worth of FLOPs, "
         f"{cost.total:.0f} a sample ({cost.observing:.0f} to observe, {cost.knock_outs:.1f} for knock-outs, at most "
@@ -151,7 +147,7 @@ def announce(console: Console, cost: Cost, samples: int, layers: int, images: in
         console.print(f"{ledger.resumed} measurements are there already; going on from them.")
 
 
-def bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -162,22 +158,22 @@ def bar(console: Console) -> Progress:
     )
 
 
-def report(console: Console, folder: Path, found: dict[str, Any], note: str) -> None:
-    """The decision in a few lines; `note`: on what came of it."""
-    chosen, schedule = found["chosen"], found["chosen"]["schedule"]
+def report(console: Console, folder: Path, results: dict[str, Any], note: str) -> None:
+    """Print the decision in a few lines; the remarks before `note` were printed earlier."""
+    chosen, schedule = results["chosen"], results["chosen"]["schedule"]
     accuracy = (
         ""
         if chosen["accuracy"] is None
-        else f", {chosen['accuracy']:.1%} right (dense {found['dense_accuracy']:.1%})"
+        else f", {chosen['accuracy']:.1%} right (dense {results['dense_accuracy']:.1%})"
     )
-    leave = found["layers"] if schedule["exit"] is None else schedule["exit"]
+    leave = results["layers"] if schedule["exit"] is None else schedule["exit"]
     keeps = ", ".join(f"{k} from {layer}" for layer, k in schedule["keep"].items())
     console.print(
-        f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {found['layers']}, "
+        f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {results['layers']}, "
         f"keeps {keeps or 'none'}: {chosen['flops']:.1%} of dense FLOPs, "
         f"KL {chosen['kl']:.4f} ({chosen['low']:.4f} to {chosen['high']:.4f}) nats{accuracy}."
     )
-    entry = found["entry"]
+    entry = results["entry"]
     if entry is not None:
         console.print(
             f"Entry at layer {entry['layer']}: KL {entry['kl_raw']:.4f} raw, {entry['kl_calibrated']:.4f} calibrated, "

@@ -1,10 +1,11 @@
-"""What the pictures of a profile have in common: colours, fonts, axes, bands around lines.
+"""What the pictures of a profile share: colours, fonts, axes, bands around lines, SVG that follows light and dark.
 
 Colours are Okabe and Ito's, safe for colour-blind readers; every line also has its own dash and marker.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,16 +40,16 @@ STYLE: Any = {
     "figure.dpi": 200,
 }
 WIDTH = 4.9  # inches: 9 pt text stays readable on a phone
-FLOOR = 1e-4  # nats: less is drawn as so much
+FLOOR = 1e-4  # nats; anything smaller is drawn here
 
 
-def edges(found: dict[str, Any]) -> tuple[int, int, int]:
-    schedule, layers = found["chosen"]["schedule"], found["layers"]
+def edges(profile: dict[str, Any]) -> tuple[int, int, int]:
+    schedule, layers = profile["chosen"]["schedule"], profile["layers"]
     return schedule["enter"], layers if schedule["exit"] is None else schedule["exit"], layers
 
 
-def shade(axis: Axes, found: dict[str, Any]) -> None:
-    a, b, _ = edges(found)
+def shade(axis: Axes, profile: dict[str, Any]) -> None:
+    a, b, _ = edges(profile)
     axis.axvspan(a - 0.5, b - 0.5, color=SHADE, lw=0, zorder=0)
 
 
@@ -65,9 +66,9 @@ def kl_axis(axis: Axes) -> None:
     axis.set_ylabel("KL to dense, nats an answer token")
 
 
-def bound_line(axis: Axes, found: dict[str, Any], right: float) -> None:
-    """The bound, named at `right`."""
-    bound = found["wishes"]["bound"]
+def bound_line(axis: Axes, profile: dict[str, Any], right: float) -> None:
+    """A line at the bound, labelled at x = `right`."""
+    bound = profile["goal"]["bound"]
     axis.axhline(bound, color=MUTED, lw=0.9, ls=(0, (1, 2)))
     axis.annotate(f"bound {bound:g}", (right, bound), ha="right", va="bottom", color=MUTED, fontsize=8)
 
@@ -95,3 +96,19 @@ def quartiles(
     x = range(len(values))
     axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
     axis.plot(x, values[:, 1], dash, marker="o", ms=3, color=colour, label=label)
+
+
+def inline(svg: str, name: str) -> str:
+    """The drawing for a page: CSS variables as colours, ids that begin with `name`, as wide as the page allows."""
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif")
+    return (
+        re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" ', "", svg, count=2)
+        .replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+        .replace(' xmlns="http://www.w3.org/2000/svg"', "")
+        .replace("xlink:href", "href")
+    )

@@ -1,31 +1,40 @@
-"""Per-sample measurements as what a profile says per layer: quartiles, lens tables, agreement between samples."""
+"""What a profile says and writes: curves, quartiles, lens tables and agreement over samples, as JSON, CSV and YAML."""
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
-from latefusion.eval.fusion.causal import KINDS
-from latefusion.eval.fusion.decide import earliest, latest
-from latefusion.eval.fusion.measure import interval, known
-from latefusion.eval.fusion.observe import Look, fusion_layer
+from latefusion.eval.fusion.decide import earliest, latest, measured
+from latefusion.eval.fusion.effects import interval
+from latefusion.eval.fusion.knockouts import KINDS
+from latefusion.eval.fusion.looks import Look, fusion_layer
+from latefusion.models.profile_folder import ENTRY, PROFILE, SCHEDULE, write_entry
+from latefusion.models.student.entry_fit import Calibration
 
-WORDS = 3  # of a lens table's cell
+if TYPE_CHECKING:
+    from latefusion.eval.fusion.examples import View
+
+WORDS = 3  # in a cell of a lens table
 FUSES = 0.995  # removal cosine: VisiPruner's threshold for LLaVA-1.5-7B
 
 
-def summarise(found: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """`found` of `Study.run`, with `curves`, `observed`, `lenses`, `agreement`, `maps` in place of raw looks."""
-    looks, layers = found.pop("looks"), found["layers"]
+def summarise(results: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The results of `Study.run` with `curves`, `observed`, `lenses`, `agreement` and `maps` in place of raw looks."""
+    looks, layers = results.pop("looks"), results["layers"]
     return {
-        **found,
-        "curves": curves(found),
+        **results,
+        "curves": curves(results),
         "observed": observed([sample["looks"] for sample in looks], layers),
         "lenses": lens_tables(looks, layers, tokenizer),
-        "agreement": agreement(found, [sample["looks"] for sample in looks]),
+        "agreement": agreement(results, [sample["looks"] for sample in looks]),
         "maps": [
             {**sample["maps"], "words": [word(tokenizer, i) for i in sample["maps"]["words"]]}
             for sample in looks
@@ -34,12 +43,12 @@ def summarise(found: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def curves(found: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Per kind of knock-out a row a layer: KL with its interval and quartiles over samples, and accuracy.
+def curves(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """For each kind of knock-out one row a layer: KL with its interval and quartiles over samples, and accuracy.
 
-    Rows that equal another kind's (see `knock_outs`) are filled in, so that each curve is whole.
+    Rows that equal those of another kind (see `knock_outs`) are filled in, so that each curve is whole.
     """
-    effects, layers = found["effects"], found["layers"]
+    effects, layers = results["effects"], results["layers"]
     same = {
         "suffix 0": f"prefix {layers}",
         "single 0": "prefix 1",
@@ -54,19 +63,19 @@ def curves(found: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
             effect = effects["dense"] if nothing else effects.get(key)
             if effect is None:
                 continue
-            measured = known(effect["kl"])
-            kl, low, high = interval(measured) if len(measured) > 1 else (measured[0],) * 3
-            quartiles = np.quantile(measured, [0.25, 0.5, 0.75])
-            row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(measured)}
+            values = measured(effect["kl"])
+            kl, low, high = interval(values) if len(values) > 1 else (values[0],) * 3
+            quartiles = np.quantile(values, [0.25, 0.5, 0.75])
+            row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(values)}
             row |= dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True))
-            if found["labelled"]:
-                row["accuracy"] = float(np.mean(known(effect["right"])))
+            if results["labelled"]:
+                row["accuracy"] = float(np.mean(measured(effect["right"])))
             rows.setdefault(kind, []).append(row)
     return rows
 
 
 def observed(looks: Sequence[Sequence[dict[str, Any]]], layers: int) -> dict[str, list[list[float]]]:
-    """Quartiles over samples of each measure of `observe.Look`, per layer `[25%, 50%, 75%]`."""
+    """Quartiles `[25%, 50%, 75%]` over samples of each measure of `looks.Look`, layer by layer."""
 
     def quartiles(pick: Any) -> list[list[float]]:
         return [
@@ -91,7 +100,7 @@ def observed(looks: Sequence[Sequence[dict[str, Any]]], layers: int) -> dict[str
 
 
 def lens_tables(looks: Sequence[dict[str, Any]], layers: int, tokenizer: Any) -> dict[str, Any]:
-    """Per layer the likeliest words over samples, by logit lens and by the strongest head's value-output lens."""
+    """For each layer the likeliest words over samples, by logit lens and by the strongest head's value-output lens."""
     n, rows = len(looks), []
     for layer in range(layers):
         first = [sample["logit"][layer][0][0] for sample in looks]
@@ -123,6 +132,7 @@ def lens_tables(looks: Sequence[dict[str, Any]], layers: int, tokenizer: Any) ->
 
 
 def frequent(ids: Sequence[int], n: int, tokenizer: Any) -> list[tuple[str, float]]:
+    """The most frequent tokens as words, with their share of `n`."""
     counts = sorted(Counter(ids).items(), key=lambda pair: (-pair[1], pair[0]))[:WORDS]
     return [(word(tokenizer, i), count / n) for i, count in counts]
 
@@ -133,12 +143,13 @@ def word(tokenizer: Any, i: int) -> str:
     return text.replace(" ", "␣") if text.strip() else repr(text)[1:-1].replace(" ", "␣") or "(empty)"
 
 
-def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """How much samples differ in where they need vision, so that one schedule for all is seen to be fair or not.
+def agreement(results: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """How much samples differ in where they need vision: whether one schedule is fair to all.
 
-    Per sample: the latest enter and the earliest exit within the bound by its own KL, and VisiPruner's fusion layer.
+    Each sample has the latest enter and the earliest exit within the bound by its own KL, and VisiPruner's fusion
+    layer.
     """
-    effects, layers, bound = found["effects"], found["layers"], found["wishes"]["bound"]
+    effects, layers, bound = results["effects"], results["layers"], results["goal"]["bound"]
     n = len(effects["dense"]["kl"])
     enters, exits = [], []
     for i in range(n):
@@ -148,7 +159,7 @@ def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) 
             earliest([whole, *(effects[f"suffix {b}"]["kl"][i] for b in range(1, layers)), 0.0], bound)
         )
     fusions = [fusion_layer([Look(**layer) for layer in sample], FUSES) for sample in looks]
-    schedule = found["chosen"]["schedule"]
+    schedule = results["chosen"]["schedule"]
     leave = layers if schedule["exit"] is None else schedule["exit"]
     return {
         "enter": enters,
@@ -158,5 +169,100 @@ def agreement(found: dict[str, Any], looks: Sequence[Sequence[dict[str, Any]]]) 
         "covered": float(
             np.mean([a >= schedule["enter"] and b <= leave for a, b in zip(enters, exits, strict=True)])
         ),
-        "within": float(np.mean([kl <= bound for kl in found["kept"]["kl"]])),
+        "within": float(np.mean([kl <= bound for kl in results["kept"]["kl"]])),
     }
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(
+    folder: Path,
+    results: dict[str, Any],
+    calibration: Calibration | None,
+    samples: Sequence[dict[str, Any]],
+    shown: Sequence[Sequence[View]],
+) -> None:
+    """Write all files, the report last; `shown`: the images of the first few samples."""
+    from latefusion.eval.fusion.page import write_report  # lazy: drawing libraries take seconds
+
+    (folder / PROFILE).write_text(json.dumps(results, indent=1, allow_nan=False, default=_plain) + "\n")
+    (folder / SCHEDULE).write_text(schedule_yaml(results))
+    (folder / ENTRY).unlink(missing_ok=True)
+    if calibration is not None:
+        write_entry(folder, calibration.entry, results["about"].get("weights", ""))
+    tables(folder, results)
+    write_report(folder, results, samples, shown)
+
+
+def schedule_yaml(results: dict[str, Any]) -> str:
+    """The schedule, as `recipe=late_fusion schedule.profile=FOLDER` reads it."""
+    chosen = results["chosen"]
+    keep = {int(layer): k for layer, k in chosen["schedule"]["keep"].items()}
+    note = (
+        f"# {chosen['flops']:.1%} of dense decoder FLOPs, KL {chosen['kl']:.4f} nats per answer token untrained"
+        f"{' with the calibrated entry' if chosen['calibrated'] else ''}: {chosen['why']}.\n"
+    )
+    return note + yaml.safe_dump(
+        {"enter": chosen["schedule"]["enter"], "exit": chosen["schedule"]["exit"], "keep": keep},
+        sort_keys=False,
+        default_flow_style=None,
+    )
+
+
+def tables(folder: Path, results: dict[str, Any]) -> None:
+    """Write `layers.csv`, `schedules.csv` and `samples.csv`: every curve and point of the report."""
+    kinds, layers = results["curves"], results["layers"]
+    columns = ("kl", "low", "high", "accuracy")
+    by_layer: list[dict[str, Any]] = [{"layer": layer} for layer in range(layers + 1)]
+    for kind, rows in kinds.items():
+        for row in rows:
+            by_layer[int(row["layer"])] |= {f"{kind}_{c}": row[c] for c in columns if c in row}
+    for name, rows in results["observed"].items():
+        for layer, (q25, median, q75) in enumerate(rows):
+            by_layer[layer] |= {f"{name}_q25": q25, name: median, f"{name}_q75": q75}
+    for row in results["lenses"]["layers"]:
+        by_layer[row["layer"]]["logit_lens_settled"] = row["settled"]
+    _csv(folder / "layers.csv", by_layer)
+    front = [(p["schedule"], p["calibrated"]) for p in results["front"]]
+    _csv(
+        folder / "schedules.csv",
+        [
+            {
+                **p["schedule"],
+                **{k: v for k, v in p.items() if k != "schedule"},
+                "front": (p["schedule"], p["calibrated"]) in front,
+            }
+            for p in results["points"]
+        ],
+    )
+    agreement = results["agreement"]
+    _csv(
+        folder / "samples.csv",
+        [
+            {"sample": i, "enter": a, "exit": b, "fusion_layer": f, "kl_chosen": kl}
+            for i, (a, b, f, kl) in enumerate(
+                zip(
+                    agreement["enter"],
+                    agreement["exit"],
+                    agreement["fusion"],
+                    results["kept"]["kl"],
+                    strict=True,
+                )
+            )
+        ],
+    )
+
+
+def _csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as Python's."""
+    return value.item()

@@ -17,8 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from latefusion.data.samples import first_exchange
-from latefusion.eval import calibrate
-from latefusion.eval.fusion import command
+from latefusion.eval import calibrate, profile_model
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.models import base_model as bases
 
@@ -83,8 +82,10 @@ def numbers(rows: list[dict[str, Any]]) -> list[bytes]:
 
 @pytest.mark.parametrize("source", ["lines", "no answers", "parquet", "llava", "mixture", "stream"])
 def test_rows_of_any_data_are_drawn(source: str, folder: Path) -> None:
-    arguments, config = command.parsed(["model=embedded", *sources(folder)[source], "samples=5", "images=4"])
-    drawn = command.chosen_rows(config.data, arguments)
+    arguments, config = profile_model.parse(
+        ["model=embedded", *sources(folder)[source], "samples=5", "images=4"]
+    )
+    drawn = profile_model.draw(config.data, arguments)
     measured, fitted = numbers(drawn.measured), numbers(drawn.calibrating)
     assert (len(measured), len(fitted)) == (5, 4)
     assert len({*measured, *fitted}) == 9, "no image twice where there are enough"
@@ -96,19 +97,19 @@ def test_few_images_are_repeated_and_none_calibrates_its_own_measurement(
     folder: Path,
 ) -> None:
     words = ["model=embedded", *sources(folder)["lines"]]
-    arguments, config = command.parsed([*words, "samples=10", "images=50"])
-    drawn = command.chosen_rows(config.data, arguments)
+    arguments, config = profile_model.parse([*words, "samples=10", "images=50"])
+    drawn = profile_model.draw(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == 10 and len(drawn.calibrating) == 2
     assert not set(numbers(drawn.measured)) & set(numbers(drawn.calibrating))
     (remark,) = drawn.remarks
     assert remark.startswith("A row that cannot be used was left out: row 21 has a bad image")
-    arguments, config = command.parsed([*words, "samples=15", "images=50"])
-    drawn = command.chosen_rows(config.data, arguments)
+    arguments, config = profile_model.parse([*words, "samples=15", "images=50"])
+    drawn = profile_model.draw(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == IMAGES == len(set(numbers(drawn.calibrating)))
     assert len(drawn.calibrating) == IMAGES and "calibrated on them" in drawn.remarks[1]
-    arguments, config = command.parsed([*words, "samples=21"])
+    arguments, config = profile_model.parse([*words, "samples=21"])
     with pytest.raises(ValueError, match=r"samples=21 is more than the 20 samples .*; choose at most 20\."):
-        command.chosen_rows(config.data, arguments)
+        profile_model.draw(config.data, arguments)
 
 
 def test_what_cannot_be_drawn_from_is_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -122,9 +123,9 @@ def test_what_cannot_be_drawn_from_is_one_sentence(folder: Path, tmp_path: Path)
             "the 0 samples with images that the data has; name data with images.",
         ),
     ):
-        arguments, config = command.parsed(["model=embedded", *words, "samples=2"])
+        arguments, config = profile_model.parse(["model=embedded", *words, "samples=2"])
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            command.run(arguments, config)
+            profile_model.run(arguments, config)
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -150,13 +151,13 @@ def base(tmp_path_factory) -> Path:
 def test_rows_without_an_answer_get_the_models_own(base: Path, folder: Path) -> None:
     """By the model, in the place of what some rows may have."""
     model, processor = bases.load_base(str(base), dtype=torch.float32)
-    arguments, config = command.parsed(
+    arguments, config = profile_model.parse(
         ["model=embedded", *sources(folder)["no answers"], "samples=3", "images=1"]
     )
-    bare = command.chosen_rows(config.data, arguments).measured
+    bare = profile_model.draw(config.data, arguments).measured
     stored_answer = {"role": "assistant", "content": [{"type": "text", "text": "what the data say"}]}
     mixed = [{**bare[0], "messages": [*bare[0]["messages"], stored_answer]}, *bare[1:]]
-    answered = command.own_answers(model, processor, mixed, 2, Console(quiet=True))
+    answered = profile_model.own_answers(model, processor, mixed, 2, Console(quiet=True))
     for row, prompt in zip(answered, bare, strict=True):
         text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
         inputs = processor(text=text, images=prompt["images"], return_tensors="pt")
@@ -173,9 +174,9 @@ def test_prompts_without_answers_are_profiled_on_the_models_own(
     base: Path, folder: Path, tmp_path: Path
 ) -> None:
     words = [f"model={base}", *sources(folder)["no answers"], "samples=4", "images=20", "new_tokens=2"]
-    arguments, config = command.parsed([*words, "dtype=float32", "bound=1e-6", f"output={tmp_path}"])
+    arguments, config = profile_model.parse([*words, "dtype=float32", "bound=1e-6", f"output={tmp_path}"])
     output = io.StringIO()
-    profile = command.run(arguments, config, console=Console(file=output, width=200))
+    profile = profile_model.run(arguments, config, console=Console(file=output, width=200))
     assert not profile["labelled"] and profile["dense_accuracy"] is None
     assert "left out" in profile["note"] and (tmp_path / "report.html").is_file()
     assert "The data have no answers: the model writes its own first, up to 2 tokens" in output.getvalue()
@@ -208,7 +209,7 @@ def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypa
 
     monkeypatch.setattr(bases, "load_base", load)
     words = ["model.revision=abc", "+model.processor.max_pixels=784", "model.load_in_4bit=true"]
-    arguments, config = command.parsed(
+    arguments, config = profile_model.parse(
         [
             "model=embedded",
             *words,
@@ -219,7 +220,7 @@ def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypa
         ]
     )
     with pytest.raises(KeyboardInterrupt):
-        command.run(arguments, config)
+        profile_model.run(arguments, config)
     del settings["dtype"]
     assert settings == {
         "path": "embedded",
@@ -257,7 +258,7 @@ def test_measurements_are_of_these_weights_and_prompts_alone(
             f"output={tmp_path / 'out'}",
         ]
         with pytest.raises(KeyboardInterrupt):
-            command.run(*command.parsed(words), console=Console(quiet=True))
+            profile_model.run(*profile_model.parse(words), console=Console(quiet=True))
         return seen[0]
 
     first = about()

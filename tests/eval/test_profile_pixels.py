@@ -14,8 +14,8 @@ from rich.console import Console
 
 from latefusion.data.prompt_batches import collated
 from latefusion.data.prompts import prompt_inputs
+from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.run import calibrate, profile
-from latefusion.eval.fusion.study import Wishes
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images
 from latefusion.models.schedule import VisionSchedule
@@ -53,7 +53,7 @@ def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, t
     rows = samples(4)
     result = profile(
         model=model, processor=made, samples=rows, fit_on=samples(20, seed=1), labelled=True,
-        about={"model": family, "data": "noise", "split": None}, output_dir=tmp_path, wishes=Wishes(bound=1e-5),
+        about={"model": family, "data": "noise", "split": None}, output_dir=tmp_path, goal=Goal(bound=1e-5),
         batch_size=2, console=Console(quiet=True),
     )  # fmt: skip
     for i, row in enumerate(rows):

@@ -15,11 +15,11 @@ from helpers.planted_models import BOUND, NO_PLAN, grouped, measurer, planted, p
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.data.prompt_batches import Batch, counts
-from latefusion.eval.fusion import files
-from latefusion.eval.fusion.answers import Answers
-from latefusion.eval.fusion.causal import knock_outs
+from latefusion.eval.fusion.decide import Goal, Study
+from latefusion.eval.fusion.effects import Answers
+from latefusion.eval.fusion.knockouts import knock_outs
 from latefusion.eval.fusion.measure import Measurer
-from latefusion.eval.fusion.study import Study, Wishes
+from latefusion.eval.fusion.summary import schedule_yaml
 from latefusion.eval.ledger import Ledger
 from latefusion.models import profile_folder
 from latefusion.models.attach import attach
@@ -28,10 +28,10 @@ from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
 
 
-def study(model: Any, attachment: Any, ledger: Path, **wishes: Any) -> tuple[dict[str, Any], Measurer]:
+def study(model: Any, attachment: Any, ledger: Path, **goal: Any) -> tuple[dict[str, Any], Measurer]:
     batch = planted_batch(model)
     made = measurer(model, attachment, [batch], ledger)
-    planned_study = Study(made, Wishes(**{"bound": BOUND, **wishes}), True, *counts(made.sources))
+    planned_study = Study(made, Goal(**{"bound": BOUND, **goal}), True, *counts(made.groups))
     return planned_study.run(
         lambda enter: fit_entry(attachment, [(batch.fresh(), batch.vision)], enter)
     ), made
@@ -52,7 +52,7 @@ def test_the_planted_band_is_found_and_its_schedule_answers_as_dense(
     assert ("band of one layer" in result["note"]) == (q - p == 1)
     if p > 0:
         assert result["entry"]["kl_raw"] <= BOUND  # vision is not touched before p
-    (tmp_path / "schedule.yaml").write_text(files.schedule_yaml(result))
+    (tmp_path / "schedule.yaml").write_text(schedule_yaml(result))
     fresh = questions(5, seed=7)
     with torch.no_grad():
         dense = model(**fresh).logits[:, -3:]
@@ -105,7 +105,7 @@ def test_the_bound_holds_for_the_whole_schedule_and_for_each_of_its_parts(tmp_pa
         free, _ = study(model, attachment, tmp_path / "measured.jsonl")
         bound = sorted(p["kl"] for p in free["points"])[len(free["points"]) // 2]
         hand = VisionSchedule(enter=1, exit=5)
-        result, measurer = study(model, attachment, tmp_path / "measured.jsonl", bound=bound, given=hand)
+        result, measurer = study(model, attachment, tmp_path / "measured.jsonl", bound=bound, by_hand=hand)
         kl, _ = measurer.schedule(VisionSchedule.from_dict(result["chosen"]["schedule"]), None, 0.0)
         by_hand, _ = measurer.schedule(hand, None, 0.0)
     chosen, ends = result["chosen"], result["ends"]
@@ -128,10 +128,10 @@ class Scripted:
     layers = LAYERS
     model = SimpleNamespace(config=shared("llava").config)
 
-    def looks(self) -> dict[str, Any]:
-        return {"samples": []}
+    def looks(self) -> list[Any]:
+        return []
 
-    def effects(self) -> dict[str, Any]:
+    def knock_outs(self) -> dict[str, Any]:
         cheap = {*(("prefix", a) for a in (1, 2, 3)), ("suffix", 5)}
         scripted = {f"{kind} {i}": 0.01 if (kind, i) in cheap else 1.0 for kind, i in knock_outs(LAYERS)}
         return {
@@ -157,7 +157,7 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
         return SimpleNamespace(entry=SimpleNamespace(bias=[0.0]), explained=1.0, tokens=1)
 
     measurer: Any = Scripted()
-    result = Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate)
+    result = Study(measurer, Goal(bound=0.045), True, 6.0, 32.0).run(calibrate)
     chosen = result["chosen"]
     assert (result["ends"]["enter"], result["ends"]["exit"], fits) == (3, 5, [3, 2])
     assert (chosen["schedule"]["enter"], chosen["schedule"]["exit"], chosen["calibrated"]) == (2, 5, True)
@@ -172,7 +172,7 @@ def test_a_band_whose_calibrated_entry_is_beyond_the_bound_is_left_for_the_next(
     ]
     single = {step for keep in keeps if len(keep) == 1 for step in keep.items()}
     assert single == {(layer, k) for layer in ("3", "4") for k in (16, 8, 4, 2, 1)}
-    assert Study(measurer, Wishes(bound=0.045), True, 6.0, 32.0).run(calibrate) == result
+    assert Study(measurer, Goal(bound=0.045), True, 6.0, 32.0).run(calibrate) == result
 
 
 def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_too_few_images_to_calibrate_leave_a_schedule_with_the_projectors_own(tm
     with attach(model, VisionSchedule()) as attachment:
         made = measurer(model, attachment, [planted_batch(model)], tmp_path / "m.jsonl")
         few = planted_batch(model, 2)
-        result = Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
+        result = Study(made, Goal(bound=BOUND), True, *counts(made.groups)).run(
             lambda enter: fit_entry(attachment, [(few.fresh(), few.vision)], enter)
         )
     assert result["chosen"]["schedule"]["enter"] == 1 and not result["chosen"]["calibrated"]
@@ -198,11 +198,11 @@ def test_batches_are_measured_apart_and_put_together_in_the_order_of_the_samples
     whole = planted_batch(model, 7)
     parts = [part(whole, rows) for rows in ([4, 1], [0, 6, 3], [2, 5])]
     with attach(model, VisionSchedule()) as attachment:
-        expected = measurer(model, attachment, [whole], tmp_path / "one.jsonl").effects()["late 2"]["kl"]
+        expected = measurer(model, attachment, [whole], tmp_path / "one.jsonl").knock_outs()["late 2"]["kl"]
         made = measurer(model, attachment, parts, tmp_path / "three.jsonl")
         numbers = ((4, 1), (0, 6, 3), (2, 5))
-        made.sources = [replace(group, numbers=at) for group, at in zip(made.sources, numbers, strict=True)]
-        assert made.effects()["late 2"]["kl"] == pytest.approx(expected, rel=1e-3)
+        made.groups = [replace(group, numbers=at) for group, at in zip(made.groups, numbers, strict=True)]
+        assert made.knock_outs()["late 2"]["kl"] == pytest.approx(expected, rel=1e-3)
         for hold in (True, False):
             made.plan = replace(made.plan, hold=hold)
             schedule = VisionSchedule(enter=2, exit=None if hold else 6)

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from latefusion.eval.fusion import command
+from latefusion.eval import profile_model
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.models import profile_folder
 from latefusion.models.attach import attach
@@ -47,8 +47,8 @@ def profiled(base, tmp_path_factory):
         "dtype=float32",
         f"output={folder}",
     ]
-    arguments, config = command.parsed([*words, "bound=0.02"])
-    return folder, command.run(arguments, config)
+    arguments, config = profile_model.parse([*words, "bound=0.02"])
+    return folder, profile_model.run(arguments, config)
 
 
 class Page(HTMLParser):
@@ -85,7 +85,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     ):
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
-    assert stored["schema"] == 3 and stored["chosen"] == json.loads(json.dumps(result["chosen"]))
+    assert stored["schema"] == 4 and stored["chosen"] == json.loads(json.dumps(result["chosen"]))
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in result["curves"]["prefix"]]
@@ -111,15 +111,15 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
     batches: list[int] = []
 
     def spent(self: Measurer) -> None:
-        batches.append(len(self.sources))
+        batches.append(len(self.groups))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurer, "looks", spent)
     words = [f"model={base}", "samples=3", "images=4", "dtype=float32", f"output={tmp_path}"]
-    arguments, config = command.parsed(words)
+    arguments, config = profile_model.parse(words)
     output = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        command.run(arguments, config, console=Console(file=output, width=200))
+        profile_model.run(arguments, config, console=Console(file=output, width=200))
     first = output.getvalue().splitlines()[0]
     announced = re.match(
         r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first
@@ -137,9 +137,9 @@ def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_pa
     lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
     words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
-    arguments, config = command.parsed([*words, "bound=0.02", f"output={tmp_path}"])
+    arguments, config = profile_model.parse([*words, "bound=0.02", f"output={tmp_path}"])
     output = io.StringIO()
-    command.run(arguments, config, console=Console(file=output, width=200))
+    profile_model.run(arguments, config, console=Console(file=output, width=200))
     assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in output.getvalue()
     names = sorted(file.name for file in folder.iterdir())
     assert sorted(file.name for file in tmp_path.iterdir()) == names
@@ -151,8 +151,8 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
     _, result = profiled
     model, processor = tiny_base(layers=4)
-    arguments, config = command.parsed([f"model={base}", "samples=6", "images=16"])
-    rows = command.chosen_rows(config.data, arguments).measured
+    arguments, config = profile_model.parse([f"model={base}", "samples=6", "images=16"])
+    rows = profile_model.draw(config.data, arguments).measured
     assert len({row["scene"] for row in rows}) == 6
     for i, row in enumerate(rows):
         text = processor.apply_chat_template(row["messages"])
@@ -227,7 +227,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         (["model=nowhere/at/all"], "nowhere/at/all"),
         (["model=lava"], "model=lava does not exist; model can be"),
         (["samples=0", "model=embedded"], "samples=0"),
-        (["samples=1", "model=embedded"], "samples=1 says nothing"),
+        (["samples=1", "model=embedded"], "samples=1 does not show"),
         (["bound=-1", "model=embedded"], "bound=-1"),
         (["budget=3", "model=embedded"], "budget=3"),
         (
@@ -243,31 +243,33 @@ def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as error:
-        command.main(words, "usage")
+        profile_model.main(words)
     assert says in str(error.value) and (words == ["--help"] or len(str(error.value).splitlines()) == 1)
 
 
 def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -> None:
-    _, config = command.parsed(["model=embedded"])
+    _, config = profile_model.parse(["model=embedded"])
     deep, shallow = tiny_base(layers=16)[0], tiny_base(layers=4)[0]
     held = config.model.schedule
-    assert command.by_hand(config, deep) == VisionSchedule(enter=held.enter, exit=held.exit, keep=held.keep)
-    assert command.by_hand(config, shallow) is None  # another model under that name
-    assert command.by_hand(command.parsed([f"model={base}"])[1], deep) is None
+    assert profile_model.schedule_by_hand(config, deep) == VisionSchedule(
+        enter=held.enter, exit=held.exit, keep=held.keep
+    )
+    assert profile_model.schedule_by_hand(config, shallow) is None  # another model under that name
+    assert profile_model.schedule_by_hand(profile_model.parse([f"model={base}"])[1], deep) is None
 
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
     path = save_tiny_base(tmp_path / "base", layers=1)
-    arguments, config = command.parsed([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
+    arguments, config = profile_model.parse([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
-        command.run(arguments, config)
+        profile_model.run(arguments, config)
 
 
 def test_a_model_without_images_is_refused(tmp_path) -> None:
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
         tmp_path
     )
-    arguments, config = command.parsed([f"model={tmp_path}", "samples=2"])
-    with pytest.raises(ValueError, match="no model that reads images") as error:
-        command.run(arguments, config)
+    arguments, config = profile_model.parse([f"model={tmp_path}", "samples=2"])
+    with pytest.raises(ValueError, match="not a model that reads images") as error:
+        profile_model.run(arguments, config)
     assert "\n" not in str(error.value)

@@ -14,9 +14,12 @@ from helpers.planted_models import NO_PLAN
 from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.data.prompt_batches import Group
-from latefusion.eval.fusion import lenses, summary
-from latefusion.eval.fusion.causal import KINDS, knock_outs
-from latefusion.eval.fusion.measure import Measurer, interval
+from latefusion.eval.fusion import summary
+from latefusion.eval.fusion.effects import interval
+from latefusion.eval.fusion.knockouts import KINDS, knock_outs
+from latefusion.eval.fusion.looks import kinds as kinds_of
+from latefusion.eval.fusion.looks import logit_lens
+from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
@@ -51,7 +54,7 @@ def study_of(chosen: dict[str, Any]) -> dict[str, Any]:
     return {
         "layers": DEPTH,
         "labelled": True,
-        "wishes": {"bound": BOUND},
+        "goal": {"bound": BOUND},
         "effects": effects(),
         "chosen": {"schedule": chosen},
         "kept": {"kl": [0.1, 0.5, 0.4, 0.39, 2.0, 0.0, 0.3]},
@@ -175,9 +178,8 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
     """What is kept of each sample: written word, lens words, maps, kinds (by attention of all layers)."""
     model, eager, batch = shared("llava"), shared("llava", "eager"), batch_of("llava", rows)
     with attach(model, VisionSchedule()) as attachment:
-        sources = [Group((1, 0), lambda: batch, (), (), 0)]
-        observed = Measurer(model, attachment, sources, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
-        observed = observed["samples"]
+        groups = [Group((1, 0), lambda: batch, (), (), 0)]
+        observed = Measurer(model, attachment, groups, Ledger(tmp_path / "m.jsonl", {}), NO_PLAN).looks()
     entered: list[torch.Tensor] = []
     handle = eager.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
     with torch.no_grad():
@@ -195,10 +197,10 @@ def test_looks_of_a_batch_are_those_of_its_eager_model(rows: list[str], tmp_path
         sample, q, seen = observed[1 - b], int(batch.queries[b, 0]), batch.vision[b]
         assert sample["written"] == int(plain.logits[b, q].argmax())
         for layer in range(LAYERS - 1):
-            share = lenses.logit_lens(model, plain.hidden_states[layer + 1][b, q])
+            share = logit_lens(model, plain.hidden_states[layer + 1][b, q])
             assert sample["logit"][layer][0] == share.topk(3).indices.tolist()
         maps = torch.stack([a[b, :, q].mean(0)[seen] for a in plain.attentions])  # [L, K]
         assert np.array(sample["maps"]["attention"]) == pytest.approx(maps.numpy(), abs=1e-5)
-        kinds = lenses.kinds(pooled[b], maps.mean(0), mean, spread).tolist()
+        kinds = kinds_of(pooled[b], maps.mean(0), mean, spread).tolist()
         assert sample["maps"]["kinds"] == kinds and sample["kinds"] == [kinds.count(k) for k in range(3)]
         assert len(sample["maps"]["words"]) == counts[b]

@@ -11,8 +11,8 @@ from helpers.families import IMAGE, TOKENS_PER_IMAGE, build
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.data.prompt_batches import Batch, Group
-from latefusion.eval.fusion.cost import Cost, Plan, planned
 from latefusion.eval.fusion.measure import Measurer
+from latefusion.eval.fusion.plan import Cost, Plan, make_plan
 from latefusion.eval.fusion.run import shapes
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
@@ -101,7 +101,7 @@ def grouped(batches: Sequence[Batch]) -> list[Group]:
 def measurer(model: Any, attachment: Attachment, batches: Sequence[Batch], ledger: Path) -> Measurer:
     """Of these batches, as `run.profile` makes it."""
     groups = grouped(batches)
-    plan = planned(model.config, shapes(attachment, groups))
+    plan = make_plan(model.config, shapes(attachment, groups))
     return Measurer(model, attachment, groups, Ledger(ledger, {"about": 1}), plan)
 
 

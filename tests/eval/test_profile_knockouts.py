@@ -12,12 +12,17 @@ from helpers.oracle import blinded as blinded_oracle
 from helpers.profile_batches import MIXED, ONE_IMAGE, batch_of
 
 from latefusion.data.prompt_batches import Batch
-from latefusion.eval.fusion.answers import Answers
-from latefusion.eval.fusion.causal import KINDS, Runner, knock_outs
-from latefusion.eval.fusion.continued import Continued, positions_of
-from latefusion.eval.fusion.knockout import KnockOut
-from latefusion.eval.fusion.paths import bands, blinded
-from latefusion.eval.fusion.whole import Whole
+from latefusion.eval.fusion.blind import (
+    CachedRuns,
+    KnockOut,
+    Runner,
+    Runs,
+    WholeRuns,
+    cheapest_runs,
+    position_ids_of,
+)
+from latefusion.eval.fusion.effects import Answers
+from latefusion.eval.fusion.knockouts import KINDS, bands, blinded, effects, knock_outs
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -43,11 +48,11 @@ def close(a: Answers, b: Answers) -> bool:
     return (a.log_probs - b.log_probs).abs().max().item() < 2e-5
 
 
-def every(way: Any) -> dict[tuple[str, int], Answers]:
-    kinds = knock_outs(LAYERS)
-    answers = dict(blinded(way, kinds))
-    answers.update(way.entering(kinds))
-    assert sorted(answers) == sorted(kinds)
+def all_knock_outs(runs: Runs) -> dict[tuple[str, int], Answers]:
+    keys = knock_outs(LAYERS)
+    answers = dict(blinded(runs, keys))
+    answers.update(runs.late_and_frozen(keys))
+    assert sorted(answers) == sorted(keys)
     return answers
 
 
@@ -67,7 +72,7 @@ def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, atte
     rows = ["I tt I ttt", "I I ttt"] if family == "paligemma" else MIXED
     model, batch = shared(family, attention), batch_of(family, rows)
     with attach(model, VisionSchedule()) as attachment:
-        measured = every(Whole(Runner(model, attachment, batch)))
+        measured = all_knock_outs(WholeRuns(Runner(model, attachment, batch)))
     dense = judged(model, batch, "frozen", 0)
     for (kind, layer), answers in measured.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
@@ -80,12 +85,12 @@ def test_knock_outs_continued_on_a_cache_equal_the_masked_oracle(family: str) ->
     model, batch = shared(family), batch_of(family, ONE_IMAGE)
     with attach(model, VisionSchedule()) as attachment:
         runner = Runner(model, attachment, batch)
-        with positions_of(model.get_decoder()) as positions:
+        with position_ids_of(model.get_decoder()) as positions:
             runner.answers(VisionSchedule())
-        split = Continued.of(runner, positions)
-        assert split is not None
-        assert close(split.dense(), judged(model, batch, "frozen", 0))
-        measured = every(split)
+        cached = CachedRuns.of(runner, positions)
+        assert cached is not None
+        assert close(cached.dense(), judged(model, batch, "frozen", 0))
+        measured = all_knock_outs(cached)
     for (kind, layer), answers in measured.items():
         assert close(answers, judged(model, batch, kind, layer)), (kind, layer)
 
@@ -95,9 +100,9 @@ def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
     model, batch = shared(family), batch_of(family, rows)
     pairs = [(0, 4), (0, 6), (2, 3), (2, 5), (3, 5), (3, 6)]
     with attach(model, VisionSchedule()) as attachment:
-        _, _, way = Runner(model, attachment, batch).way()
-        assert isinstance(way, Whole if rows is MIXED else Continued)
-        measured = dict(bands(way, pairs))
+        _, _, runs = cheapest_runs(Runner(model, attachment, batch))
+        assert isinstance(runs, WholeRuns if rows is MIXED else CachedRuns)
+        measured = dict(bands(runs, pairs))
     assert sorted(measured) == pairs
     for (a, b), answers in measured.items():
         hidden = [i for i in range(LAYERS) if not a <= i < b]
@@ -110,20 +115,20 @@ def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "rows", "way"),
+    ("family", "rows", "kind"),
     [
-        ("llava", ["tt I t I tt"], Whole),
-        ("llava", ["tt I ttt", "t I ttt"], Whole),
-        ("paligemma", ONE_IMAGE, Whole),  # images see the text behind them
-        ("gemma3", ["tt I I tttt"], Whole),  # longer than the window of its local attention
-        ("gemma3", ONE_IMAGE, Continued),
-        ("llava", ["tt I I tttt"], Continued),
+        ("llava", ["tt I t I tt"], WholeRuns),
+        ("llava", ["tt I ttt", "t I ttt"], WholeRuns),
+        ("paligemma", ONE_IMAGE, WholeRuns),  # images see the text behind them
+        ("gemma3", ["tt I I tttt"], WholeRuns),  # longer than the window of its local attention
+        ("gemma3", ONE_IMAGE, CachedRuns),
+        ("llava", ["tt I I tttt"], CachedRuns),
     ],
 )
-def test_prompts_are_continued_where_that_gives_the_same(family: str, rows: list[str], way: type) -> None:
+def test_prompts_are_continued_where_that_gives_the_same(family: str, rows: list[str], kind: type) -> None:
     model, batch = shared(family), batch_of(family, rows)
     with attach(model, VisionSchedule()) as attachment:
-        assert type(Runner(model, attachment, batch).way()[2]) is way
+        assert type(cheapest_runs(Runner(model, attachment, batch))[2]) is kind
 
 
 def test_effects_are_kl_and_exact_match_by_hand() -> None:
@@ -137,8 +142,8 @@ def test_effects_are_kl_and_exact_match_by_hand() -> None:
             if row == 0:
                 batch.labels[row, at] = late[row].argmax(-1)[[t - 1 for t in at]]
             batch.labels[1, at[0] if row else 0] = 5 if row else -100
-        _, effects = Runner(model, attachment, batch).effects([("late", 3)])
-    effect = effects["late", 3]
+        _, changed = effects(Runner(model, attachment, batch), [("late", 3)])
+    effect = changed["late", 3]
     assert effect.right == [True, False]
     for row in range(2):
         at = [t - 1 for t in range(batch.labels.shape[1]) if batch.labels[row, t] != -100]

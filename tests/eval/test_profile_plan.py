@@ -16,11 +16,12 @@ from helpers.profile_batches import batch_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from latefusion.data.prompt_batches import Group, counts
-from latefusion.eval.fusion import cost, decide
-from latefusion.eval.fusion.causal import Runner, knock_outs
-from latefusion.eval.fusion.cost import OPTIONAL, Shape
+from latefusion.eval.fusion import plan
+from latefusion.eval.fusion.blind import Runner
+from latefusion.eval.fusion.decide import Goal, Study, near_bands
+from latefusion.eval.fusion.knockouts import effects, knock_outs
+from latefusion.eval.fusion.plan import OPTIONAL, Shape
 from latefusion.eval.fusion.run import shapes
-from latefusion.eval.fusion.study import Study, Wishes
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
@@ -59,13 +60,13 @@ def test_knock_outs_take_two_prefills_a_layer_and_the_memory_of_one(family: str,
         with FlopCounterMode(display=False) as one:
             prefill()
         with FlopCounterMode(display=False) as every:
-            runner.effects(kinds)
+            effects(runner, kinds)
         measured = every.get_total_flops() / one.get_total_flops()
         assert measured <= 2 * LAYERS + 3
         (shape,) = shapes(attachment, grouped([batch]))
-        announced = cost.knock_outs(model.config, shape)
+        announced = plan.knock_out_cost(model.config, shape)
         assert 0.9 * announced <= measured <= 1.1 * announced  # lm_head, which is not announced, counts here
-        assert peak_bytes(lambda: runner.effects(kinds), cpu) <= 1.3 * peak_bytes(prefill, cpu)
+        assert peak_bytes(lambda: effects(runner, kinds), cpu) <= 1.3 * peak_bytes(prefill, cpu)
 
 
 @pytest.mark.parametrize(("family", "row"), [("gemma3", "t I tttt"), ("paligemma", "IIII tttt")])
@@ -74,7 +75,7 @@ def test_layers_are_computed_as_often_as_their_knock_outs_need(family: str, row:
     model, batch = shared(family), batch_of(family, [row] * 2)
     length = batch.labels.shape[1]
     with attach(model, VisionSchedule()) as attachment, counted(model) as calls:
-        Runner(model, attachment, batch).effects(knock_outs(LAYERS))
+        effects(Runner(model, attachment, batch), knock_outs(LAYERS))
     for i, tokens in calls.items():
         assert tokens <= batch.size * length * (5 * i + 6), i
     assert calls[0] < 6 * batch.size * length
@@ -100,54 +101,54 @@ def test_prompts_of_mostly_text_stay_within_two_prefills_a_layer(
     family: str, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every layer's tokens counted, with a constant small enough to matter to six layers."""
-    monkeypatch.setattr(cost, "KNOCK_OUTS", 3)
+    monkeypatch.setattr(plan, "KNOCK_OUTS", 3)
     model, batches = shared(family), [batch_of(family, [row, row + "t"]), batch_of(family, [row, row + "tt"])]
     with attach(model, VisionSchedule()) as attachment:
         made = measurer(model, attachment, batches, tmp_path / "measured.jsonl")
         with counted(model) as calls:
-            measured = made.effects()
-        whole = [Runner(model, attachment, batch).effects(knock_outs(LAYERS))[1] for batch in batches]
+            measured = made.knock_outs()
+        whole = [effects(Runner(model, attachment, batch), knock_outs(LAYERS))[1] for batch in batches]
     prefills = sum(calls.values()) / (LAYERS * sum(batch.labels.numel() for batch in batches))
     assert made.plan.cost.knock_outs <= 2 * LAYERS + 3
     assert made.plan.cost.knock_outs == pytest.approx(prefills, rel=0.03)  # by FLOPs and by tokens
     assert any(made.plan.left_out)
     for key in knock_outs(LAYERS):
-        kl = [value for effects in whole for value in effects[key].kl]
+        kl = [value for changed in whole for value in changed[key].kl]
         for i, left in enumerate(made.plan.left_out):
             if key[0] in left:
                 kl[2 * i : 2 * i + 2] = [None, None]
         assert measured[f"{key[0]} {key[1]}"]["kl"] == kl, key
 
 
-@pytest.mark.parametrize("continued", [True, False])
-def test_whatever_the_prompts_two_prefills_a_layer_and_a_constant_are_announced(continued: bool) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_whatever_the_prompts_two_prefills_a_layer_and_a_constant_are_announced(cached: bool) -> None:
     config = shared("llava").config.get_text_config()
     layers = config.num_hidden_layers
     try:
         for config.num_hidden_layers in (2, 16, 32, 80):
             for text in (10, 100, 1000, 10000):
-                shape = Shape(4, 8, text + 600, 601, 600, tried=True, continued=continued)
-                usual = Shape(4, 8, 640, 601, 600, tried=True, continued=continued)
+                shape = Shape(4, 8, text + 600, 601, 600, tried=True, cached=cached)
+                usual = Shape(4, 8, 640, 601, 600, tried=True, cached=cached)
                 for batches in ([shape] * 2, [shape] * 7, [usual, shape, usual], [shape, usual, shape]):
-                    plan = cost.planned(config, batches)
-                    assert plan.cost.knock_outs <= 2 * config.num_hidden_layers + 8
+                    made = plan.make_plan(config, batches)
+                    assert made.cost.knock_outs <= 2 * config.num_hidden_layers + 8
                     for kind in OPTIONAL:
-                        assert sum(kind in left for left in plan.left_out) <= (len(batches) + 1) // 2
+                        assert sum(kind in left for left in made.left_out) <= (len(batches) + 1) // 2
                     if text <= 100:
-                        assert not any(plan.left_out)
-        assert cost.planned(config, [shape]).left_out == [()]
-        assert cost.planned(config, [shape] * 2).left_out == [("frozen",), ("single",)]
+                        assert not any(made.left_out)
+        assert plan.make_plan(config, [shape]).left_out == [()]
+        assert plan.make_plan(config, [shape] * 2).left_out == [("frozen",), ("single",)]
     finally:
         config.num_hidden_layers = layers
 
 
 def test_every_batch_counts_in_what_is_announced() -> None:
     config = shared("llava").config
-    short = Shape(10, 20, 700, 601, 600, tried=True, continued=True)
-    long = Shape(2, 4, 5000, 601, 600, tried=False, continued=False)
-    mean = (10 * cost.knock_outs(config, short) + 2 * cost.knock_outs(config, long)) / 12
-    assert cost.planned(config, [short, long]).cost.knock_outs == pytest.approx(mean)
-    assert cost.planned(config, [long, short]).cost.knock_outs == pytest.approx(mean)
+    short = Shape(10, 20, 700, 601, 600, tried=True, cached=True)
+    long = Shape(2, 4, 5000, 601, 600, tried=False, cached=False)
+    mean = (10 * plan.knock_out_cost(config, short) + 2 * plan.knock_out_cost(config, long)) / 12
+    assert plan.make_plan(config, [short, long]).cost.knock_outs == pytest.approx(mean)
+    assert plan.make_plan(config, [long, short]).cost.knock_outs == pytest.approx(mean)
     two = Group((0, 2), make=pytest.fail, places=(1, 2, 3), lengths=(5, 7), answers=2)
     one = Group((1,), make=pytest.fail, places=(0, 1), lengths=(10,), answers=1)
     assert counts([two, one]) == (pytest.approx(14 / 3), pytest.approx(8 / 3))
@@ -155,7 +156,7 @@ def test_every_batch_counts_in_what_is_announced() -> None:
 
 def test_no_more_bands_are_measured_than_are_announced() -> None:
     ends = [(enter, leave, n) for n in range(2, 14) for enter in range(n) for leave in range(n + 1)]
-    assert max(len(decide.near_bands(*end)) for end in ends) == decide.BANDS
+    assert max(len(near_bands(*end)) for end in ends) == plan.BANDS
 
 
 def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_p
             Runner(model, attachment, batches[0]).answers(VisionSchedule())
         made = measurer(model, attachment, batches, tmp_path / "m.jsonl")
         with FlopCounterMode(display=False) as all_of_it:
-            Study(made, Wishes(bound=BOUND), True, *counts(made.sources)).run(
+            Study(made, Goal(bound=BOUND), True, *counts(made.groups)).run(
                 lambda enter: fit_entry(attachment, [(b.fresh(), b.vision) for b in batches], enter)
             )
         with FlopCounterMode(display=False) as again:
@@ -179,7 +180,7 @@ def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_p
 
 def test_answers_too_many_to_hold_are_announced_as_computed_again() -> None:
     config = shared("llava").config
-    few, many = (Shape(4, n, 700, 601, 600, tried=True, continued=True) for n in (8, 2**23))
-    held, anew = cost.planned(config, [few] * 2), cost.planned(config, [few, many])
+    few, many = (Shape(4, n, 700, 601, 600, tried=True, cached=True) for n in (8, 2**23))
+    held, anew = plan.make_plan(config, [few] * 2), plan.make_plan(config, [few, many])
     assert held.hold and not anew.hold
-    assert anew.cost.deciding - held.cost.deciding == pytest.approx(cost.SCHEDULES)
+    assert anew.cost.deciding - held.cost.deciding == pytest.approx(plan.SCHEDULES)

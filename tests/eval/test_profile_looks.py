@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.families import LAYERS, VOCAB, prompt, shared, text_tokens, vision_tokens
 
-from latefusion.eval.fusion import decide, lenses
-from latefusion.eval.fusion.observe import Watch, fusion_layer, look
+from latefusion.eval.fusion import decide, looks, plan
+from latefusion.eval.fusion.looks import Watch, fusion_layer, look
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -34,7 +34,7 @@ def seen():
     for handle in handles:
         handle.remove()
     watch, model = Watch(), shared("llava")
-    with attach(model, watch), torch.no_grad(), lenses.states_at(model.get_decoder().layers, last) as states:
+    with attach(model, watch), torch.no_grad(), looks.states_at(model.get_decoder().layers, last) as states:
         logits = model(**inputs).logits
     torch.testing.assert_close(
         logits[text_tokens(inputs)], plain.logits[text_tokens(inputs)], atol=1e-5, rtol=1e-5
@@ -115,9 +115,9 @@ def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
             state = plain.hidden_states[layer + 1][b, last[b]]
             normed = state / (state.square().mean() + model.config.text_config.rms_norm_eps).sqrt()
             scores = model.lm_head.weight @ (normed * model.get_decoder().norm.weight)
-            lens = lenses.logit_lens(model, states[layer])[b]
+            lens = looks.logit_lens(model, states[layer])[b]
             torch.testing.assert_close(lens, scores.softmax(0), atol=1e-5, rtol=1e-4)
-    final = lenses.logit_lens(model, states[-1])
+    final = looks.logit_lens(model, states[-1])
     expected = torch.stack([plain.logits[b, last[b]].softmax(0) for b in range(2)])
     torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-4)
 
@@ -125,7 +125,7 @@ def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
 def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
     _, last, watch, _, plain, values = seen
     model, layer = shared("llava"), 3
-    shares, norms = lenses.value_output_lens(model, layer, watch.heads[layer])
+    shares, norms = looks.value_output_lens(model, layer, watch.heads[layer])
     weight = model.get_decoder().layers[layer].self_attn.o_proj.weight.detach()
     total = torch.zeros(32)
     for b, h in itertools.product(range(2), range(4)):
@@ -135,7 +135,7 @@ def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
         written = weight[:, h * 8 : h * 8 + 8] @ out
         total = total + written if b == 0 else total
         torch.testing.assert_close(norms[b, h], written.norm(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(shares[b, h], lenses.logit_lens(model, written), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(shares[b, h], looks.logit_lens(model, written), atol=1e-5, rtol=1e-4)
     whole = weight @ watch.heads[layer][0].flatten()
     torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-4)
 
@@ -150,12 +150,12 @@ def test_lenses_end_where_the_model_ends_in_every_family(family: str) -> None:
         layer.self_attn.register_forward_hook(lambda m, a, out, i=i: written.update({i: out[0]}))
         for i, layer in enumerate(layers)
     ]
-    with attach(model, watch), torch.no_grad(), lenses.states_at(layers, last) as states:
+    with attach(model, watch), torch.no_grad(), looks.states_at(layers, last) as states:
         logits = model(**inputs).logits
     for handle in handles:
         handle.remove()
     expected = torch.stack([logits[b, last[b]].softmax(0) for b in range(2)])
-    torch.testing.assert_close(lenses.logit_lens(model, states[-1]), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(looks.logit_lens(model, states[-1]), expected, atol=1e-6, rtol=1e-4)
     for i, layer in enumerate(layers):
         whole = torch.stack([written[i][b, last[b]] for b in range(2)])
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_lenses_end_where_the_model_ends_in_every_family(family: str) -> None:
 def test_nearest_words_and_kinds_equal_loops() -> None:
     generator = torch.Generator().manual_seed(0)
     words, rows = torch.randn(VOCAB, 6, generator=generator), torch.randn(9, 6, generator=generator)
-    ids, cosines = lenses.nearest_words(words, rows)
+    ids, cosines = looks.nearest_words(words, rows)
     for row, i, cosine in zip(rows, ids, cosines, strict=True):
         by_hand = [torch.nn.functional.cosine_similarity(row, word, dim=0).item() for word in words]
         assert by_hand.index(max(by_hand)) == i and cosine.item() == pytest.approx(max(by_hand), abs=1e-5)
@@ -177,7 +177,7 @@ def test_nearest_words_and_kinds_equal_loops() -> None:
     attention = torch.full((27,), 0.01)
     attention[[5, 6]] = torch.tensor([2.0, 1.9])  # a sink, dead or not, is a sink
     expected = [0 if i in (5, 6) else 1 if i == 2 else 2 for i in range(27)]
-    assert lenses.kinds(rows, attention, mean, spread).tolist() == expected
+    assert looks.kinds(rows, attention, mean, spread).tolist() == expected
 
 
 # ---------------------------------------------------------------- the decision
@@ -204,7 +204,7 @@ def test_keeps_begin_inside_the_band() -> None:
     assert decide.keep_layers(2, 3) == [] and decide.keep_layers(2, 4) == [3]
     assert decide.keep_layers(0, 32, 1) == [1] and decide.keep_layers(0, 32, 2) == [1, 31]
     layers = decide.keep_layers(0, 32)
-    assert len(layers) == decide.KEEP_LAYERS and layers[0] == 1 and layers[-1] == 31
+    assert len(layers) == plan.KEEP_LAYERS and layers[0] == 1 and layers[-1] == 31
     assert decide.keep_sizes(144) == [72, 36, 18, 9, 5] and decide.keep_sizes(1) == []
 
 
@@ -237,9 +237,7 @@ def test_the_cheapest_within_the_bound_is_found_by_few_probes() -> None:
 
             cheapest = decide.bisect(n, guess, within)
             assert (
-                len(probed) <= decide.PROBES
-                and len(probed) == len(set(probed))
-                and cheapest >= min(border, n)
+                len(probed) <= plan.PROBES and len(probed) == len(set(probed)) and cheapest >= min(border, n)
             )
             if n <= 32 or guess == border:
                 assert cheapest == min(border, n)

@@ -1,22 +1,26 @@
-"""What a model says where an answer is due, and what a change of the model did to it."""
+"""What a model answers, and what a change of the model does to its answers: KL and correctness of each sample."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
+from latefusion.data.collate import IGNORE
 from latefusion.data.prompt_batches import Batch
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one change did to each sample of a batch.
+    """What one change does to each sample of a batch.
 
     Attributes:
-        kl: nats, KL(dense || changed) of the next-token distributions, mean over the sample's answer tokens.
+        kl: KL(dense || changed) of the next-token distributions in nats, mean over the sample's answer tokens.
         right: whether the likeliest token is the label at every answer token (what greedy decoding would write).
     """
 
@@ -26,17 +30,23 @@ class Effect:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities at a batch's answer tokens, float32 `[N, V]`, and the labels `[N]` they are judged by."""
+    """Log-probabilities at the N answer tokens of a batch, and the labels that they are judged by.
+
+    Attributes:
+        log_probs: float32 `[N, V]`.
+        targets: int64 `[N]`.
+        sample: the sample of each token, int64 `[N]`.
+    """
 
     log_probs: Tensor
     targets: Tensor
-    sample: Tensor  # int64 [N]
+    sample: Tensor
 
     @classmethod
     def of(cls, batch: Batch, logits: Tensor, columns: Tensor) -> Answers:
-        """Args: logits `[B, R, V]` of the positions `columns` `[R]`."""
+        """The answers that `logits` `[B, R, V]` at the positions `columns` `[R]` give."""
         targets = batch.labels[:, columns + 1]  # [B, R]
-        learnt = targets != -100
+        learnt = targets != IGNORE
         sample = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
         return cls(F.log_softmax(logits[learnt].float(), -1), targets[learnt], sample[learnt])
 
@@ -44,10 +54,10 @@ class Answers:
         return Answers(self.log_probs.to(device), self.targets.to(device), self.sample.to(device))
 
     def effect(self, changed: Answers) -> Effect:
-        """What turned these answers into `changed`.
+        """The effect of the change that turned these answers into `changed`.
 
         Raises:
-            ValueError: those are no numbers.
+            ValueError: the changed answers are not finite.
         """
         if not bool(changed.log_probs.isfinite().all()):
             raise ValueError(
@@ -58,7 +68,16 @@ class Answers:
         wrong = changed.log_probs.argmax(-1) != self.targets
         n = int(self.sample.max()) + 1
         zero = torch.zeros(n, dtype=torch.float64, device=kl.device)
-        count = zero.index_add(0, self.sample, torch.ones_like(kl, dtype=torch.float64))
-        mean = zero.index_add(0, self.sample, kl.clamp(min=0).double()) / count
+        tokens = zero.index_add(0, self.sample, torch.ones_like(kl, dtype=torch.float64))
+        mean = zero.index_add(0, self.sample, kl.clamp(min=0).double()) / tokens
         errors = zero.index_add(0, self.sample, wrong.double())
         return Effect(mean.tolist(), (errors == 0).tolist())
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with its 95% interval over samples (Student's t; never below 0)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, 0.0, float("inf")
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return mean, max(0.0, mean - half), mean + half
