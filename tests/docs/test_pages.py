@@ -74,13 +74,32 @@ def missing_paths(text: str) -> list[str]:
     return missing
 
 
+def missing_names(text: str) -> list[str]:
+    """Dotted names such as `latefusion.models.schedule.VisionSchedule` whose module or last part does not exist."""
+    missing = []
+    for name in re.findall(r"(?<![\w./-])latefusion(?:\.[A-Za-z_]\w*)+", text):
+        path, parts = ROOT, name.split(".")[1:]
+        while parts and (path / parts[0]).is_dir():
+            path /= parts.pop(0)
+        file = (
+            path / f"{parts.pop(0)}.py"
+            if parts and (path / f"{parts[0]}.py").is_file()
+            else path / "__init__.py"
+        )
+        if not file.is_file() or not all(re.search(rf"\b{part}\b", file.read_text()) for part in parts):
+            missing.append(name)
+    for module, names in re.findall(r"^from (latefusion[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
+        missing += missing_names(" ".join(f"{module}.{name.strip()}" for name in names.split(",")))
+    return missing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_one_width_and_names_what_exists(page: Path) -> None:
     text = page.read_text()
     assert page.name in STILL_WIDE or not too_long(text)
     assert not dead_links(page, text)
-    assert not missing_paths(text)
-    assert text.count("\n# ") == 0 and text.startswith("# "), "one title, on the first line"
+    assert not missing_paths(text) and not missing_names(text)
+    assert prose(text).count("\n# ") == 0 and text.startswith("# "), "one title, on the first line"
 
 
 def test_the_checks_of_a_page_can_fail(tmp_path: Path) -> None:
@@ -92,6 +111,12 @@ def test_the_checks_of_a_page_can_fail(tmp_path: Path) -> None:
     assert missing_paths("`eval/profile.py`, eval/evaluate.py, tests/helpers/{oracle,gone}.py") == [
         "eval/profile.py",
         "tests/helpers/gone.py",
+    ]
+    assert missing_names("latefusion.models.attach.attach, latefusion.load, latefusion.models.gone") == [
+        "latefusion.models.gone"
+    ]
+    assert missing_names("from latefusion.models.schedule import VisionSchedule, Gone") == [
+        "latefusion.models.schedule.Gone"
     ]
 
 
@@ -107,7 +132,10 @@ SOURCES = [
 def test_comments_messages_and_docstrings_name_files_that_exist() -> None:
     """In the code, too: an error message that sends the reader to a file that has moved."""
     sources = [path for path in SOURCES if path.parts[len(ROOT.parts)] != "tests"]
-    missing = {str(path.relative_to(ROOT)): missing_paths(path.read_text()) for path in sources}
+    missing = {
+        str(path.relative_to(ROOT)): missing_paths(path.read_text()) + missing_names(path.read_text())
+        for path in sources
+    }
     assert not {path: names for path, names in missing.items() if names}
 
 
