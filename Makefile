@@ -16,7 +16,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
 
-# Everything that waits for a GPU: its tests, and the benchmarks at LLaVA-1.5-7B's shape. The environment needs a torch with CUDA.
+# Everything that needs a GPU: tests, and benchmarks at LLaVA-1.5-7B's shape. The active environment needs a torch with CUDA.
 gpu:
 	-python -m pytest -m gpu
 	python eval/bench/executor.py --layers 32 --hidden 4096 $(ON_GPU) --json outputs/gpu/executor.json
@@ -26,11 +26,11 @@ gpu:
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy
 
-# Trains the embedded base model from nothing (about 20 CPU minutes); its result is already in the repository.
+# Trains the embedded base model from scratch (about 20 CPU minutes); its result is already in the repository.
 base: $(INSTALLED)
 	$(RUN) python training/embedded/train_base.py
 
-# torch comes first: the constraint pins the tested build before any other package can ask for it.
+# torch first: constraints.txt pins the tested build before another package pulls in a different one.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
