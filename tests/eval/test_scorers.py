@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from latefusion.eval import metrics
-from latefusion.eval.comparison.answers import Answer, exact_match
 from latefusion.eval.tasks import choice, documents, vqa, yes_no
+from latefusion.eval.tasks.base import Answer, exact_match
 
 
 def answer(
