@@ -1,6 +1,7 @@
 """Student assembly, and what is saved of it: save -> load -> merge -> load keeps the logits."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -180,3 +181,49 @@ def test_a_base_that_is_used_twice_is_refused():
     build_student(model, processor, **options)
     with pytest.raises(ValueError):
         build_student(model, processor, **options)
+
+
+# ---------------------------------------------------------------- what is frozen stays in eval mode
+
+
+def noisy_base():
+    """A base whose vision tower has dropout and batch norm."""
+    model, processor = tiny_base()
+    tower = model.model.vision_tower
+    tower.noise = torch.nn.Sequential(torch.nn.BatchNorm2d(32), torch.nn.Dropout(0.5)).eval()
+    tower.embeddings.patch_embedding.register_forward_hook(lambda conv, inputs, output: tower.noise(output))
+    return model, processor
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("lora.train_projector=true",), ("tune=align",), ("tune=full", "teacher=none")],
+    ids=["lora", "projector", "align", "full"],
+)
+def test_a_frozen_tower_stays_in_eval_mode_when_the_student_trains(samples, options):
+    config = configured(*BAND, *SMALL, "lora.dropout=0.0", *options)
+    student = assemble.student_from(config, *noisy_base())
+    tower = student.attachment.model.model.vision_tower
+    inputs = student_inputs(student, samples)
+    expected = student_logits(student.model, inputs)
+    before = {name: value.clone() for name, value in tower.noise.state_dict().items()}
+    for model in (student.model, deepcopy(student.model)):
+        model.train()
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in tower.noise.state_dict().items())
+    decoder = student.attachment.decoder
+    assert decoder.training and all(layer.training for layer in decoder.layers)
+    assert student.model.train(False) is student.model and not decoder.training
+
+
+def test_a_projector_trains_as_a_whole():
+    """Its dropout too, which has no weights."""
+    model, processor = noisy_base()
+    projector = model.model.multi_modal_projector
+    projector.dropout = torch.nn.Dropout(0.5)
+    config = configured(*BAND, *SMALL, "lora.train_projector=true")
+    student = assemble.student_from(config, model, processor)
+    student.model.train()
+    copy = student.attachment.model.model.multi_modal_projector.modules_to_save["default"]
+    assert all(module.training for module in copy.modules())

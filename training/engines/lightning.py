@@ -6,6 +6,7 @@ no state of loaders or generators to continue bit for bit.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,9 @@ def fit(
     try:
         with disable_input_dtype_casting(student.model, active=trainer.precision == "bf16-mixed"):
             path = None if resumed is None else resumed / STATE
-            trainer.fit(module, loader, ckpt_path=path, weights_only=True)
+            with warnings.catch_warnings():  # the frozen vision tower is meant to be in eval mode
+                warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+                trainer.fit(module, loader, ckpt_path=path, weights_only=True)
     finally:
         life.signals.close()
         monitor.close()
