@@ -15,6 +15,7 @@ from latefusion.models.executor.trace import TraceRecord
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
+from latefusion.models.student.entry import check_entry
 
 
 def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None = None) -> Attachment:
@@ -36,7 +37,7 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
 
     Raises:
         ValueError: the model has a policy already, or has no decoder or no vision tokens that this can work
-            with, or the policy does not fit it.
+            with, or the policy does not fit it; or it is a student without its entry adapter.
     """
     inner = _hugging_face_model(model)
     if attached(inner) is not None:
@@ -50,6 +51,8 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
             "pass vision_mask."
         )
     policy.validate(len(decoder.layers))  # type: ignore[arg-type]
+    if getattr(policy, "enter", 0) > 0:
+        check_entry(inner)
     return Attachment(
         model=inner, decoder=decoder, multimodal=multimodal, policy=policy, vision_mask=vision_mask
     )

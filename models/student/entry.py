@@ -105,3 +105,12 @@ def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAd
 def entry_of(model: nn.Module) -> nn.Module | None:
     """The entry adapter of a Hugging Face model (PEFT's wrapper of it, if the model is wrapped), or None."""
     return unwrapped(model)._modules.get(ENTRY)
+
+
+def check_entry(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model was saved with an entry adapter, as its configuration says, and lacks it now."""
+    if getattr(model.config, ENTRY, None) is not None and entry_of(model) is None:
+        raise ValueError(
+            "this student was saved with an entry adapter, which transformers alone leaves out as it loads: load the "
+            "folder with latefusion.load."
+        )

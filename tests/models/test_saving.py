@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from latefusion.models import base_model as base
-from latefusion.models.attach import attached
+from latefusion.models.attach import attach, attached
 from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
@@ -123,6 +123,10 @@ def test_a_student_that_lost_its_entry_adapter_is_refused(family, variant, tmp_p
     saved_student(family, variant, tmp_path, stand_in)
     merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    with pytest.raises(
+        ValueError, match=r"saved with an entry adapter.*load the folder with latefusion\.load"
+    ):
+        attach(stock, SCHEDULE)
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"needs its entry adapter .* but the checkpoint lacks its weights"):
         load(tmp_path / "stock", dtype=torch.float32)
