@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latefusion.models.executor.around import Around
 from latefusion.models.executor.hooks import Hooks
-from latefusion.models.executor.trace import TraceRecord
+from latefusion.models.executor.prompt import PromptEnd
+from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
@@ -58,23 +63,48 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
     )
 
 
-class Attachment(Hooks):
-    """A policy on a model. A deep copy of the model has its own, with the same policy: `attached(copy)`."""
+@dataclass(frozen=True)
+class Scope:
+    """What holds inside `using` and `queries`, and inside `generate`: the policy, and where prompts end."""
 
     policy: Policy
-    _queries: Tensor | None
-    _answers: Tensor | None
+    end: PromptEnd = field(default_factory=PromptEnd)
+
+
+class Attachment(Hooks):
+    """A policy on a model. A deep copy of the model has its own, with the same policy: `attached(copy)`.
+
+    Several threads may use one attached model at a time. `using` and `queries` hold in the thread (or asyncio task)
+    that entered them: a thread that is started inside runs under the attached policy.
+    """
+
+    def __init__(self, *, policy: Policy, **parts: Any):
+        self._scope = Scope(policy)
+        self._scopes: ContextVar[Scope] = ContextVar("scope")
+        super().__init__(**parts)
+        if hasattr(self.model, "generate"):
+            self._handles.append(Around(self.model, "generate", self._generate))
+
+    @property
+    def policy(self) -> Policy:
+        """What the forwards of this thread run under."""
+        return self._scopes.get(self._scope).policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        """Replace the attached policy, outside of every `using`."""
+        self._scope = replace(self._scope, policy=policy)
+
+    @property
+    def prompt_end(self) -> PromptEnd:
+        return self._scopes.get(self._scope).end
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[Attachment]:
         """Another policy for the forwards inside."""
         policy.validate(len(self.layers))
-        before = self.policy
-        self.policy = policy
-        try:
+        with self._inside(policy=policy):
             yield self
-        finally:
-            self.policy = before
 
     @contextmanager
     def queries(self, index: Tensor, answers: Tensor | None = None) -> Iterator[Attachment]:
@@ -89,29 +119,56 @@ class Attachment(Hooks):
             raise ValueError(
                 f"queries must be int64 [batch, rows], not {index.dtype} with shape {tuple(index.shape)}."
             )
-        before = self._queries, self._answers
-        self._queries, self._answers = index, answers
-        try:
+        with self._inside(end=PromptEnd(index, answers)):
             yield self
+
+    def _generate(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock `generate`: tokens behind its inputs, drafted or generated, choose no vision tokens."""
+        inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        lengths = [tokens.shape[1] for tokens in inputs if isinstance(tokens, Tensor) and tokens.dim() > 1]
+        if not lengths or self.prompt_end.queries is not None:
+            return stock(*args, **kwargs)
+        with self._inside(end=PromptEnd(length=max(lengths))):
+            return stock(*args, **kwargs)
+
+    @contextmanager
+    def _inside(self, **changes: Any) -> Iterator[None]:
+        token = self._scopes.set(replace(self._scopes.get(self._scope), **changes))
+        try:
+            yield
         finally:
-            self._queries, self._answers = before
+            self._scopes.reset(token)
+
+    @property
+    def last(self) -> PrefillTrace | TextTrace | None:
+        """The last prefill: this thread's, or if it has run none, any thread's."""
+        return self._running.last or self._last
 
     @property
     def trace(self) -> list[TraceRecord]:
-        """What happened in the last prefill, one record a sample."""
-        return [] if self._last is None else self._last.records()
+        """What happened in the last prefill (this thread's, if it ran one), one record a sample."""
+        return [] if self.last is None else self.last.records()
 
     @property
     def sizes(self) -> list[tuple[list[int], list[int]]]:
-        """Of each sample of the last prefill the tokens, text and vision, that enter each layer, and how many of
+        """For each sample of the last prefill, the tokens that enter each layer (text and vision), and how many of
         them are only read; cheaper than `trace`."""
-        return [] if self._last is None else self._last.sizes()
+        return [] if self.last is None else self.last.sizes()
 
     def __enter__(self) -> Attachment:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name != "_scopes"
+        }  # it belongs to this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._scopes = ContextVar("scope")
 
 
 def attached(model: nn.Module) -> Attachment | None:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latefusion.models.accounting import Account, account
 from latefusion.models.attach import attached
 from latefusion.models.executor.trace import PrefillTrace, TraceRecord
+from latefusion.models.flops import Account, account
 from latefusion.models.picture import Patches, draw
 
 
@@ -136,7 +136,7 @@ def explain(
         )
     with torch.no_grad():
         model(**inputs, use_cache=False, logits_to_keep=1)
-    trace, config = attachment._last, attachment.model.config
+    trace, config = attachment.last, attachment.model.config
     masks = (
         trace.prompt.vision.cpu() if isinstance(trace, PrefillTrace) else [torch.zeros(1, dtype=torch.bool)]
     )

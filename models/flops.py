@@ -1,12 +1,19 @@
-"""Decoder FLOPs from the tokens that enter each layer; nobody else counts them."""
+"""What a prefill costs: decoder FLOPs and attention pairs, from the tokens that enter each layer.
+
+All FLOPs of the decoder are counted here and nowhere else. `layer_flops` and `decoder_flops` take numbers of tokens;
+`account` takes the traces of real runs, so it assumes nothing about what a policy decided.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from latefusion.models.executor.trace import TraceRecord
 
 
 def layer_flops(config: PretrainedConfig, tokens: int, *, past: int = 0, frozen: int = 0) -> int:
@@ -33,7 +40,7 @@ def decoder_flops(config: PretrainedConfig, tokens: Sequence[int], frozen: Seque
     """FLOPs of a prefill whose layer `i` takes `tokens[i]` tokens (text and vision), padding not counted.
 
     Args:
-        frozen: how many of them are only read in each layer; empty: none.
+        frozen: the number of them that are only read in each layer; empty: none.
     """
     return sum(
         layer_flops(config, n, frozen=f) for n, f in zip(tokens, frozen or [0] * len(tokens), strict=True)
@@ -59,3 +66,80 @@ def vision_macs(config: PretrainedConfig, vision_tokens: Sequence[int], *, froze
     if frozen:
         return sum(2 * n * d * d for n in vision_tokens)
     return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in vision_tokens)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one prompt cost and would have cost the dense model, or the sum over several prompts.
+
+    Attributes:
+        flops, dense_flops: of the decoder layers (`decoder_flops`).
+        attention, dense_attention: pairs of a query and a key it may see (causal order), at least one of them a
+            vision token, summed over layers: "vision-related attention".
+        attention_after, dense_attention_after: the same in the layers after the last that computes all vision
+            tokens (for VisiPruner: after the fusion layer).
+        vision, dense_vision: vision tokens, summed over layers.
+    """
+
+    flops: int
+    dense_flops: int
+    attention: int
+    dense_attention: int
+    attention_after: int
+    dense_attention_after: int
+    vision: int
+    dense_vision: int
+
+    @property
+    def flops_saved(self) -> float:
+        """The share of the dense decoder's FLOPs that was not computed."""
+        return 1 - self.flops / self.dense_flops
+
+    @property
+    def attention_saved(self) -> float:
+        """The share of the dense model's vision-related attention that was not computed; 0 without vision tokens."""
+        return 1 - self.attention / self.dense_attention if self.dense_attention else 0.0
+
+    @property
+    def attention_saved_after(self) -> float:
+        """The same share in the layers after the last one with all vision tokens; 0 if there are none."""
+        return 1 - self.attention_after / self.dense_attention_after if self.dense_attention_after else 0.0
+
+
+def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account:
+    """Sum up what the prompts of these records cost, and would have cost the dense model."""
+    totals = [0] * 8
+    for record in records:
+        n_text, n_vision = record.tokens[0] - record.vision[0], record.n_vision
+        every = [n_vision] * len(record.tokens)
+        full = [layer for layer, n in enumerate(record.vision) if n == n_vision]
+        after = slice(full[-1] + 1 if full else 0, None)
+        row = (
+            decoder_flops(config, record.tokens, record.frozen),
+            decoder_flops(config, [n_text + n for n in every]),
+            vision_pairs(n_text, record.vision, record.frozen, record.reads),
+            vision_pairs(n_text, every),
+            vision_pairs(n_text, record.vision[after], record.frozen[after], record.reads[after]),
+            vision_pairs(n_text, every[after]),
+            sum(record.vision),
+            sum(every),
+        )
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+    return Account(*totals)
+
+
+def vision_pairs(
+    n_text: int, vision: Sequence[int], frozen: Sequence[int] = (), reads: Sequence[int] = ()
+) -> int:
+    """Causal pairs with a vision token in them, that is all pairs less those of text alone; over all layers.
+
+    Args:
+        frozen, reads: as in `TraceRecord`; frozen tokens are keys only. Empty: there are none.
+    """
+    computed = [n - f for n, f in zip(vision, frozen or [0] * len(vision), strict=True)]
+    return sum(pairs(n_text + n) - pairs(n_text) for n in computed) + sum(reads)
+
+
+def pairs(n: int) -> int:
+    """The number of pairs of a query and a key that is not after it, among n tokens."""
+    return n * (n + 1) // 2

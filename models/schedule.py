@@ -1,6 +1,6 @@
 """`VisionSchedule`: the single source of truth for which vision tokens each layer sees, decided ahead of time.
 
-It is plain numbers: read, checked and counted without torch. `models/policies/scheduled.py` carries it out.
+It is plain numbers, read, checked and counted without torch. `models/policies/scheduled.py` carries it out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from latefusion.models.flops import decoder_flops, ranking_flops, vision_macs
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from latefusion.models.policies.base import Prompt
-    from latefusion.models.policies.scheduled import ScheduleDecision
+    from latefusion.models.policies.base import Decision, Prompt
 
 SCHEDULE_FILE = "vision_schedule.json"
 
@@ -106,9 +105,9 @@ class VisionSchedule:
                     f"choose at most {limit}."
                 )
 
-    def begin(self, prompt: Prompt) -> ScheduleDecision:
+    def begin(self, prompt: Prompt) -> Decision:
         from latefusion.models.policies.scheduled import (
-            ScheduleDecision,  # torch, which a typo need not wait for
+            ScheduleDecision,  # lazy: a schedule is read without torch
         )
 
         if self.keep and prompt.piece:
@@ -116,26 +115,37 @@ class VisionSchedule:
                 f"keep={self.keep} ranks vision tokens by the text that follows them, but this forward begins or ends "
                 "inside an image: prefill the prompt at once, or use a schedule without keep."
             )
-        return ScheduleDecision(self, prompt)
+        return ScheduleDecision(
+            prompt,
+            sees=self.sees(prompt.num_layers),
+            keep=self.keep,
+            watch=self.watched,
+            frozen=bool(self.cross),
+        )
+
+    def sees(self, num_layers: int) -> list[bool]:
+        """Whether each layer sees vision tokens."""
+        if self.cross:
+            return [layer in self.cross for layer in range(num_layers)]
+        exit_layer = num_layers if self.exit is None else self.exit
+        return [self.enter <= layer < exit_layer for layer in range(num_layers)]
 
     def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:
-        """Vision tokens that each layer computes for a prompt with `n_vision` of them."""
+        """The number of vision tokens that each layer sees, for a prompt with `n_vision` of them."""
         self.validate(num_layers)
-        exit_layer = num_layers if self.exit is None else self.exit
-        tokens, now = [], n_vision
-        for layer in range(num_layers):
-            now = min(now, self.keep.get(layer, now))
-            there = layer in self.cross if self.cross else self.enter <= layer < exit_layer
-            tokens.append(now if there else 0)
+        tokens, left = [], n_vision
+        for layer, sees in enumerate(self.sees(num_layers)):
+            left = min(left, self.keep.get(layer, left))
+            tokens.append(left if sees else 0)
         return tokens
 
     def widened(self, progress: float, num_layers: int) -> VisionSchedule:
         """The schedule on the way from all layers (`progress` 0) to this one (1 and beyond).
 
-        Enter and exit move in step; the `k` of a keep is `k / progress`, so that it begins by keeping everything.
+        Enter and exit move in step; a keep of `k` tokens is one of `k / progress`, so it begins by keeping everything.
 
         Raises:
-            ValueError: there is no way from computed to frozen tokens.
+            ValueError: the schedule has frozen tokens; there is no way to them from computed ones.
         """
         if self.cross:
             raise ValueError(f"cross={list(self.cross)} has no band that could narrow; use train.narrow=0.")
@@ -172,7 +182,7 @@ class VisionSchedule:
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
 
     def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
-        """What ranking adds: the scores of the prompt's text (at most all of it) in every layer that is watched."""
+        """FLOPs of ranking: the attention scores of the prompt's text (at most all of it) in every watched layer."""
         return sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
 
     @property
@@ -182,7 +192,7 @@ class VisionSchedule:
         return [i for i in self.cross if i < last] if self.cross else range(self.enter, last)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what says nothing beyond the default is left out, but for enter, exit and keep."""
+        """Plain values for JSON: enter, exit, keep, and whatever else differs from the default."""
         values: dict[str, Any] = {"enter": self.enter, "exit": self.exit}
         values["keep"] = {str(i): k for i, k in self.keep.items()}
         if self.cross:

@@ -19,8 +19,7 @@ from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.memory import kv_cache_bytes, peak_bytes, whole_peak_bytes
 from latefusion.eval.metrics import Spread, spread
 from latefusion.eval.tasks.base import Answer
-from latefusion.models.accounting import vision_pairs
-from latefusion.models.flops import decoder_flops, vision_macs
+from latefusion.models.flops import decoder_flops, vision_macs, vision_pairs
 from latefusion.models.inputs import encode_images
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule

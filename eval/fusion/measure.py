@@ -111,7 +111,7 @@ class Measurer:
             runner = self._runner(i)
             with installed(self.model, entry) if entry is not None else nullcontext():
                 runner.answers(schedule)
-            trace, vision = self.attachment._last, runner.batch.vision
+            trace, vision = self.attachment.last, runner.batch.vision
             segments = trace.selections if isinstance(trace, PrefillTrace) else []
             return {
                 "kept": [

@@ -1,93 +1,116 @@
-"""Shows a policy the attention of the layers it watches, whatever implementation computes it."""
+"""Shows a policy the attention of the layers it watches, whatever implementation computes it.
+
+transformers' attention modules ask `AttentionInterface.get_interface` for the function that attends.
+`let_modules_watch` extends it once a process, for good: the function then looks whether its module carries a watcher
+(`WATCHER`), which is called in its place. Nothing process-wide changes from one forward to the next, so threads and
+interrupted forwards cannot disturb each other, nor a model that has no policy.
+"""
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
+from latefusion.models.executor.masks import Mask
 from latefusion.models.policies.base import AttentionCall, Decision
 
-Mask = Tensor | BlockMask | None
+Attention = Callable[..., tuple[Tensor, Any]]
+
+WATCHER = "_latefusion_watcher"
+"""Attribute of an attention module: `(stock attention, module, query, key, value, mask, **kwargs)` -> its result."""
+
+_LOCK = threading.Lock()
 
 
-class StandIn:
-    """`attend` in place of an attention implementation, until `remove`.
+def let_modules_watch() -> None:
+    """Let every attention module have a watcher; a second call changes nothing."""
+    with _LOCK:
+        stock = AttentionInterface.get_interface
+        if hasattr(stock, WATCHER):
+            return
 
-    Args:
-        implementation: its name ("sdpa", "eager", ...).
-        attend: called as the implementation is.
-    """
+        @wraps(stock)
+        def get_interface(
+            self: AttentionInterface, attn_implementation: str, default: Attention
+        ) -> Attention:
+            return partial(_attend, stock(self, attn_implementation, default))
 
-    def __init__(self, implementation: str, attend: Callable[..., tuple[Tensor, Any]]):
-        self.implementation = implementation
-        # eager attention is not registered: each model file has its own
-        self._stock = ALL_ATTENTION_FUNCTIONS.get(implementation)
-        ALL_ATTENTION_FUNCTIONS[implementation] = attend
+        setattr(get_interface, WATCHER, True)
+        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
-    def stock(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """What this stands in for."""
-        attention = self._stock
-        if attention is None:
-            attention = sys.modules[type(module).__module__].eager_attention_forward
+
+def _attend(attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    watcher = vars(module).get(WATCHER)
+    if watcher is None:
         return attention(module, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put the stock implementation back."""
-        del ALL_ATTENTION_FUNCTIONS[self.implementation]
-        if (
-            ALL_ATTENTION_FUNCTIONS.get(self.implementation) is not self._stock
-        ):  # an override of somebody else
-            ALL_ATTENTION_FUNCTIONS[self.implementation] = self._stock
+    return watcher(attention, module, *args, **kwargs)
 
 
-class Probe:
-    """Stands in for an attention implementation while a forward runs whose policy watches layers.
+class Watch:
+    """Calls a decision's `attended` for one forward.
 
     Args:
-        implementation: name of the attention implementation ("sdpa", "eager", ...).
-        watched: attention module -> its layer.
-        decision: whose `attended` is called.
-        indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
+        decision: whose `watch` names the layers.
         plain: masks hold nothing but causal order and padding.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
     """
 
-    def __init__(
-        self,
-        *,
-        implementation: str,
-        watched: Mapping[nn.Module, int],
-        decision: Decision,
-        indices: Callable[[int], tuple[Tensor, Tensor]],
-        plain: bool,
-        replayed: bool,
-    ):
-        self.implementation, self.watched, self.decision = implementation, watched, decision
-        self.indices, self.plain, self.replayed = indices, plain, replayed
-        self._stand_in = StandIn(implementation, self.attend)
+    def __init__(self, *, decision: Decision, plain: bool, replayed: bool):
+        self.decision, self.plain, self.replayed = decision, plain, replayed
+        self._due: tuple[int, nn.Module] | None = None  # the running layer, until its attention was seen
 
-    def close(self) -> None:
-        """Put the stock implementation back."""
-        self._stand_in.remove()
+    def enter(self, layer: int, attention: nn.Module) -> None:
+        """Before each layer.
+
+        Raises:
+            ValueError: the layer before was to be watched, but its attention did not pass here.
+        """
+        self.check()
+        if layer in self.decision.watch:
+            self._due = layer, attention
+
+    def check(self) -> None:
+        """Raise ValueError if the attention of the layer before was to be seen, but was not."""
+        if self._due is not None:
+            layer, attention = self._due
+            raise ValueError(
+                f"the policy looks at the attention of layer {layer}, but {type(attention).__name__} does not attend "
+                "through transformers' attention interface (or is compiled): use a VisionSchedule without keep, or the "
+                "model as it is."
+            )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **kwargs: Any
+        self,
+        layer: int,
+        indices: Callable[[int], tuple[Tensor, Tensor]],
+        attention: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """The stock attention; a watched layer's goes by the decision, which may replace its output."""
-        attention = self._stand_in.stock
-        layer = self.watched.get(module)
-        if layer is None or layer not in self.decision.watch:
+        """The stock attention; a watched layer's goes by the decision, which may replace its output.
+
+        Args:
+            indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
+            attention: the stock function; what follows are its arguments.
+        """
+        if self._due is None or self._due[0] != layer:
             return attention(module, query, key, value, mask, **kwargs)
-        query_index, key_index = self.indices(key.shape[2])
+        self._due = None
+        query_index, key_index = indices(key.shape[2])
         few = _Rows(module, query, key, mask, kwargs)
-        cut = self._can_be_cut(few)
+        cut = self._can_be_cut(few, module)
         weights: Any = None  # of the attention, where the implementation gives them
 
         def run(value: Tensor, rows: Tensor | int | None) -> Tensor:
@@ -121,9 +144,9 @@ class Probe:
             )
         return replaced, weights
 
-    def _can_be_cut(self, rows: _Rows) -> bool:
+    def _can_be_cut(self, rows: _Rows, module: nn.Module) -> bool:
         """Whether the first query rows can be computed without the keys after them."""
-        if self.implementation != "sdpa" or rows.query.shape[2] != rows.key.shape[2]:
+        if module.config._attn_implementation != "sdpa" or rows.query.shape[2] != rows.key.shape[2]:
             return False
         return rows.causal if rows.mask is None else self.plain and isinstance(rows.mask, Tensor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class Track:
     """Which logical positions a cache layer's entries hold. Immutable; shared by layers with one history.
 
     Every change (`append`, `crop`, `rows`) gives a new track and remembers it, so that the next layer that
-    makes the same change to the same track gets the same object and nothing is computed twice.
+    makes the same change to the same track gets the same object and nothing is computed twice. The remembered
+    argument is compared by identity while the track holds it, so no other object can be taken for it.
 
     Args:
         head: int64 `[B, P]`, logical position of the oldest entries, -1 for padding; None if there are none.
@@ -45,7 +47,7 @@ class Track:
         return tail if self.head is None else torch.cat([self.head, tail], dim=1)
 
     def append(self, layout: Layout | None, length: int, forward: object) -> Track:
-        """After a forward over `length` tokens, of which `layout` were computed; `forward` is its name."""
+        """After a forward over `length` tokens, of which `layout` were computed; `forward` tells forwards apart."""
         if layout is None:
             grown = self.tail + length, self.length + length
             return self._once("text", forward, lambda: Track(self.head, *grown, self.ragged))
@@ -164,6 +166,62 @@ def is_scheduled(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, _Scheduled) for layer in cache.layers)
 
 
+def is_scheduled_layer(cache: Cache | None, layer_idx: int) -> bool:
+    """Whether this layer of the cache holds fewer tokens than were seen."""
+    return (
+        cache is not None
+        and layer_idx < len(cache.layers)
+        and isinstance(cache.layers[layer_idx], _Scheduled)
+    )
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that a layer's attention will see: what its cache holds, and this forward's tokens.
+
+    Attributes:
+        track: of all entries, those that a sliding cache has dropped included.
+        number: K, the newest entries, which are those that attention sees.
+        offset: position of the stock mask's first column.
+    """
+
+    track: Track
+    number: int
+    offset: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether no token is missing, so that the stock mask fits."""
+        return self.track.complete
+
+    @property
+    def padded(self) -> bool:
+        """Whether some entries must not be seen, or the stock mask's columns do not begin at position 0."""
+        return self.track.ragged or self.offset > 0
+
+    def columns(self, batch: int, device: torch.device) -> Tensor:
+        """Column of each key in the stock mask, negative for padding, int64 `[B, K]`."""
+        return self.track.positions(batch, device)[:, self.track.size - self.number :] - self.offset
+
+
+def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | None, length: int) -> Keys:
+    """Tell a layer's cache which tokens this forward brings, right before its attention stores them.
+
+    Args:
+        cache: None: the keys are this forward's alone.
+        start: the track of a layer that has computed everything so far; one object a forward.
+        layout: the tokens that the layer computes; None: all `length`.
+        length: T, the forward's tokens.
+    """
+    computed = length if layout is None else layout.index.shape[1]
+    if cache is None:
+        return Keys(start.append(layout, length, start), computed, 0)
+    store = scheduled_layer(cache, layer_idx, start)
+    offset, number = store.get_mask_sizes(length)[1], _stored(store, computed)
+    store.track = store.track.append(layout, length, start)
+    return Keys(store.track, number, offset)
+
+
 def scheduled_layer(cache: Cache, layer_idx: int, start: Track) -> ScheduledLayer | ScheduledSlidingLayer:
     """The cache's layer as one that keeps a track, converted in place if need be; `start` fits its length."""
     if cache.layer_class_to_replicate is not None:
@@ -181,7 +239,7 @@ def scheduled_layer(cache: Cache, layer_idx: int, start: Track) -> ScheduledLaye
     return converted
 
 
-def stored(layer: DynamicLayer, new: int) -> int:
+def _stored(layer: DynamicLayer, new: int) -> int:
     """Entries per sample that attention sees once the layer is updated with `new` more."""
     held = (
         0

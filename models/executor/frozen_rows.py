@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig
-from transformers.utils.generic import is_flash_attention_requested
 
-from latefusion.models.executor.attention import StandIn
+from latefusion.models.executor.attention import Attention
 from latefusion.models.executor.layout import Layout
 
 TEXT_ROWS = "latefusion_text_rows"  # the layer hands it to its attention with its other keyword arguments
+_LOCK = threading.Lock()
 
 
 class ReadingLayer:
@@ -27,61 +27,93 @@ class ReadingLayer:
         ValueError: the layer is not made of these parts.
     """
 
-    def __init__(self, layer: nn.Module, config: PretrainedConfig):
+    def __init__(self, layer: nn.Module):
         self.attention: nn.Module = layer.get_submodule("self_attn")
-        self.config = config
         missing = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n not in self.attention._modules]
         if missing or "mlp" not in layer._modules:
             raise ValueError(
                 f"{type(layer).__name__} has no {missing[0] if missing else 'mlp'}, so its vision tokens cannot be "
                 "frozen: use a schedule without cross."
             )
-        self._rows: Layout | None = None
-        self._held: list[Any] = []  # while the attention runs
+        self._call = _Call()
         mlp = layer.get_submodule("mlp")
-        self.handles: list[RemovableHandle] = [
+        self._handles: list[RemovableHandle] = [
             self.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
-            self.attention.register_forward_hook(self._after_attention, always_call=True),
             mlp.register_forward_pre_hook(self._take),
-            mlp.register_forward_hook(self._put),
+            mlp.register_forward_hook(self._after_mlp),
         ]
+        self._linears: dict[str, tuple[nn.Module, list[RemovableHandle]]] = {}
 
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self._rows = kwargs.get(TEXT_ROWS)
-        if self._rows is None:
-            return None
-        for name in ("q_proj", "o_proj"):  # found anew: adapters may have been put around them
-            linear = module.get_submodule(name)
-            self._held.append(linear.register_forward_pre_hook(self._take))
-            self._held.append(linear.register_forward_hook(self._put))
-        if narrows(self.config):
-            self._held.append(StandIn(self.config._attn_implementation, self._attend))
-        return args, {name: value for name, value in kwargs.items() if name != TEXT_ROWS}
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in [
+            *self._handles,
+            *(handle for _, handles in self._linears.values() for handle in handles),
+        ]:
+            handle.remove()
+        self._handles, self._linears = [], {}
 
-    def _after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        for held in self._held:
-            held.remove()
-        self._held = []
+    def forget(self) -> None:
+        """Forget the call that this thread is in; after a forward that was interrupted."""
+        self._call.rows = None
 
-    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
-        return None if self._rows is None else (self._rows.take(args[0]), *args[1:])
-
-    def _put(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        rows = self._rows
-        return None if rows is None else rows.put(_zeros(rows, output), output)
-
-    def _attend(self, module: nn.Module, query: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        stand_in, rows = self._held[-1], self._rows
-        assert rows is not None
+    def attend(
+        self, attention: Attention, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The stock attention, for the text rows of the call alone."""
+        rows = self._call.rows
+        if rows is None:
+            return attention(module, query, *args, **kwargs)
         index = rows.index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, n, D]
-        output, weights = stand_in.stock(module, query.gather(2, index), *rest, **kwargs)  # [B, n, H, D]
+        output, weights = attention(module, query.gather(2, index), *args, **kwargs)  # [B, n, H, D]
         flat = output.flatten(2)
         return rows.put(_zeros(rows, flat), flat).unflatten(2, output.shape[2:]), weights
 
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        rows = self._call.rows = kwargs.get(TEXT_ROWS)
+        if rows is None:
+            return None
+        self._hook_linears()
+        return args, {name: value for name, value in kwargs.items() if name != TEXT_ROWS}
 
-def narrows(config: PretrainedConfig) -> bool:
-    """Whether attention runs on the text rows alone: flash attention needs all rows for its causal order."""
-    return not is_flash_attention_requested(config)
+    def _hook_linears(self) -> None:
+        """Put hooks on q_proj and o_proj as they are now: PEFT may have wrapped them since."""
+        for name in ("q_proj", "o_proj"):
+            linear = self.attention.get_submodule(name)
+            if self._linears.get(name, (None, []))[0] is linear:
+                continue
+            with _LOCK:  # another thread may be here, too
+                before, handles = self._linears.get(name, (None, []))
+                if before is not linear:
+                    hooks = [
+                        linear.register_forward_pre_hook(self._take),
+                        linear.register_forward_hook(self._put),
+                    ]
+                    self._linears[name] = linear, hooks
+                    for handle in handles:
+                        handle.remove()
+
+    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
+        rows = self._call.rows
+        return None if rows is None else (rows.take(args[0]), *args[1:])
+
+    def _put(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        rows = self._call.rows
+        return None if rows is None else rows.put(_zeros(rows, output), output)
+
+    def _after_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        output = self._put(module, args, output)
+        self.forget()  # the MLP comes last
+        return output
+
+
+class _Call(threading.local):
+    """The call of a layer that this thread is in."""
+
+    rows: Layout | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy of the model is in no call
 
 
 def _zeros(rows: Layout, like: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from transformers import PretrainedConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from latefusion.models.executor.cache import Keys
+from latefusion.models.executor.segment import Segment
+
+Mask = Tensor | BlockMask | None
+
 
 class _Lengths:
     """The lengths that `create_causal_mask` asks a cache for."""
@@ -34,9 +39,61 @@ def attention_window(config: PretrainedConfig) -> int | None:
     return min((w for w in windows if w is not None), default=None)
 
 
-def needs_no_mask(
-    mask: Tensor | BlockMask | None, *, padded: bool, plain: bool, config: PretrainedConfig
-) -> bool:
+def narrows(config: PretrainedConfig) -> bool:
+    """Whether attention over frozen tokens runs on the text rows alone: flash attention's causal order needs all."""
+    return not is_flash_attention_requested(config)
+
+
+def segment_mask(
+    mask: Mask,
+    segment: Segment,
+    keys: Keys,
+    hidden_states: Tensor,
+    *,
+    config: PretrainedConfig,
+    length: int,
+    past: int,
+    plain: bool,
+    causal: bool,
+) -> Mask:
+    """The mask that one layer of a segment is handed.
+
+    Args:
+        mask: what the stock model hands the layer.
+        segment: whose rows the layer computes.
+        keys: what its attention will see.
+        hidden_states: `[B, n, D]`, for batch, dtype and device.
+        config: of the decoder.
+        length: T, the forward's tokens.
+        past: tokens before this forward.
+        plain: the stock mask holds nothing but causal order and padding.
+        causal: what the layer's attention takes None for; if not, None lets every token see every other.
+    """
+    if keys.complete and segment.layout is None:
+        return mask  # no token is missing
+    reading = segment.text is not None and narrows(config)
+    plain = plain and segment.layout is not None and causal
+    if not reading and needs_no_mask(mask, padded=keys.padded, plain=plain, config=config):
+        return None
+
+    def make() -> Mask:
+        batch, device = hidden_states.shape[0], hidden_states.device
+        columns = keys.columns(batch, device)  # [B, K]
+        if reading and mask is None:
+            first = past - keys.offset  # column of this forward's first token
+            return reading_mask(segment.text_index() + first, columns, causal=causal)
+        if reading:
+            rows = segment.text_index()
+        elif segment.layout is None:
+            rows = torch.arange(length, device=device).expand(batch, -1)
+        else:
+            rows = segment.layout.index
+        return compact_mask(mask, hidden_states, rows, columns, causal=causal, config=config)
+
+    return segment.once("mask", (mask, keys.track), make, keys.number, keys.offset)
+
+
+def needs_no_mask(mask: Mask, *, padded: bool, plain: bool, config: PretrainedConfig) -> bool:
     """Whether a segment can do without a mask.
 
     Order survives compaction. So where the stock model left the mask to the kernel (`is_causal`), so do we,
@@ -49,15 +106,15 @@ def needs_no_mask(
 
 
 def compact_mask(
-    mask: Tensor | BlockMask | None,
+    mask: Mask,
     hidden_states: Tensor,
     query_index: Tensor,
     key_index: Tensor,
     *,
     causal: bool,
     config: PretrainedConfig,
-) -> Tensor | BlockMask | None:
-    """The mask of one segment.
+) -> Mask:
+    """The stock mask's cells for some queries and keys.
 
     Args:
         mask: what the stock model hands the layer: None, bool or additive `[B|1, H|1, T, L]`, bool `[B, L]`
@@ -95,7 +152,7 @@ def compact_mask(
 
 
 def reading_mask(query_index: Tensor, key_index: Tensor, *, causal: bool) -> Tensor:
-    """Of some rows of a segment, where the stock model has no mask: bool `[B, 1, n, K]`.
+    """A mask for some rows of a segment, where the stock model has none: bool `[B, 1, n, K]`.
 
     Args:
         query_index: int64 `[B, n]`, positions of the rows.

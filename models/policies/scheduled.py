@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,47 +10,47 @@ from torch import Tensor
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
 
-if TYPE_CHECKING:
-    from latefusion.models.schedule import VisionSchedule
-
 ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
 
 
 class ScheduleDecision:
-    """One prefill under a `VisionSchedule`: everything but the ranking is known on the host."""
+    """One prefill under a `VisionSchedule`: everything but the ranking is known on the host.
+
+    Args:
+        sees: whether each layer sees vision tokens.
+        keep: {layer: the number of vision tokens that are left from there on}.
+        watch: layers whose attention ranks vision tokens.
+        frozen: vision tokens are only read, in the layers that see them.
+    """
 
     fusion_layer = None
 
-    def __init__(self, schedule: VisionSchedule, prompt: Prompt):
-        self.schedule, self.prompt = schedule, prompt
-        self.watch = schedule.watched
+    def __init__(
+        self,
+        prompt: Prompt,
+        *,
+        sees: Sequence[bool],
+        keep: Mapping[int, int],
+        watch: Collection[int],
+        frozen: bool,
+    ):
+        self.prompt, self.sees, self.keep, self.watch, self.frozen = prompt, sees, keep, watch, frozen
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
-        self.rows = asking(prompt) if schedule.keep else prompt.queries  # int64 [B, R]
-        self.here = True  # they take part now
+        self.rows = asking(prompt) if keep else prompt.queries  # int64 [B, R]
 
     def select(self, layer: int) -> Selection | None:
-        schedule = self.schedule
-        if schedule.cross:
-            here = layer in schedule.cross
-        else:
-            here = layer >= schedule.enter and (schedule.exit is None or layer < schedule.exit)
-        chooses = layer in schedule.keep
-        if chooses:
+        if layer in self.keep:
             assert self.scores is not None, "the layer before was not watched"
-            self.counts = tuple(min(schedule.keep[layer], n) for n in self.prompt.n_vision)
+            self.counts = tuple(min(self.keep[layer], n) for n in self.prompt.n_vision)
             self.kept = best(self.scores, self.kept, self.counts)
-        begins = layer == 0 and bool(schedule.cross)  # also says that they are frozen
-        if here == self.here and not chooses and not begins:
+        sees = self.sees[layer]
+        same = sees if layer == 0 else sees == self.sees[layer - 1]  # all take part before layer 0
+        if same and layer not in self.keep and not (self.frozen and layer == 0):
             return None
-        self.here = here
-        if here:
-            return self._selection(self.kept, self.counts)
-        return self._selection(torch.zeros_like(self.kept), (0,) * len(self.counts))
-
-    def _selection(self, vision: Tensor, counts: tuple[int, ...]) -> Selection:
-        schedule = self.schedule
-        return Selection(vision, counts, bool(schedule.cross))
+        if not sees:
+            return Selection(torch.zeros_like(self.kept), (0,) * len(self.counts), self.frozen)
+        return Selection(self.kept, self.counts, self.frozen)
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
         shares = [

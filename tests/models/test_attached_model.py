@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach, attached
-from latefusion.models.executor import returns
+from latefusion.models.executor import selections
 from latefusion.models.student.entry import install_entry
 
 # ---------------------------------------------------------------- entry adapter, LoRA
@@ -141,7 +141,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [MIXED, ["tt I ttt", "t I tttt"]], ids=["ragged", "even"])
 def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypatch: Any) -> None:
     """One wait for the device a prefill (the counts), and in decoding no more than the stock model has."""
-    monkeypatch.setattr(returns, "looking_is_free", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(selections, "looking_is_free", lambda tensor: False)  # as on a GPU
     model, inputs = build(family), prompt(family, rows)
     lists: list[int] = []
     tolist = torch.Tensor.tolist
@@ -174,7 +174,7 @@ def test_layers_never_wait_for_the_device(family: str, rows: list[str], monkeypa
 
 
 def test_index_work_is_done_once_a_segment(monkeypatch: Any) -> None:
-    from latefusion.models.executor import forward as executor
+    from latefusion.models.executor import masks as executor
     from latefusion.models.executor.layout import Layout
 
     counts = {"layout": 0, "mask": 0, "rope": 0}

@@ -28,8 +28,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from latefusion import VisionSchedule
-from latefusion.models.accounting import account
 from latefusion.models.attach import attach, attached
+from latefusion.models.flops import account
 from latefusion.models.student.entry import install_entry
 
 CROSS = [(1, 3, 4), (0, 2), (0, 5)]
@@ -309,8 +309,11 @@ def test_an_error_inside_the_attention_leaves_nothing_behind() -> None:
         with pytest.raises(Broken):
             model(**inputs)
         handle.remove()
-        assert not model.get_decoder().layers[1].self_attn.q_proj._forward_pre_hooks
+        layer, rows = model.get_decoder().layers[1], torch.randn(3, 12, 32)
+        for part in (layer.self_attn.q_proj, layer.mlp):
+            assert torch.equal(part(rows), part.forward(rows))  # whole rows again
         assert torch.equal(model(**inputs).logits, expected)
+    assert not layer.self_attn.q_proj._forward_pre_hooks
 
 
 def test_a_layer_of_other_parts_is_refused_before_it_computes() -> None:

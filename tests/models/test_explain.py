@@ -18,8 +18,8 @@ from PIL import Image
 
 import latefusion as lf
 from latefusion.eval import generate
-from latefusion.models.accounting import account, vision_pairs
 from latefusion.models.explain import explain, grid_shape, run_lengths
+from latefusion.models.flops import account, vision_pairs
 from latefusion.models.policies.random import Random
 
 KEPT = [1, 4]  # positions; the image's tokens 0 and 3 of 0 to 3

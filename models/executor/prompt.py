@@ -1,0 +1,93 @@
+"""`read_prompt`: what a policy may know of a forward's tokens: which are vision, which ask, which are answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latefusion.models.policies.base import Prompt
+
+
+@dataclass(frozen=True)
+class PromptEnd:
+    """Where prompts end, as somebody outside the forward knows it.
+
+    Attributes:
+        queries: int64 `[B, Q]`, positions of the tokens that an answer follows; None: the last token of the prompt.
+        answers: bool `[B, T]`, tokens of answers between queries; None: there are none.
+        length: tokens of the prompt, padding included; those behind it are drafted or generated. None: all of them.
+    """
+
+    queries: Tensor | None = None
+    answers: Tensor | None = None
+    length: int | None = None
+
+
+def read_prompt(vision: Tensor, real: Tensor, *, past: int, end: PromptEnd, num_layers: int) -> Prompt | None:
+    """The prompt of a forward; None if it has no vision tokens. One host sync, the only one whatever the policy.
+
+    Args:
+        vision: bool `[B, T]`.
+        real: bool `[B, T]`, false for padding.
+        past: tokens before this forward.
+    """
+    batch, length = real.shape
+    vision, column = vision & real, torch.arange(length, device=real.device)
+    asked = real if end.length is None else real & (column < end.length - past)  # bool [B, T], of the prompt
+    last = length - 1 - asked.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
+    queries = last if end.queries is None else end.queries.to(real.device)
+    if queries.shape[0] != batch:
+        raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
+    text = real & ~vision & (vision.cumsum(1) > 0) & (column <= queries.amax(1, keepdim=True))
+    if end.answers is not None:
+        text &= ~end.answers.to(real.device)
+    answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
+    tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
+    cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
+    if end.queries is None:
+        cut |= vision.gather(1, last)  # or ends there
+    numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail, cut)]).tolist()
+    n_vision, n_real, n_text, n_answer, tails, cuts = map(tuple, numbers)
+    if not any(n_vision):
+        return None
+    return Prompt(
+        vision=vision,
+        real=real,
+        queries=queries,
+        text=text,
+        n_vision=n_vision,
+        n_real=n_real,
+        n_text=n_text,
+        n_answer=n_answer,
+        tail=min(tails),
+        num_layers=num_layers,
+        piece=any(cuts),
+    )
+
+
+def real_tokens(padding: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Which tokens of a forward are not padding, bool `[B, T]`.
+
+    Args:
+        padding: the 2-D attention mask `[B|1, past + T]`, or its last T columns; None: there is no padding.
+    """
+    if padding is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    return padding[:, -length:].to(device=device, dtype=torch.bool).expand(batch, -1)
+
+
+def padding_of(mask: Any) -> Tensor | None:
+    """The 2-D attention mask that a forward is given, or that its 4-D one implies; None if it has neither.
+
+    Padding is what no token sees, itself included: under a 4-D mask `[B|1, H|1, T, L]` (bool or additive), the tokens
+    whose own cell is hidden.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    own = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
+    return own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own

@@ -1,0 +1,54 @@
+"""`Segment`: a run of decoder layers that compute the same tokens, with what is made once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from latefusion.models.executor.layout import Layout
+
+Made = TypeVar("Made")
+
+
+class Segment:
+    """A run of layers that compute the same tokens; `Forward` starts a new one where a policy's selection changes.
+
+    Attributes:
+        layout: the tokens that these layers compute; None: all, and the stock model's tensors stay untouched.
+        full: `[B, T, D]`, every token's state at the start of the segment: what a token keeps that is not computed.
+            None if all are computed.
+        text: where vision tokens are frozen, the text rows among the layout's tokens; else None.
+    """
+
+    def __init__(self, layout: Layout | None = None, full: Tensor | None = None, text: Layout | None = None):
+        self.layout, self.full, self.text = layout, full, text
+        self._made: dict[tuple[Any, ...], tuple[tuple[object, ...], Any]] = {}
+
+    def once(self, name: str, sources: tuple[object, ...], make: Callable[[], Made], *sizes: int) -> Made:
+        """`make()`, computed by the first layer that asks; later layers with the same sources get the same object.
+
+        Sources are compared by `id`, which is safe because the entry holds them: no other object can get their ids
+        as long as the segment lives.
+        """
+        key = (name, *map(id, sources), *sizes)
+        if key not in self._made:
+            self._made[key] = sources, make()
+        return self._made[key][1]
+
+    def take(self, full: Tensor) -> Tensor:
+        """The segment's rows of `[B, T, D]`."""
+        return full if self.layout is None else self.layout.take(full)
+
+    def expand(self, hidden_states: Tensor) -> Tensor:
+        """The segment's hidden states `[B, n, D]` at full length `[B, T, D]`."""
+        if self.layout is None:
+            return hidden_states
+        assert self.full is not None
+        return self.layout.put(self.full, hidden_states)
+
+    def text_index(self) -> Tensor:
+        """Position of each text row of a segment with frozen tokens among the forward's tokens, int64 `[B, n]`."""
+        assert self.layout is not None and self.text is not None
+        return self.layout.index.gather(1, self.text.index)
