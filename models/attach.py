@@ -167,7 +167,7 @@ class Attachment(Hooks):
         }  # it belongs to this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.__dict__.update(state)
         self._scopes = ContextVar("scope")
 
 

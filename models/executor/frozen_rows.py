@@ -102,9 +102,9 @@ class ReadingLayer:
         return None if rows is None else rows.put(_zeros(rows, output), output)
 
     def _after_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        output = self._put(module, args, output)
+        whole = self._put(module, args, output)
         self.forget()  # the MLP comes last
-        return output
+        return whole
 
 
 class _Call(threading.local):
