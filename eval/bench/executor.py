@@ -1,10 +1,10 @@
-"""What a policy costs, and what it saves against what its FLOPs promise; random weights, stock models.
+"""What a policy costs, and how much of what its FLOPs promise it saves; random weights, stock models.
 
     python eval/bench/executor.py --threads 1 --json outputs/bench_executor.json
 
 Three questions, each answered as a ratio to the stock model without any hook:
 
-* a policy that keeps everything: how much dearer is a prefill (target: at most 1%), a decode step (2%)?
+* a policy that keeps everything: how much more expensive is a prefill (target: at most 1%), a decode step (2%)?
 * bands, with and without keeps: how much of the saving that `VisionSchedule.flops` predicts shows in the
   time of a prefill, and of a LoRA training step (target: at least 90%)?
 
@@ -30,7 +30,16 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.eval.bench.timing import interleaved, llava, parser, prompt, seconds, setting, spread
+from latefusion.eval.bench.timing import (
+    interleaved,
+    llava,
+    parser,
+    prompt,
+    ratios,
+    seconds,
+    setting,
+    write_json,
+)
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -131,8 +140,8 @@ def summarise(
     """A row a variant: median ratio to stock and its quartiles; the target is `most`, or a saving."""
     rows = []
     for name in list(times)[1:]:
-        found = spread(times[name], times["stock"])
-        ratio = found["ratio"]
+        over_rounds = ratios(times[name], times["stock"])
+        ratio = over_rounds["ratio"]
         promised = predicted.get(name)
         saved = None if promised is None else (1 - ratio) / (1 - promised)
         met = saved >= LEAST_SAVED if saved is not None else most is None or ratio <= most
@@ -141,9 +150,9 @@ def summarise(
                 "what": what,
                 "policy": name,
                 "stock_ms": 1e3 * statistics.median(times["stock"]),
-                "ms": found["ms"],
+                "ms": over_rounds["ms"],
                 "ratio": ratio,
-                "quartiles": [found["low"], found["high"]],
+                "quartiles": [over_rounds["low"], over_rounds["high"]],
                 "fastest_ratio": min(times[name]) / min(times["stock"]),
                 "predicted_ratio": promised,
                 "saved_of_predicted": saved,
@@ -217,10 +226,7 @@ def main() -> None:
     tokens = f"{args.batch} x ({args.vision} + {args.text}) tokens"
     title = f"{args.layers} layers x {args.hidden}, {tokens}, {setting(args)}"
     report(rows, title)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"title": title, "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json({"title": title, "torch": torch.__version__, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python eval/bench/inference.py --shape llava-1.5-7b --device cuda --dtype bfloat16 --json outputs/bench_7b.json
 
 Random weights fuse nowhere, so a synthetic trigger fixes what the paper reports for LLaVA-1.5-7B: fusion at 3/8 of
-the decoder's depth, 10 tokens kept, exit at 3/4. Everything else is the real thing: every layer is looked at,
-its findings travel to the host, tokens leave. `no decision` removes the same tokens without looking, so
-that the difference to it is what deciding costs; `stock` is the model without any hook.
+the decoder's depth, 10 tokens kept, exit at 3/4. Everything else is real: every layer is looked at, its findings
+travel to the host, tokens leave. `no decision` removes the same tokens without looking, so the difference to it is
+the cost of deciding; `stock` is the model without any hook.
 
 Time to first token is a prefill with its cache, time per token the median decode step on that cache (on a GPU between
 events of the stream). Variants run in turn within every round, in an order that rotates; a ratio is the median over
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,12 +32,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 
-from latefusion.eval.bench.inference_rows import before, met, report, write
-from latefusion.eval.bench.timing import interleaved, llava, parser, prompt, seconds, setting, spread
-from latefusion.eval.bench.triggered import Told, Triggered
+from latefusion.eval.bench.timing import (
+    interleaved,
+    llava,
+    parser,
+    prompt,
+    ratios,
+    seconds,
+    setting,
+    write_json,
+)
+from latefusion.eval.bench.triggered import Fixed, Triggered
 from latefusion.eval.memory import kv_cache_bytes, peak_bytes
 from latefusion.models.attach import attach
 from latefusion.models.flops import decoder_flops
@@ -48,6 +58,20 @@ SHAPES = {  # layers, hidden size, MLP, heads
     "llava-1.5-7b": (32, 4096, 11008, 32),
 }
 KEPT = 10
+MOST_PREFILL = 0.55 / 0.47  # of what FLOPs promise
+HEADER = (
+    "batch",
+    "text",
+    "variant",
+    "FLOPs",
+    "first token",
+    "(quartiles)",
+    "target",
+    "per token",
+    "(quartiles)",
+    "KV",
+    "peak",
+)
 
 
 @dataclass(frozen=True)
@@ -59,20 +83,20 @@ class Variant:
 
 
 def variants(layers: int, attentions: list[str]) -> dict[str, Variant]:
-    told = {"fusion": 3 * layers // 8, "kept": KEPT, "leave": 3 * layers // 4}
+    work = {"fusion": 3 * layers // 8, "kept": KEPT, "leave": 3 * layers // 4}
     boundary = 3 * layers // 16
-    found: dict[str, Variant] = {}
+    policies: dict[str, Variant] = {}
     for attention in attentions:
         name = "" if attention == "sdpa" else f", {attention}"
-        found[f"stock{name}"] = Variant(None, attention)
-        found[f"no decision{name}"] = Variant(Told(**told), attention)
+        policies[f"stock{name}"] = Variant(None, attention)
+        policies[f"no decision{name}"] = Variant(Fixed(**work), attention)
         for title, stages in (
             ("middle, deep", ("middle", "deep")),
             ("all stages", ("shallow", "middle", "deep")),
         ):
-            policy = Triggered(**told, boundary=boundary, stages=stages)
-            found[f"VisiPruner, {title}{name}"] = Variant(policy, attention)
-    return found
+            policy = Triggered(**work, boundary=boundary, stages=stages)
+            policies[f"VisiPruner, {title}{name}"] = Variant(policy, attention)
+    return policies
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -119,9 +143,9 @@ class Bench:
         layers, vision = len(self.model.get_decoder().layers), self.args.vision
         if policy is None:
             return 1.0
-        told: Any = policy
+        fixed: Any = policy
         tokens = [
-            self.text + (vision if i <= told.fusion else told.kept if i < told.leave else 0)
+            self.text + (vision if i <= fixed.fusion else fixed.kept if i < fixed.leave else 0)
             for i in range(layers)
         ]
         dense = decoder_flops(self.model.config, [self.text + vision] * layers)
@@ -136,8 +160,8 @@ class Bench:
 
     def run(self, chosen: dict[str, Variant]) -> list[dict[str, Any]]:
         gc.collect()
-        found = interleaved(chosen, self.time, self.args.rounds)
-        columns = {name: list(zip(*rounds, strict=True)) for name, rounds in found.items()}
+        results = interleaved(chosen, self.time, self.args.rounds)
+        columns = {name: list(zip(*rounds, strict=True)) for name, rounds in results.items()}
         first, step, _ = columns["stock"]
         rows = []
         for name, variant in chosen.items():
@@ -147,8 +171,8 @@ class Bench:
                 "text": self.text,
                 "variant": name,
                 "predicted_ratio": self.predicted(variant.policy),
-                "ttft": spread(prefills, first),
-                "tpot": spread(steps, step),
+                "ttft": ratios(prefills, first),
+                "tpot": ratios(steps, step),
                 "kv_bytes": kv[-1],
                 "peak_bytes": self.peak(variant),
             }
@@ -157,8 +181,8 @@ class Bench:
 
 
 def decision_cost(bench: Bench, chosen: dict[str, Variant]) -> list[str]:
-    """What the profiler says of one prefill: time in the decision's own operators, and waits for the device."""
-    said = []
+    """Sentences on one prefill by the profiler: time in the decision's own operators, and waits for the device."""
+    lines = []
     for name, variant in chosen.items():
         if not isinstance(variant.policy, Triggered):
             continue
@@ -168,13 +192,13 @@ def decision_cost(bench: Bench, chosen: dict[str, Variant]) -> list[str]:
                 bench.prefill()
         events = {event.key: event for event in record.key_averages()}
         whole = sum(event.self_cpu_time_total for event in events.values())
-        mine = [events[key].cpu_time_total for key in (SELECT, LOOKED) if key in events]
+        own = [events[key].cpu_time_total for key in (SELECT, LOOKED) if key in events]
         waits = sum(e.count for key, e in events.items() if "Synchronize" in key)
-        said.append(
-            f"{name}: looking and deciding take {sum(mine) / whole:.1%} of the host's time"
+        lines.append(
+            f"{name}: looking and deciding take {sum(own) / whole:.1%} of the host's time"
             + (f"; {waits} waits for the device." if bench.args.device == "cuda" else ".")
         )
-    return said
+    return lines
 
 
 SELECT, LOOKED = "latefusion::select", "latefusion::look"
@@ -204,6 +228,68 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# ---------------------------------------------------------------- the table and the file
+
+
+def met(row: dict[str, Any]) -> bool | None:
+    """Whether the prefill comes near enough to its FLOPs; None for the stock model."""
+    promised = row["predicted_ratio"]
+    return None if promised == 1.0 else row["ttft"]["ratio"] <= MOST_PREFILL * promised
+
+
+def cells(row: dict[str, Any], stock: dict[str, Any]) -> list[str]:
+    """A row of the table: times and sizes of the stock model, ratios to it for the others."""
+    ttft, tpot, first = row["ttft"], row["tpot"], row is stock
+    return [
+        str(row["batch"]),
+        str(row["text"]),
+        row["variant"],
+        f"{row['predicted_ratio']:.3f}",
+        f"{ttft['ms']:.0f} ms" if first else f"{ttft['ratio']:.3f}",
+        "" if first else f"{ttft['low']:.3f}–{ttft['high']:.3f}",
+        "" if row["met"] is None else "met" if row["met"] else "missed",
+        f"{tpot['ms']:.1f} ms" if first else f"{tpot['ratio']:.3f}",
+        "" if first else f"{tpot['low']:.3f}–{tpot['high']:.3f}",
+        f"{row['kv_bytes'] / 1e6:.1f} MB" if first else f"{row['kv_bytes'] / stock['kv_bytes']:.3f}",
+        f"{row['peak_bytes'] / 1e6:.0f} MB" if first else f"{row['peak_bytes'] / stock['peak_bytes']:.3f}",
+    ]
+
+
+def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    stock = {(row["batch"], row["text"]): row for row in rows if row["variant"] == "stock"}
+    return [cells(row, stock[row["batch"], row["text"]]) for row in rows]
+
+
+def report(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for name in HEADER:
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for n, line in enumerate(lines(rows)):
+        table.add_row(*line, end_section=n + 1 < len(rows) and rows[n + 1]["variant"] == "stock")
+    console.print(table)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    rule = ["---" if name == "variant" else "---:" for name in HEADER]
+    return "".join("| " + " | ".join(line) + " |\n" for line in [list(HEADER), rule, *lines(rows)])
+
+
+def write(file: Path | None, result: dict[str, Any]) -> None:
+    """Write the results so far, and their table beside them."""
+    write_json(result, file)
+    if file is not None:
+        file.with_suffix(".md").write_text(markdown(result["rows"]))
+
+
+def earlier(file: Path | None, result: dict[str, Any]) -> dict[str, Any]:
+    """The results that the same command has written already, or `result`."""
+    if file is None or not file.exists():
+        return result
+    written: dict[str, Any] = json.loads(file.read_text())
+    same = {key: written.get(key) for key in ("title", "torch", "rounds")}
+    return written if same == {key: result[key] for key in same} else result
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shape", choices=list(SHAPES), default="small")
@@ -223,7 +309,7 @@ def main() -> None:
     )
     rounds = f"{args.rounds} rounds of a prefill and {args.steps} decode steps"
     fresh = {"title": title, "torch": torch.__version__, "rounds": rounds, "decision": [], "rows": []}
-    result, console, model = before(args.json, fresh), Console(width=140), build(args)
+    result, console, model = earlier(args.json, fresh), Console(width=140), build(args)
     gc.disable()
     with torch.no_grad():
         for batch in args.batch:

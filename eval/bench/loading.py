@@ -13,7 +13,6 @@ set, collator, student and objective, one optimizer step a batch. After the load
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from latefusion.data.collate import IGNORE
+from latefusion.eval.bench.timing import write_json
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import Config, EntryInit
 from latefusion.training import assemble as parts
@@ -37,7 +37,7 @@ class Bench:
 
     Args:
         config: of the run.
-        steps: that each measurement takes.
+        steps: number of steps of each measurement.
     """
 
     def __init__(self, config: Config, steps: int):
@@ -57,7 +57,7 @@ class Bench:
         self.device = self.student.model.device
 
     def batches(self, workers: int) -> Iterator[dict[str, Any]]:
-        """As many as a measurement takes, and one before, in the order of the run."""
+        """The batches of the run, in its order."""
         train = self.config.train
         loader = DataLoader(
             self.dataset,
@@ -98,14 +98,14 @@ class Bench:
         return self.steps / (time.perf_counter() - begun)
 
     def both(self, workers: int) -> tuple[float, float]:
-        """Steps a second, and the share of the time that they wait."""
+        """Steps a second, and the share of the time that they wait for a batch."""
         batches = self.batches(workers)
         self.step(next(batches))
         waited, begun = 0.0, time.perf_counter()
         for _ in range(self.steps):
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - start
             self.step(batch)
         took = time.perf_counter() - begun
         return self.steps / took, waited / took
@@ -136,14 +136,14 @@ def measured(config: Config, *, workers: list[int], steps: int) -> dict[str, Any
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     console = Console(width=100)
     console.print(
-        f"{found['name']} on {found['data']}: {found['training']:.2f} steps/s of {found['batch_size']} samples "
-        f"without loading, {found['threads']} thread(s)"
+        f"{results['name']} on {results['data']}: {results['training']:.2f} steps/s of {results['batch_size']} samples "
+        f"without loading, {results['threads']} thread(s)"
     )
     table = Table("workers", "batches/s, loading alone", "steps/s", "waits for its batch")
-    for row in found["workers"]:
+    for row in results["workers"]:
         table.add_row(
             str(row["workers"]),
             f"{row['loading']:.2f}",
@@ -154,7 +154,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run from the command line; what cannot work ends in one sentence."""
+    """Run from the command line; invalid arguments end the program with one sentence."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -165,13 +165,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     try:
         config = compose_config(args.overrides)
-        found = measured(config, workers=[int(n) for n in args.workers.split(",")], steps=args.steps)
+        results = measured(config, workers=[int(n) for n in args.workers.split(",")], steps=args.steps)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    show(found)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(results)
+    write_json(results, args.json)
 
 
 if __name__ == "__main__":

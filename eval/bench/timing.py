@@ -1,16 +1,19 @@
-"""What the benchmarks share: random LLaVAs, prompts, and timing side by side."""
+"""What the benchmarks share: random LLaVAs, prompts, interleaved timing, and the file that results go to."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from latefusion.eval.metrics import spread
 
 IMAGE_TOKEN = 1
 VOCABULARY = 1024  # small, as the FLOPs counter leaves out the language head
@@ -35,7 +38,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def llava(*, layers: int, hidden: int, mlp: int, heads: int, device: str, dtype: str) -> Any:
-    """A LLaVA with random weights and next to no vision tower, made where and as it is used."""
+    """A LLaVA with random weights and a minimal vision tower, made on its device in its dtype."""
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -61,7 +64,7 @@ def llava(*, layers: int, hidden: int, mlp: int, heads: int, device: str, dtype:
 
 
 def prompt(args: argparse.Namespace) -> dict[str, Any]:
-    """One image before the question in every row; what the vision tower would give is made up."""
+    """Rows of one image and a question; random numbers stand for the features of the vision tower."""
     before = args.text // 2
     ids = torch.randint(2, VOCABULARY, (args.batch, args.text + args.vision), device=args.device)
     ids[:, before : before + args.vision] = IMAGE_TOKEN
@@ -77,7 +80,7 @@ def prompt(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Of one run: between two events of the stream on a GPU, else by `args.clock`."""
+    """Time of one run: between two events of the stream on a GPU, by `args.clock` on a CPU."""
     if args.device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -95,25 +98,38 @@ def seconds(work: Callable[[], Any], args: argparse.Namespace) -> float:
 def interleaved(
     variants: Mapping[Name, Variant], run: Callable[[Variant], Any], rounds: int
 ) -> dict[Name, list[Any]]:
-    """What every variant gives in every round, in an order that rotates; the first round warms up and is dropped."""
-    found: dict[Name, list[Any]] = {name: [] for name in variants}
+    """Results of every variant in every round, in an order that rotates; the first round warms up and is dropped."""
+    results: dict[Name, list[Any]] = {name: [] for name in variants}
     names = list(variants)
     for i in range(rounds + 1):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             result = run(variants[name])
             if i:
-                found[name].append(result)
-    return found
+                results[name].append(result)
+    return results
 
 
-def spread(times: list[float], stock: list[float]) -> dict[str, float]:
-    """Median milliseconds, and the median and quartiles over rounds of the ratios to stock."""
-    ratios = [a / b for a, b in zip(times, stock, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"ms": 1e3 * statistics.median(times), "ratio": ratio, "low": low, "high": high}
+def ratios(times: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
+    """Median milliseconds, and the median and quartiles over rounds of the ratios to `stock`."""
+    over_rounds = spread(times, stock)
+    return {
+        "ms": 1e3 * over_rounds.median,
+        "ratio": over_rounds.ratio,
+        "low": over_rounds.ratio_q25,
+        "high": over_rounds.ratio_q75,
+    }
 
 
 def setting(args: argparse.Namespace) -> str:
-    """Under what a table was measured."""
+    """The conditions of a measurement, for the title of its table."""
     return f"{args.dtype}, {args.device}, {args.threads} threads, {args.clock} time"
+
+
+def write_json(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write the results so far; an interruption leaves the file that was there before."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(path)

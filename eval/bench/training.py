@@ -8,7 +8,7 @@ features (the frozen vision tower costs every recipe the same, and is neither ru
 those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Two tables:
 
 * step time and peak memory (beyond weights and optimizer) of each recipe without a teacher, in turn within every round
-  (`bench_executor` says why), beside what the FLOPs say. With LoRA in all layers, so that only the schedule differs,
+  (`executor.py` says why), beside what the FLOPs say. With LoRA in all layers, so that only the schedule differs,
   and in the busy ones alone, the recipes' default, where the backward pass ends at the first of them. And what this
   machine allows: products of few rows run at a lower speed than those of many, so steps on text alone are timed too,
   at the numbers of tokens that the layers have, and each layer is given its share of those;
@@ -20,10 +20,10 @@ those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Two t
 
 from __future__ import annotations
 
+import argparse
 import gc
-import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -32,16 +32,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.eval.bench.timing import parser, setting
-from latefusion.eval.bench.training_steps import Bench
+from latefusion.eval.bench.executor import build
+from latefusion.eval.bench.timing import interleaved, parser, prompt, ratios, seconds, setting, write_json
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.build import Student, build_student
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import RECIPES
+from latefusion.training.cost import training_flops
+from latefusion.training.objective import Objective
 
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
 PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched
@@ -52,25 +56,150 @@ TARGETS = {
     "late_fusion_pyramid": (3.5, 0.35),
 }  # speed-up, peak memory, without a teacher
 LEAST_SHARE = 0.9  # of the speed-up that FLOPs promise
-APART = 1.25  # numbers of tokens nearer to each other than this are not all timed
+APART = 1.25  # of numbers of tokens that are nearer to each other than this, one is timed
+ANSWER = 8  # label tokens
+TOP_K = 32  # of the offline teacher
+
+
+class Bench:
+    """One student whose schedule, and whose layers with LoRA, change from step to step.
+
+    Args:
+        args: of the command line.
+        layers: of the decoder.
+    """
+
+    def __init__(self, args: argparse.Namespace, layers: int):
+        self.args, self.layers = args, layers
+        model: Any = build(args)
+        self.config = model.config
+        self.student: Student = build_student(
+            model,
+            None,  # type: ignore[arg-type]  # nothing here is text
+            base="random",
+            schedule=VisionSchedule(enter=layers // 4, exit=3 * layers // 4),  # late, for its entry adapter
+            rank=16,
+            alpha=32,
+            dropout=0.0,
+            entry_rank=16,
+        )
+        self.student.model.train()
+        trained = [p for p in self.student.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.batch = with_answers(prompt(args))
+        n = args.batch * ANSWER
+        vocabulary = self.config.text_config.vocab_size
+        logprobs, tokens = torch.randn(n, vocabulary, device=args.device).log_softmax(-1).topk(TOP_K)
+        self.answers = {"teacher_tokens": tokens, "teacher_logprobs": logprobs}
+
+    def step(
+        self, schedule: VisionSchedule, *, teacher: str = "none", busy: bool = False
+    ) -> Callable[[], None]:
+        """A training step.
+
+        Args:
+            teacher: `none`, `online` or `offline`.
+            busy: LoRA in the layers that compute or read vision tokens alone (`lora.layers=busy`), else in all.
+        """
+        objective = self.objective(VisionSchedule() if teacher == "online" else None, weight=1.0)
+        batch = {**self.batch, **self.answers} if teacher == "offline" else self.batch
+        return self.work(objective, schedule, batch, self.adapted(schedule, busy))
+
+    def on_text(self, tokens: int) -> Callable[[], None]:
+        """A training step of the same model on `tokens` text tokens a sample."""
+        ids = torch.randint(2, 1024, (self.args.batch, tokens), device=self.args.device)
+        batch = with_answers({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return self.work(
+            self.objective(None, weight=0.0), VisionSchedule(), batch, self.adapted(VisionSchedule(), False)
+        )
+
+    def objective(self, teacher: VisionSchedule | None, *, weight: float) -> Objective:
+        return Objective(
+            model=self.student.model,
+            attachment=self.student.attachment,
+            teacher=teacher,
+            weight=weight,
+            temperature=1.0,
+            share_images=True,
+        )
+
+    def adapted(self, schedule: VisionSchedule, busy: bool) -> list[bool]:
+        """Whether each layer has LoRA."""
+        return [not busy or n > 0 for n in schedule.vision_tokens(self.layers, 1)]
+
+    def adapt(self, layers: list[bool]) -> None:
+        """Adapters of other layers neither run nor learn."""
+        decoder = self.student.model.get_base_model().get_decoder()
+        for layer, adapted in zip(decoder.layers, layers, strict=True):
+            for module in layer.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.enable_adapters(adapted)
+
+    def work(
+        self, objective: Objective, schedule: VisionSchedule, batch: dict[str, Any], adapted: list[bool]
+    ) -> Callable[[], None]:
+        count = self.args.batch * ANSWER
+        bf16 = self.args.dtype == "bfloat16"
+
+        def work() -> None:
+            self.adapt(adapted)
+            with self.student.attachment.using(schedule):
+                with torch.autocast(self.args.device, torch.bfloat16, enabled=bf16):
+                    loss, _ = objective(self.student.model, batch, count=count)
+                loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return work
+
+    def rounds(self, works: Mapping[Any, Callable[[], None]]) -> dict[Any, list[float]]:
+        """Seconds of every step in every round."""
+        return interleaved(works, lambda work: seconds(work, self.args), self.args.rounds)
+
+    def tokens(self, schedule: VisionSchedule) -> list[int]:
+        """Text and vision tokens of each layer."""
+        return [self.args.text + n for n in schedule.vision_tokens(self.layers, self.args.vision)]
+
+    def flops(self, schedule: VisionSchedule, *, teacher: str = "none", busy: bool = False) -> int:
+        """FLOPs a sample of the step that `step` makes with the same arguments."""
+        return training_flops(
+            self.config,
+            schedule,
+            self.args.text,
+            self.args.vision,
+            answers=ANSWER,
+            teacher=self.config if teacher == "online" else None,
+            first=self.adapted(schedule, busy).index(True),
+        )
+
+
+def with_answers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose last tokens are to be learnt."""
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -ANSWER:] = inputs["input_ids"][:, -ANSWER:]
+    queries = torch.full_like(labels[:, :1], labels.shape[1] - ANSWER - 1)
+    return {**inputs, "labels": labels, "queries": queries}
+
+
+# ---------------------------------------------------------------- what is compared
 
 
 def recipes(layers: int, n_vision: int) -> dict[str, VisionSchedule]:
     """The schedule of each recipe, dense first; of recipes with the same one, the one with the shortest name."""
-    found: dict[str, VisionSchedule] = {"dense": VisionSchedule()}
+    schedules: dict[str, VisionSchedule] = {"dense": VisionSchedule()}
     names = sorted(
         (path.stem for path in (RECIPES / "recipe").glob("*.yaml")), key=lambda name: (len(name), name)
     )
     for name in (n for n in names if n not in NO_LATE_FUSION):
         schedule = compose_config([f"model={PUBLISHED}", f"recipe={name}"]).schedule
         stretched = stretch(schedule_of(schedule), layers, n_vision)
-        if stretched not in found.values():
-            found[name] = stretched
-    return found
+        if stretched not in schedules.values():
+            schedules[name] = stretched
+    return schedules
 
 
 def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSchedule:
-    """A schedule for `PUBLISHED` at the same places of a decoder with so many layers, on so many vision tokens."""
+    """A schedule of `PUBLISHED` at the same relative places of a decoder with `layers`, on `n_vision` tokens."""
 
     def layer(i: int) -> int:
         return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
@@ -83,7 +212,7 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
 
 
 def sizes(tokens: Iterable[int]) -> list[int]:
-    """Of these numbers of tokens, ascending, those to time; the others lie between two of them."""
+    """The numbers of tokens to time, ascending; the others lie between two of them."""
     chosen: list[int] = []
     for n in sorted(set(tokens)):
         if not chosen or n >= APART * chosen[-1] or n == max(tokens):
@@ -102,13 +231,6 @@ def allowed(tokens: list[int], times: dict[int, list[float]], dense: list[float]
         at = [times[n][i] for n in times]
         each.append(float(np.interp(tokens, list(times), at).mean()) / whole)
     return statistics.median(each)
-
-
-def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
-    """Median over rounds of the ratio within a round, with quartiles."""
-    each = [t / r for t, r in zip(times, reference, strict=True)]
-    low, ratio, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-    return {"ratio": ratio, "low": low, "high": high, "seconds": statistics.median(times)}
 
 
 def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, Any]]:
@@ -184,7 +306,7 @@ def show_steps(rows: list[dict[str, Any]], title: str) -> None:
         table.add_row(
             row["recipe"],
             row["lora"],
-            f"{1e3 * row['seconds']:.0f} ms",
+            f"{row['ms']:.0f} ms",
             f"{row['speedup']:.2f}x ({1 / row['high']:.2f} to {1 / row['low']:.2f})",
             f"{row['predicted_speedup']:.2f}x",
             f"{row['share_of_prediction']:.0%}",
@@ -203,12 +325,12 @@ def show_steps(rows: list[dict[str, Any]], title: str) -> None:
 def verdict(row: dict[str, Any]) -> str:
     """Whether a recipe's row meets its targets, in a line."""
     speedup, peak = TARGETS[row["recipe"]]
-    said = [
+    parts = [
         f"{row['speedup']:.2f}x of {speedup}x {met(row['speedup'] >= speedup)}",
         f"{row['share_of_prediction']:.0%} of {LEAST_SHARE:.0%} {met(row['share_of_prediction'] >= LEAST_SHARE)}",
         f"peak {row['peak_ratio']:.0%} of {peak:.0%} {met(row['peak_ratio'] <= peak)}",
     ]
-    return f"targets of {row['recipe']}, LoRA in {row['lora']} layers: {', '.join(said)}"
+    return f"targets of {row['recipe']}, LoRA in {row['lora']} layers: {', '.join(parts)}"
 
 
 def met(reached: bool) -> str:
@@ -223,7 +345,7 @@ def show_teachers(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["recipe"],
             row["teacher"],
-            f"{1e3 * row['seconds']:.0f} ms",
+            f"{row['ms']:.0f} ms",
             f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})",
             f"{row['predicted_ratio']:.2f}x",
         )
@@ -253,11 +375,11 @@ def main() -> None:
     )
     result: dict[str, Any] = {"title": title, **versions(), "steps": steps(bench, schedules)}
     show_steps(result["steps"], title)
-    write(result, args.json)
+    write_json(result, args.json)
     gc.collect()
     result["teachers"] = teachers(bench, schedules)
     show_teachers(result["teachers"])
-    write(result, args.json)
+    write_json(result, args.json)
 
 
 def versions() -> dict[str, str]:
@@ -266,12 +388,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def write(result: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from latefusion.models.policies.visipruner.settings import VisiPruner
 
 @dataclass(frozen=True, kw_only=True)
 class Triggered(VisiPruner):
-    """VisiPruner at full work, whose findings are replaced: it fuses, keeps and leaves as told.
+    """VisiPruner at full work, whose findings are replaced: it fuses, keeps and leaves as fixed.
 
     Args:
         fusion, kept, leave: layer, number of tokens, and first layer without vision tokens.
@@ -31,16 +31,16 @@ class Triggered(VisiPruner):
 
 class _TriggeredDecision(VisiPrunerDecision):
     def judge(self, layer: int, cosine: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        told: Any = self.policy
+        fixed: Any = self.policy
         critical, fuses, used = super().judge(layer, cosine, norm)
-        best = norm.masked_fill(~self.prunable, -1).topk(told.kept, dim=1).indices  # [B, kept]
+        best = norm.masked_fill(~self.prunable, -1).topk(fixed.kept, dim=1).indices  # [B, kept]
         critical = torch.zeros_like(critical).scatter(1, best, True)
-        uses = layer < told.leave - told.exit_patience
-        return critical, torch.full_like(fuses, layer == told.fusion), torch.full_like(used, uses)
+        uses = layer < fixed.leave - fixed.exit_patience
+        return critical, torch.full_like(fuses, layer == fixed.fusion), torch.full_like(used, uses)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class Fixed:
     """The same numbers of tokens as `Triggered`, the first ones, without looking at any layer."""
 
     fusion: int
@@ -50,23 +50,23 @@ class Told:
     def validate(self, num_layers: int) -> None:
         """Fits the decoder it was made for."""
 
-    def begin(self, prompt: Prompt) -> _ToldDecision:
-        return _ToldDecision(self, prompt)
+    def begin(self, prompt: Prompt) -> _FixedDecision:
+        return _FixedDecision(self, prompt)
 
 
-class _ToldDecision:
+class _FixedDecision:
     watch: frozenset[int] = frozenset()
     fusion_layer = None
 
-    def __init__(self, told: Told, prompt: Prompt):
-        self.told, self.vision = told, prompt.vision
+    def __init__(self, fixed: Fixed, prompt: Prompt):
+        self.fixed, self.vision = fixed, prompt.vision
 
     def select(self, layer: int) -> Selection | None:
-        told, batch = self.told, len(self.vision)
-        if layer == told.fusion + 1:
-            first = self.vision & (self.vision.cumsum(1) <= told.kept)
-            return Selection(first, (told.kept,) * batch)
-        if layer == told.leave:
+        fixed, batch = self.fixed, len(self.vision)
+        if layer == fixed.fusion + 1:
+            first = self.vision & (self.vision.cumsum(1) <= fixed.kept)
+            return Selection(first, (fixed.kept,) * batch)
+        if layer == fixed.leave:
             return Selection(torch.zeros_like(self.vision), (0,) * batch)
         return None
 
