@@ -129,6 +129,22 @@ def test_save_load_merge_load_keeps_the_logits(tmp_path, base, samples, projecto
         )
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_projector_that_trained_in_float32_runs_in_a_bfloat16_model(tmp_path, base, samples, merged):
+    options = (f"model.path={base}", "lora.train_projector=true")
+    student = assemble.student_of(configured(*BAND, *SMALL, *options))
+    shake(student, 0.01)
+    inputs = student_inputs(student, samples)
+    expected = student_logits(student.model, inputs)
+    save_student(student, tmp_path)
+    model, _ = load(tmp_path, dtype=torch.bfloat16, merge=merged)
+    inputs = {
+        name: value.to(model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
+    }
+    difference = student_logits(model, inputs).float() - expected
+    assert difference.abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_a_loaded_student_generates_under_its_schedule(tmp_path, base, samples):
     student = assemble.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
     save_student(student, tmp_path)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.families import build, prompt
+from helpers.families import FAMILIES, build, prompt
 from helpers.tiny_base import shake
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -219,3 +219,31 @@ def test_what_bfloat16_rounds_away_is_said(tmp_path, stand_in):
         load(tmp_path / "adapter", dtype=torch.bfloat16)
     student = load_student(tmp_path / "adapter", dtype=torch.float32)
     assert merge_adapters(student).lost == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_keeps_the_logits_of_every_family(family, stand_in):
+    number = FAMILIES.index(family)
+    student = build_student(
+        build(family),
+        stand_in,
+        base="",
+        schedule=SCHEDULE,
+        rank=2,
+        alpha=4,
+        dropout=0.0,
+        entry_rank=2,
+        **(PLAIN, RS, DORA)[number % 3],
+    )
+    shake(student, 0.1)
+    expected = logits(student.model, fresh(family))
+    done = merge_adapters(student)
+    assert done.lost == 0 and done.changed > 6
+    assert not torch.allclose(
+        logits(done.model, fresh(family)), expected, atol=1e-2
+    )  # dense without its policy
+    with attach(done.model, SCHEDULE):
+        real = fresh(family)["attention_mask"].bool()
+        torch.testing.assert_close(
+            logits(done.model, fresh(family))[real], expected[real], rtol=1e-5, atol=1e-5
+        )
