@@ -77,7 +77,7 @@ def load_checkpoint(
         FileNotFoundError: the weights or the processor cannot be read.
         ValueError: it is not an image-text model.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{path} is a {config.model_type}, not an image-text model.")
     stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,11 @@ class VisionSchedule:
     cross: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        keep = dict(sorted((int(layer), int(k)) for layer, k in self.keep.items()))
+        for name in ("enter", "exit"):
+            if (layer := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _whole_number(name, layer))
+        keep = {_whole_number("keep", i): _whole_number("keep", k) for i, k in self.keep.items()}
+        keep = dict(sorted(keep.items()))
         object.__setattr__(self, "keep", keep)
         self._settle_cross()
         if self.enter < 0:
@@ -76,7 +81,7 @@ class VisionSchedule:
             previous = k
 
     def _settle_cross(self) -> None:
-        cross = tuple(sorted({int(layer) for layer in self.cross}))
+        cross = tuple(sorted({_whole_number("cross", layer) for layer in self.cross}))
         object.__setattr__(self, "cross", cross)
         if not cross:
             return
@@ -201,16 +206,23 @@ class VisionSchedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionSchedule:
+        """The schedule in plain values, as JSON and YAML hold them.
+
+        Raises:
+            ValueError: they are not a schedule.
+        """
         names = [f.name for f in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a vision schedule is a mapping of {', '.join(names)}, not {values!r}.")
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has {', '.join(names)}.")
-        return cls(
-            enter=values.get("enter", 0),
-            exit=values.get("exit"),
-            keep={int(i): int(k) for i, k in (values.get("keep") or {}).items()},
-            cross=values.get("cross") or (),
-        )
+        enter, keep, cross = values.get("enter") or 0, values.get("keep") or {}, values.get("cross") or ()
+        if not isinstance(keep, Mapping) or not isinstance(cross, Sequence) or isinstance(cross, str):
+            raise ValueError(
+                f"keep={keep!r} must map layers to numbers of tokens, and cross={cross!r} list layers."
+            )
+        return cls(enter=enter, exit=values.get("exit"), keep=keep, cross=cross)
 
     def save(self, folder: str | Path) -> None:
         """Write `vision_schedule.json` into `folder`."""
@@ -218,5 +230,25 @@ class VisionSchedule:
 
     @classmethod
     def load(cls, folder: str | Path) -> VisionSchedule:
-        """Read `vision_schedule.json` from `folder`."""
-        return cls.from_dict(json.loads((Path(folder) / SCHEDULE_FILE).read_text()))
+        """Read `vision_schedule.json` from `folder`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = Path(folder) / SCHEDULE_FILE
+        try:
+            return cls.from_dict(json.loads(file.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """A layer or a number of tokens; JSON has layers as text where they are keys."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} has {value!r} where a whole number must be.")

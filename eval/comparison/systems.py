@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attached
 from latefusion.models.base_model import compute_dtype, load_base, twin
 from latefusion.models.fingerprint import model_fingerprint
-from latefusion.models.locate import ADAPTER_CONFIG, check_base
+from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
@@ -119,8 +119,7 @@ class Students:
             FileNotFoundError: the folder holds no student, or its base is not there.
         """
         if (Path(folder) / ADAPTER_CONFIG).is_file():
-            name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-            student = load_student(folder, base=self.base(name))
+            student = load_student(folder, base=self.base(adapter_settings(folder)[BASE]))
         else:  # all its weights were trained, or adapters merged into them
             model, processor = load(folder)
             attachment = attached(model)

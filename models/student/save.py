@@ -15,10 +15,10 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attach
-from latefusion.models.base_model import compute_dtype, load_base, load_checkpoint
+from latefusion.models.base_model import compute_dtype, load_base, load_checkpoint, load_processor
 from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base_of, read_config
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student
@@ -178,7 +178,7 @@ def load_student(
     schedule = VisionSchedule.load(folder)
     return Student(
         model=student,
-        processor=AutoProcessor.from_pretrained(folder),
+        processor=load_processor(str(folder)),
         attachment=attach(student, schedule),
         schedule=schedule,
     )

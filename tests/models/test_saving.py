@@ -247,3 +247,15 @@ def test_merging_keeps_the_logits_of_every_family(family, stand_in):
         torch.testing.assert_close(
             logits(done.model, fresh(family))[real], expected[real], rtol=1e-5, atol=1e-5
         )
+
+
+def test_code_that_comes_with_a_folder_is_not_run(tmp_path, stand_in):
+    folder, _, _ = merged_llava(tmp_path, stand_in)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    names = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")
+    edit(folder / "config.json", auto_map={name: "evil.Evil" for name in names})
+    load(folder, dtype=torch.float32)
+    edit(folder / "config.json", model_type="unheard_of")
+    with pytest.raises(ValueError):
+        load(folder, dtype=torch.float32)
+    assert not (tmp_path / "ran").exists()

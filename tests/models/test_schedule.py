@@ -188,3 +188,26 @@ def random_call(present: Tensor) -> AttentionCall:
         run=lambda value, rows: pytest.fail("a schedule changes no attention"),
         weights=lambda rows: weights[:, :, : rows.shape[1]],
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"enter": 2.5}',
+        '{"enter": true}',
+        '{"exit": "${oc.env:HOME}"}',
+        '{"keep": [1]}',
+        '{"keep": {"3": 2.7}}',
+        '{"keep": {"3": null}}',
+        '{"cross": 5}',
+        '{"cross": ["x"]}',
+        '{"positions": "original"}',
+        "[1]",
+        "{enter",
+    ],
+)
+def test_a_file_that_is_not_a_schedule_is_refused_in_a_sentence(text, tmp_path):
+    (tmp_path / "vision_schedule.json").write_text(text)
+    with pytest.raises(ValueError, match=r"vision_schedule\.json is damaged: ") as error:
+        VisionSchedule.load(tmp_path)
+    assert "\n" not in str(error.value)
