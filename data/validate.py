@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from latefusion.data.local_files import check_local_files
-from latefusion.recipes.compose import compose_config
+from latefusion.recipes.compose import compose_config, compose_tree, print_and_exit, without_cfg
 from latefusion.recipes.schema import Config, PartConfig, Source
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 def main(overrides: list[str]) -> None:
     """Run from the command line; invalid arguments end in one sentence."""
+    overrides, printed = without_cfg(overrides)
+    if printed:
+        print_and_exit(lambda: compose_tree(overrides))
     try:
         config = compose_config(overrides)
         if config.data.source is Source.scenes:

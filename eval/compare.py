@@ -183,7 +183,12 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--cost", type=float, default=0.02, help="rise of FLOPs or KV bytes let pass (default: 0.02)"
     )
+    parser.add_argument("--cfg", choices=["job"], help="print these arguments and stop, as other commands do")
     options = parser.parse_args(words)
+    if options.cfg:
+        print_and_exit(
+            lambda: {"before": str(options.before), "after": str(options.after), "cost": options.cost}
+        )
     try:
         changes = compare(options.before, options.after, cost=options.cost)
     except (ValueError, FileNotFoundError) as error:

@@ -53,12 +53,9 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    words = check_words(words, Arguments, str(__doc__))
+    words = check_words(words, Arguments, str(__doc__), show=configuration)
     try:
-        values = OmegaConf.from_cli(words)
-        names = [name.strip() for name in str(values.get("policy", Arguments.policy)).split(",")]
-        changes = {name: values.pop(name) for name in names if isinstance(values.get(name), DictConfig)}
-        arguments = parse_words(values, Arguments)
+        arguments, names, changes = parsed(words)
         path, thresholds = locate(arguments.model)
         for name in names:
             recipe_of(name)
@@ -67,6 +64,20 @@ def main(words: list[str]) -> None:
         answer(arguments, path, question_of(arguments), policies, Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+
+
+def parsed(words: list[str]) -> tuple[Arguments, list[str], dict[str, DictConfig]]:
+    """The arguments, the names of the policies, and by name the changed arguments of a policy."""
+    values = OmegaConf.from_cli(words)
+    names = [name.strip() for name in str(values.get("policy", Arguments.policy)).split(",")]
+    changes = {name: values.pop(name) for name in names if isinstance(values.get(name), DictConfig)}
+    return parse_words(values, Arguments), names, changes
+
+
+def configuration(words: list[str]) -> dict[str, Any]:
+    """What `--cfg job` prints."""
+    arguments, _, changes = parsed(words)
+    return {**vars(arguments), **changes}
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.recipes.compose import compose_config, refusal, unknown_key
+from latefusion.recipes.compose import compose_config, print_and_exit, refusal, unknown_key, without_cfg
 from latefusion.recipes.schema import RECIPES, Config, DataConfig, Dtype, Source
 
 if TYPE_CHECKING:
@@ -64,10 +64,14 @@ KEYS = ["model", "data", *NAMES]
 
 def main(words: Sequence[str]) -> None:
     """Run from the command line; invalid arguments end the program with one sentence."""
-    if any("=" not in word for word in words) or not words:
+    words, printed = without_cfg(words)
+    if any("=" not in word for word in words) or not (words or printed):
         sys.exit(f"{__doc__}\n{Arguments.__doc__}")
     try:
-        run(*parse(words))
+        arguments, config = parse(words)
+        if printed:
+            print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})
+        run(arguments, config)
     except OmegaConfBaseException as error:
         sys.exit(f"error: {refusal(error, KEYS)}")
     except (ValueError, FileNotFoundError) as error:

@@ -37,7 +37,7 @@ def check_config(cfg: DictConfig) -> Config:
     _refuse_additions(config)
     train, lora, kl = config.train, config.lora, config.kl
     for key, value in (
-        ("train.steps", train.steps),
+        ("train.steps", 1 if train.steps is None else train.steps),
         ("train.batch_size", train.batch_size),
         ("train.accumulation", train.accumulation),
         ("train.log_every", train.log_every),
@@ -61,6 +61,7 @@ def check_config(cfg: DictConfig) -> Config:
             raise ValueError(f"{key}={value} must be at least 1.")
     for key, number in (
         ("train.learning_rate", train.learning_rate),
+        ("train.epochs", 1 if train.epochs is None else train.epochs),
         ("train.max_grad_norm", train.max_grad_norm),
         ("kl.temperature", kl.temperature),
         ("schedule.bound", config.schedule.bound),
@@ -85,6 +86,11 @@ def check_config(cfg: DictConfig) -> Config:
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if train.steps is not None and train.epochs is not None:
+        raise ValueError(
+            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train; add "
+            "train.steps=null, or leave train.epochs out."
+        )
     if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
         raise ValueError(
             f"schedule.budget={config.schedule.budget} is a part of dense FLOPs: above 0, at most 1."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -68,6 +69,17 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
             raise ValueError(f"{override}: {reason}.") from None
 
 
+def refuse_typos(arguments: Sequence[str]) -> None:
+    """End the program with one sentence if a Hydra command line names a key, group or value that does not exist.
+
+    Hydra would explain a typo in a paragraph. Its own flags (`--cfg job`, `--help`) are left to it.
+    """
+    try:
+        compose_tree(get_args_parser().parse_args(list(arguments)).overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 def _unknown_config_key(key: str) -> str:
     parent, _, name = key.rpartition(".")
     root = compose("config")
@@ -85,28 +97,64 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def check_words(words: Sequence[str], kind: type, usage: str) -> list[str]:
-    """The words, `--` before them forgiven; ends the program with how to use it where one says nothing of a key."""
+def check_words(
+    words: Sequence[str], kind: type, usage: str, *, show: Callable[[list[str]], Any] | None = None
+) -> list[str]:
+    """The `key=value` words of a command line; a leading `--` is forgiven.
+
+    The program ends here with its usage if a word is not `key=value`, and with its configuration as YAML for
+    `--cfg job`, as Hydra's commands do.
+
+    Args:
+        kind: the dataclass of the keys.
+        show: the configuration that these words make, for `--cfg job`; None: a `kind`.
+    """
+    words, printed = without_cfg(words)
     words = [word.removeprefix("--") for word in words]
     if any("=" not in word for word in words):
         sys.exit(f"{usage}\n{kind.__doc__}")
+    if printed:
+        print_and_exit(lambda: show(words) if show else merged_words(words, kind))
     return words
 
 
+def without_cfg(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without `--cfg job`, and whether it was among them: print the configuration, do not run."""
+    flag = ["--cfg", "job"]
+    for at in range(len(words) - 1):
+        if list(words[at : at + 2]) == flag:
+            return [*words[:at], *words[at + 2 :]], True
+    return list(words), False
+
+
+def print_and_exit(configuration: Callable[[], Any]) -> NoReturn:
+    """Print a configuration as YAML and end the program, in one sentence if it cannot be composed."""
+    try:
+        print(OmegaConf.to_yaml(OmegaConf.create(configuration())), end="")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0)
+
+
 def parse_words(words: Sequence[str] | Any, kind: type[Kind]) -> Kind:
-    """The arguments that `key=value` words (or a DictConfig of them) say; the others keep their defaults.
+    """Parse `key=value` words (or a DictConfig of them) into the dataclass that describes their keys.
 
     Raises:
-        ValueError: a key that does not exist, a value of another type, or none for a key that needs one.
+        ValueError: a key that does not exist, a value of another type, or a key without a value that needs one.
     """
+    merged = merged_words(words, kind)
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ValueError(f"{key} is not set; add {key}=VALUE.")
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def merged_words(words: Sequence[str] | Any, kind: type) -> DictConfig:
+    """The `key=value` words over the defaults of `kind`; raises ValueError as `parse_words` does."""
     try:
-        said = words if OmegaConf.is_config(words) else OmegaConf.from_cli(list(words))
-        merged = OmegaConf.merge(OmegaConf.structured(kind), said)
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise ValueError(f"{key} is not set; add {key}=VALUE.")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        values = words if OmegaConf.is_config(words) else OmegaConf.from_cli(list(words))
+        return OmegaConf.merge(OmegaConf.structured(kind), values)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ValueError(refusal(error, [field.name for field in fields(kind)])) from None  # type: ignore[arg-type]
+        raise ValueError(refusal(error, [field.name for field in fields(kind)])) from None
 
 
 def stored_values(path: Path) -> Any:
@@ -133,12 +181,12 @@ def _as_text(value: Any) -> Any:
 
 
 def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
-    """One sentence of what OmegaConf refused."""
+    """What OmegaConf refused, in one sentence."""
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return unknown_key(str(error.full_key), keys)
     return f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; the keys are {', '.join(keys)}."
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:
-    """One sentence of a key that does not exist."""
+    """That a key does not exist, in one sentence."""
     return f"{key} does not exist{did_you_mean(key, keys)}; the keys are {', '.join(keys)}."

@@ -242,6 +242,7 @@ class ModelConfig:
         pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
         cross: layers that read frozen vision tokens, for `recipe=cross_only`.
         visipruner: its calibrated thresholds.
+        teacher: the policy under which it teaches: `dense` if nobody has calibrated those thresholds.
     """
 
     path: str = MISSING
@@ -256,6 +257,7 @@ class ModelConfig:
     pyramid: ScheduleConfig = field(default_factory=ScheduleConfig)
     cross: list[int] = field(default_factory=list)
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)
+    teacher: Teacher = Teacher.visipruner
 
 
 @dataclass
@@ -277,16 +279,25 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop. `batch_size` is per device and step of accumulation, `warmup` a fraction of `steps`.
+    """How long and how fast the student learns; the numbers of a run are in `recipes/train/`.
 
-    `narrow` is the fraction of `steps` over which the band narrows from all layers to `schedule` (0: it is fixed).
-    `workers` processes load data beside the training process (0: it does so itself), each `prefetch` batches ahead.
-    `trackers` names who gets the log beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
+    Attributes:
+        steps: optimizer steps; None: as many as `epochs` take.
+        epochs: passes over the training set, if `steps` does not say how long the run is; None: one.
+        learning_rate: its peak, after the warm-up.
+        batch_size: samples per device and micro-batch.
+        accumulation: micro-batches per device and step.
+        warmup: the fraction of the steps in which the learning rate rises to its peak.
+        narrow: the fraction of the steps over which the band narrows from all layers to `schedule`; 0: it is fixed.
+        workers: processes that load data; 0: the training process does so itself.
+        prefetch: batches that each worker loads ahead.
+        trackers: where the log goes beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
     """
 
-    steps: int = 500
-    learning_rate: float = 2e-4
-    batch_size: int = 16
+    steps: int | None = None
+    epochs: float | None = None
+    learning_rate: float = MISSING
+    batch_size: int = MISSING
     accumulation: int = 1
     warmup: float = 0.03
     narrow: float = 0.0
@@ -305,6 +316,12 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the run, which `training/prepare.py` counts once the training set is open."""
+        assert self.steps is not None
+        return self.steps
 
 
 @dataclass
@@ -378,7 +395,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     schedule: RunScheduleConfig = field(default_factory=RunScheduleConfig)
-    teacher: Teacher = Teacher.visipruner
+    teacher: Teacher = "${model.teacher}"  # type: ignore[assignment]
     tune: Tune = Tune.lora
     init: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -73,8 +73,6 @@ ROLES = {
 STILL_THERE = {
     "models/policies/scheduled.py <-> models/schedule.py",
     "models/policies/visipruner/decision.py <-> models/policies/visipruner/settings.py",
-    "eval/calibrate.py, training/calibrate.py",
-    "eval/comparison/cost.py, training/cost.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: training set, student, collator, objective, each from the configuration."""
+"""The parts of a run, each from the configuration: first samples, collator, student, objective."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data.bad_rows import Guard, usable
 from latefusion.data.collate import Collator, build_collator, is_ranked
-from latefusion.data.load import training_data
 from latefusion.data.packing import Packed, check_isolation
 from latefusion.data.streaming import Stream
 from latefusion.models.base_model import compute_dtype, load_base
@@ -23,7 +22,6 @@ from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.save import start_from
 from latefusion.recipes.schema import (
     Config,
-    DataConfig,
     Dtype,
     EntryConfig,
     EntryKind,
@@ -31,20 +29,31 @@ from latefusion.recipes.schema import (
     Tune,
     Variant,
 )
-from latefusion.training.calibrate import entry_start
 from latefusion.training.objective import Objective
-from latefusion.training.offline import Taught, expected
+from latefusion.training.prepare import entry_start
 from latefusion.training.teacher import load_teacher, shared_vocabulary
+
+DESCRIBED = 8  # samples that are checked before a run begins, and that its first lines describe
 
 
 def dtype_of(config: Config) -> torch.dtype:
+    """What the run computes in."""
     named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
     return named.get(config.train.dtype) or compute_dtype()
 
 
-def samples(data: DataConfig) -> Any:
-    """The training set: samples `{"messages", "images"}` by index, or a stream of them."""
-    return training_data(data)
+def first_samples(dataset: Any, count: int = DESCRIBED) -> list[Any]:
+    """The first samples of a training set, opened; `Bad` in the place of a row that cannot be used."""
+    if isinstance(dataset, Stream):
+        return [usable(row) for row in dataset.first(count)]
+    return [dataset[i] for i in range(min(count, len(dataset)))]
+
+
+def images_to_fit(config: Config, dataset: Any) -> Any:
+    """Samples by index to fit the entry on: the training set, or the beginning of a stream."""
+    if not isinstance(dataset, Stream):
+        return dataset
+    return first_samples(dataset, config.entry.images)
 
 
 def base_of(config: Config) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -53,31 +62,24 @@ def base_of(config: Config) -> tuple[PreTrainedModel, ProcessorMixin]:
     Raises:
         ValueError: its decoder has too few layers for the schedule.
     """
-    wanted = config.model
+    options = config.model
     model, processor = load_base(
-        wanted.path,
+        options.path,
         dtype=dtype_of(config),
-        revision=wanted.revision,
-        processor=wanted.processor,
-        four_bits=wanted.load_in_4bit,
-        trust_remote_code=wanted.trust_remote_code,
+        revision=options.revision,
+        processor=options.processor,
+        four_bits=options.load_in_4bit,
+        trust_remote_code=options.trust_remote_code,
     )
-    if wanted.attention is not None:
-        model.set_attn_implementation(wanted.attention)
-    check_layers(config, model.config.get_text_config().num_hidden_layers)  # a profile's is known only now
+    if options.attention is not None:
+        model.set_attn_implementation(options.attention)
+    check_layers(config, model.config.get_text_config().num_hidden_layers)  # also of a profile's schedule
     return model, processor
 
 
 def student_of(config: Config) -> Student:
-    """The student that `config` describes; what `settle_entry` found is its entry adapter's start."""
+    """Load the base and build the configured student on it; its entry adapter starts from what `settle_entry` wrote."""
     return student_from(config, *base_of(config), entry_start(config))
-
-
-def examples(config: Config, dataset: Any) -> Any:
-    """Samples that can be looked at before training, by index: the training set, or the beginning of a stream."""
-    if not isinstance(dataset, Stream):
-        return dataset
-    return [usable(row) for row in dataset.first(config.entry.images)]
 
 
 def student_from(
@@ -86,7 +88,7 @@ def student_from(
     processor: ProcessorMixin,
     calibrated: CalibratedEntry | None = None,
 ) -> Student:
-    """The student that `config` describes, on an already loaded base."""
+    """Build the configured student on a loaded base."""
     lora, schedule = config.lora, schedule_of(config.schedule)
     parts = {
         "schedule": schedule,
@@ -94,7 +96,7 @@ def student_from(
         "calibrated": calibrated,
         "train": [config.model.projector] if trains_projector(config) else [],
     }
-    set_seed(config.train.seed)  # engines draw differently while they load; adapters start the same in all
+    set_seed(config.train.seed)  # adapters start the same under every engine, whatever it drew while loading
     if config.tune is Tune.full:
         return build_full(model, processor, **parts)
     student = build_student(
@@ -116,14 +118,14 @@ def student_from(
 
 
 def trains_projector(config: Config) -> bool:
-    """Whether the module between vision tower and decoder learns."""
+    """Whether the module between vision tower and decoder trains."""
     return config.model.projector is not None and (
         config.lora.train_projector or config.tune is not Tune.lora
     )
 
 
 def entry_rank(entry: EntryConfig) -> int | None:
-    """The rank of the entry adapter, 0 for a scale alone, None for none."""
+    """Rank of the entry adapter; 0 = per-channel scale only, None = no adapter."""
     if entry.kind is EntryKind.scale:
         return 0
     return entry.rank or None if entry.kind is EntryKind.low_rank else None
@@ -139,7 +141,7 @@ def adapted_layers(config: Config, schedule: VisionSchedule, num_layers: int) ->
 
 
 def collator_of(student: Student, config: Config | None = None) -> Collator:
-    """What makes batches for this student; `config` None: of samples of any length, turns seeing each other."""
+    """The collator of a student; without `config`: for samples of any length, whose turns see each other."""
     model = student.model
     return build_collator(
         student.processor,
@@ -151,16 +153,8 @@ def collator_of(student: Student, config: Config | None = None) -> Collator:
     )
 
 
-def training_collator(config: Config, student: Student) -> Collator | Taught:
-    """The collator of a run: that of its data, with the teacher's answers if they were written before."""
-    collator = collator_of(student, config)
-    if config.kl.cache is None:
-        return collator
-    return Taught(collator, config.kl.cache, expected(config, student.processor, teacher(config)))
-
-
-def guarded(config: Config, collator: Collator | Taught, dataset: Any, *, folder: str | None = None) -> Guard:
-    """The collator, with what the configuration wants of rows that cannot be used; `folder` lists them, None: none."""
+def guarded(config: Config, collator: Any, dataset: Any, *, folder: str | None = None) -> Guard:
+    """The collator, replacing or refusing rows that cannot be used, as configured; `folder` gets the list of them."""
     return Guard(
         collator,
         on_error=config.data.on_error,
@@ -171,20 +165,23 @@ def guarded(config: Config, collator: Collator | Taught, dataset: Any, *, folder
 
 
 def packing(config: Config, student: Student, collator: Guard) -> Guard | Packed:
-    """The collator, its samples without images packed if the configuration says so and the model can take it."""
+    """The collator, which packs samples without images if `data.pack` says so and the model can take it."""
     if not config.data.pack:
         return collator
     model = student.attachment.model
-    if not (config.engine.deepspeed or config.engine.fsdp):  # there weights may be in shards already
+    if not (config.engine.deepspeed or config.engine.fsdp):  # whose weights may lie in shards already
         check_isolation(model)
     return Packed.of(model, collator)
 
 
 def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:
-    """The objective; `offline` (None: as `kl.cache` says): the teacher's answers come with the batch.
+    """The objective of a run.
+
+    Args:
+        offline: the teacher's answers come with the batch; None: as `kl.cache` says.
 
     Raises:
-        FileNotFoundError: the other model that is to teach is not there.
+        FileNotFoundError: the model that is to teach (`kl.model`) is not there.
     """
     offline = config.kl.cache is not None if offline is None else offline
     policy, other = None if offline else teacher(config), None
@@ -203,7 +200,7 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
-        sharded=in_shards(config) and not config.engine.fsdp,  # which gathers all but layers at once
+        sharded=in_shards(config) and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
     )
 
 
@@ -214,7 +211,7 @@ def in_shards(config: Config) -> bool:
 
 
 def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:
-    """The schedule of a moment of the run (0 to 1), if it changes."""
+    """The schedule at a moment of the run (0 to 1); None: it does not change."""
     if config.train.narrow == 0:
         return None
     layers = student.model.config.get_text_config().num_hidden_layers

@@ -1,37 +1,105 @@
-"""The lines a run prints before its first step."""
+"""The lines that a run prints before its first step: its configuration, its size, and an estimate of its cost."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from enum import Enum
+from textwrap import wrap
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
-from latefusion.data.bad_rows import usable
 from latefusion.data.collate import IGNORE
 from latefusion.data.streaming import Stream
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.recipes.launcher import world_size
-from latefusion.recipes.schema import Config, ModelConfig, Teacher
+from latefusion.recipes.schema import SCHEMA, Config, ModelConfig, Teacher
 from latefusion.training.assemble import dtype_of
-from latefusion.training.estimate import estimated, numel
+from latefusion.training.step_cost import (
+    activation_bytes,
+    backward_ends,
+    flops_per_second,
+    logit_bytes,
+    numel,
+    training_flops,
+    weight_bytes,
+)
 from latefusion.training.teacher import OtherTeacher
 
-DESCRIBED = 8  # samples whose sizes the printed lines speak of
+WIDTH = 80  # columns of the configuration
+ALWAYS = {  # shown also where a run keeps the default
+    *("model.path", "data.source", "teacher", "tune", "schedule.enter", "schedule.exit", "engine.trainer"),
+    *("train.steps", "train.batch_size", "train.accumulation", "train.learning_rate", "train.scheduler"),
+    *("train.warmup", "train.seed", "train.dtype", "lora.r", "lora.alpha", "lora.layers", "entry.init"),
+    *("kl.weight", "kl.temperature", "eval.split", "eval.samples"),
+}
+NEVER = {
+    "model.schedule",
+    "model.pyramid",
+    "model.cross",
+    "model.teacher",
+}  # what `schedule` and `teacher` took
 
 
-def first_samples(dataset: Any) -> list[Any]:
-    """The first samples of a training set, opened; `Bad` where a row cannot be used."""
-    if isinstance(dataset, Stream):
-        return [usable(row) for row in dataset.first(DESCRIBED)]
-    return [dataset[i] for i in range(min(DESCRIBED, len(dataset)))]
+def composed_tree(cfg: DictConfig) -> str:
+    """The configuration of a run, a section a line: its main settings, and all that differ from their defaults."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    defaults = OmegaConf.to_container(SCHEMA, resolve=False)
+    assert isinstance(values, dict) and isinstance(defaults, dict)
+    sections: dict[str, list[str]] = {}
+    for key, value in _shown(values, defaults):
+        section, _, name = key.rpartition(".") if "." in key else ("run", "", key)
+        sections.setdefault(section, []).append(f"{name}={_text(value)}")
+    indent = 2 + max(map(len, sections))
+    lines = []
+    for section, words in sections.items():
+        room = WIDTH - indent
+        kept = [word.replace(" ", "\0") if len(word) <= room else word for word in words]  # not broken inside
+        text = wrap("  ".join(kept), room, break_long_words=False)
+        for number, part in enumerate(text):
+            lines.append(f"{section if number == 0 else '':<{indent}}{part}".replace("\0", " "))
+    return "\n".join([*lines, f"(every setting: --cfg job, or {cfg.output_dir}/config.yaml)"])
+
+
+def _shown(values: dict[Any, Any], defaults: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings to print: those of `ALWAYS`, and those that differ from the defaults."""
+    for name, value in values.items():
+        key, default = f"{prefix}{name}", defaults.get(name)
+        if key in NEVER:
+            continue
+        if isinstance(value, dict) and isinstance(default, dict) and default:
+            yield from _shown(value, default, f"{key}.")
+        elif key in ALWAYS or value != default:
+            yield key, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_text(part)}" for name, part in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def describe(
-    config: Config, student: Student, batch: dict[str, Any], other: OtherTeacher | None = None
+    config: Config,
+    student: Student,
+    batch: dict[str, Any],
+    dataset: Any,
+    other: OtherTeacher | None = None,
 ) -> str:
-    """What is about to be trained: parameters, vision tokens by layer, FLOPs against dense."""
+    """What is about to be trained: parameters, steps, vision tokens by layer, FLOPs against dense, an estimate.
+
+    Args:
+        batch: of the first samples, whose sizes the lines give.
+        dataset: the training set.
+        other: another model that teaches.
+    """
     model, schedule = student.model, student.schedule
     ids, n = batch["input_ids"], len(batch["input_ids"])
     prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
@@ -50,32 +118,36 @@ def describe(
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")
+    samples = train.total_steps * train.batch_size * train.accumulation * world_size()
+    passes = (
+        "" if isinstance(dataset, Stream) else f" ({samples / len(dataset):.3g} epochs of {len(dataset):,})"
+    )
     return "\n".join(
         [
             *borrowed(config.model),
             *unknown_words(batch["labels"], student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
-            f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{world_size()} process(es), teacher {config.teacher.value}"
+            f"{train.total_steps} steps of {train.batch_size} x {train.accumulation} samples in "
+            f"{world_size()} process(es){passes}, teacher {config.teacher.value}"
             f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
-            estimated(
+            estimate(
                 config,
                 model,
                 schedule,
                 (all_text, all_vision, learnt),
                 dtype_of(config),
-                teacher_of(config, model, other),
+                online_teacher(config, model, other),
             ),
         ]
     )
 
 
 def unknown_words(labels: torch.Tensor, tokenizer: Any) -> list[str]:
-    """A line that says so, if answers (int64 `[B, T]`) hold words that the tokenizer does not know."""
+    """A warning if answers (int64 `[B, T]`) hold words that the tokenizer does not know."""
     unknown, learnt = tokenizer.unk_token_id, int((labels != IGNORE).sum())
     count = 0 if unknown is None else int((labels == unknown).sum())
     if not count:
@@ -87,7 +159,7 @@ def unknown_words(labels: torch.Tensor, tokenizer: Any) -> list[str]:
 
 
 def borrowed(model: ModelConfig) -> list[str]:
-    """A line that says so, if another model's settings are about to be used."""
+    """A note if the settings were chosen for another model."""
     if model.tuned_for in (None, model.path):
         return []
     return [
@@ -97,8 +169,8 @@ def borrowed(model: ModelConfig) -> list[str]:
     ]
 
 
-def teacher_of(config: Config, model: Any, other: OtherTeacher | None) -> Any:
-    """The model that teaches in every step, if one does."""
+def online_teacher(config: Config, model: Any, other: OtherTeacher | None) -> Any:
+    """The model that teaches in every step; None: no teacher, or an offline one."""
     if config.teacher is Teacher.none or config.kl.weight == 0 or config.kl.cache is not None:
         return None
     return model if other is None else other.model
@@ -111,3 +183,69 @@ def runs(tokens: list[int]) -> str:
     return ", ".join(
         f"{a}: {tokens[a]}" if a == b else f"{a}-{b}: {tokens[a]}" for a, b in zip(starts, ends, strict=True)
     )
+
+
+def estimate(
+    config: Any,
+    model: Any,
+    schedule: Any,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    teacher: Any = None,
+) -> str:
+    """A line with the estimated peak memory of a device and the shortest time of the run.
+
+    Args:
+        config: of the run.
+        model: the student's.
+        shape: number of text, vision and answer tokens of a sample.
+        teacher: the model that teaches in every step (`model` itself, or another one); None: no online teacher.
+    """
+    n_text, n_vision, answers = shape
+    train, known = config.train, model.config
+    layers = known.get_text_config().num_hidden_layers
+    vision, first = schedule.vision_tokens(layers, n_vision), backward_ends(model)
+    each = activation_bytes(
+        known,
+        [n_text + n for n in vision[first:]],
+        vision[first:] if schedule.cross else [0] * (layers - first),
+        dtype=dtype,
+        checkpointing=train.gradient_checkpointing,
+        eager=known._attn_implementation == "eager",
+    ) + logit_bytes(known, answers, teacher=teacher is not None)
+    held = weight_bytes(model) + (0 if teacher is None or teacher is model else weight_bytes(teacher))
+    peak = held + train.batch_size * each
+    step = (
+        train.batch_size
+        * train.accumulation
+        * training_flops(
+            known,
+            schedule,
+            n_text,
+            n_vision,
+            answers=answers,
+            teacher=None if teacher is None else teacher.config,
+            first=first,
+        )
+    )
+    seconds = step / flops_per_second(min(2048, max(256, known.get_text_config().hidden_size)), dtype)
+    sharded = " before sharding" if config.engine.deepspeed or config.engine.fsdp else ""
+    return (
+        f"estimate: {_bytes(peak)} a device at the peak{sharded}, {_bytes(train.batch_size * each)} of it activations; "
+        f"at least {_duration(train.total_steps * seconds)} for {train.total_steps} steps of {step / 1e9:.3g} GFLOPs "
+        "(as fast as matrix products are here, the vision tower and loading left out)"
+    )
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What a run says while it runs: the console, and `metrics.jsonl`, whoever runs the loop."""
+"""The log of a run, under any engine: progress on the console, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from latefusion.recipes.launcher import world_size
-from latefusion.recipes.schema import TRACKERS
+from latefusion.recipes.schema import TRACKERS, Config
+from latefusion.training.order import Order
 
 METRICS = "metrics.jsonl"
 REFRESH = 0.5  # seconds
-WIDE = 130  # columns that hold name, bar and numbers
-# dense peak in FLOP/s, bfloat16 on tensor cores and float32 without: vendors' data sheets, SXM where there are several
+WIDE = 130  # columns that name, bar and numbers need
+# dense peak in FLOP/s, bfloat16 on tensor cores and float32 without them: data sheets, SXM if there are several
 PEAK = {
     "B200": (2.25e15, 80e12),
     "GH200": (989e12, 67e12),
@@ -36,11 +37,11 @@ PEAK = {
 
 
 def trackers(names: list[str], *, main: bool) -> list[str]:
-    """Those of the asked-for trackers that are installed: TensorBoard, the default, may be missing."""
-    found = [name for name in names if any(map(find_spec, TRACKERS[name]))]
-    if main and found != names:
+    """The requested trackers that are installed; TensorBoard, the default, may be missing."""
+    installed = [name for name in names if any(map(find_spec, TRACKERS[name]))]
+    if main and installed != names:
         print(f"TensorBoard is not installed (pip install tensorboardX): {METRICS} holds the same numbers.")
-    return found
+    return installed
 
 
 class Monitor:
@@ -50,11 +51,24 @@ class Monitor:
         folder: of the run.
         name: shown before the bar.
         steps: of the whole run.
-        first: steps that an earlier run has done; what it logged of later ones is removed.
-        samples: that a step takes, over all processes.
-        dtype: that is computed in; with the device's name it gives the peak that MFU is a share of.
-        main: this process shows and writes; the others only count.
+        first: steps that the resumed run had done; its log of later steps is removed.
+        samples: samples per step, over all processes.
+        dtype: of the computation; with the name of the device it gives the peak for MFU.
+        main: this process prints and writes; the others only count.
     """
+
+    @classmethod
+    def of(cls, config: Config, order: Order, *, first: int, dtype: torch.dtype, main: bool) -> Monitor:
+        """The monitor of a configured run."""
+        return cls(
+            config.output_dir,
+            name=config.name,
+            steps=order.steps,
+            first=first,
+            samples=order.size,
+            dtype=dtype,
+            main=main,
+        )
 
     def __init__(
         self,
@@ -91,7 +105,7 @@ class Monitor:
             self.task = self.bar.add_task(name, total=steps, completed=first, text=f"{first}/{steps}")
 
     def step(self, done: int) -> None:
-        """The bar, now and then, between two logs."""
+        """Move the bar, at most every `REFRESH` seconds."""
         if self.bar is not None and time.perf_counter() - self.shown > REFRESH:
             self.shown = time.perf_counter()
             self.bar.update(self.task, completed=done)
@@ -101,9 +115,9 @@ class Monitor:
         """Speed since the last call, memory, and the seconds left.
 
         Args:
-            done: steps.
+            done: steps done.
             tokens: real (not padding) tokens since the last call, over all processes.
-            flops: that these computed.
+            flops: computed since the last call.
         """
         now = time.perf_counter()
         seconds, steps = max(now - self.since, 1e-9), done - self.last
@@ -119,7 +133,7 @@ class Monitor:
         return {key: _significant(value) for key, value in rates.items()}
 
     def log(self, done: int, values: dict[str, Any]) -> None:
-        """A line of `metrics.jsonl` and of the console."""
+        """Write a line of `metrics.jsonl` and, for a training step, of the console."""
         if not self.main:
             return
         with self.path.open("a") as file:
@@ -140,7 +154,7 @@ class Monitor:
 
 
 def line(done: int, steps: int, values: dict[str, float]) -> str:
-    """One log entry as a person reads it."""
+    """A log entry for the console."""
     parts = [f"{done:>{len(str(steps))}}/{steps}"]
     parts += [f"{_clock(values['eta_seconds'])} left"] if "eta_seconds" in values else []
     parts.append(f"loss {values['loss']:.4f}")
@@ -156,14 +170,14 @@ def line(done: int, steps: int, values: dict[str, float]) -> str:
 
 
 def memory() -> int:
-    """Most bytes held so far: by tensors on the GPU, or by the process."""
+    """Peak memory in bytes: of tensors on the GPU, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """Of this GPU; None: there is none, or not one that is known."""
+    """Peak FLOP/s of this GPU; None without a GPU or for an unknown one."""
     if not torch.cuda.is_available():
         return None
     words = re.split(r"[^A-Z0-9]+", torch.cuda.get_device_name().upper())  # an L40 is no L4

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not a number: stop before it is learnt, and save what is needed to see it again.
+"""A loss or gradient that is not finite: stop before the optimizer uses it, and save the step for a replay.
 
 python -m latefusion.training.nonfinite outputs/late_fusion/nonfinite-step-41-rank-0
 """
@@ -22,33 +22,50 @@ from latefusion.data.streaming import Stream
 from latefusion.models.student.build import Student
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
-from latefusion.recipes.schema import Config
+from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.assemble import dtype_of, objective_of, student_of
 from latefusion.training.order import Order
 
 BATCHES = "batches.pt"
 WEIGHTS = "weights.pt"
 ROWS = "rows.json"
-MOST_SKIPS = 10  # in a row; then the weights are at fault, not the samples
+MOST_SKIPS = 10  # in a row; more point to the weights, not to the samples
 
 
 class NonFinite(RuntimeError):
-    """Loss or gradient of a step is not finite; the message names step, samples and reproduction."""
+    """Loss or gradient of a step is not finite; the message names the step, its samples and the folder to replay."""
 
 
 class Watch:
-    """Looks at every step before the optimizer does.
+    """Checks every step before the optimizer takes it.
 
-    The norm of the gradients is that of all processes, so all of them see the same and stop, or skip, together;
-    those whose own samples did it write the reproduction.
+    All processes see the same gradient norm, so they stop or skip together. The processes whose own samples caused it
+    save the step.
 
     Args:
         folder: of the run, with its `config.yaml`.
         dataset, order: to name the samples.
-        rank, world, micro: this process, how many there are, samples in a micro-batch.
+        rank, world: number of this process, and of all processes.
+        micro: samples in a micro-batch.
         skip: leave such a step out instead of stopping, up to `MOST_SKIPS` in a row.
-        student: whose trainable weights belong to the reproduction; None: they are in shards.
+        student: its trainable weights are saved with the step; None: they lie in shards.
     """
+
+    @classmethod
+    def of(
+        cls, config: Config, dataset: Any, order: Order, *, rank: int, world: int, student: Student | None
+    ) -> Watch:
+        """The watch of a configured run."""
+        return cls(
+            config.output_dir,
+            dataset=dataset,
+            order=order,
+            rank=rank,
+            world=world,
+            micro=config.train.batch_size,
+            skip=config.train.on_nonfinite is NonFiniteStep.skip,
+            student=student,
+        )
 
     def __init__(
         self,
@@ -69,14 +86,14 @@ class Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Call before the first micro-batch of a step."""
         self._random = torch.get_rng_state()
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
         self._count: Tensor | int = 1
 
     def saw(self, batch: dict[str, Any], loss: Tensor, count: Tensor | int) -> None:
-        """A micro-batch, its share of the loss, and the label tokens of the whole step."""
+        """Remember a micro-batch, its share of the loss, and the number of label tokens of the whole step."""
         self._batches.append(batch)
         self._losses.append(loss.detach())
         self._count = count
@@ -85,29 +102,30 @@ class Watch:
         """Whether step `step` (from 0) may be taken, given the norm of its gradients over all processes.
 
         Raises:
-            NonFinite: it may not, and is not to be skipped.
+            NonFinite: it may not, and steps are not skipped.
         """
         if norm is None or math.isfinite(float(norm)):
             self._in_a_row = 0
             return True
         losses = [float(loss) for loss in self._losses]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        found = ""
+        description = ""
         if bad or self.rank == 0:
-            found = self._reproduction(step, losses, float(norm))
+            description = self._save_step(step, losses, float(norm))
         self.skipped += 1
         self._in_a_row += 1
         if self.skip and self._in_a_row <= MOST_SKIPS:
-            if found:
-                print(f"step {step + 1} skipped: {found}", flush=True)
+            if description:
+                print(f"step {step + 1} skipped: {description}", flush=True)
             return False
         why = f" ({MOST_SKIPS} steps in a row were skipped)" if self.skip else ""
         raise NonFinite(
-            f"step {step + 1} is not finite{why}: {found or 'see the message of another process'}; lower "
+            f"step {step + 1} is not finite{why}: {description or 'see the message of another process'}; lower "
             "train.learning_rate or mend the samples, then go on with resume=true."
         )
 
-    def _reproduction(self, step: int, losses: list[float], norm: float) -> str:
+    def _save_step(self, step: int, losses: list[float], norm: float) -> str:
+        """Save the micro-batches of the step and the weights; describe the step in words."""
         shares = self.order.share(step, self.rank, self.world, self.micro)
         batches: list[dict[str, Any]] = [
             {"loss": loss, "rows": [{"index": i, "id": self._id(i)} for i in share]}
@@ -116,8 +134,8 @@ class Watch:
         bad = [b for b in batches if not math.isfinite(b["loss"])] or batches
         folder = self.folder / f"nonfinite-step-{step + 1}-rank-{self.rank}"
         folder.mkdir(parents=True, exist_ok=True)
-        told = {"step": step + 1, "rank": self.rank, "grad_norm": str(norm), "count": int(self._count)}
-        text = json.dumps({**told, "batches": [{**b, "loss": str(b["loss"])} for b in batches]}, indent=1)
+        facts = {"step": step + 1, "rank": self.rank, "grad_norm": str(norm), "count": int(self._count)}
+        text = json.dumps({**facts, "batches": [{**b, "loss": str(b["loss"])} for b in batches]}, indent=1)
         (folder / ROWS).write_text(text + "\n")
         inputs = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in b.items()} for b in self._batches]
         torch.save({"batches": inputs, "random": self._random}, folder / BATCHES)
@@ -135,16 +153,14 @@ class Watch:
 
 
 def replay(folder: str | Path) -> Sequence[float]:
-    """Compute a saved step's micro-batches again, on one process: their shares of the loss.
+    """Compute the losses of a saved step's micro-batches again, on one process.
 
     Raises:
-        FileNotFoundError: the folder holds no reproduction.
+        FileNotFoundError: the folder holds no saved step with weights.
     """
     path = Path(folder)
     if not (path / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"no reproduction with weights in {folder}; name a nonfinite-step-... folder."
-        )
+        raise FileNotFoundError(f"no saved step with weights in {folder}; name a nonfinite-step-... folder.")
     schema = OmegaConf.structured(Config)
     config = check_config(OmegaConf.merge(schema, stored_values(path.parent / "config.yaml")))  # type: ignore[arg-type]
     config.output_dir = str(path.parent)  # wherever it has been moved to

@@ -1,6 +1,6 @@
 """Offline distillation: the teacher's answers, written once and read in every epoch instead of a forward pass.
 
-`training/teach.py` writes them, `kl.cache=FOLDER` trains on them. The folder holds Arrow files with one row a sample,
+`training/teach.py` writes them, `kl.cache=FOLDER` trains on them. The folder holds Arrow files with a row per sample,
 and `teacher.json`, which says who taught.
 """
 
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -18,11 +23,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from latefusion.data.collate import IGNORE, Collator
+from latefusion.data.bad_rows import SKIPPED_FILE, Bad, Guard, skipped
+from latefusion.data.collate import IGNORE, BadRow, Collator, collator_without_weights
+from latefusion.data.load import training_data
 from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.policies.base import Policy
-from latefusion.recipes.schema import Config
-from latefusion.training.teacher import shared_vocabulary
+from latefusion.models.policies.configured import teacher
+from latefusion.recipes.launcher import local_rank, rank, world_size
+from latefusion.recipes.schema import Config, EntryInit
+from latefusion.training import assemble as parts
+from latefusion.training.engines.sharding import place_teacher
+from latefusion.training.prepare import settle_threads
+from latefusion.training.teacher import check_models, shared_vocabulary
 
 TEACHER = "teacher.json"
 SCHEMA = pa.schema(
@@ -36,7 +48,7 @@ SCHEMA = pa.schema(
 
 
 class Stale(ValueError):
-    """The cache was written for another teacher, prompt, tokenizer or image."""
+    """The cache was written with another teacher, prompt, tokenizer or image."""
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -47,15 +59,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return hashlib.sha256((json.dumps(rules, sort_keys=True) + template).encode()).hexdigest()[:16]
 
 
-def expected(config: Config, processor: Any, teacher: Policy | None) -> dict[str, Any]:
-    """What must be the same when the answers are written and when they are read."""
+def expected(config: Config, processor: Any, policy: Policy | None) -> dict[str, Any]:
+    """Everything but the samples that must be the same when answers are written and when they are read."""
     path, revision = config.kl.model or config.model.path, config.kl.revision
     return {
         "model": path,
         "weights": model_fingerprint(
             path, revision if config.kl.model is not None else config.model.revision
         ),
-        "teacher": repr(teacher),
+        "teacher": repr(policy),
         "temperature": config.kl.temperature,
         "isolate": config.data.isolate,
         "k": min(config.kl.top_k, shared_vocabulary(config)),
@@ -64,7 +76,7 @@ def expected(config: Config, processor: Any, teacher: Policy | None) -> dict[str
 
 
 def prompt_hash(ids: Tensor, labels: Tensor, pad: int, sample: dict[str, Any]) -> str:
-    """Of what the teacher saw of a sample: tokens, which of them are to be learnt, pixels.
+    """Hash of what the teacher saw of a sample: tokens, which of them are learnt, pixels.
 
     Args:
         ids, labels: int64 `[T]`, padded with `pad`.
@@ -81,19 +93,19 @@ def prompt_hash(ids: Tensor, labels: Tensor, pad: int, sample: dict[str, Any]) -
 def rows_of(
     samples: Sequence[dict[str, Any]],
     batch: dict[str, Tensor],
-    wanted: Tensor,
+    logits: Tensor,
     *,
     pad: int,
     k: int,
     temperature: float,
 ) -> Iterator[dict[str, Any]]:
-    """A batch's rows of the cache.
+    """The rows of the cache for a batch.
 
     Args:
-        wanted: the teacher's logits where labels are, `[N, V]`, sample by sample.
-        k: so many of the likeliest tokens are kept.
+        logits: the teacher's, for each label, `[N, V]`, sample by sample.
+        k: number of the likeliest tokens to keep.
     """
-    logprobs, tokens = (wanted / temperature).log_softmax(-1).topk(k)  # [N, k]
+    logprobs, tokens = (logits / temperature).log_softmax(-1).topk(k)  # [N, k]
     counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
     parts = zip(
         samples,
@@ -113,10 +125,10 @@ def rows_of(
 
 
 def write(folder: str | Path, batches: Iterator[list[dict[str, Any]]], *, rank: int, world: int) -> int:
-    """One process's file of the cache, complete or not there.
+    """Write the file of one process, under its name only once it is complete.
 
     Returns:
-        Samples in it.
+        The number of samples in it.
     """
     path = Path(folder) / f"teacher-{rank:05d}-of-{world:05d}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,19 +142,19 @@ def write(folder: str | Path, batches: Iterator[list[dict[str, Any]]], *, rank: 
 
 
 class Taught:
-    """A collator that hands each batch what the teacher said of it.
+    """A collator that adds the teacher's answers to each batch.
 
-    Beside the collator's: `teacher_tokens` int64 and `teacher_logprobs` float32 `[N, k]`, for the batch's `N` label
-    tokens, sample by sample.
+    They are `teacher_tokens` int64 and `teacher_logprobs` float32 `[N, k]`, for the batch's `N` label tokens, sample by
+    sample.
 
     Args:
-        collator: whose batches they are.
-        folder: that `training/teach.py` wrote.
+        collator: makes the batches.
+        folder: written by `training/teach.py`.
         teacher: what this run expects in `teacher.json`.
 
     Raises:
         FileNotFoundError: there is no complete cache.
-        Stale: it is another teacher's.
+        Stale: it holds another teacher's answers.
     """
 
     def __init__(self, collator: Collator, folder: str, teacher: dict[str, Any]):
@@ -178,8 +190,8 @@ class Taught:
         ]
         for sample, prompt in keys:
             if (sample, prompt) not in self.index:
-                known = any(sample == name for name, _ in self.index)
-                why = "for another prompt, tokenizer or image" if known else "without it"
+                written = any(sample == name for name, _ in self.index)
+                why = "for another prompt, tokenizer or image" if written else "without it"
                 raise Stale(
                     f"sample {sample}: the teacher's answers in {self.folder} were written {why}; {self.again}."
                 )
@@ -187,3 +199,133 @@ class Taught:
         batch["teacher_tokens"] = torch.cat(list(rows["tokens"])).long().view(-1, self.k)
         batch["teacher_logprobs"] = torch.cat(list(rows["logprobs"])).view(-1, self.k)
         return batch
+
+
+def with_answers(config: Config, collator: Collator) -> Collator | Taught:
+    """The collator, which adds the teacher's answers if `kl.cache` holds them.
+
+    Raises:
+        FileNotFoundError, Stale: there is no cache, or it holds another teacher's answers.
+    """
+    if config.kl.cache is None:
+        return collator
+    return Taught(collator, config.kl.cache, expected(config, collator.processor, teacher(config)))
+
+
+def write_answers(config: Config) -> None:
+    """Write `kl.cache` for a configuration that `preflight.checked_teaching` has checked.
+
+    Raises:
+        SystemExit: it cannot be done; the message is one sentence.
+    """
+    started = time.perf_counter()
+    process, world = rank(), world_size()
+    try:
+        check_models(config)
+        policy = teacher(config)
+        sharded = parts.in_shards(config)
+        if sharded and config.kl.model is None:  # the base as a model of its own, without adapters to shard
+            model = config.model
+            config.kl.model, config.kl.revision, config.kl.visipruner = (
+                model.path,
+                model.revision,
+                model.visipruner,
+            )
+        dataset = training_data(config.data)
+        collator = collator_without_weights(config, dtype=parts.dtype_of(config))
+        parts.guarded(config, collator, dataset)(parts.first_samples(dataset))
+        settle_threads(config)
+        config.entry.init = EntryInit.identity  # a teacher has no entry adapter to calibrate
+        context = None
+        if sharded:
+            config.train.trackers, config.train.steps = [], 1
+            engine: ModuleType = import_module(f"latefusion.training.engines.{config.engine.trainer.value}")
+            context = engine.prepare(config, dtype=parts.dtype_of(config))
+        student = parts.student_of(config)
+        objective = parts.objective_of(config, student, offline=False)
+        guard = parts.guarded(config, collator, dataset, folder=config.kl.cache)
+        blank = first_usable_batch(collator, dataset) if sharded else None
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    answering: Any = student.model if objective.other is None else objective.other.model
+    if context is not None:
+        assert objective.other is not None
+        device = context.device
+        place_teacher(config, objective.other, device)
+    else:
+        if torch.cuda.is_available():
+            answering.to(f"cuda:{local_rank()}")
+        device = answering.device
+    folder = Path(config.kl.cache or "")
+    (folder / TEACHER).unlink(missing_ok=True)  # from here on the old cache is incomplete
+    if process == 0:
+        (folder / SKIPPED_FILE).unlink(missing_ok=True)
+        for old in folder.glob("teacher-*.arrow"):
+            if not old.name.endswith(f"-of-{world:05d}.arrow"):
+                old.unlink()
+    pad, facts = student.processor.tokenizer.pad_token_id, expected(config, collator.processor, policy)
+    size, share = config.train.batch_size, range(process, len(dataset), world)
+
+    def answers(batch: dict[str, Any]) -> Tensor:
+        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=parts.dtype_of(config) is torch.bfloat16):
+            return objective.answers(moved).cpu()  # [N, V]
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for start in range(0, len(range(0, len(dataset), world)), size):  # the first process has the most
+            rows = share[start : start + size]
+            samples, batch = usable_batch(guard, [dataset[i] for i in rows])
+            if samples:
+                logits, temperature = answers(batch), config.kl.temperature
+                yield list(rows_of(samples, batch, logits, pad=pad, k=facts["k"], temperature=temperature))
+            elif blank is not None:
+                answers(blank)  # the other processes wait for this one's shards
+            if process == 0 and sys.stderr.isatty():
+                print(f"\r{start + len(rows)}/{len(share)} samples", end="", file=sys.stderr)
+
+    try:
+        count = write(folder, batches(), rank=process, world=world)
+    except (ValueError, OSError) as error:  # a row that must not be left out, a full disk
+        raise SystemExit(f"error: {error}") from error
+    if process == 0:
+        (folder / TEACHER).write_text(json.dumps({**facts, "files": world}, indent=1) + "\n")
+        written = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
+        by = f" by the first of {world} processes" if world > 1 else ""
+        print(
+            f"{count} samples answered{by} in {time.perf_counter() - started:.0f} s, {written / 1e6:.0f} MB in "
+            f"{folder}; train with kl.cache={folder}."
+        )
+        if left_out := skipped(folder):
+            print(f"{left_out} row(s) could not be used and were left out: {folder / SKIPPED_FILE} says why.")
+
+
+def first_usable_batch(collator: Collator, dataset: Any) -> dict[str, Any]:
+    """A batch of the first sample that can be used, for a process that has no samples left.
+
+    Raises:
+        ValueError: no sample can be used.
+    """
+    for row in range(len(dataset)):
+        sample = dataset[row]
+        with suppress(BadRow):
+            if not isinstance(sample, Bad):
+                return collator([sample])
+    raise ValueError("no row of the data can be used; run data/validate.py.")
+
+
+def usable_batch(guard: Guard, samples: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples that training can use, without the others, and their batch.
+
+    Raises:
+        ValueError: one cannot be used, and must not be left out.
+    """
+    for sample in samples:
+        if isinstance(sample, Bad):
+            guard.note(sample)
+    good = [sample for sample in samples if not isinstance(sample, Bad)]
+    while good:
+        try:
+            return good, guard.collator(good)
+        except BadRow as error:
+            guard.note(Bad.of(good.pop(error.at), error))
+    return [], {}

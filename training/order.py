@@ -117,11 +117,13 @@ def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:
     """The order of a run on `dataset`, by `world` processes."""
     size = train.batch_size * train.accumulation * world
     if isinstance(dataset, Stream):
-        return InOrder(steps=train.steps, size=size)
+        return InOrder(steps=train.total_steps, size=size)
     lengths = kinds = None
     if isinstance(dataset, Checked) and dataset.group is not Group.none:
         sizes = dataset.rows.sizes()
         lengths = [(images, characters) for characters, images in sizes]  # images outweigh text
         if dataset.group is Group.modality:
             kinds = [images > 0 for _, images in sizes]
-    return Order(len(dataset), steps=train.steps, size=size, seed=train.seed, lengths=lengths, kinds=kinds)
+    return Order(
+        len(dataset), steps=train.total_steps, size=size, seed=train.seed, lengths=lengths, kinds=kinds
+    )

@@ -1,32 +1,55 @@
-"""What a run can be refused for without torch: its values, and what must be on the disk or must not. Half a second."""
+"""Checks of a run that need no torch: values, and what must or must not be on the disk. They take half a second."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
 from latefusion.models.policies.configured import check_depths, check_known, schedule_of
 from latefusion.recipes.check import check_config
+from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
 from latefusion.recipes.schema import Config, Tune
 from latefusion.training.checkpoints import checkpoints, find
-from latefusion.training.resumed import check_unchanged
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_writable
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+CONFIG = "config.yaml"  # in the folder of a run
+MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
+    *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
+    *("train.steps", "train.epochs", "train.threads", "train.workers", "train.prefetch", "train.trackers"),
+    *("train.log_every", "train.save_every", "train.keep_checkpoints", "train.on_nonfinite"),
+    *(
+        "train.gradient_checkpointing",
+        "train.batch_size",
+        "train.accumulation",
+    ),  # `find` checks the product of two
+}
+PLACES = (
+    "model.path",
+    "kl.model",
+    "data.path",
+    "data.images",
+    "init",
+)  # may have moved, with the same content
+DICTIONARIES = ("keep", "cross", "processor", "visipruner")  # compared as a whole
 
 
 def checked(cfg: DictConfig) -> tuple[Config, Path | None]:
-    """The composed configuration of a run that may begin, and the checkpoint that it goes on from, if any.
+    """Check the composed configuration of a run.
+
+    Returns:
+        The configuration, and the checkpoint to go on from, if any.
 
     Raises:
-        SystemExit: it cannot work; in one sentence.
+        SystemExit: the run cannot work; the message is one sentence.
     """
 
     def checks(config: Config) -> Path | None:
@@ -40,11 +63,11 @@ def checked(cfg: DictConfig) -> tuple[Config, Path | None]:
 
 
 def checked_teaching(cfg: DictConfig) -> Config:
-    """The composed configuration of a pass of `training/teach.py` that may begin; raises as `checked` does."""
+    """Check the composed configuration of `training/teach.py`; raises as `checked` does."""
     return _in_a_sentence(cfg, check_teaching)[0]
 
 
-def _in_a_sentence(cfg: DictConfig, checks: Callable[[Config], Found]) -> tuple[Config, Found]:
+def _in_a_sentence(cfg: DictConfig, checks: Callable[[Config], Result]) -> tuple[Config, Result]:
     try:
         config = check_config(cfg)
         return config, checks(config)
@@ -53,16 +76,20 @@ def _in_a_sentence(cfg: DictConfig, checks: Callable[[Config], Found]) -> tuple[
 
 
 def check(config: Config) -> Path | None:
-    """Raise before anything is loaded if this run cannot work.
+    """Check a run before anything is loaded.
 
     Returns:
         The checkpoint to go on from, if any.
 
     Raises:
-        ValueError, FileNotFoundError: in one sentence.
+        ValueError, FileNotFoundError: the run cannot work; the message is one sentence.
     """
     check_launch(config.engine.processes)
     check_inputs(config)
+    if config.data.streaming and config.train.steps is None:
+        raise ValueError(
+            "data.streaming=true reads rows without counting them, so epochs have no length; say train.steps=N."
+        )
     if not config.schedule.auto and config.schedule.profile is None:
         check_known(config)
     if config.init is not None:
@@ -71,20 +98,22 @@ def check(config: Config) -> Path | None:
 
 
 def check_teaching(config: Config) -> None:
-    """The same of a pass that writes `kl.cache`."""
+    """Check a pass that writes `kl.cache`, as `check` does a run."""
     if config.kl.cache is None:
         raise ValueError("kl.cache is not set; name the folder to write with kl.cache=FOLDER.")
     if config.data.streaming:
-        raise ValueError("a stream has no end at which all of it is taught; use data.streaming=false.")
+        raise ValueError(
+            "data.streaming=true has no end at which every sample is answered; use data.streaming=false."
+        )
     check_launch(config.engine.processes)
     check_inputs(config)
     check_writable(config.kl.cache, key="kl.cache")
 
 
 def check_inputs(config: Config) -> None:
-    """Models and data are there; schedule and thresholds can be, and fit as many layers as the models say they have.
+    """Check that models and data exist, and that schedule and thresholds fit the models' depths.
 
-    A model that leaves its depth to its class, or lies on the hub, is asked again when transformers is there.
+    A model whose config.json does not state its depth, or one on the hub, is checked again with transformers.
     """
     path, other = config.model.path, config.kl.model
     if config.model.load_in_4bit:
@@ -93,18 +122,19 @@ def check_inputs(config: Config) -> None:
     if other is not None:
         check_base(other, fix="with kl.model=PATH")
     check_local_files(config.data)
-    asked = config.schedule
-    if asked.profile is not None and not Path(asked.profile).exists() and not asked.auto:
+    schedule = config.schedule
+    if schedule.profile is not None and not Path(schedule.profile).exists() and not schedule.auto:
         raise FileNotFoundError(
-            f"no profile at {asked.profile}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
+            f"no profile at {schedule.profile}; name the folder that eval/profile_model.py wrote: "
+            "schedule.profile=FOLDER."
         )
-    schedule_of(asked)
+    schedule_of(schedule)
     teachers = None if other is None else known_layers(other, config.kl.revision)
     check_depths(config, known_layers(path, config.model.revision), teachers)
 
 
 def check_init(config: Config, folder: str) -> None:
-    """The student to start from is there, of this run's base, and this run trains the projector if that one did."""
+    """Check the student to start from: it has this run's base, and trained no projector that this run does not."""
     file = Path(folder) / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(
@@ -113,19 +143,19 @@ def check_init(config: Config, folder: str) -> None:
     earlier = json.loads(file.read_text())
     if (base := earlier["base_model_name_or_path"]) != config.model.path:
         raise ValueError(
-            f"the student at {folder} is of the base {base}, but model.path={config.model.path}; name that one, or, if "
-            f"it only moved, say so as base_model_name_or_path in {file}."
+            f"the student at {folder} has the base {base}, but model.path={config.model.path}; name that base, or, if "
+            f"it only moved, write its new place as base_model_name_or_path in {file}."
         )
     projector = config.model.projector
     trains = config.lora.train_projector or config.tune is not Tune.lora
     if projector is not None and projector in (earlier["modules_to_save"] or ()) and not trains:
         raise ValueError(
-            f"the student at {folder} trained {projector}, which this one does not; set lora.train_projector=true."
+            f"the student at {folder} trained {projector}, which this run does not; set lora.train_projector=true."
         )
 
 
 def check_output(config: Config) -> Path | None:
-    """The output folder is this run's to write; the checkpoint in it to go on from, if any."""
+    """Check that this run may write its output folder; returns the checkpoint to go on from, if any."""
     output, train = Path(config.output_dir), config.train
     check_writable(output)
     check_unclaimed(output)
@@ -141,3 +171,48 @@ def check_output(config: Config) -> Path | None:
             "or choose another output_dir=FOLDER."
         )
     return None
+
+
+def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
+    """Compare the configuration with that of the run in the output folder, if there is one.
+
+    Returns:
+        Lines to print, about paths that have changed.
+
+    Raises:
+        ValueError: another setting has changed, so that the checkpoints would not load, or another run would go on.
+    """
+    file = Path(output_dir) / CONFIG
+    if not file.is_file():
+        return []
+    before = dict(_leaves(OmegaConf.to_container(stored_values(file), resolve=True)))
+    now = dict(_leaves(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)))
+    skip = {*MAY_CHANGE, "schedule.profile"}
+    if now.get("schedule.auto") or now.get("schedule.profile") is not None:
+        skip |= {"schedule.enter", "schedule.exit", "schedule.keep"}  # the run took them from its profile
+    changed = [
+        key
+        for key in before.keys() & now.keys()
+        if before[key] != now[key] and key not in skip and not key.startswith("eval.")
+    ]
+    wrong = sorted(key for key in changed if key not in PLACES)
+    if wrong:
+        changes = ", ".join(f"{key}={now[key]} (it had {before[key]})" for key in wrong[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            f"{output_dir} holds a run with other settings: {changes}{more}; resume it with its own, "
+            f"as {file} has them, or start a new run in another output_dir=FOLDER."
+        )
+    return [
+        f"note: goes on with {key}={now[key]}, where the run had {before[key]}; the same must lie there."
+        for key in sorted(changed)
+    ]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested dictionary, by their dotted keys."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and name not in DICTIONARIES:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

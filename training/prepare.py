@@ -1,82 +1,303 @@
-"""A profile's schedule, or that of a profile made now, put in the place of the configured one."""
+"""What a run works out before its first step: schedule, calibrated entry, number of steps, threads.
+
+Each `settle_` function puts its result where the rest of the run reads it: into the configuration, or into the run's
+folder.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
-from latefusion.models.profile_folder import SCHEDULE, read_schedule
+from latefusion.data.bad_rows import Guard
+from latefusion.data.collate import Collator
+from latefusion.data.draw import NoImages, distinct_images
+from latefusion.data.prompt_batches import batches
+from latefusion.models.attach import attach
+from latefusion.models.fingerprint import model_fingerprint
+from latefusion.models.policies.configured import schedule_of
+from latefusion.models.profile_folder import ENTRY, SCHEDULE, read_entry, read_schedule, write_entry
 from latefusion.models.schedule import VisionSchedule
-from latefusion.recipes.schema import Config
-from latefusion.training.first import first_says
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.entry_fit import fit_entry
+from latefusion.recipes.launcher import local_world_size, world_size
+from latefusion.recipes.schema import Config, EntryInit, EntryKind
 
-PROFILE = "profile"  # in the run's folder
+PROFILE = "profile"  # the profile of schedule=auto, in the run's folder
+FITTED = "entry"  # the calibrated entry, in the run's folder
+IMAGES_AT_ONCE = 32  # in a forward of the calibration
+PAUSE = 0.2  # seconds between two looks into the store
+
+
+def settle_threads(config: Config) -> None:
+    """Set the number of CPU threads: `train.threads`, or an equal share of the cores for each local process."""
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.train.threads or max(1, cores // local_world_size()))
+
+
+def settle_steps(config: Config, cfg: DictConfig, dataset: Any) -> None:
+    """Put the number of steps into both configurations where `train.epochs` says how long the run is."""
+    train = config.train
+    if train.steps is None:
+        samples = train.batch_size * train.accumulation * world_size()
+        epochs = 1.0 if train.epochs is None else train.epochs
+        train.steps = max(1, math.ceil(round(epochs * len(dataset) / samples, 6)))
+        train.epochs = None
+        cfg.train.steps, cfg.train.epochs = train.steps, None
+
+
+# --- the schedule of a profile ---
 
 
 def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None) -> None:
-    """Put the profile's schedule, if `schedule.profile` or `schedule=auto` asks for one, into both configurations.
+    """Put the schedule of a profile into both configurations, if `schedule.profile` or `schedule=auto` asks for one.
 
-    Of several processes the first profiles, and all read what it wrote.
+    If the profile has to be made, the first process makes it and all others read it.
 
     Args:
-        resumed: the checkpoint that the run goes on from; its profile is read, not made again.
+        resumed: the checkpoint to go on from; its profile is read, not made again.
 
     Raises:
-        ValueError, FileNotFoundError: there is no such profile, or it cannot be made here.
+        ValueError, FileNotFoundError: there is no such profile, or it cannot be made.
     """
-    asked = config.schedule
-    wanted = None
-    if asked.auto and asked.profile is None:
+    options = config.schedule
+    written = None
+    if options.auto and options.profile is None:
         folder = Path(config.output_dir) / PROFILE
-        asked.profile = str(folder)
+        options.profile = str(folder)
 
-        def settled() -> dict[str, Any]:
+        def make() -> dict[str, Any]:
             if resumed is None or not (folder / SCHEDULE).is_file():
                 profile(config)
             return read_schedule(folder).to_dict()
 
-        wanted = first_says("schedule", settled)
-    if asked.profile is None:
+        written = from_first_process("schedule", make)
+    if options.profile is None:
         return
-    found = schedule_at(asked.profile, wanted)
-    asked.enter, asked.exit, asked.keep = found.enter, found.exit, dict(found.keep)
+    schedule = schedule_at(options.profile, written)
+    options.enter, options.exit, options.keep = schedule.enter, schedule.exit, dict(schedule.keep)
     for name in ("profile", "enter", "exit", "keep"):
-        cfg.schedule[name] = getattr(asked, name)
+        cfg.schedule[name] = getattr(options, name)
 
 
-def schedule_at(folder: str, wanted: dict[str, Any] | None) -> VisionSchedule:
-    """The schedule of a profile; `wanted`: what the first process read there, if it made it."""
+def schedule_at(folder: str, written: dict[str, Any] | None) -> VisionSchedule:
+    """Read the schedule of a profile.
+
+    Args:
+        written: the schedule that the first process wrote there; None: the profile was there before.
+
+    Raises:
+        FileNotFoundError: there is no profile.
+        ValueError: this process does not see what the first one wrote.
+    """
     try:
-        found = read_schedule(folder)
+        schedule = read_schedule(folder)
     except FileNotFoundError:
-        if wanted is None:
+        if written is None:
             raise
-        found = None
-    if wanted is not None and (found is None or found.to_dict() != wanted):
+        schedule = None
+    if written is not None and (schedule is None or schedule.to_dict() != written):
         raise ValueError(
             f"{folder} does not hold the schedule that the first process wrote there; choose an output_dir=FOLDER that "
             "all machines share."
         )
-    assert found is not None
-    return found
+    assert schedule is not None
+    return schedule
 
 
 def profile(config: Config) -> None:
-    """Profile the run's model on its data; goes on where an earlier one stopped."""
-    from latefusion.eval.profile_model import Arguments, run
+    """Profile the run's model on its data; an interrupted profile goes on where it stopped."""
+    from latefusion.eval.profile_model import Arguments, run  # lazy: the one import of a profile that goes up
 
-    asked = config.schedule
+    options = config.schedule
     run(
         Arguments(
-            samples=asked.samples,
-            bound=asked.bound,
-            budget=asked.budget,
+            samples=options.samples,
+            bound=options.bound,
+            budget=options.budget,
             images=config.entry.images,
-            output=asked.profile,
+            output=options.profile,
             dtype=config.train.dtype,
             seed=config.train.seed,
         ),
         config,
     )
+
+
+# --- the calibrated entry ---
+
+
+def settle_entry(
+    config: Config,
+    collator: Collator,
+    load: Callable[[], PreTrainedModel],
+    rows: Callable[[], Sequence[Any]],
+    resumed: Path | None = None,
+) -> None:
+    """Write the map that the entry adapter starts from (`entry.init=calibrated`), unless a profile has it already.
+
+    The first process fits it on images of the training set, on a GPU if there is one; all others read it. This comes
+    before the engine is prepared, since ZeRO-3 shards every model that is loaded later. The fit holds a whole model of
+    its own.
+
+    Args:
+        collator: of the run.
+        load: loads the base.
+        rows: returns samples of the training set by index.
+        resumed: the checkpoint to go on from; its entry is not fitted again.
+
+    Raises:
+        ValueError: the data has too few images for the fit, or a row among those with the first images cannot be used
+            and must not be left out.
+    """
+    if not calibrated(config) or _from_profile(config) is not None:
+        return
+    folder = Path(config.output_dir) / FITTED
+
+    def fit() -> str:
+        if resumed is None or not (folder / ENTRY).is_file():
+            try:
+                write_entry(folder, _fit(config, collator, load(), rows()), _weights(config))
+            finally:
+                torch.cuda.empty_cache()
+        return str(folder)
+
+    from_first_process("entry", fit)
+
+
+def calibrated(config: Config) -> bool:
+    """Whether the entry adapter starts from a fitted map; never if vision tokens enter at the first layer."""
+    entry = config.entry
+    if entry.kind is EntryKind.none or entry.init is not EntryInit.calibrated:
+        return False
+    return schedule_of(config.schedule).enter > 0
+
+
+def entry_start(config: Config) -> CalibratedEntry | None:
+    """The map that `settle_entry` wrote or a profile has; None: the entry adapter starts as the identity.
+
+    Raises:
+        FileNotFoundError: this process does not see what the first one wrote.
+    """
+    if not calibrated(config):
+        return None
+    folder = Path(config.output_dir) / FITTED
+    entry = _from_profile(config) or read_entry(folder, _weights(config))
+    if entry is None:
+        raise FileNotFoundError(
+            f"no calibrated entry in {folder}, where the first process wrote it; choose an output_dir=FOLDER that all "
+            "machines share."
+        )
+    return entry
+
+
+def _from_profile(config: Config) -> CalibratedEntry | None:
+    folder = config.schedule.profile
+    return None if folder is None else read_entry(folder, _weights(config))
+
+
+def _weights(config: Config) -> str:
+    return model_fingerprint(config.model.path, config.model.revision)
+
+
+def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Sequence[Any]) -> CalibratedEntry:
+    if torch.cuda.is_available() and not config.model.load_in_4bit:  # 4-bit weights are on the GPU already
+        model.cuda()  # type: ignore[call-arg]
+    plain = copy(collator)
+    plain.isolate = None  # rows are cut after their first answer
+    guard = Guard(
+        plain, on_error=config.data.on_error, too_long=config.data.too_long, dataset=rows, folder=None
+    )
+    enter = schedule_of(config.schedule).enter
+    try:
+        samples = distinct_images(rows, config.entry.images, guard.fits)
+    except NoImages:
+        raise ValueError(
+            "entry.init=calibrated is fitted on images, and none of the training set's samples has one; use "
+            "entry.init=identity."
+        ) from None
+    size = max(1, min(IMAGES_AT_ONCE, len(samples) // 4))  # the last batch tests the map of the others
+    with attach(model, VisionSchedule()) as attachment:
+        groups = batches(model, plain, samples, size)
+        made = (group.make() for group in groups)
+        calibration = fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
+    unseen, raw = calibration.unseen, calibration.raw
+    if unseen is None or raw is None or unseen <= raw:
+        raise ValueError(
+            f"{len(samples)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted "
+            "to, the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
+        )
+    print(
+        f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains {unseen:.1%} of the "
+        f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%}).",
+        flush=True,
+    )
+    return calibration.entry
+
+
+# --- work of the first process, before the engine has joined the processes ---
+
+
+def from_first_process(name: str, work: Callable[[], Any]) -> Any:
+    """Run `work` in the process of rank 0 alone, and return its result in every process of the launch.
+
+    The others wait as long as it takes. They look into the launcher's key-value store, where no collective can time
+    out. An error of the first process is raised in all.
+
+    Args:
+        name: of this piece of work; used once per launch.
+        work: returns a value that JSON can hold.
+
+    Raises:
+        ValueError: `work` raised it, or FileNotFoundError.
+    """
+    world = world_size()
+    if world == 1:
+        return work()
+    meeting, rank = _store()
+    store = dist.PrefixStore(name, meeting)
+    if rank == 0:
+        try:
+            message = {"value": work()}
+        except (ValueError, FileNotFoundError) as error:
+            _send(store, world, {"error": str(error)})
+            raise
+        _send(store, world, message)
+        return message["value"]
+    while not store.check(["message"]):
+        time.sleep(PAUSE)
+    message = json.loads(store.get("message"))
+    store.add("read", 1)
+    if "error" in message:
+        raise ValueError(message["error"])
+    return message["value"]
+
+
+@cache
+def _store() -> tuple[dist.Store, int]:
+    """The launcher's store, and this process's rank.
+
+    Kept: if no launcher holds the store, the first process does, and an engine shares it later.
+    """
+    store, rank, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore("latefusion/first", store), rank
+
+
+def _send(store: dist.Store, world: int, message: dict[str, Any]) -> None:
+    """Send a message to all other processes and wait until they have read it: the store may end with this process."""
+    store.set("message", json.dumps(message))
+    while store.add("read", 0) < world - 1:
+        time.sleep(PAUSE)

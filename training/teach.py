@@ -3,8 +3,8 @@
     python training/teach.py recipe=late_fusion kl.cache=teacher_cache
     accelerate launch training/train.py recipe=late_fusion kl.cache=teacher_cache
 
-It takes the options of `training/train.py`. Of those, the teacher, the data and what tokenizes it must be the same in
-training, or training says what differs. Several processes (torchrun) share the samples.
+It takes the options of `training/train.py`. The teacher, the data and what tokenizes it must be the same in training;
+otherwise training says what differs. Several processes (torchrun) share the samples.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve other processes
+
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.recipes.compose import compose_tree
+from latefusion.recipes.compose import refuse_typos
 from latefusion.training.preflight import checked_teaching
 
 
@@ -23,17 +25,11 @@ from latefusion.training.preflight import checked_teaching
 def main(cfg: DictConfig) -> None:
     config = checked_teaching(cfg)
 
-    from latefusion.training.teaching import (
-        answer,  # torch and all that: seconds, which no refusal has to wait for
-    )
+    from latefusion.training.offline import write_answers  # lazy: keeps argument errors fast
 
-    answer(config)
+    write_answers(config)
 
 
 if __name__ == "__main__":
-    try:
-        compose_tree([argument for argument in sys.argv[1:] if not argument.startswith("-")])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    refuse_typos(sys.argv[1:])
     main()

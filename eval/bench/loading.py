@@ -24,12 +24,14 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from latefusion.data.collate import IGNORE
+from latefusion.data.load import training_data
 from latefusion.eval.bench.timing import write_json
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import Config, EntryInit
 from latefusion.training import assemble as parts
+from latefusion.training.offline import with_answers
 from latefusion.training.order import order_of
-from latefusion.training.run import settle_threads
+from latefusion.training.prepare import settle_threads
 
 
 class Bench:
@@ -42,10 +44,12 @@ class Bench:
 
     def __init__(self, config: Config, steps: int):
         self.config, self.steps = config, steps
-        self.dataset = parts.samples(config.data)
+        self.dataset = training_data(config.data)
         config.entry.init = EntryInit.identity  # no run is there to have fitted it
         self.student = parts.student_of(config)
-        guard = parts.guarded(config, parts.training_collator(config, self.student), self.dataset)
+        guard = parts.guarded(
+            config, with_answers(config, parts.collator_of(self.student, config)), self.dataset
+        )
         self.collator = parts.packing(config, self.student, guard)
         self.objective = parts.objective_of(config, self.student)
         if torch.cuda.is_available():
@@ -117,7 +121,7 @@ def measured(config: Config, *, workers: list[int], steps: int) -> dict[str, Any
     Raises:
         ValueError: the run has fewer steps than a measurement takes.
     """
-    if config.train.steps <= steps:
+    if config.train.total_steps <= steps:
         raise ValueError(f"train.steps={config.train.steps} must exceed --steps {steps}.")
     settle_threads(config)
     bench = Bench(config, steps)

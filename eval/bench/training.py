@@ -44,8 +44,8 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student, build_student
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import RECIPES
-from latefusion.training.cost import training_flops
 from latefusion.training.objective import Objective
+from latefusion.training.step_cost import training_flops
 
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
 PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched

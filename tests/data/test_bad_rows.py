@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.data_rows import ANSWER, QUESTION, llava_turns, text_part, write_numbered_rows, write_rows
 from helpers.pictures import JPEG, PNG, decompression_bomb
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from latefusion.data.load import parts_of, training_data
 from latefusion.data.samples import Refused
 from latefusion.data.streaming import Stream
 from latefusion.recipes.schema import OnError
-from latefusion.training import run
 from latefusion.training.embedded.vocabulary import IMAGE, build_processor
 
 SKIP, RAISE = OnError["skip"], OnError["raise"]
@@ -221,7 +221,7 @@ def test_a_bad_row_far_into_a_run_ends_it_in_one_sentence(folder, tmp_path):
     quick = ("train.dtype=float32", "train.steps=9", "teacher=none", "train.trackers=[]", "train.threads=1")
     with pytest.raises(SystemExit, match=r"^error: row b\d ends with the user, .*data\.on_error=skip\.$"):
         options = ("data=dataset", f"data.path={path}", f"model.path={base}", "train.workers=1")
-        run.run(composed(*options, *quick, *SMALL, *BAND, out))
+        run_config(composed(*options, *quick, *SMALL, *BAND, out))
 
 
 @pytest.mark.parametrize(("content", "streaming"), [("[ ]\n", "true"), (" \n", "false")])
@@ -231,7 +231,7 @@ def test_data_without_a_row_are_refused_by_both(tmp_path, content, streaming):
     with pytest.raises(SystemExit, match=r"^error: the data at .*none\.json have no rows; name others"):
         validate.main(options)
     with pytest.raises(SystemExit, match=r"^error: the data at .*none\.json have no rows; name others"):
-        run.run(composed(*options, f"output_dir={tmp_path / 'out'}"))
+        run_config(composed(*options, f"output_dir={tmp_path / 'out'}"))
 
 
 def test_files_of_other_kinds_and_damaged_ones_are_one_sentence(tmp_path):

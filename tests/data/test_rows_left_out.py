@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, text_part, turn, write_rows
 from helpers.pictures import PNG
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, tiny_base
 from PIL import Image
 
@@ -17,7 +18,7 @@ from latefusion.data.load import training_data
 from latefusion.data.samples import BadSample
 from latefusion.data.streaming import Lazy, Stream
 from latefusion.recipes.schema import OnError
-from latefusion.training import calibrate, run
+from latefusion.training import prepare, run
 from latefusion.training.embedded.vocabulary import IMAGE
 
 SKIP, RAISE = OnError["skip"], OnError["raise"]
@@ -166,7 +167,7 @@ def train(base, output, data, *overrides):
         "train.log_every=1",
         "model.visipruner.boundary=1",
     )
-    run.run(composed(*options, *quick, *SMALL, *BAND, "train.save_every=2", *overrides))
+    run_config(composed(*options, *quick, *SMALL, *BAND, "train.save_every=2", *overrides))
 
 
 def test_a_run_leaves_bad_rows_out_counts_them_and_says_so(base, tmp_path, mixed, capsys):
@@ -222,8 +223,8 @@ def test_calibration_takes_rows_that_training_takes(base, tmp_path, expected, mo
     long = {**seen, "messages": [turn("user", IMAGE_PART, LONG["content"]), ANSWER]}
     data = write_rows(tmp_path, *[seen] * 10, long, *[seen] * 3, name="rows.jsonl")
     used = []
-    monkeypatch.setattr(calibrate, "batches", lambda *given: used.append(given[2]) or [])
-    monkeypatch.setattr(calibrate, "fit_entry", lambda *_: pytest.fail("computes"))
+    monkeypatch.setattr(prepare, "batches", lambda *given: used.append(given[2]) or [])
+    monkeypatch.setattr(prepare, "fit_entry", lambda *_: pytest.fail("computes"))
     options = ("data.max_length=12", f"data.too_long={expected}", "entry.init=calibrated")
     with pytest.raises(
         pytest.fail.Exception if expected == "skip" else SystemExit,

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from helpers.data_rows import ANSWER, IMAGE_PART, QUESTION, turn, write_numbered_rows, write_rows
 from helpers.launch import launch
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,8 +21,8 @@ from latefusion.data import streaming
 from latefusion.data.bad_rows import usable
 from latefusion.data.load import training_data
 from latefusion.recipes.schema import DataConfig, PartConfig, Source, TrainConfig
-from latefusion.training import describe, run
-from latefusion.training.describe import DESCRIBED
+from latefusion.training import assemble
+from latefusion.training.assemble import DESCRIBED
 from latefusion.training.order import order_of
 
 MICRO, STEPS = 2, 5
@@ -142,14 +143,14 @@ def test_a_resumed_stream_goes_on_exactly(base, tmp_path, monkeypatch, capfd, en
     )
     options = (*quick, *SMALL, *BAND, *streaming_of(data_of(tmp_path)))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run.run(composed(*options, f"output_dir={whole}"))
+    run_config(composed(*options, f"output_dir={whole}"))
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
     shutil.copy(whole / "stream.jsonl", cut)
     opened = []
-    for module in (guard, describe):
+    for module in (guard, assemble):
         monkeypatch.setattr(module, "usable", lambda row: opened.append(row.name) or usable(row))
     capfd.readouterr()
-    run.run(composed(*options, f"output_dir={cut}", "resume=true"))
+    run_config(composed(*options, f"output_dir={cut}", "resume=true"))
     assert_same(cut, whole)
     if workers:
         line = "The stream goes on at row 6: reading from row 4 up to it, opening none."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.data_rows import IMAGE_PART, turn, write_rows
+from helpers.quick_runs import run_config
 from helpers.tiny_base import composed
 
 from latefusion.data import validate
@@ -79,12 +80,12 @@ def test_bad_rows_that_must_not_be_stop_a_run_before_a_model_is_loaded(broken, t
     monkeypatch.setattr(run, "base_of", lambda *_: pytest.fail("a model was loaded"))
     out = f"output_dir={tmp_path / 'out'}"
     with pytest.raises(SystemExit, match=r"^error: row empty has a bad image: .* with data.on_error=skip"):
-        run.run(composed("data=dataset", f"data.path={broken}", out))
+        run_config(composed("data=dataset", f"data.path={broken}", out))
     monkeypatch.setattr(run, "base_of", lambda *_: sys.exit("went on"))
     with pytest.raises(SystemExit, match="rows drawn in place of row empty are all bad; run data/validate"):
-        run.run(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
+        run_config(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
     with Path(broken).open("a") as file:
         file.write("\n" + json.dumps({"messages": [turn("user", "is it red?"), ANSWER]}))
     with pytest.raises(SystemExit, match="went on"):
-        run.run(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
+        run_config(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
     assert not Path(tmp_path / "out" / "adapter_config.json").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.quick_runs import run_config
 from helpers.tiny_base import composed, save_tiny_base, tiny_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from latefusion.models.attach import attach
 from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
-from latefusion.training import run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -187,7 +187,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         "entry.rank=2",
         f"model.path={base}",
     ]
-    run.run(
+    run_config(
         composed(
             *small,
             f"schedule.profile={tmp_path / 'p'}",
@@ -205,7 +205,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     with pytest.raises(
         SystemExit, match=r"error: the entry in .* was fitted to other weights .*\(others, not"
     ):
-        run.run(
+        run_config(
             composed(
                 *small,
                 f"schedule.profile={tmp_path / 'p'}",
@@ -214,7 +214,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
             )
         )
     with pytest.raises(SystemExit, match=r"error: no profile at nowhere"):
-        run.run(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
+        run_config(composed(*small, "schedule.profile=nowhere", f"output_dir={tmp_path / 'other'}"))
 
 
 # ---------------------------------------------------------------- the command line

@@ -6,7 +6,9 @@ import json
 
 from helpers.tiny_base import BAND, SMALL, composed
 
-from latefusion.training import run
+from latefusion.training.offline import write_answers
+from latefusion.training.preflight import checked, checked_teaching
+from latefusion.training.run import train as train_checked
 
 QUICK = (
     *("train.dtype=float32", "train.threads=1", "train.log_every=1", "train.learning_rate=1e-2"),
@@ -15,9 +17,19 @@ QUICK = (
 )
 
 
+def run_config(cfg):
+    """Train as `training/train.py` does with this composed configuration."""
+    train_checked(cfg, *checked(cfg))
+
+
+def teach_config(cfg):
+    """Write the teacher's answers as `training/teach.py` does with this composed configuration."""
+    write_answers(checked_teaching(cfg))
+
+
 def train(base, output, *overrides):
     """Train for three steps on the tiny base; the output folder."""
-    run.run(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"output_dir={output}", *overrides))
+    run_config(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"output_dir={output}", *overrides))
     return output
 
 

@@ -11,6 +11,8 @@ from helpers.oracle import band, masked
 from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
 from safetensors.torch import load_file
 
+from latefusion.data.collate import collator_without_weights
+from latefusion.data.load import training_data
 from latefusion.data.scenes import load_scenes
 from latefusion.models.attach import attach
 from latefusion.models.profile_folder import ENTRY
@@ -20,7 +22,7 @@ from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
 from latefusion.models.student.save import load, merge, save_student
 from latefusion.training import assemble
-from latefusion.training.calibrate import FITTED, settle_entry
+from latefusion.training.prepare import FITTED, settle_entry
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -200,8 +202,10 @@ OPTIONS = (
 
 def made(config, rows=None, resumed=None) -> Path:
     """The entry's file, when it is settled."""
-    rows = rows if rows is not None else assemble.samples(config.data)
-    settle_entry(config, lambda: assemble.base_of(config), lambda: rows, resumed)
+    rows = rows if rows is not None else training_data(config.data)
+    settle_entry(
+        config, collator_without_weights(config), lambda: assemble.base_of(config)[0], lambda: rows, resumed
+    )
     return Path(config.output_dir) / FITTED / ENTRY
 
 
@@ -220,7 +224,7 @@ def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, ca
     def never():
         raise AssertionError("fitted again")
 
-    settle_entry(config, never, never, tmp_path / "checkpoint-1")
+    settle_entry(config, collator_without_weights(config), never, never, tmp_path / "checkpoint-1")
     config.entry.images = 32
     assert not torch.equal(load_file(made(config))["weight"], first["weight"])  # not resumed: anew
 
@@ -241,7 +245,7 @@ def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, w
 )
 def test_too_few_images_are_refused_before_training(base, tmp_path, images, message) -> None:
     config = configured(*OPTIONS, f"model.path={base}", f"output_dir={tmp_path}")
-    rows = [assemble.samples(config.data)[i] for i in range(0, 10 * images, 10)]
+    rows = [training_data(config.data)[i] for i in range(0, 10 * images, 10)]
     turns = [{"role": role, "content": [{"type": "text", "text": "hm?"}]} for role in ("user", "assistant")]
     rows += [{"id": "t", "messages": turns, "images": []}]
     with pytest.raises(ValueError, match=message) as error:

@@ -11,6 +11,7 @@ from helpers.families import FAMILIES, MROPE_FAMILIES, build, prompt, shared
 from helpers.tiny_base import shake, tiny_student
 
 from latefusion import VisionSchedule
+from latefusion.data.load import training_data
 from latefusion.models.attach import attach
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
@@ -98,7 +99,7 @@ def test_the_objective_and_its_gradients(options):
     for place in (lambda x: x, moved):
         config, student = tiny_student("data.scenes=2", "model.visipruner.boundary=1", *options)
         shake(student)
-        samples = assemble.samples(config.data)
+        samples = training_data(config.data)
         batch = assemble.collator_of(student, config)([samples[i] for i in range(3)])
         objective = assemble.objective_of(config, student)
         if place is moved:

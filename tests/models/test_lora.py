@@ -25,8 +25,13 @@ from latefusion.models.student.entry import entry_of
 from latefusion.models.student.save import load, load_student, merge, save_student
 from latefusion.recipes.schema import Layers, LoraConfig
 from latefusion.training import assemble
-from latefusion.training.cost import backward_ends, training_flops
-from latefusion.training.estimate import activation_bytes, logit_bytes, weight_bytes
+from latefusion.training.step_cost import (
+    activation_bytes,
+    backward_ends,
+    logit_bytes,
+    training_flops,
+    weight_bytes,
+)
 
 
 @pytest.fixture(scope="module")

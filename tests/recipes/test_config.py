@@ -201,7 +201,7 @@ def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp
     preflight.check(configured(init, "lora.train_projector=true", "output_dir=nowhere"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": "a/b"}))
     with pytest.raises(
-        ValueError, match=r"is of the base a/b, but model\.path=embedded; name that one, or, if it"
+        ValueError, match=r"has the base a/b, but model\.path=embedded; name that base, or, if it"
     ):
         preflight.check(configured(init, "lora.train_projector=true"))
 

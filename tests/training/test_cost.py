@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_student
 
 from latefusion.data import sources
-from latefusion.training import assemble, monitor, run
+from latefusion.training import assemble, monitor
 
 
 def layer(n, d, m):
@@ -79,7 +80,7 @@ def test_a_run_logs_the_share(tmp_path, monkeypatch, capsys, engine):
     base = save_tiny_base(tmp_path / "base")
     quick = ("train.steps=2", "train.batch_size=4", "train.log_every=1", "train.threads=1", "data.scenes=3")
     more = ("eval.enabled=false", "model.visipruner.boundary=1", f"model.path={base}", f"engine={engine}")
-    run.run(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
+    run_config(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
     entries = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     shares = [(e["mfu"], e["samples_per_second"], e["tokens_per_second"]) for e in entries if "loss" in e]
     assert len(shares) == 2 and "MFU" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import torch
 from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.families import CONFIGS, build_from
 from helpers.processors import PROCESSORS, STOP, processor, vision_id
+from helpers.quick_runs import run_config
 from helpers.tiny_base import composed
 from omegaconf import OmegaConf
 from PIL import Image
@@ -17,7 +18,6 @@ from latefusion.models.policies.configured import schedule_of
 from latefusion.models.student.save import load_student
 from latefusion.recipes.check import check_config
 from latefusion.recipes.schema import RECIPES, EntryConfig, LoraConfig, ModelConfig, Teacher, TrainConfig
-from latefusion.training import run
 
 FAMILY = {
     "llava_1_5_7b": "llava",
@@ -109,7 +109,7 @@ def trained(model: str, base: str, folder, *overrides: str):
     settings = OmegaConf.create({"model": {"path": base, "processor": {}}})
     cfg = composed(f"model={model}", "data=dataset", f"data.path={conversations(folder)}", *QUICK, *overrides)
     cfg = OmegaConf.merge(cfg, settings, {"output_dir": str(folder / "out")})
-    run.run(cfg)
+    run_config(cfg)
     return load_student(folder / "out", dtype=torch.float32)
 
 

@@ -9,6 +9,7 @@ from helpers.tiny_base import BAND, SMALL, composed, configured
 from safetensors.torch import load_file
 
 from latefusion.data.collate import IGNORE
+from latefusion.data.load import training_data
 from latefusion.recipes.check import check_config
 from latefusion.training import assemble
 from latefusion.training.describe import unknown_words
@@ -43,7 +44,7 @@ def test_the_named_samples_are_those_of_the_step(base, tmp_path, monkeypatch):
     batches = json.loads((folder / "rows.json").read_text())["batches"]
     assert [b["loss"] == "nan" for b in batches] == [False, True]
     config = check_config(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", "output_dir=x"))
-    rows, tokenizer = assemble.samples(config.data), assemble.student_of(config).processor.tokenizer
+    rows, tokenizer = training_data(config.data), assemble.student_of(config).processor.tokenizer
     saved = torch.load(folder / "batches.pt", weights_only=True)["batches"]
     for named, inputs in zip(batches, saved, strict=True):
         for row, ids in zip(named["rows"], inputs["input_ids"], strict=True):

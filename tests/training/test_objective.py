@@ -79,7 +79,7 @@ def test_teacher_is_the_base_under_its_policy_whatever_was_trained(rows, teacher
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     learnt = torch.ones_like(batch["labels"], dtype=torch.bool)
     with student.attachment.queries(batch["queries"]):
-        taught = objective.teach(inputs, learnt)
+        taught = objective.teacher_logits(inputs, learnt)
     base, _ = tiny_base()
     attachment = attach(base, objective.teacher)
     with torch.no_grad(), attachment.queries(batch["queries"]):

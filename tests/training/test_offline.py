@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import TEACH, launch
+from helpers.quick_runs import run_config, teach_config
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_student
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from latefusion.data.load import training_data
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.check import check_config
-from latefusion.training import assemble, run
+from latefusion.training import assemble
 from latefusion.training.objective import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
-from latefusion.training.teaching import teach
 
 VOCABULARY = 10_000  # more than there are tokens: all of them
 QUICK = (
@@ -40,7 +41,7 @@ def options(base, cache, *overrides):
 @pytest.fixture(scope="module")
 def cache(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    teach(options(base, folder))
+    teach_config(options(base, folder))
     return folder
 
 
@@ -51,7 +52,7 @@ def logged(output):
 
 def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys):
     for name, value in (("offline", cache), ("online", "null")):
-        run.run(options(base, value, f"output_dir={tmp_path / name}"))
+        run_config(options(base, value, f"output_dir={tmp_path / name}"))
     online, offline = logged(tmp_path / "online"), logged(tmp_path / "offline")
     assert len(online) == 2 and all(kl > 0.01 for _, _, kl, _ in online)
     for a, b in zip(online, offline, strict=True):
@@ -90,7 +91,7 @@ def test_no_teacher_runs(base, cache):
 )
 def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, message):
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
-        run.run(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
+        run_config(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -129,19 +130,19 @@ def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
     with pytest.raises(
         SystemExit, match=r"no teacher's answers in kl.cache=.*; write it with python training/teach.py"
     ):
-        run.run(options(base, tmp_path / "none", f"output_dir={tmp_path}"))
+        run_config(options(base, tmp_path / "none", f"output_dir={tmp_path}"))
     (tmp_path / "teacher.json").write_text(
         (cache / "teacher.json").read_text().replace('"files": 1', '"files": 2')
     )
     with pytest.raises(SystemExit, match=r"0 of 2 files are in kl.cache="):
-        run.run(options(base, tmp_path, f"output_dir={tmp_path}"))
+        run_config(options(base, tmp_path, f"output_dir={tmp_path}"))
 
 
 def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        teach(options(base, tmp_path))
+        teach_config(options(base, tmp_path))
     monkeypatch.undo()
     config = check_config(options(base, cache, "output_dir=x"))
     student = assemble.student_of(config)
@@ -149,7 +150,7 @@ def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
     isolated = assemble.collator_of(student, config)
     whole, shared = (Taught(isolated, str(folder), answers) for folder in (cache, tmp_path))
     assert sorted(whole.index) == sorted(shared.index) and whole.index != shared.index
-    rows = assemble.samples(config.data)
+    rows = training_data(config.data)
     samples = [rows[i] for i in (3, 0)]
     a, b = whole(samples), shared(samples)
     assert torch.equal(a["teacher_tokens"], b["teacher_tokens"])
@@ -177,7 +178,9 @@ def larger(base, tmp_path_factory):
         *(f"kl.model={folder / 'model'}", "kl.visipruner.boundary=2", "data.on_error=skip"),
         *("train.batch_size=1", "train.dtype=float32", "kl.top_k=5"),
     )
-    teach(composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"kl.cache={folder / 'one'}", *options))
+    teach_config(
+        composed(*QUICK, *SMALL, *BAND, f"model.path={base}", f"kl.cache={folder / 'one'}", *options)
+    )
     return folder / "one", options
 
 
@@ -208,7 +211,7 @@ def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
 def test_the_own_base_in_shards_teaches_as_it_does_whole(base, tmp_path):
     """The cache says the same of its teacher, so that a run without `kl.model` takes it."""
     overrides = (*QUICK, *SMALL, *BAND, f"model.path={base}", "kl.top_k=5")
-    teach(composed(*overrides, f"kl.cache={tmp_path / 'one'}"))
+    teach_config(composed(*overrides, f"kl.cache={tmp_path / 'one'}"))
     launch(
         "torchrun",
         base,
@@ -238,10 +241,10 @@ def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(ba
     with pytest.raises(
         SystemExit, match=r"^error: row last .*; leave such rows out with data\.on_error=skip\.$"
     ):
-        teach(overrides)
+        teach_config(overrides)
     assert not (tmp_path / "cache" / "teacher.json").exists()
     overrides.data.on_error = "skip"
-    teach(overrides)
+    teach_config(overrides)
     assert "9 samples taught" in (printed := capsys.readouterr().out)
     assert "1 row(s) could not be used and were left out: " in printed
     assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
@@ -253,7 +256,9 @@ def lines_of(role, text):
 
 def test_a_stream_is_not_taught(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
-        teach(options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true"))
+        teach_config(
+            options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true")
+        )
 
 
 def logits(seed, n=6, vocabulary=11):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers.launch import free_port, launch
+from helpers.quick_runs import run_config
 from helpers.tiny_base import composed, configured
 
 from latefusion.models import profile_folder
-from latefusion.training import first, prepare, run
+from latefusion.training import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
@@ -38,7 +39,7 @@ def test_two_processes_profile_once_and_a_resumed_run_not_at_all(base, tmp_path)
 def test_one_process_profiles_first(base, tmp_path) -> None:
     small = ("train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2")
     small += ("eval.enabled=false", "model=other", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
-    run.run(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
+    run_config(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
     assert trained == profile_folder.read_schedule(tmp_path / "profile").to_dict()
 
@@ -46,7 +47,7 @@ def test_one_process_profiles_first(base, tmp_path) -> None:
 WORK = """
 import sys, time
 import torch.distributed as dist
-from latefusion.training.first import first_says
+from latefusion.training.prepare import from_first_process
 
 def work():
     time.sleep(1)
@@ -56,7 +57,7 @@ def work():
     return {"enter": 2}
 
 try:
-    print(first_says("it", work), flush=True)
+    print(from_first_process("it", work), flush=True)
 except ValueError as error:
     print(f"error: {error}", flush=True)
 dist.init_process_group("gloo")  # as an engine does afterwards, at the same port
@@ -67,7 +68,9 @@ print("together", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "message"), [("works", "{'enter': 2}"), ("fails", "error: it cannot be.")])
-def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str, message: str) -> None:
+def test_all_hear_what_the_from_first_process_where_no_launcher_keeps_the_store(
+    way: str, message: str
+) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
@@ -84,7 +87,7 @@ def test_all_hear_what_the_first_says_where_no_launcher_keeps_the_store(way: str
 
 def test_one_process_needs_no_store(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert first.first_says("it", lambda: {"enter": 1}) == {"enter": 1}
+    assert prepare.from_first_process("it", lambda: {"enter": 1}) == {"enter": 1}
 
 
 def test_a_resumed_run_reads_its_profile_and_another_run_makes_its_own(base, tmp_path, monkeypatch) -> None:

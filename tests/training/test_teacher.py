@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.families import CONFIGS, build_from, prompt, text_tokens
+from helpers.quick_runs import run_config, teach_config
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, shake, tiny_base, tiny_student
 from safetensors import safe_open
 
@@ -14,11 +15,10 @@ from latefusion.models.policies.configured import visipruner
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
-from latefusion.training import assemble, run
+from latefusion.training import assemble
 from latefusion.training.embedded.vocabulary import build_processor
 from latefusion.training.objective import IGNORE, Objective
 from latefusion.training.teacher import OtherTeacher
-from latefusion.training.teaching import teach
 
 LAYERS = 9  # of the teacher; the student has 6
 LOSS = 1e-4
@@ -115,7 +115,7 @@ def test_every_family_can_be_taught_by_its_larger_sibling(family):
 def refused(base, folder, *overrides):
     where = (f"model.path={base}", f"kl.model={folder}", f"output_dir={folder / 'run'}")
     with pytest.raises(SystemExit) as error:
-        run.run(composed(*BAND, *SMALL, "model.visipruner.boundary=1", *where, *overrides))
+        run_config(composed(*BAND, *SMALL, "model.visipruner.boundary=1", *where, *overrides))
     assert not (folder / "run").exists()
     return str(error.value)
 
@@ -177,10 +177,10 @@ def test_online_and_offline_it_teaches_the_same_and_stays_out_of_the_checkpoints
         return composed(*QUICK, *SMALL, *BAND, *where, *more)
 
     cache = f"kl.cache={tmp_path / 'cache'}"
-    run.run(options(f"output_dir={tmp_path / 'online'}"))
+    run_config(options(f"output_dir={tmp_path / 'online'}"))
     assert f"teacher visipruner of {larger}, float32" in capsys.readouterr().out
-    teach(options(cache, "kl.top_k=10000"))
-    run.run(options(cache, "kl.top_k=10000", f"output_dir={tmp_path / 'offline'}"))
+    teach_config(options(cache, "kl.top_k=10000"))
+    run_config(options(cache, "kl.top_k=10000", f"output_dir={tmp_path / 'offline'}"))
     assert logged(tmp_path / "offline") == pytest.approx(logged(tmp_path / "online"), rel=LOSS)
     written = list(tmp_path.glob("online/**/*.safetensors"))
     assert len(written) == 3  # two checkpoints, the result
@@ -188,4 +188,4 @@ def test_online_and_offline_it_teaches_the_same_and_stays_out_of_the_checkpoints
         with safe_open(path, framework="pt") as weights:
             assert not any(f"layers.{LAYERS - 1}." in name for name in weights.keys())  # noqa: SIM118
     with pytest.raises(SystemExit, match=f"were written with model={larger}, but this run has {base}"):
-        run.run(options(cache, "kl.top_k=10000", "kl.model=null", f"output_dir={tmp_path / 'stale'}"))
+        run_config(options(cache, "kl.top_k=10000", "kl.model=null", f"output_dir={tmp_path / 'stale'}"))

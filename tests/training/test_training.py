@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ QUICK = (
 
 
 def train(base: Path, output: Path, *overrides: str, band: tuple[str, ...] = BAND) -> Path:
-    run.run(composed(*QUICK, *SMALL, *band, f"model.path={base}", f"output_dir={output}", *overrides))
+    run_config(composed(*QUICK, *SMALL, *band, f"model.path={base}", f"output_dir={output}", *overrides))
     return output
 
 
@@ -237,7 +238,7 @@ def llava(tmp_path):
 
 def test_the_llava_configuration_runs_on_a_shrunk_model(llava, tmp_path, capsys):
     base, *data = llava
-    run.run(
+    run_config(
         composed(
             *("model=llava_1_5_7b", "data=llava_mix665k", *data, f"model.path={base}"),
             "recipe=late_fusion_pyramid",
@@ -267,11 +268,11 @@ def test_what_a_gpu_user_types_fails_in_one_sentence_without_weights_or_data(lla
     with pytest.raises(
         SystemExit, match=r"^error: the weights of llava-hf/llava-1.5-7b-hf are not on this machine"
     ):
-        run.run(composed(*message))
+        run_config(composed(*message))
     with pytest.raises(
         SystemExit, match=r"^error: no conversation file at data/llava_v1_5_mix665k.json; .*data.path="
     ):
-        run.run(composed(*message, f"model.path={llava[0]}"))
+        run_config(composed(*message, f"model.path={llava[0]}"))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,7 @@
-"""The second engine: PyTorch Lightning, thin, on the same model, data and objective.
+"""The second engine: PyTorch Lightning, a thin layer over the same model, data and objective.
 
-A step is a function of (seed, step) alone, its samples as well as its randomness, so a resumed run needs
-no state of loaders or generators to continue bit for bit.
+The samples and the randomness of a step depend on (seed, step) alone, so a resumed run continues bit for bit without
+any state of loaders or generators.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from latefusion.models.student.save import save_student
 from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import step_of, writing, writing_result
-from latefusion.training.engines.instruments import monitor_of, watch_of
-from latefusion.training.engines.teachers import settle_teacher
+from latefusion.training.engines.sharding import place_teacher
 from latefusion.training.monitor import Monitor, trackers
 from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
@@ -38,10 +37,10 @@ STATE = "lightning.ckpt"
 
 
 def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
-    """Set the process up, as one of those that `accelerate launch` or `torchrun` started.
+    """Set up the process, one of those that `accelerate launch` or `torchrun` started.
 
     Raises:
-        ValueError: the configuration asks for what only the other engine does.
+        ValueError: the configuration needs the other engine.
     """
     if config.engine.fsdp:
         raise ValueError("engine.fsdp needs engine.trainer=accelerate.")
@@ -54,7 +53,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
         num_nodes=world // local,
         strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
         precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
-        max_steps=train.steps,
+        max_steps=train.total_steps,
         max_epochs=-1,
         logger=[logger(name, config) for name in trackers(train.trackers, main=rank() == 0)],
         log_every_n_steps=train.log_every,
@@ -66,10 +65,10 @@ def prepare(config: Config, *, dtype: torch.dtype) -> pl.Trainer:
 
 
 def logger(name: str, config: Config) -> Logger:
-    """Lightning's own for TensorBoard and W&B.
+    """Lightning's logger for TensorBoard or W&B.
 
     Raises:
-        ValueError: it has none of this name.
+        ValueError: Lightning has no logger of this name.
     """
     if name == "tensorboard":
         return TensorBoardLogger(config.output_dir, name="runs", version="")
@@ -98,8 +97,8 @@ def fit(
         Whether this is the main process.
 
     Raises:
-        Preempted: a signal stopped the run, after a checkpoint.
-        NonFinite, CannotSave: in one sentence.
+        Preempted: a signal stopped the run, and a checkpoint was saved.
+        NonFinite, CannotSave: the message is one sentence.
     """
     if config.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
@@ -107,10 +106,10 @@ def fit(
     train = config.train
     order = order_of(train, dataset, trainer.world_size)
     first = 0 if resumed is None else step_of(resumed)
-    watch = watch_of(
+    watch = Watch.of(
         config, dataset, order, rank=trainer.global_rank, world=trainer.world_size, student=student
     )
-    monitor = monitor_of(
+    monitor = Monitor.of(
         config,
         order,
         first=first,
@@ -119,7 +118,7 @@ def fit(
     )
     objective.counts = monitor.peak is not None
     if objective.other is not None:
-        settle_teacher(config, objective.other, trainer.strategy.root_device)
+        place_teacher(config, objective.other, trainer.strategy.root_device)
     module = StudentModule(config, student, objective, watch, monitor)
     life = Life(config, student, order, monitor)
     trainer.callbacks.append(life)  # type: ignore[attr-defined]
@@ -159,7 +158,7 @@ def fit(
 
 
 class Life(Callback):
-    """What happens around steps: the check of the world, checkpoints, signals."""
+    """Around the steps: check the processes, save checkpoints, listen for signals."""
 
     def __init__(self, config: Config, student: Student, order: Order, monitor: Monitor):
         self.config, self.student, self.order, self.monitor = config, student, order, monitor
@@ -173,10 +172,10 @@ class Life(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *unused: Any) -> None:
         step = trainer.global_step
         self.monitor.step(step)
-        asked = self.signals.stop(trainer.strategy.root_device) and step < trainer.max_steps
-        if asked:
+        stopping = self.signals.stop(trainer.strategy.root_device) and step < trainer.max_steps
+        if stopping:
             self.preempted = trainer.should_stop = True
-        if step % self.config.train.save_every == 0 or step == trainer.max_steps or asked:
+        if step % self.config.train.save_every == 0 or step == trainer.max_steps or stopping:
             self.save(trainer, step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
@@ -196,8 +195,8 @@ class Life(Callback):
 class Steps(Sampler[list[int]]):
     """This process's sample indices for each step from `first` on.
 
-    Its length is that of the whole run, which is one epoch to Lightning: a resumed loop counts the batches before
-    `first` as taken.
+    Its length is that of the whole run, which Lightning sees as one epoch: a resumed loop counts the batches before
+    `first` as done.
     """
 
     def __init__(self, order: Order, *, first: int, rank: int, world: int, micro: int):
@@ -214,7 +213,7 @@ class Steps(Sampler[list[int]]):
 
 
 class StudentModule(pl.LightningModule):
-    """The objective over the micro-batches of a step; checkpoints hold what trains, not the base."""
+    """The objective over the micro-batches of a step; checkpoints hold the trained weights, not the base."""
 
     strict_loading = False
 
@@ -238,8 +237,8 @@ class StudentModule(pl.LightningModule):
             betas=(0.9, train.adam_beta2),
             weight_decay=train.weight_decay,
         )
-        warmup = round(train.warmup * train.steps)
-        schedule = get_scheduler(train.scheduler.value, optimizer, warmup, train.steps)
+        warmup = round(train.warmup * train.total_steps)
+        schedule = get_scheduler(train.scheduler.value, optimizer, warmup, train.total_steps)
         return [optimizer], [schedule]
 
     def training_step(self, batches: list[dict[str, Any]], index: int) -> None:
@@ -248,27 +247,27 @@ class StudentModule(pl.LightningModule):
         train, step, strategy = self.config.train, self.global_step, self.trainer.strategy
         torch.manual_seed(hash((train.seed, step, self.global_rank)) % 2**63)
         self.watch.begin()
-        self.objective.at(step / train.steps)
+        self.objective.at(step / train.total_steps)
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum()
         count = strategy.reduce(count, reduce_op="sum")
         optimizer.zero_grad()
         for batch in batches:
             loss, terms = self.objective(self.model, batch, count=count)
             self.watch.saw(batch, loss, count)
-            self.manual_backward(loss * self.trainer.world_size)  # DDP averages over processes
+            self.manual_backward(loss * self.trainer.world_size)  # undo the average that DDP takes
             terms |= {"loss": loss.detach(), "read": (batch["input_ids"] != self.pad).sum()}
             self.sums = {name: self.sums.get(name, 0) + value for name, value in terms.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), train.max_grad_norm)
         if not self.watch.passes(step, norm):
-            optimizer.zero_grad()  # to None: the optimizer passes over such weights
+            optimizer.zero_grad()  # to None: the optimizer skips weights without a gradient
         optimizer.step()
         rate = schedule.get_last_lr()[0]
         schedule.step()
-        if (step + 1) % train.log_every == 0 or step + 1 == train.steps:
+        if (step + 1) % train.log_every == 0 or step + 1 == train.total_steps:
             self.report(step + 1, norm.item(), rate)
 
     def report(self, done: int, norm: float, rate: float) -> None:
-        """Log what has happened since the last time, over all processes."""
+        """Log the steps since the last report, over all processes."""
         total = self.trainer.strategy.reduce(
             torch.stack([v.float() for v in self.sums.values()]), reduce_op="sum"
         )
