@@ -26,6 +26,7 @@ from rich.table import Table
 from latefusion.eval import metrics
 from latefusion.eval.evaluate import read_report
 from latefusion.eval.report.tables import prefix
+from latefusion.recipes.compose import print_and_exit
 
 if TYPE_CHECKING:
     from latefusion.eval.tasks.base import Answer
