@@ -26,7 +26,7 @@ PAGES = [
 STANDS_FOR_OTHERS = ("NAME", "data/llava_v1_5_mix665k.json", "models/...")
 STILL_WIDE = {
     *("benchmarks.md", "choosing_the_band.md", "data.md", "evaluation.md", "inference.md", "models.md"),
-    *("profile.md", "training.md"),
+    "profile.md",
 }
 
 
