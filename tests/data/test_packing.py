@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers.data_rows import IMAGE_PART, turn, write_rows
 from helpers.families import FAMILIES, MROPE_FAMILIES, prompt, shared
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, shake, tiny_student
 from PIL import Image
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.packing import Packed, check_isolation, fitted
-from latefusion.training import assemble, run
+from latefusion.training import assemble
 
 PACKABLE = [family for family in FAMILIES if family != "paligemma"]
 
@@ -169,7 +170,7 @@ def test_a_run_with_packing_is_the_run_without(tmp_path, monkeypatch):
             *("train.learning_rate=1e-2", "eval.enabled=false", "teacher=dense", "train.trackers=[]"),
             *(f"data.pack={pack}", f"output_dir={tmp_path / pack}"),
         )
-        run.run(composed(*SMALL, *BAND, *options))
+        run_config(composed(*SMALL, *BAND, *options))
         lines = (tmp_path / pack / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
