@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from latefusion.data import sources
 from latefusion.data.bad_rows import Checked
+from latefusion.data.prompts import undecoded
 from latefusion.data.samples import sample_of
 from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import Stream
@@ -153,7 +154,7 @@ def evaluation_questions(config: Config) -> Any:
     """The questions that a run is evaluated on, a row each with its image; None if the configuration names none."""
     data, options = config.data, config.eval
     if data.eval_path is not None:
-        questions = sources.read(data.eval_path, split=options.split)
+        questions = undecoded(sources.read(data.eval_path, split=options.split))
     elif data.source is Source.scenes:
         questions = load_scenes(options.split, seed=data.seed)
     else:

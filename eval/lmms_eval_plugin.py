@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from latefusion.data.images import load_image
 from latefusion.eval.comparison.systems import System, running
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base
@@ -78,12 +79,12 @@ class Until(StoppingCriteria):
 
 def user(text: str, pictures: Sequence[Image.Image]) -> Chat:
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    return [{"role": "user", "content": content}], [picture.convert("RGB") for picture in pictures]
+    return [{"role": "user", "content": content}], [load_image(picture) for picture in pictures]
 
 
 def chat_of(messages: list[Any]) -> Chat:
     chat = ChatMessages(messages=messages)
-    return chat.to_hf_messages(), [image.convert("RGB") for image in chat.extract_media()[0]]
+    return chat.to_hf_messages(), [load_image(image) for image in chat.extract_media()[0]]
 
 
 def generation(settings: dict[str, Any]) -> dict[str, Any]:

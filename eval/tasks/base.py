@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 
+from latefusion.data.json_file import Broken, read_json
+from latefusion.data.prompts import undecoded
 from latefusion.data.sources import read
 from latefusion.eval.metrics import Measure, normalise
 
@@ -155,10 +157,29 @@ class Files:
         return path
 
     def json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_text())
+        """The contents of a JSON file.
+
+        Raises:
+            ValueError: it is not JSON, or not UTF-8.
+        """
+        path = self.path(name)
+        try:
+            return json.loads(path.read_text("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON in UTF-8 ({error}).") from None
 
     def lines(self, name: str) -> list[Any]:
-        return [json.loads(line) for line in self.path(name).read_text().splitlines() if line.strip()]
+        """The rows of a file of JSON lines.
+
+        Raises:
+            ValueError: a line is not a JSON object.
+        """
+        path = self.path(name)
+        rows = list(read_json(path))
+        for place, row in rows:
+            if isinstance(row, Broken):
+                raise ValueError(f"{path}: {place} {row}.")
+        return [row for _, row in rows]
 
     def hub_rows(self, split: str, config: str | None = None) -> datasets.Dataset:
         """The hub's data set, its files in a folder, or one saved to disk; read lazily."""
@@ -196,7 +217,7 @@ def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
     rows = datasets.Dataset.from_list(
         [{**q, "images": [_stored(image) for image in q["images"]]} for q in questions]
     )
-    return rows.cast_column("images", datasets.List(datasets.Image()))
+    return rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
 
 def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str, Any]]) -> datasets.Dataset:
@@ -204,7 +225,7 @@ def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str
 
     Pictures are not decoded.
     """
-    kept = rows.select_columns(["image"])
+    kept = undecoded(rows.select_columns(["image"]))
     if isinstance(rows.features["image"], datasets.List):
         kept = kept.rename_column("image", "images")
     plain = rows.remove_columns(["image"])

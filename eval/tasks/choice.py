@@ -100,7 +100,7 @@ def mmbench(where: str, split: str) -> Task:
     files.check()
     if files.local:
         csv.field_size_limit(sys.maxsize)  # an image is a field
-        with files.path(files.needs[0]).open(newline="") as lines:
+        with files.path(files.needs[0]).open(encoding="utf-8-sig", newline="") as lines:
             table = list(csv.DictReader(lines, delimiter="\t"))
         pictures = {row["index"]: row["image"] for row in table}
         questions = []

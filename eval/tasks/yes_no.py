@@ -185,7 +185,7 @@ def _mme_folder(folder: Path, kind: str) -> list[dict[str, Any]]:
         image = next(
             path for end in (".jpg", ".png", ".jpeg") if (path := images / f"{text.stem}{end}").is_file()
         )
-        for i, line in enumerate(text.read_text().strip().splitlines()):
+        for i, line in enumerate(text.read_text("utf-8-sig").strip().split("\n")):
             question, _, answer = line.partition("\t")
             found.append({**ask(f"{kind}/{image.name}", i, question, answer), "images": [image]})
     return found
