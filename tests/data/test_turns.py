@@ -10,6 +10,8 @@ from latefusion.data.collate import IGNORE, Collator
 from latefusion.data.turns import Conversations, isolate_turns
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.visipruner import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
 
@@ -72,6 +74,37 @@ def test_turns_that_see_each_other_answer_differently(base, rows):
     isolated, _ = answers(base, collator(base, torch.float64)([packed[0]]))
     joined, _ = answers(base, collator(base, None)([packed[0]]))
     assert not torch.allclose(isolated, joined, atol=1e-3)
+
+
+RANKING = {
+    "keep": VisionSchedule(enter=2, exit=11, keep={4: 72, 8: 24}),
+    "visipruner": VisiPruner(
+        boundary=7, layer_threshold=0.9998, tokens_threshold=0.7, stages=("middle", "deep")
+    ),
+    "fastv": FastV(layer=3),
+}
+
+
+@pytest.mark.parametrize("policy", RANKING.values(), ids=RANKING)
+@torch.no_grad()
+def test_later_turns_get_what_a_chat_on_a_kept_cache_gets(base, rows, policy):
+    """No turn ranks vision tokens but the first: later ones have read answers, the first is asked before any."""
+    model, _ = base
+    sample = Conversations(rows, rows.with_format(None)["scene"], 4)[1]
+    batch = collator(base, None)([sample])
+    labels, queries = batch.pop("labels"), batch.pop("queries")
+    asked = int(queries[0, 0]) + 1
+    tokens = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+    with attach(model, policy) as attachment:
+        with attachment.queries(queries, answers=labels != IGNORE):
+            row = model(**tokens, **batch, use_cache=False).logits[:, asked:]
+        first = model(**{name: value[:, :asked] for name, value in tokens.items()}, **batch, use_cache=True)
+        chat = model(
+            input_ids=tokens["input_ids"][:, asked:],
+            attention_mask=tokens["attention_mask"],
+            past_key_values=first.past_key_values,
+        ).logits
+    assert torch.allclose(row, chat, atol=1e-9)
 
 
 def test_mask_and_positions_by_hand():
