@@ -71,8 +71,6 @@ ROLES = {
 
 # Faults that are known and about to go.
 STILL_THERE = {
-    "models/policies/scheduled.py <-> models/schedule.py",
-    "models/policies/visipruner/decision.py <-> models/policies/visipruner/settings.py",
 }
 
 

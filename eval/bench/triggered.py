@@ -31,7 +31,7 @@ class Triggered(VisiPruner):
 
 class _TriggeredDecision(VisiPrunerDecision):
     def judge(self, layer: int, cosine: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fixed: Any = self.policy
+        fixed: Any = self.rules
         critical, fuses, used = super().judge(layer, cosine, norm)
         best = norm.masked_fill(~self.prunable, -1).topk(fixed.kept, dim=1).indices  # [B, kept]
         critical = torch.zeros_like(critical).scatter(1, best, True)

@@ -20,6 +20,7 @@ from latefusion.models.executor.entering import Entering
 from latefusion.models.executor.frozen_rows import TEXT_ROWS
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import narrows, segment_mask
+from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.segment import Segment
 from latefusion.models.executor.selections import Selections
@@ -78,7 +79,7 @@ class Forward:
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
         hidden_states = self._select(i, args[0])
-        if self.watch is not None:
+        if self.watch is not None and not is_skipped(layer):
             self.watch.enter(i, layer.self_attn)
         if self.recorded is not None:
             self.recorded.enter(self.segment)

@@ -27,7 +27,7 @@ from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import PromptEnd, padding_of, read_prompt, real_tokens
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
-from latefusion.models.executor.vision import VisionMask, find_vision, given_vision
+from latefusion.models.executor.vision import VisionMask, find_vision, vision_of_mask
 from latefusion.models.policies.base import Policy
 from latefusion.models.student.entry import entry_of
 
@@ -133,7 +133,7 @@ class Hooks:
         """Find the vision tokens of the forward, and refuse what cannot work, before anything is computed."""
         running = self._running
         if self.vision_mask is not None:
-            running.vision = given_vision(self.vision_mask, arguments)
+            running.vision = vision_of_mask(self.vision_mask, arguments)
         else:
             running.vision = find_vision(self.multimodal, arguments)
         running.padding = padding_of(arguments.get("attention_mask"))

@@ -14,6 +14,16 @@ class _Reached(Exception):
     """Ends a forward once the wanted layer is reached."""
 
 
+def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a layer that `starting_at` leaves out."""
+    return hidden_states
+
+
+def is_skipped(layer: nn.Module) -> bool:
+    """Whether the layer does not compute anything, inside `starting_at`."""
+    return vars(layer).get("forward") is _skip
+
+
 @contextmanager
 def starting_at(layers: Sequence[nn.Module], first: int, state: Tensor | None) -> Iterator[None]:
     """Forwards inside skip the layers before `first` and give that layer `state`.
@@ -31,16 +41,13 @@ def starting_at(layers: Sequence[nn.Module], first: int, state: Tensor | None) -
         yield
         return
 
-    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
     def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (state, *args[1:])
 
     # prepended: a policy's own hook, which gathers tokens, must see the replaced state
     handle = layers[first].register_forward_pre_hook(replace, prepend=True)
     for layer in layers[:first]:
-        layer.forward = skip
+        layer.forward = _skip
     try:
         yield
     finally:

@@ -36,8 +36,8 @@ def read_prompt(vision: Tensor, real: Tensor, *, past: int, end: PromptEnd, num_
     """
     batch, length = real.shape
     vision, column = vision & real, torch.arange(length, device=real.device)
-    asked = real if end.length is None else real & (column < end.length - past)  # bool [B, T], of the prompt
-    last = length - 1 - asked.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
+    of_prompt = real if end.length is None else real & (column < end.length - past)  # bool [B, T]
+    last = length - 1 - of_prompt.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
     queries = last if end.queries is None else end.queries.to(real.device)
     if queries.shape[0] != batch:
         raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
@@ -80,7 +80,7 @@ def real_tokens(padding: Tensor | None, batch: int, length: int, device: torch.d
 
 
 def padding_of(mask: Any) -> Tensor | None:
-    """The 2-D attention mask that a forward is given, or that its 4-D one implies; None if it has neither.
+    """The 2-D attention mask of a forward, or the one that its 4-D mask implies; None if it has neither.
 
     Padding is what no token sees, itself included: under a 4-D mask `[B|1, H|1, T, L]` (bool or additive), the tokens
     whose own cell is hidden.

@@ -48,7 +48,7 @@ class TextTrace:
         return [TraceRecord(None, None, None, tokens, none, 0, none, none) for tokens, _ in self.sizes()]
 
     def sizes(self) -> list[tuple[list[int], list[int]]]:
-        """Of each sample the tokens that enter each layer, and how many of them are only read."""
+        """For each sample, the tokens that enter each layer and how many of them are only read."""
         none = [0] * self.num_layers
         return [([int(n)] * self.num_layers, none) for n in self.real.sum(1).tolist()]
 
@@ -62,20 +62,20 @@ class PrefillTrace:
     selections: Sequence[tuple[int, Selection]]
 
     def records(self) -> list[TraceRecord]:
-        found = None if self.decision is None else self.decision.fusion_layer
-        fusion = [None] * len(self.prompt.n_real) if found is None else list(found)
+        layers = None if self.decision is None else self.decision.fusion_layer
+        fusion = [None] * len(self.prompt.n_real) if layers is None else list(layers)
         return [self._record(sample, layer) for sample, layer in enumerate(fusion)]
 
     def sizes(self) -> list[tuple[list[int], list[int]]]:
-        """Of each sample the tokens that enter each layer, and how many of them are only read; known on the host."""
-        found = []
+        """For each sample, the tokens that enter each layer and how many of them are only read; known on the host."""
+        sizes = []
         for sample, (real, total) in enumerate(zip(self.prompt.n_real, self.prompt.n_vision, strict=True)):
             runs = self._runs(sample)
             tokens = [real - total + count for count, _ in runs]
-            found.append(
+            sizes.append(
                 (tokens, [count if selection and selection.frozen else 0 for count, selection in runs])
             )
-        return found
+        return sizes
 
     def _runs(self, sample: int) -> list[tuple[int, Selection | None]]:
         """Vision tokens of each layer, and the selection that set them."""

@@ -54,7 +54,7 @@ def find_vision(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Tensor 
     return torch.stack([(inputs_embeds == row).all(-1) for row in rows]).any(0)
 
 
-def given_vision(vision_mask: VisionMask, arguments: Mapping[str, Any]) -> Tensor | None:
+def vision_of_mask(vision_mask: VisionMask, arguments: Mapping[str, Any]) -> Tensor | None:
     """The user's own `vision_mask` for this forward, bool `[B, T]`; tokens after the prompt are text.
 
     Raises:

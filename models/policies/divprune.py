@@ -93,10 +93,10 @@ def diverse(tokens: Tensor, real: Tensor, counts: Sequence[int]) -> Tensor:
         ~real, float("-inf")
     )  # [B, V]; first to other tokens, then to the chosen
     chosen = torch.zeros_like(real)
-    wanted = on_device(counts, tokens.device)[:, None]  # [B, 1]
+    number = on_device(counts, tokens.device)[:, None]  # [B, 1]
     for step in range(max(counts)):
         farthest = nearest.argmax(1, keepdim=True)  # [B, 1]
-        chosen |= torch.zeros_like(real).scatter(1, farthest, True) & (wanted > step)
+        chosen |= torch.zeros_like(real).scatter(1, farthest, True) & (number > step)
         to_it = distance.gather(1, farthest[..., None].expand(-1, -1, distance.shape[2]))[:, 0]  # [B, V]
         nearest = to_it if step == 0 else torch.minimum(nearest, to_it)
         nearest = nearest.masked_fill(chosen | ~real, float("-inf"))

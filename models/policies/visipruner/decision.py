@@ -1,4 +1,4 @@
-"""One prefill under `VisiPruner`: which layer fuses, which tokens it keeps, when they leave.
+"""One prefill under VisiPruner: which layer fuses, which tokens it keeps, when they leave.
 
 What a token is worth to a layer is what removing it does to the attention output of the prompt's queries.
 """
@@ -6,21 +6,18 @@ What a token is worth to a layer is what removing it does to the attention outpu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import on_device
+from latefusion.models.policies.visipruner.rules import Rules
 from latefusion.models.policies.visipruner.shallow import ShallowRule
-
-if TYPE_CHECKING:
-    from latefusion.models.policies.visipruner.settings import VisiPruner
 
 
 class VisiPrunerDecision:
-    """One prefill under `VisiPruner`.
+    """One prefill under VisiPruner.
 
     What a layer finds stays on the device until it could change what a later layer computes: before fusion
     after every layer, then when enough layers have passed. Only then are four integers a sample and layer
@@ -33,22 +30,22 @@ class VisiPrunerDecision:
         fusion_layer: per sample, the layer that chose them, or None.
     """
 
-    def __init__(self, policy: VisiPruner, prompt: Prompt):
-        self.policy, self.prompt = policy, prompt
+    def __init__(self, rules: Rules, prompt: Prompt):
+        self.rules, self.prompt = rules, prompt
         self.kept = prompt.vision  # [B, T]
         self._counts = list(prompt.n_vision)
         self._fusion: list[int | None] = [None] * len(self._counts)
         self._passed = [0] * len(self._counts)  # layers that no longer used vision
-        self._found: list[_Finding] = []  # not settled yet
+        self._findings: list[_Finding] = []  # not settled yet
         self._numbers: _OnTheWay | None = None  # the same on their way to the host
 
-        shallow = range(min(policy.boundary, prompt.num_layers)) if "shallow" in policy.stages else range(0)
-        middle = range(policy.boundary + 1, prompt.num_layers) if "middle" in policy.stages else range(0)
+        shallow = range(min(rules.boundary, prompt.num_layers)) if "shallow" in rules.stages else range(0)
+        middle = range(rules.boundary + 1, prompt.num_layers) if "middle" in rules.stages else range(0)
         self.watch = {*shallow, *middle}
 
         self.prunable = prunable(prompt)
         self._left_whole = [False] * len(self._counts)  # nothing of it may be removed
-        self._without_vision = ShallowRule(prompt, policy.sink_rule)
+        self._without_vision = ShallowRule(prompt, rules.sink_rule)
 
     @property
     def fusion_layer(self) -> list[int | None]:
@@ -61,7 +58,7 @@ class VisiPrunerDecision:
         return Selection(self.kept, tuple(self._counts)) if self._settle() else None
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        if layer < self.policy.boundary:
+        if layer < self.rules.boundary:
             return self._without_vision(layer, call)
         self._look(layer, call)
         return None
@@ -77,10 +74,10 @@ class VisiPrunerDecision:
             The critical tokens, bool `[B, T]`; per sample, bool `[B]`: whether the layer fuses, and whether it
             uses tokens that were kept.
         """
-        policy = self.policy
-        critical = (norm > policy.tokens_threshold) & self.prunable
-        fuses = ((cosine < policy.layer_threshold) & self.prunable).any(1)
-        return critical, fuses, ((cosine < policy.exit_threshold) & self.kept).any(1)
+        rules = self.rules
+        critical = (norm > rules.tokens_threshold) & self.prunable
+        fuses = ((cosine < rules.layer_threshold) & self.prunable).any(1)
+        return critical, fuses, ((cosine < rules.exit_threshold) & self.kept).any(1)
 
     def fuse(self, layer: int, critical: Tensor) -> None:
         """As if `layer` had just been found to fuse all samples, these tokens (bool `[B, T]`) being critical."""
@@ -89,13 +86,13 @@ class VisiPrunerDecision:
 
     def _add(self, layer: int, critical: Tensor, fuses: Tensor, used: Tensor) -> None:
         numbers = torch.stack((fuses, used, self.prunable.any(1), critical.sum(1)), dim=1)  # [B, 4]
-        self._found.append(_Finding(layer, critical, numbers))
+        self._findings.append(_Finding(layer, critical, numbers))
         if layer < self.prompt.num_layers - 1 and self._could_change():
-            self._numbers = _OnTheWay([finding.numbers for finding in self._found])
+            self._numbers = _OnTheWay([finding.numbers for finding in self._findings])
 
     def _could_change(self) -> bool:
         """Whether what was found since the host last knew could change what the next layer computes."""
-        needed = self.policy.exit_patience - len(self._found)
+        needed = self.rules.exit_patience - len(self._findings)
         return any(
             self._fusion[i] is None or self._passed[i] >= needed
             for i in range(len(self._counts))
@@ -104,13 +101,14 @@ class VisiPrunerDecision:
 
     def _settle(self) -> bool:
         """Turn what was found into each sample's next tokens; true if any of them changed."""
-        if not self._found:
+        if not self._findings:
             return False
-        numbers = self._numbers or _OnTheWay([finding.numbers for finding in self._found])
+        numbers = self._numbers or _OnTheWay([finding.numbers for finding in self._findings])
         changed = [
-            self._apply(finding, rows) for finding, rows in zip(self._found, numbers.on_host(), strict=True)
+            self._apply(finding, rows)
+            for finding, rows in zip(self._findings, numbers.on_host(), strict=True)
         ]
-        self._found, self._numbers = [], None
+        self._findings, self._numbers = [], None
         if all(self._is_settled(i) for i in range(len(self._counts))):
             self.watch.clear()
         return any(changed)
@@ -122,9 +120,9 @@ class VisiPrunerDecision:
             if self._fusion[i] is None:
                 if fuses:
                     self._fusion[i], self._counts[i], fused[i] = finding.layer, count, True
-            elif self._counts[i] and "deep" in self.policy.stages:
+            elif self._counts[i] and "deep" in self.rules.stages:
                 self._passed[i] += not used
-                if self._passed[i] >= self.policy.exit_patience:
+                if self._passed[i] >= self.rules.exit_patience:
                     self._counts[i], left[i] = 0, True
         device = self.kept.device
         if any(fused):
@@ -135,7 +133,7 @@ class VisiPrunerDecision:
 
     def _is_settled(self, sample: int) -> bool:
         fused = self._fusion[sample] is not None
-        done = fused and "deep" not in self.policy.stages
+        done = fused and "deep" not in self.rules.stages
         return done or self._counts[sample] == 0 or self._left_whole[sample]
 
 
