@@ -81,8 +81,8 @@ def load_checkpoint(
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{path} is a {config.model_type}, not an image-text model.")
     stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    known = [*(stock._keys_to_ignore_on_load_unexpected or ()), *ignored]
-    quiet = type(stock.__name__, (stock,), {"_keys_to_ignore_on_load_unexpected": known})
+    patterns = [*(stock._keys_to_ignore_on_load_unexpected or ()), *ignored]
+    quiet = type(stock.__name__, (stock,), {"_keys_to_ignore_on_load_unexpected": patterns})
     quiet.__module__ = stock.__module__  # transformers looks for the family's helpers there
     loaded = load_processor(path)
     model = _load_model(quiet, path, dtype=dtype)

@@ -20,7 +20,7 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         model: an image-text model, with or without PEFT's wrapper.
-        inputs: of the model. Without `pixel_values` they are returned as they are.
+        inputs: the model's keyword arguments; without `pixel_values` they are returned as they are.
 
     Returns:
         The inputs with `mm_encoder_outputs` in place of `pixel_values`; the grids stay, M-RoPE needs them.
@@ -32,7 +32,7 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def image_features(model: Any, inputs: Mapping[str, Any]) -> Any:
-    """What `model.get_image_features` makes of the inputs that it takes; its `pooler_output` goes into the decoder."""
+    """Call `model.get_image_features` with those of the inputs that it takes; `pooler_output` goes into the decoder."""
     names = [name for name in inspect.signature(model.get_image_features).parameters if name in inputs]
     return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
 

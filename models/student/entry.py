@@ -14,13 +14,14 @@ ENTRY = "vision_entry"
 
 
 class CalibratedEntry(nn.Module):
-    """A fixed affine map with a bias per place in the image, `x @ weight + bias[order % places]`; new: the identity.
+    """A fixed affine map with a bias per place in the image: `x @ weight + bias[order % places]`.
 
-    `entry_fit.py` fits it, in closed form, to the states with which the dense vision tokens reach layer `enter`.
+    It is created as the identity; `entry_fit.py` fits it in closed form to the states with which the dense vision
+    tokens reach layer `enter`.
 
     Args:
         hidden_size: of the decoder.
-        places: tokens of an image, or 1: one bias for all (images of different sizes).
+        places: number of tokens of an image; 1: one bias for all (images differ in size).
     """
 
     weight: Tensor  # [D, D]
@@ -32,21 +33,26 @@ class CalibratedEntry(nn.Module):
         self.register_buffer("bias", torch.zeros(places, hidden_size))
 
     def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
-        """`[..., D]` to the same shape and dtype; `order` int64 `[...]`: which of its sample's vision tokens."""
+        """Map vision rows to the states of a dense model at layer `enter`, in the same shape and dtype.
+
+        Args:
+            hidden_states: `[..., D]`.
+            order: int64 `[...]`, the number of each row among its sample's vision tokens.
+        """
         x = hidden_states.to(self.weight.dtype)
         return (x @ self.weight + self.bias[order % len(self.bias)]).to(hidden_states.dtype)
 
 
 class EntryAdapter(nn.Module):
-    """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`; the identity when new.
+    """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`. It is created as the identity.
 
-    The vision rows that reach layer `enter` are the projector's output, while the layer was trained on
-    states that all layers before it had refined. With `places`, x is first calibrated (`start`, not trained).
+    The vision rows that reach layer `enter` are the projector's output, while the layer was trained on states that all
+    layers before it had refined. With `places`, x is first calibrated (`start`, which does not train).
 
     Args:
         hidden_size: of the decoder.
-        rank: of the low-rank part; 0: there is none, a scale per channel alone.
-        places: of a `CalibratedEntry` to start from; 0: none.
+        rank: of the low-rank part; 0: no such part, only the scale.
+        places: of the `CalibratedEntry` to start from; 0: no such start.
     """
 
     def __init__(self, *, hidden_size: int, rank: int, places: int = 0):
@@ -59,10 +65,10 @@ class EntryAdapter(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden_states: Tensor, order: Tensor | None = None) -> Tensor:
-        """`[..., hidden_size]` to the same shape and dtype; computed in the dtype of the weights.
+        """Adapt vision rows `[..., D]` to layer `enter`; same shape and dtype, computed in the dtype of the weights.
 
         Args:
-            order: int64 `[...]`, which of its sample's vision tokens each row is; a calibrated start needs it.
+            order: int64 `[...]`, the number of each row among its sample's vision tokens; a calibrated start needs it.
         """
         x = hidden_states.to(self.scale.dtype)
         if self.start is not None:
@@ -85,14 +91,18 @@ class EntryAdapter(nn.Module):
 
 
 def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """`rank` and `places` of the adapter whose weights have these shapes."""
+    """The `rank` and `places` of the entry adapter whose weights have these shapes."""
     return shapes.get("down.weight", (0,))[0], shapes.get("start.bias", (0,))[0]
 
 
 def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
-    """Give the Hugging Face model a new entry adapter as its submodule `vision_entry`, in float32."""
+    """Add a new entry adapter to the Hugging Face model as its submodule `vision_entry`, in float32.
+
+    Raises:
+        ValueError: the rank is negative, or the model has an entry adapter.
+    """
     if rank < 0:
-        raise ValueError(f"entry rank {rank} must not be negative; 0 is a scale alone.")
+        raise ValueError(f"entry rank {rank} must not be negative; 0 means a scale per channel only.")
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; load a fresh base model.")
     hidden_size = model.config.get_text_config().hidden_size
@@ -103,7 +113,7 @@ def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAd
 
 
 def entry_of(model: nn.Module) -> nn.Module | None:
-    """The entry adapter of a Hugging Face model (PEFT's wrapper of it, if the model is wrapped), or None."""
+    """The entry adapter of a model, or None; inside PEFT it is PEFT's wrapper of the adapter."""
     return unwrapped(model)._modules.get(ENTRY)
 
 

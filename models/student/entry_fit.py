@@ -1,4 +1,4 @@
-"""Calibrated entry: the affine map from what the projector makes to the dense model's states at layer `enter`."""
+"""Fit the calibrated entry: an affine map from the projector's output to the dense model's states at layer `enter`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
 
 
 class TooFew(ValueError):
-    """There are fewer vision tokens than the map has inputs."""
+    """There are too few vision tokens to fit the map's weights."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Calibration:
     """A fitted entry.
 
     Attributes:
-        entry: the map.
-        explained: share of the variance of the dense states (around their mean at each place) that it explains in the
-            images it was fitted on.
-        tokens: vision tokens it was fitted on.
-        unseen: the same share in the last batch, of a map fitted on the batches before it; None: they are too few.
-        raw: the share in the last batch that the rows explain as they are.
+        entry: the fitted map.
+        explained: share of the variance of the dense states (around their mean at each place) that the map explains in
+            the images it was fitted on.
+        tokens: number of vision tokens it was fitted on.
+        unseen: the same share in the last batch, by a map fitted on the batches before it; None: those are too few.
+        raw: the same share in the last batch without a map.
     """
 
     entry: CalibratedEntry
@@ -53,29 +53,30 @@ def fit_entry(
     *,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
-    """Ridge regression from the rows that enter at layer `enter` to what the dense model has there, in closed form.
+    """Fit the map by ridge regression, in closed form: from the rows that enter at layer `enter` to the dense states.
 
-    Runs the layers before `enter` alone. Each place in the image has its own bias if all images have equally many
-    tokens; else there is one bias.
+    Only the layers before `enter` run. Each place in the image has its own bias if all images have the same number of
+    tokens; else there is one bias for all.
 
     Args:
         attachment: of a model without an entry adapter.
         batches: inputs of the model and their vision tokens, bool `[B, T]`.
         enter: at least 1.
+        advance: called after each batch.
 
     Raises:
-        TooFew: there are fewer vision tokens than the map has inputs.
-        ValueError: they are all alike.
+        TooFew: there are too few vision tokens.
+        ValueError: the vision tokens are all alike, or there are none.
     """
     model = attachment.model
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
     sums, before, last = None, None, None  # all batches; all but the last; the last
     for inputs, vision in batches:
-        given, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
-        wanted = _dense_states(attachment, inputs, vision, enter)  # [N, D]
+        rows, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
+        states = _dense_states(attachment, inputs, vision, enter)  # [N, D]
         sizes = set(vision.sum(1).tolist())
-        before, last = sums, _Sums.of(given, wanted, order, sizes)
+        before, last = sums, _Sums.of(rows, states, order, sizes)
         sums = last if before is None else before.plus(last)
         advance()
     if sums is None or last is None:
@@ -84,9 +85,9 @@ def fit_entry(
         sums, before, last = sums.pooled(), before and before.pooled(), last.pooled()
     if not sums.enough():
         raise TooFew(
-            f"{sums.tokens} vision tokens, all that the usable images had, cannot fit the calibrated entry's map of "
-            f"{sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows that "
-            "can be read) or entry.init=identity."
+            f"{sums.tokens} vision tokens, which is all that the usable images have, are too few to fit the calibrated "
+            f"entry's map of {sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows "
+            "that can be read) or entry.init=identity."
         )
     weight, bias = sums.solve()  # [D, D], [places, D]
     with weight.device:
@@ -102,9 +103,9 @@ def fit_entry(
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over tokens, float64: all that the regression needs, whatever the number of images."""
+    """Sums over tokens in float64: the regression needs no more, however many images there are."""
 
-    sizes: frozenset[int]  # vision tokens of a sample
+    sizes: frozenset[int]  # numbers of vision tokens that samples have
     xx: Tensor  # [D, D]
     xy: Tensor  # [D, D]
     yy: Tensor  # []
@@ -151,7 +152,7 @@ class _Sums:
         return int(self.n.sum())
 
     def pooled(self) -> _Sums:
-        """As if all tokens were at one place."""
+        """The same sums with all tokens at one place."""
         x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
         return replace(self, x=x, y=y, n=n)
 
@@ -173,10 +174,10 @@ class _Sums:
         weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
         return weight, mean_y - mean_x @ weight
 
-    def explained(self, weight: Tensor, bias: Tensor, found: _Sums) -> float:
-        """Share of the variance in `found`, around these sums' means, that a map explains."""
+    def explained(self, weight: Tensor, bias: Tensor, sums: _Sums) -> float:
+        """Share of the variance in `sums`, around these sums' means, that a map explains."""
         means = self.y / self.n[:, None]
-        return float(1 - found.error(weight, bias) / found.error(torch.zeros_like(weight), means))
+        return float(1 - sums.error(weight, bias) / sums.error(torch.zeros_like(weight), means))
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Squared error of `x @ weight + bias`, summed over the tokens."""
@@ -233,7 +234,7 @@ def _forward(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSch
 
 @contextmanager
 def installed(model: PreTrainedModel, entry: nn.Module) -> Iterator[None]:
-    """The model with `entry` as its entry adapter."""
+    """Give the model `entry` as its entry adapter inside the scope."""
     model.add_module(ENTRY, entry)
     try:
         yield

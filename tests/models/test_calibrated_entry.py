@@ -239,7 +239,7 @@ def test_where_there_is_nothing_to_calibrate_nothing_is_fitted(base, tmp_path, w
     ("images", "message"),
     [
         (0, "none of the training set's samples has one; use entry.init=identity"),
-        (1, "cannot fit the calibrated entry's map"),
+        (1, "too few to fit the calibrated entry's map"),
         (10, "10 images are too few to calibrate the entry at layer 1"),
     ],
 )
