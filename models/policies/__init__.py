@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,44 @@ def named(name: str, **overrides: Any) -> Policy:
     """The policy of `recipes/policy/NAME.yaml`, or of a YAML file of your own, with some of its arguments replaced.
 
     Raises:
-        ValueError: there is no such policy, it has no such argument, or a value is out of its range.
+        ValueError: there is no such policy, it has no such argument, a value is out of its range, or the file names
+            something that is not a policy.
         FileNotFoundError: there is no such file.
     """
-    arguments: Any = OmegaConf.to_container(OmegaConf.load(recipe_of(name)))
-    policy = get_class(arguments.pop("_target_"))
+    arguments: Any = OmegaConf.to_container(
+        OmegaConf.load(recipe_of(name))
+    )  # data: nothing in it is resolved
+    if not isinstance(arguments, dict):
+        raise ValueError(f"policy {name} holds no keys; it needs _target_ and the arguments of that class.")
+    policy = policy_class(str(arguments.pop("_target_", None)), name)
     exists = sorted(inspect.signature(policy).parameters)
     for key in overrides:
         if key not in exists:
             hint = did_you_mean(key, exists)
             raise ValueError(f"policy {name} has no {key!r}{hint}; it has {', '.join(exists)}.")
     return policy(**arguments | overrides)
+
+
+def policy_class(target: str, name: str) -> type[Policy]:
+    """The class that a policy file names, if it is one of policies: nothing else is imported or called.
+
+    Args:
+        target: such as `latefusion.models.policies.fastv.FastV`.
+        name: of the policy or its file, for the message.
+    """
+    cls: object = None
+    if target.partition(".")[0] not in sys.stdlib_module_names:
+        try:
+            cls = get_class(target)
+        except (ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"policy {name} names _target_: {target}, which cannot be imported ({reason})."
+            ) from None
+    methods = (getattr(cls, method, None) for method in ("validate", "begin"))
+    if not (inspect.isclass(cls) and all(map(inspect.isfunction, methods))):
+        raise ValueError(
+            f"policy {name} names _target_: {target}, which is not a policy; name a class with the methods "
+            "validate(num_layers) and begin(prompt)."
+        )
+    return cls

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
+import torch
+from helpers.families import LAYERS, MIXED, build, close, prompt, text_tokens, vision_tokens
+from helpers.oracle import masked
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from latefusion.models.attach import attach
 from latefusion.models.policies import RECIPES, named, names
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
@@ -58,3 +67,76 @@ def test_what_does_not_exist_is_a_sentence(name: str, overrides: dict, sentence:
     with pytest.raises(ValueError, match=sentence) as error:
         named(name, **overrides)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- the example of docs/inference.md
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that the first Python block under "A policy of your own" makes."""
+    page = (RECIPES.parents[1] / "docs" / "inference.md").read_text()
+    code = page.split("### A policy of your own")[1].split("```python\n")[1].split("```")[0]
+    module = ModuleType("my_policies")
+    monkeypatch.setitem(sys.modules, "my_policies", module)
+    exec(code, vars(module))
+    return module
+
+
+def test_the_example_keeps_every_second_token(example: Any, tmp_path: Path) -> None:
+    (tmp_path / "every_second.yaml").write_text("_target_: my_policies.EverySecond\nlayer: 4\n")
+    policy = named(str(tmp_path / "every_second.yaml"), layer=2)
+    assert policy == example.EverySecond(layer=2)
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    second = torch.zeros_like(vision)
+    for b, row in enumerate(vision.tolist()):
+        second[b, [i for i, sees in enumerate(row) if sees][::2]] = True
+    seen = [vision] * 2 + [second] * (LAYERS - 2)
+    with torch.no_grad():
+        with masked(model, vision, seen, padding=inputs["attention_mask"]):
+            expected = model(**inputs, use_cache=False).logits[text]
+        with attach(model, policy) as attachment:
+            assert close(model(**inputs).logits[text], expected)
+            assert [record.vision for record in attachment.trace] == [
+                [n, n] + [n // 2] * (LAYERS - 2) for n in (4, 0, 8)
+            ]
+        with pytest.raises(ValueError, match=r"^layer=6 must be one of the decoder's layers 0 to 5\.$"):
+            attach(model, example.EverySecond(layer=6))
+
+
+# ---------------------------------------------------------------- a policy file is data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_target_: subprocess.Popen\nargs: [touch, {mark}]\n",
+        "_target_: os.system\ncommand: touch {mark}\n",
+        "_target_: builtins.exec\n_args_: [\"open('{mark}', 'w')\"]\n",
+        "_target_: hydra.utils.instantiate\nconfig: {{_target_: os.mkdir, path: {mark}}}\n",
+        "_target_: latefusion.models.attach.attach\nmodel: 1\n",
+        "_target_: torch.nn.Linear\nin_features: 1\n",
+        "_target_: a_package_that_is_not_here.Policy\n",
+        "_target_: 3\n",
+        "layer: 3\n",
+        "- _target_: latefusion.models.policies.fastv.FastV\n",
+        "",
+    ],
+)
+def test_a_policy_file_runs_no_code(text: str, tmp_path: Path) -> None:
+    file, mark = tmp_path / "policy.yaml", tmp_path / "mark"
+    file.write_text(text.format(mark=mark))
+    with pytest.raises(ValueError, match=r"^policy ") as error:
+        named(str(file))
+    assert "\n" not in str(error.value) and not mark.exists()
+
+
+def test_a_policy_file_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "secret")
+    (tmp_path / "policy.yaml").write_text(
+        "_target_: latefusion.models.policies.visipruner.VisiPruner\nsink_rule: ${oc.env:TOKEN}\n"
+    )
+    with pytest.raises(ValueError, match="sink_rule=") as error:
+        named(str(tmp_path / "policy.yaml"))
+    assert "secret" not in str(error.value)
