@@ -28,7 +28,6 @@ STILL_WIDE = {
     "data.md",
     "evaluation.md",
     "inference.md",
-    "models.md",
     "profile.md",
 }
 
