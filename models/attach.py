@@ -55,9 +55,7 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
             f"{type(inner).__name__} has no image_token_id or video_token_id to tell vision tokens by: "
             "pass vision_mask."
         )
-    policy.validate(len(decoder.layers))  # type: ignore[arg-type]
-    if getattr(policy, "enter", 0) > 0:
-        check_entry(inner)
+    _check_policy(inner, policy, len(decoder.layers))  # type: ignore[arg-type]
     return Attachment(
         model=inner, decoder=decoder, multimodal=multimodal, policy=policy, vision_mask=vision_mask
     )
@@ -102,7 +100,7 @@ class Attachment(Hooks):
     @contextmanager
     def using(self, policy: Policy) -> Iterator[Attachment]:
         """Another policy for the forwards inside."""
-        policy.validate(len(self.layers))
+        _check_policy(self.model, policy, len(self.layers))
         with self._inside(policy=policy):
             yield self
 
@@ -178,6 +176,13 @@ def attached(model: nn.Module) -> Attachment | None:
         if isinstance(owner, Attachment):
             return owner
     return None
+
+
+def _check_policy(model: PreTrainedModel, policy: Policy, num_layers: int) -> None:
+    """Raise ValueError if the policy does not fit, or needs an entry adapter that the model has lost."""
+    policy.validate(num_layers)
+    if getattr(policy, "enter", 0) > 0:
+        check_entry(model)
 
 
 def _hugging_face_model(model: nn.Module) -> PreTrainedModel:

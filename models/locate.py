@@ -49,10 +49,9 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
     try:
         huggingface_hub.HfApi().model_info(path, timeout=10)
     except Exception as error:  # every way a network, a hub or a name can fail
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"the weights of {path} are not on this machine and cannot be downloaded ({reason}); name a folder or hub "
-            f"id {fix}, or run `hf download {path}` where there is a network."
+            f"the weights of {path} are not on this machine and cannot be downloaded ({_first_line(error)}); name a "
+            f"folder or hub id {fix}, or run `hf download {path}` where there is a network."
         ) from None
 
 
@@ -66,6 +65,24 @@ def check_not_a_student(config: dict[str, Any], path: str) -> None:
             f"{path} is a trained student, not a base: load it with latefusion.load, evaluate it with "
             f"checkpoints=[{path}], and name the model that it was trained from as the base."
         )
+
+
+def student_folder(path: str | Path) -> Path:
+    """The local folder of a student: `path` itself, or the files of a hub id, downloaded if they are not here.
+
+    Raises:
+        FileNotFoundError: the hub id cannot be reached, or does not exist.
+    """
+    name = str(path)
+    if Path(path).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return Path(path)
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except Exception as error:  # every way a network, a hub or a name can fail
+        raise FileNotFoundError(
+            f"no student at {path}: there is no such folder, and it cannot be downloaded as a hub id "
+            f"({_first_line(error)})."
+        ) from None
 
 
 def check_base_of(student: str | Path) -> str:
@@ -138,3 +155,8 @@ def read_config(file: Path) -> dict[str, Any]:
             "again."
         )
     return config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -121,12 +121,14 @@ def _metrics(path: Path) -> str:
     file = next((path / name for name in METRICS if (path / name).is_file()), None)
     if file is None:
         return "None were measured."
-    results = json.loads(file.read_text())
     lines = ["| system | accuracy (95% interval) | decoder FLOPs, of dense |", "| --- | ---: | ---: |"]
-    for system in results["systems"].values():
-        overall = system["accuracy"]["overall"]
-        accuracy = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
-        lines.append(f"| {_cell(system['name'])} | {accuracy} | {system['flops']['ratio']:.0%} |")
+    try:
+        for system in json.loads(file.read_text())["systems"].values():
+            overall = system["accuracy"]["overall"]
+            accuracy = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
+            lines.append(f"| {_cell(system['name'])} | {accuracy} | {system['flops']['ratio']:.0%} |")
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return f"{file.name} is not a report of an evaluation."
     return "\n".join(lines)
 
 

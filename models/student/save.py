@@ -19,7 +19,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base, load_checkpoint, load_processor
-from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base_of, read_config
+from latefusion.models.locate import (
+    ADAPTER_CONFIG,
+    BASE,
+    adapter_settings,
+    check_base_of,
+    read_config,
+    student_folder,
+)
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import ENTRY, entry_of, entry_shape, install_entry
@@ -92,7 +99,7 @@ def load(
     """Load a trained late-fusion model with its schedule attached, and its processor.
 
     Args:
-        path: a folder that `training/train.py` or `training/export.py` wrote.
+        path: a folder that `training/train.py` or `training/export.py` wrote, or the hub id it was published under.
         dtype: of the weights; None: bfloat16 where the hardware has it, else float32.
         merge: add LoRA to the weights, so that the model is as fast as its base. Exact to float error in float32; in
             bfloat16 the sums are rounded (docs/models.md). False: keep the adapters apart, to go on training or to
@@ -102,7 +109,7 @@ def load(
         FileNotFoundError: the folder holds no student, or its base is not there.
         ValueError: its files contradict each other.
     """
-    folder = Path(path)
+    folder = student_folder(path)
     if (folder / ADAPTER_CONFIG).is_file():
         student = load_student(folder, dtype=dtype)
         if not merge:

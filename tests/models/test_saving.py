@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.families import FAMILIES, build, prompt
@@ -127,6 +128,8 @@ def test_a_student_that_lost_its_entry_adapter_is_refused(family, variant, tmp_p
         ValueError, match=r"saved with an entry adapter.*load the folder with latefusion\.load"
     ):
         attach(stock, SCHEDULE)
+    with attach(stock, VisionSchedule()) as dense, pytest.raises(ValueError, match="saved with an entry"):
+        dense.using(SCHEDULE).__enter__()
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"needs its entry adapter .* but the checkpoint lacks its weights"):
         load(tmp_path / "stock", dtype=torch.float32)
@@ -259,3 +262,13 @@ def test_code_that_comes_with_a_folder_is_not_run(tmp_path, stand_in):
     with pytest.raises(ValueError):
         load(folder, dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_published_student_loads_by_its_hub_id(tmp_path, stand_in, monkeypatch):
+    """As its model card says."""
+    folder, expected, real = merged_llava(tmp_path, stand_in)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", {"me/student": str(folder)}.__getitem__)
+    model, _ = load("me/student", dtype=torch.float32)
+    torch.testing.assert_close(logits(model, fresh("llava"))[real], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"no student at me/other: .* cannot be downloaded"):
+        load("me/other")
