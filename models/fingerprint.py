@@ -44,6 +44,8 @@ MEMORY = Path(
     os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "latefusion", "fingerprints"
 )
 IMAGE_COLUMNS = ("image", "images")
+PART_TYPES = ("image", "image_url")
+PART_KEYS = ("image", "path", "url", "image_url")
 BLOCK = 128  # rows
 READ_BLOCKS = 80  # `whole=False` reads the images of the first 10,240 rows ...
 EVERY = 64  # ... and of every 64th block after them
@@ -140,7 +142,7 @@ def image_fingerprint(image: Any, folder: Path | None = None) -> str:
 
 
 def rows_fingerprint(rows: Any, folder: Path | None = None, *, whole: bool = True) -> str:
-    """Hash of rows, in their order; the values of `image` and `images` count by what the pictures contain.
+    """Hash of rows, in their order; images count by their contents, in `image`, `images` and the parts of `messages`.
 
     Rows that were lost, added, changed or reordered, and swapped images, all give another hash.
 
@@ -162,6 +164,7 @@ def rows_fingerprint(rows: Any, folder: Path | None = None, *, whole: bool = Tru
         content = image_fingerprint if read(number) else _size
         for row in block:
             images = [image for name in IMAGE_COLUMNS for image in _listed(row.get(name))]
+            images += _inside(row.get("messages"))
             _add(digest, {name: value for name, value in row.items() if name not in IMAGE_COLUMNS})
             _add(digest, [content(image, folder) for image in images])
     return _short(digest)
@@ -285,11 +288,23 @@ def _listed(images: Any) -> Iterable[Any]:
     return images if isinstance(images, list | tuple) else [images]
 
 
+def _inside(messages: Any) -> Iterator[Any]:
+    """The images that parts of messages hold themselves: `{"type": "image", "image": "a.png"}`."""
+    if isinstance(messages, list | tuple):
+        for item in messages:
+            yield from _inside(item)
+    elif isinstance(messages, Mapping):
+        if messages.get("type") in PART_TYPES:
+            yield from (messages[key] for key in PART_KEYS if messages.get(key) is not None)
+        else:
+            yield from _inside(messages.get("content"))
+
+
 def _source(image: Any, folder: Path | None) -> Any:
     """What holds an image's contents: bytes, a picture, or the path of a file that is there; else what it says."""
     if isinstance(image, Mapping):
         inside = image.get("bytes")
-        return inside if inside is not None else _source(image.get("path"), folder)
+        return inside if inside is not None else _source(image.get("path", image.get("url")), folder)
     if isinstance(image, str | Path):
         path = (folder or Path()) / image
         with suppress(OSError, ValueError):  # base64 text is too long for a path

@@ -33,6 +33,7 @@ from latefusion.models.fingerprint import (
     processor_fingerprint,
     rows_fingerprint,
 )
+from latefusion.models.locate import EMBEDDED_WEIGHTS
 from latefusion.models.schedule import VisionSchedule
 
 
@@ -126,7 +127,7 @@ def test_a_hub_id_is_named_by_its_commit(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_the_model_that_ships_here_has_a_name() -> None:
-    assert model_fingerprint("embedded") == model_fingerprint(module.EMBEDDED_WEIGHTS)
+    assert model_fingerprint("embedded") == model_fingerprint(EMBEDDED_WEIGHTS)
 
 
 def test_generation_settings_and_a_schedule_belong_to_a_model(folder: Path) -> None:
@@ -237,6 +238,21 @@ def test_swapped_images_and_lost_or_reordered_rows_are_other_rows(
         name("red", "green", "blue", order=(0, 1)),
     ]
     assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("held", ["a.png", {"url": "a.png"}], ids=["path", "url"])
+def test_images_in_message_parts_count_by_their_contents(table: bool, held: Any, tmp_path: Path) -> None:
+    key = "image" if isinstance(held, str) else "image_url"
+    content = [{"type": key, key: held}, {"type": "text", "text": "which colour?"}]
+    rows: Any = [{"messages": [{"role": "user", "content": content}]}]
+    if table:
+        rows = datasets.Dataset.from_list(rows)
+    names = []
+    for image in pictures("red", "green"):
+        (tmp_path / "a.png").write_bytes(image)
+        names.append(rows_fingerprint(rows, tmp_path))
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize("kind", ["path", "dictionary", "data set"])
