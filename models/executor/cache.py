@@ -182,11 +182,13 @@ class Keys:
     Attributes:
         track: of all entries, those that a sliding cache has dropped included.
         number: K, the newest entries, which are those that attention sees.
+        width: columns of the stock mask: the keys that the stock model's attention would see.
         offset: position of the stock mask's first column.
     """
 
     track: Track
     number: int
+    width: int
     offset: int
 
     @property
@@ -215,11 +217,12 @@ def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | 
     """
     computed = length if layout is None else layout.index.shape[1]
     if cache is None:
-        return Keys(start.append(layout, length, start), computed, 0)
+        return Keys(start.append(layout, length, start), number=computed, width=length, offset=0)
     store = scheduled_layer(cache, layer_idx, start)
-    offset, number = store.get_mask_sizes(length)[1], _stored(store, computed)
+    width, offset = store.get_mask_sizes(length)
+    number = _stored(store, computed)
     store.track = store.track.append(layout, length, start)
-    return Keys(store.track, number, offset)
+    return Keys(store.track, number, width, offset)
 
 
 def scheduled_layer(cache: Cache, layer_idx: int, start: Track) -> ScheduledLayer | ScheduledSlidingLayer:

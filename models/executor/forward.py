@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import is_flash_attention_requested
 
 from latefusion.models.executor.attention import Attention, Watch
 from latefusion.models.executor.cache import Track, advance, is_scheduled_layer
@@ -40,6 +41,7 @@ class Forward:
         past: tokens that the cache has seen before.
         plain: the stock mask holds nothing but causal order and padding.
         prompt, decision: the vision tokens and what the policy says of them; None if the forward brings none.
+        told_apart: `queries` names where the prompts of a row end.
         entry: the entry adapter, if the model has one.
         enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
         deepstack: the number of first layers after each of which the model itself adds to the full hidden states.
@@ -56,6 +58,7 @@ class Forward:
         plain: bool,
         prompt: Prompt | None,
         decision: Decision | None,
+        told_apart: bool,
         entry: nn.Module | None,
         enters: int,
         deepstack: int,
@@ -63,7 +66,7 @@ class Forward:
         replayed: bool,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
-        self.prompt, self.decision = prompt, decision
+        self.prompt, self.decision, self.told_apart = prompt, decision, told_apart
         self.entering = None if entry is None else Entering(entry, prompt)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
         self.selections = None if prompt is None else Selections(prompt)
@@ -140,6 +143,7 @@ class Forward:
         if counts == prompt.n_vision and not frozen:
             self.segment = Segment()
             return full
+        self._check_packed(i, selection)
         # Here tokens leave (are removed): a layer of this segment gets the rows of the active tokens alone.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
         n_text = [real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)]
@@ -150,6 +154,26 @@ class Forward:
             text = Layout.build(is_text, n_text)
         self.segment = Segment(layout, full, text)
         return layout.take(full)
+
+    def _check_packed(self, i: int, selection: Selection) -> None:
+        """Raise ValueError if a row holds several samples and what is left of them would be mixed up."""
+        prompt = self.prompt
+        assert prompt is not None and selection.counts is not None
+        if not prompt.packed:
+            return
+        if is_flash_attention_requested(self.config):
+            raise ValueError(
+                "several samples are packed into a row with images (position_ids begin again), and flash attention "
+                "would let them see each other once vision tokens leave: put them into rows of their own, or load the "
+                'model with attn_implementation="sdpa".'
+            )
+        some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
+        if some and not self.told_apart:
+            raise ValueError(
+                f"the policy chooses among the vision tokens of a row in layer {i}, but several samples are packed "
+                "into the row (position_ids begin again): put them into rows of their own, or use a policy that keeps "
+                "all vision tokens or none, such as VisionSchedule(enter=..., exit=...)."
+            )
 
     # ---------------------------------------------------------------- what a layer is handed
 
@@ -166,10 +190,13 @@ class Forward:
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
         if segment.text is not None:
             kwargs[TEXT_ROWS] = segment.text
+        keys = advance(cache, i, self.start, segment.layout, self.length)
+        if self.recorded is not None:
+            self.recorded.keys[i] = keys
         kwargs["attention_mask"] = segment_mask(
             kwargs.get("attention_mask"),
             segment,
-            advance(cache, i, self.start, segment.layout, self.length),
+            keys,
             hidden_states,
             config=self.config,
             length=self.length,
@@ -192,15 +219,12 @@ class Forward:
         segment = self.segment
         if segment.layout is not None:
             index = segment.layout.positions(0)
+            queries = segment.query_index(narrowed=narrows(self.config))
         else:
             real = self.prompt.real
-            index = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
+            index = queries = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
         earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
-        key_index = torch.cat([earlier, index], dim=1)
-        if segment.text is not None and narrows(self.config):
-            index, valid = segment.text_index(), segment.text.valid
-            index = index if valid is None else torch.where(valid, index, -1)
-        return index, key_index
+        return queries, torch.cat([earlier, index], dim=1)
 
 
 def checkpoints(layer: nn.Module) -> bool:

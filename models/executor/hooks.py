@@ -27,7 +27,7 @@ from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import PromptEnd, padding_of, read_prompt, real_tokens
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
-from latefusion.models.executor.vision import VisionMask, find_vision, vision_of_mask
+from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
 from latefusion.models.policies.base import Policy
 from latefusion.models.student.entry import entry_of
 
@@ -136,6 +136,7 @@ class Hooks:
             running.vision = vision_of_mask(self.vision_mask, arguments)
         else:
             running.vision = find_vision(self.multimodal, arguments)
+            refuse_merged_images(running.vision, arguments)
         running.padding = padding_of(arguments.get("attention_mask"))
         if running.vision is not None:
             check_cache(arguments.get("past_key_values"))
@@ -163,6 +164,7 @@ class Hooks:
                 real,
                 past=past,
                 end=self.prompt_end,
+                position_ids=arguments.get("position_ids"),
                 num_layers=len(self.layers),
             )
         config = self.decoder.config
@@ -176,7 +178,10 @@ class Hooks:
         policy = self.policy
         decision = None if prompt is None else policy.begin(prompt)
         mask = arguments.get("attention_mask")
-        record = arguments.get("output_hidden_states", config.output_hidden_states)
+        records = [
+            arguments.get(name, getattr(config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        ]
         forward = running.forward = Forward(
             config=config,
             length=length,
@@ -184,10 +189,11 @@ class Hooks:
             plain=past == 0 and not local and isinstance(mask, Tensor) and mask.dim() == 2,
             prompt=prompt,
             decision=decision,
+            told_apart=self.prompt_end.queries is not None,
             entry=entry,
             enters=getattr(policy, "enter", 0),
             deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
-            recorded=Recorded() if record or record == 0 else None,
+            recorded=Recorded() if any(r is not None and r is not False for r in records) else None,
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
         )
         if prompt is not None:
@@ -229,9 +235,11 @@ class Hooks:
             self._after_multimodal(module, args, output)
         if forward is None or forward.recorded is None or not isinstance(output, ModelOutput):
             return
-        states = output.get("hidden_states")
+        states, maps = output.get("hidden_states"), output.get("attentions")
         if states is not None:
             output["hidden_states"] = forward.recorded.hidden_states(states, output["last_hidden_state"])
+        if maps is not None:
+            output["attentions"] = forward.recorded.attentions(maps, narrowed=narrows(self.decoder.config))
 
     def _after_multimodal(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._running.vision = self._running.padding = None

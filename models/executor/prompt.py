@@ -26,13 +26,25 @@ class PromptEnd:
     length: int | None = None
 
 
-def read_prompt(vision: Tensor, real: Tensor, *, past: int, end: PromptEnd, num_layers: int) -> Prompt | None:
+def read_prompt(
+    vision: Tensor,
+    real: Tensor,
+    *,
+    past: int,
+    end: PromptEnd,
+    position_ids: Tensor | None,
+    num_layers: int,
+) -> Prompt | None:
     """The prompt of a forward; None if it has no vision tokens. One host sync, the only one whatever the policy.
 
     Args:
         vision: bool `[B, T]`.
         real: bool `[B, T]`, false for padding.
         past: tokens before this forward.
+        position_ids: int64 `[B|1, T]` or `[axes, B|1, T]`, of the decoder; None: they are consecutive.
+
+    Raises:
+        ValueError: the queries do not fit the batch.
     """
     batch, length = real.shape
     vision, column = vision & real, torch.arange(length, device=real.device)
@@ -49,8 +61,9 @@ def read_prompt(vision: Tensor, real: Tensor, *, past: int, end: PromptEnd, num_
     cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
     if end.queries is None:
         cut |= vision.gather(1, last)  # or ends there
-    numbers = torch.stack([mask.sum(1) for mask in (vision, real, text, answer, tail, cut)]).tolist()
-    n_vision, n_real, n_text, n_answer, tails, cuts = map(tuple, numbers)
+    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real))
+    numbers = torch.stack([mask.sum(1) for mask in masks]).tolist()
+    n_vision, n_real, n_text, n_answer, tails, cuts, packed = map(tuple, numbers)
     if not any(n_vision):
         return None
     return Prompt(
@@ -65,7 +78,16 @@ def read_prompt(vision: Tensor, real: Tensor, *, past: int, end: PromptEnd, num_
         tail=min(tails),
         num_layers=num_layers,
         piece=any(cuts),
+        packed=any(packed),
     )
+
+
+def restarts(position_ids: Tensor | None, real: Tensor) -> Tensor:
+    """Where positions begin again although no padding lies between, as they do in packed rows, bool `[B, T - 1]`."""
+    if position_ids is None:
+        return torch.zeros_like(real[:, 1:])
+    position = position_ids[0] if position_ids.dim() == 3 else position_ids  # [B|1, T]
+    return (position[:, 1:] < position[:, :-1]) & real[:, 1:] & real[:, :-1]
 
 
 def real_tokens(padding: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

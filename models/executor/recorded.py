@@ -1,9 +1,10 @@
-"""`Recorded`: what a forward reports of every layer (`output_hidden_states`), brought to full length."""
+"""`Recorded`: what a forward reports of every layer (hidden states, attention maps), brought to full length."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from latefusion.models.executor.cache import Keys
 from latefusion.models.executor.segment import Segment
 
 
@@ -15,6 +16,7 @@ class Recorded:
             tuple[Segment, Tensor | None]
         ] = []  # of each layer, with `full` as the layer began
         self.full_length: list[Tensor] = []  # outputs that were handed to the model at full length
+        self.keys: dict[int, Keys] = {}  # of each layer that lacks tokens
 
     def enter(self, segment: Segment) -> None:
         """Before each layer."""
@@ -38,3 +40,26 @@ class Recorded:
 
         steps = [self.segments[0], *self.segments]
         return tuple(expand(state, *step) for state, step in zip(states, steps, strict=True))
+
+    def attentions(self, maps: tuple[Tensor | None, ...], *, narrowed: bool) -> tuple[Tensor | None, ...]:
+        """Recorded attention maps at full size: zero where a token does not take part, as query or as key."""
+
+        def expand(i: int, weights: Tensor | None) -> Tensor | None:
+            if weights is None or i not in self.keys:
+                return weights
+            segment, keys = self.segments[i][0], self.keys[i]
+            columns = keys.columns(weights.shape[0], weights.device)  # [B, K]
+            weights = _scattered(weights.mT, columns, keys.width).mT  # [B, H, n, L]
+            if segment.layout is None:
+                return weights
+            rows = segment.query_index(narrowed=narrowed)  # [B, n]
+            return _scattered(weights, rows, segment.layout.length)
+
+        return tuple(expand(i, weights) for i, weights in enumerate(maps))
+
+
+def _scattered(rows: Tensor, index: Tensor, length: int) -> Tensor:
+    """Rows `[B, H, n, D]` at the places `index` `[B, n]` (negative: nowhere) among `length`, and zeros elsewhere."""
+    batch, heads, n, width = rows.shape
+    places = (index.clamp(min=-1) + 1)[:, None, :, None].expand(batch, heads, n, width)
+    return rows.new_zeros(batch, heads, length + 1, width).scatter(2, places, rows)[:, :, 1:]

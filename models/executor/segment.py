@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from latefusion.models.executor.layout import Layout
@@ -52,3 +53,15 @@ class Segment:
         """Position of each text row of a segment with frozen tokens among the forward's tokens, int64 `[B, n]`."""
         assert self.layout is not None and self.text is not None
         return self.layout.index.gather(1, self.text.index)
+
+    def query_index(self, *, narrowed: bool) -> Tensor:
+        """Position of each row that attention is computed for, -1 for padding, int64 `[B, n]`.
+
+        Args:
+            narrowed: over frozen tokens, attention is computed for the text rows alone.
+        """
+        assert self.layout is not None
+        if self.text is None or not narrowed:
+            return self.layout.positions(0)
+        index, valid = self.text_index(), self.text.valid
+        return index if valid is None else torch.where(valid, index, -1)

@@ -54,6 +54,17 @@ def find_vision(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Tensor 
     return torch.stack([(inputs_embeds == row).all(-1) for row in rows]).any(0)
 
 
+def refuse_merged_images(vision: Tensor | None, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if a forward may hide images from us in `inputs_embeds` that bring no features with them."""
+    embeds = arguments.get("inputs_embeds")
+    if vision is None and arguments.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1:
+        raise ValueError(
+            "inputs_embeds without pixel_values may have images merged into them, which cannot be told from text: say "
+            "which tokens are vision with lf.attach(model, policy, vision_mask=mask), or that none are with "
+            "vision_mask=lambda **inputs: None."
+        )
+
+
 def vision_of_mask(vision_mask: VisionMask, arguments: Mapping[str, Any]) -> Tensor | None:
     """The user's own `vision_mask` for this forward, bool `[B, T]`; tokens after the prompt are text.
 

@@ -26,9 +26,10 @@ class Prompt:
             last query, in training without the answers.
         n_vision, n_real, n_text: the same masks counted per sample, on the host.
         n_answer: real tokens after the first vision token that are neither: in training, the answers'.
-        tail: so many columns at the end are `text` in every sample.
+        tail: the number of columns at the end that are `text` in every sample.
         num_layers: decoder layers.
         piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
+        packed: a row holds several samples, each with positions of its own.
     """
 
     vision: Tensor
@@ -42,6 +43,7 @@ class Prompt:
     tail: int
     num_layers: int
     piece: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from helpers.families import (
     vision_tokens,
 )
 from helpers.forwards import BAND, KEEPS, logits
-from helpers.oracle import band, masked, ranked
+from helpers.oracle import Fixed, band, masked, ranked
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach, attached
@@ -202,6 +202,31 @@ def test_hidden_states_are_full_length() -> None:
                 assert close(state[vision], reference[vision])
         if family == "llava":
             assert torch.equal(states[1][vision], states[0][vision])  # not computed: as before
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["leaving", "frozen"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_attention_maps_are_full_size(family: str, frozen: bool) -> None:
+    """Zero for tokens that do not take part, elsewhere those of the masked model; in decoding, too."""
+    model, inputs = build(family, "eager"), prompt(family, MIXED)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    none, some = torch.zeros_like(vision), vision & (torch.arange(vision.shape[1]) % 3 > 0)
+    seen = [none, vision, none, vision, none, none] if frozen else [none, vision, some, some, none, none]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad():
+        with masked(model, vision, seen, padding=inputs["attention_mask"], frozen=frozen):
+            expected = model(**inputs, use_cache=False, output_attentions=True).attentions
+        stock = model.generate(**prompt(family, MIXED), output_attentions=True, **options).attentions
+        with attach(model, VisionSchedule(cross=(1, 3)) if frozen else Fixed(seen)):
+            maps = model(**inputs, output_attentions=True).attentions
+            steps = model.generate(**prompt(family, MIXED), output_attentions=True, **options).attentions
+    for weights, reference in zip(maps, expected, strict=True):
+        assert weights.shape == reference.shape
+        assert all(close(weights[b][:, text[b]], reference[b][:, text[b]]) for b in range(len(text)))
+    for step, stock_step in zip(steps, stock, strict=True):
+        assert [weights.shape for weights in step] == [weights.shape for weights in stock_step]
+    past = torch.nn.functional.pad(vision & ~seen[2], (0, 2))
+    assert not steps[2][2].transpose(1, 3)[past[:, -steps[2][2].shape[3] :]].any()
 
 
 # ---------------------------------------------------------------- refusals

@@ -36,6 +36,8 @@ from transformers.modeling_flash_attention_utils import (
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
 from latefusion.models.executor.masks import compact_mask
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.random import Random
 
 BAND = VisionSchedule(enter=2, exit=4)
 
@@ -342,3 +344,66 @@ def test_a_block_mask_is_translated_cell_by_cell() -> None:
                     bool(compact.mask_mod(torch.tensor(b), torch.tensor(0), torch.tensor(q), torch.tensor(k)))
                     == want
                 )
+
+
+# ---------------------------------------------------------------- rows that somebody else packed
+
+
+def packed_by_others(with_lengths: bool) -> dict[str, Any]:
+    """Two samples with an image each in one row, as a flattening collator makes it: told apart by positions alone."""
+    inputs = prompt("llava", ["tt I ttt t I tt"])
+    inputs["position_ids"] = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    inputs["attention_mask"] = None
+    if with_lengths:
+        starts = torch.tensor([0, 9, 16], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    return inputs
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_packed_rows_with_images_are_refused_under_flash_attention(with_lengths: bool, flash: str) -> None:
+    model = build("llava")
+    model.set_attn_implementation({"text_config": flash})
+    for policy in (BAND, *RANKED):  # all of them lack tokens in layer 0
+        with (
+            attach(model, policy),
+            torch.no_grad(),
+            pytest.raises(ValueError, match="packed into a row with images"),
+        ):
+            model(**packed_by_others(with_lengths), use_cache=False)
+
+
+def test_a_policy_that_chooses_among_tokens_refuses_packed_rows() -> None:
+    """Its last token would rank the images of all samples; a band keeps each sample as it is alone."""
+    model, inputs = build("llava"), packed_by_others(False)
+    for policy in (FastV(layer=1), VisionSchedule(exit=5, keep={2: 3}), Random(layer=0)):
+        with (
+            attach(model, policy),
+            torch.no_grad(),
+            pytest.raises(ValueError, match="several samples are packed"),
+        ):
+            model(**inputs, use_cache=False)
+    known = torch.tensor([[8, 15]])  # by the caller
+    with attach(model, VisionSchedule(exit=5, keep={2: 3})) as attachment, attachment.queries(known):
+        model(**inputs, use_cache=False)
+
+
+def test_images_that_a_caller_merged_into_embeddings_are_not_overlooked() -> None:
+    model, inputs = build("llava"), prompt("llava", EVEN)
+    features = torch.cat([f for f in inputs["mm_encoder_outputs"]["image"].pooler_output])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    embeds[vision_tokens(inputs)] = features
+    merged = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    with torch.no_grad():
+        with attach(model, BAND):
+            expected = model(**inputs).logits
+            for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
+                with pytest.raises(
+                    ValueError, match=r"^inputs_embeds without pixel_values may have images .* vision_m"
+                ):
+                    call(**merged)
+        with attach(model, BAND, vision_mask=vision_tokens(inputs)):
+            assert close(model(**merged).logits[text_tokens(inputs)], expected[text_tokens(inputs)])
+        dense = model(**merged).logits
+        with attach(model, BAND, vision_mask=lambda **inputs: None):
+            assert torch.equal(model(**merged).logits, dense)
