@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latefusion.data.images import BadImage, load_image
+from latefusion.data.images import ADDRESS, BadImage, is_data_url, load_image
 from latefusion.data.printing import printable, short
 
 RECORD = "latefusion_record"  # column of a row of a JSON file, as JSON; a text in it is the reason why the row is bad
@@ -63,6 +63,10 @@ def sample_of(record: dict[str, Any], folder: Path | None, *, answered: bool = T
         if isinstance(record, str):
             raise BadSample(record)
     messages, sources = conversation_of(record, answered=answered)
+    if folder is None and (path := next(filter(_is_path, sources), None)) is not None:
+        raise BadSample(
+            f"names the file {short(path)}, but data of the hub have no folder; name one: data.images=FOLDER"
+        )
     try:
         images = [load_image(source, folder) for source in sources]
     except BadImage as error:
@@ -189,6 +193,14 @@ def split_placeholders(text: str) -> list[dict[str, str]]:
         if piece := piece.strip("\n"):
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def _is_path(source: Any) -> bool:
+    """Whether a row names a file, other than one that `datasets` has put into its cache."""
+    if isinstance(source, dict):
+        path = source.get("path") if source.get("bytes") is None else None
+        return isinstance(path, str) and not is_data_url(path) and not Path(path).is_absolute()
+    return isinstance(source, str) and not is_data_url(source) and not ADDRESS.match(source)
 
 
 def is_utf8(text: str) -> bool:

@@ -1,8 +1,10 @@
 """Several questions about one image in one row: the image is computed once, each question is answered alone.
 
 A row is `prefix, turn 1, turn 2, ...`, where the prefix ends with the last vision token and a turn ends with its
-answer. A block mask lets a turn see the prefix and itself; its positions go on from the prefix. So every turn gets
-what it would get in a row of its own (tested in float64), at a fraction of the cost.
+answer. A block mask lets a turn see the prefix and itself; its positions go on from the prefix. Without a policy, and
+under one that does not rank vision tokens by text (a band, `cross`), every turn gets exactly what it would get in a row
+of its own (tested in float64), at a fraction of the cost. Under a policy that ranks (`keep`, VisiPruner), the questions
+of a row rank together: a token stays if any of them needs it, within the policy's number; no answer takes part.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Conversations(Dataset):
 
     Args:
         samples: rows of `{"messages", "images"}` with one question each, those of one image side by side.
-        image: for each row, what names its image.
+        image: a name of each row's image.
         turns: questions in a sample at most; an image with more gives several samples of nearly equal size.
     """
 
@@ -56,7 +58,7 @@ class Conversations(Dataset):
 
 
 def isolate_turns(vision: Tensor, answer: Tensor, real: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Mask and positions under which every turn sees the prefix and itself.
+    """The mask and the positions under which every turn sees the prefix and itself.
 
     Args:
         vision: bool `[B, T]`, vision tokens; all of them must come before the first answer.

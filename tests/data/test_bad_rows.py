@@ -1,11 +1,20 @@
 """What users bring, in any mixture: `data/validate.py` lists what training leaves out or stops at, row for row."""
 
 import json
+from base64 import b64encode
 from collections import Counter
 
 import pytest
 import torch
-from helpers.data_rows import ANSWER, QUESTION, llava_turns, text_part, write_numbered_rows, write_rows
+from helpers.data_rows import (
+    ANSWER,
+    IMAGE_PART,
+    QUESTION,
+    llava_turns,
+    text_part,
+    write_numbered_rows,
+    write_rows,
+)
 from helpers.pictures import JPEG, PNG, decompression_bomb
 from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
@@ -42,6 +51,12 @@ def answer(content):
     return {"role": "assistant", "content": content}
 
 
+def held(image):
+    """An image part that holds its image, as Qwen's data have it."""
+    return {"type": "image", "image": image}
+
+
+URL = f"data:image/png;base64,{b64encode(PNG).decode()}"
 GOOD = [
     chat(QUESTION, ANSWER),
     shows("a.png"),
@@ -59,6 +74,12 @@ GOOD = [
         "conversations": llava_turns("what?\n<image>", "red", "and <image>?", "no"),
         "image": ["a.png", "a.png"],
     },
+    chat(user([held("a.png"), text_part("what?")]), ANSWER),
+    chat(user([held(URL), IMAGE_PART, text_part("what?")]), ANSWER, images=["a.png"]),
+    chat(user([held("a.png"), text_part("what?")]), ANSWER, images=["a.png"]),
+    chat(user([{"type": "image_url", "image_url": {"url": URL}}, text_part("what?")]), ANSWER),
+    chat(QUESTION, answer("the tag <video>"), videos=[], video=None, audio=""),
+    shows(URL),
 ]
 BAD = [
     {},
@@ -87,6 +108,19 @@ BAD = [
     chat(user("\ud83d?"), ANSWER),
     *map(shows, ["none.png", "cut.jpg", "empty.png", "bomb.png", "folder", "loop", "note.png"]),
     *map(shows, ["a\0.png", "a\udcff.png", "https://x.org/a.png", "a" * 9000, "", None, 5, ["a.png"], {}]),
+]
+BAD += [
+    chat(QUESTION, ANSWER, videos=["a.mp4"]),
+    chat(QUESTION, ANSWER, images=["a.png"], video="a.mp4"),
+    chat(QUESTION, ANSWER, audios=["a.wav"]),
+    chat(user("<video>what happens?"), ANSWER),
+    chat(user([{"type": "video", "video": "a.mp4"}, text_part("what?")]), ANSWER),
+    {"conversations": llava_turns("<video>\nwhat?", "red")},
+    chat(user([held("none.png"), text_part("what?")]), ANSWER),
+    chat(user([held("a.png"), IMAGE_PART, text_part("what?")]), ANSWER),
+    chat(user([held("a.png"), text_part("what?")]), ANSWER, images=["a.png", "lies.jpg"]),
+    shows(URL[:60]),
+    shows("data:image/png,raw"),
 ]
 ROWS = st.sampled_from([(row, False) for row in GOOD] + [(row, True) for row in BAD])
 NAMES = st.sampled_from([None, "", 0, "dup", "dup", "ü", "a\n\tb", "\ud800", [1], "1"])

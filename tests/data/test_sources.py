@@ -1,6 +1,7 @@
 """From files to samples: every layout and format, each damage in its own row, mixtures and streams."""
 
 import json
+from base64 import b64encode
 
 import datasets
 import pyarrow as pa
@@ -20,7 +21,7 @@ from helpers.data_rows import (
 from helpers.pictures import JPEG, PNG
 
 from latefusion.data import sources
-from latefusion.data.load import Mixture, training_data
+from latefusion.data.load import Mixture, data_fingerprint, training_data
 from latefusion.data.samples import BadSample, conversation_of
 from latefusion.data.streaming import Stream
 from latefusion.recipes.schema import DataConfig, PartConfig, Source
@@ -83,6 +84,15 @@ BAD_MESSAGES = [
     ),
     ({"messages": [turn("user", IMAGE_PART, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
     ({"messages": [turn("user", "?"), ANSWER], "images": ["a.png"]}, r"has 1 image\(s\) but 0 placeholder"),
+    (
+        {"messages": [QUESTION, ANSWER], "videos": ["a.mp4"]},
+        "has video in its column 'videos'; only text and",
+    ),
+    ({"messages": [turn("user", "<video>?"), ANSWER]}, "has a placeholder <video> in turn 0; only text and"),
+    (
+        {"messages": [turn("user", {"type": "image", "image": "a.png"}, IMAGE_PART), ANSWER]},
+        r"has 0 image\(s\) in its column but 1 image part\(s\) without an image",
+    ),
     ({"messages": "hello"}, "has messages that are str, not a list"),
     ({"text": "hello"}, r"has neither messages nor conversations \(it has text\)"),
     ({"conversations": llava_turns("what?", "red"), "image": "a.png"}, r"has 1 image\(s\) but 0 placeholder"),
@@ -312,3 +322,80 @@ def test_a_stream_of_nothing_ends_in_a_sentence(folder):
     table = datasets.IterableDataset.from_generator(lambda: iter(())).with_format("arrow")
     with pytest.raises(ValueError, match="the stream has no rows"):
         Stream([table], [dict], weights=[1], seed=0, buffer=1)[0]
+
+
+def test_image_parts_that_hold_their_images_take_their_places(folder):
+    """As Qwen's data have it, also out of a table, where Arrow gives every part every key."""
+    url = f"data:image/png;base64,{b64encode((folder / 'b.png').read_bytes()).decode()}"
+    parts = [
+        {"type": "image", "image": url},
+        IMAGE_PART,
+        text_part("which?"),
+        {"type": "image", "image": "b.png"},
+    ]
+    record = {"messages": [{"role": "user", "content": parts}, turn("assistant", "2")], "images": ["a.png"]}
+    table = datasets.Dataset.from_list([record])
+    table.to_parquet(folder / "rows.parquet")
+    for path in (write_rows(folder, record, name="rows.jsonl"), str(folder / "rows.parquet")):
+        rows = sources.dataset(path, split="train")
+        assert rows[0]["messages"][0] == turn("user", IMAGE_PART, IMAGE_PART, "which?", IMAGE_PART)
+        assert [image.getpixel((0, 0))[0] for image in rows[0]["images"]] == [8, 9, 8]
+        assert rows.sizes() == [(7, 3)]
+
+
+def test_images_are_counted_in_lists_of_every_arrow_kind(folder):
+    """polars writes `large_list`."""
+    messages = [[QUESTION, ANSWER]] * 3
+    images = [["a.png", "b.png"], [], None]
+    for kind in (pa.list_(pa.string()), pa.large_list(pa.large_string())):
+        table = pa.table({"messages": messages, "images": pa.array(images, kind)})
+        pq.write_table(table, folder / "rows.parquet")
+        rows = sources.dataset(str(folder / "rows.parquet"), split="train")
+        assert [count for _, count in rows.sizes()] == [2, 0, 0]
+        assert len(rows[0]["images"]) == 2
+
+
+def test_rows_of_the_hub_may_not_name_files_of_this_machine(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    record = {"messages": [QUESTION, ANSWER], "images": ["a.png"]}
+    table = datasets.Dataset.from_list([record]).with_format("arrow")
+    with pytest.raises(
+        BadSample, match=r"names the file a\.png, but data of the hub have no folder; name one: data\.im"
+    ):
+        sources.Rows(table, None)[0]
+    assert len(sources.Rows(table, folder)[0]["images"]) == 1
+
+
+def test_a_training_set_is_recognised_by_its_rows_and_its_images_contents(folder):
+    """Lost, changed and reordered rows and swapped images give another fingerprint, a copy elsewhere the same."""
+    first = {"messages": [QUESTION, ANSWER], "images": ["a.png"]}
+    part = {"type": "image", "image": "b.png"}
+    second = {"messages": [turn("user", part, "which?"), turn("assistant", "2")]}
+
+    def fingerprint(*records, streaming=False, place=folder):
+        path = write_rows(place, *records, name="rows.jsonl")
+        data = DataConfig(source=Source.dataset, path=path, streaming=streaming)
+        return data_fingerprint(training_data(data))
+
+    copy = folder / "copy"
+    copy.mkdir()
+    for name in ("a.png", "b.png"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    same = fingerprint(first, second)
+    assert same == fingerprint(first, second) == fingerprint(first, second, place=copy)
+    others = [fingerprint(first), fingerprint(second, first), fingerprint(first, {**second, "id": "x"})]
+    streams = [fingerprint(first, second, streaming=True), fingerprint(second, first, streaming=True)]
+    for name in ("a.png", "b.png"):
+        grey_image(77).save(folder / name)
+        others.append(fingerprint(first, second))
+    assert len({same, *others, *streams}) == len([same, *others, *streams])
+
+
+def test_scenes_and_mixtures_have_a_fingerprint_too(folder):
+    path = write_numbered_rows(folder, "rows", 4)
+    parts = [PartConfig(path=path), PartConfig(path=path, weight=3.0)]
+    sets = [DataConfig(source=Source.scenes, split="validation", scenes=2, turns=turns) for turns in (1, 2)]
+    sets += [DataConfig(source=Source.scenes, split="validation", scenes=2, seed=1)]
+    sets += [DataConfig(source=Source.mixture, parts=parts)]
+    once, again = ([data_fingerprint(training_data(data)) for data in sets] for _ in range(2))
+    assert once == again and len(set(once)) == len(once)

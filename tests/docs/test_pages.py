@@ -25,7 +25,6 @@ PAGES = [
 # what a command or a run writes, or what stands for a name of the reader's
 STANDS_FOR_OTHERS = ("NAME", "data/llava_v1_5_mix665k.json", "models/...")
 STILL_WIDE = {
-    "data.md",
     "evaluation.md",
     "inference.md",
     "profile.md",
