@@ -109,11 +109,12 @@ class Attachment(Hooks):
         """Say where prompts end in the forwards inside, if not at the last token of each sample.
 
         Args:
-            index: int64 `[B, Q]`, positions in the (padded) rows: the tokens that an answer follows.
+            index: int64 `[B, Q]`, positions in the (padded) rows: the tokens that an answer follows; -1 fills rows
+                with fewer of them. Of a sample without any, a keep of a `VisionSchedule` removes nothing.
             answers: bool `[B, T]`, the answers' tokens where several turns follow each other: no policy may
                 choose vision tokens by them. None: what comes before the last query is prompt.
         """
-        if index.dim() != 2 or index.dtype != torch.long or index.shape[1] == 0:
+        if index.dim() != 2 or index.dtype != torch.long:
             raise ValueError(
                 f"queries must be int64 [batch, rows], not {index.dtype} with shape {tuple(index.shape)}."
             )

@@ -47,6 +47,14 @@ def decoder_flops(config: PretrainedConfig, tokens: Sequence[int], frozen: Seque
     )
 
 
+def projection_flops(config: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of one layer's query, key and value projections of `tokens` tokens."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * tokens * text.hidden_size * head_dim * (heads + 2 * (text.num_key_value_heads or heads))
+
+
 def ranking_flops(config: PretrainedConfig, rows: int, keys: int) -> int:
     """FLOPs of the attention scores of `rows` queries with `keys` keys, computed once more to rank tokens by them."""
     text = config.get_text_config()

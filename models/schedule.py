@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from latefusion.models.flops import decoder_flops, ranking_flops, vision_macs
+from latefusion.models.flops import decoder_flops, projection_flops, ranking_flops, vision_macs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from latefusion.models.policies.base import Decision, Prompt
 
 SCHEDULE_FILE = "vision_schedule.json"
+Ranking = Literal["reading", "hidrop"]
+RANKINGS: tuple[str, ...] = get_args(Ranking)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,21 @@ class VisionSchedule:
     """Vision tokens enter at layer `enter`, shrink to the best `keep[layer]` from each `layer` on, leave at `exit`.
 
     Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
-    (None: they stay to the end). The default sees everything everywhere: the dense model. The best `k` are those
-    that some attention head of some text token of the prompt has read most of so far, in any layer since they
-    entered (`policies/scheduled.py`): no single layer, and not the last token, knows all that the question will need.
+    (None: they stay to the end). The default sees everything everywhere: the dense model.
 
-    `cross` names layers instead of a band, after ViCA (arXiv 2602.07574): vision tokens bypass attention and MLPs
-    altogether, stay what the projector made them, and are read by the text in these layers alone, where only their
-    keys and values are computed, with the layer's own weights. That much is the paper's abstract; which layers, that
-    reading shares the text's softmax, original positions, and `keep` among them are choices made here.
+    `ranking` says which `k` are the best (`policies/scheduled.py`):
+
+    - `"reading"`, ours: those that some attention head of some text token of the prompt has read most of so far, in any
+      layer since they entered. No single layer, and not the last token, knows all that the question will need.
+    - `"hidrop"` (arXiv 2602.23699): those to which layer `layer` itself, on the tokens of the layer before, gives most
+      attention from the last token of the prompt, or from those before each answer, on average over heads.
+      Exactly `k` are kept; where scores tie at the border, the official code keeps all that tie.
+
+    `cross` names layers instead of a band, as ViCA does (arXiv 2602.07574): vision tokens bypass attention and MLPs
+    altogether, stay what the projector made them, and are read by the text in these layers alone, in one softmax with
+    the text before, at their original positions. Only their keys and values are computed, with the layer's own weights.
+    Empty: no layer reads, the answer is blind; None: vision tokens are computed, in the band. `freeze_prefix`: the
+    attention output of the text before the image is zero in every layer, while its MLP runs (ViCA's 7B model).
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -44,7 +53,9 @@ class VisionSchedule:
     enter: int = 0
     exit: int | None = None
     keep: Mapping[int, int] = field(default_factory=dict)
-    cross: Sequence[int] = ()
+    cross: Sequence[int] | None = None
+    ranking: Ranking = "reading"
+    freeze_prefix: bool = False
 
     def __post_init__(self) -> None:
         for name in ("enter", "exit"):
@@ -53,6 +64,8 @@ class VisionSchedule:
         keep = {_whole_number("keep", i): _whole_number("keep", k) for i, k in self.keep.items()}
         keep = dict(sorted(keep.items()))
         object.__setattr__(self, "keep", keep)
+        if self.ranking not in RANKINGS:
+            raise ValueError(f"ranking={self.ranking!r} does not exist; choose one of {', '.join(RANKINGS)}.")
         self._settle_cross()
         if self.enter < 0:
             raise ValueError(f"enter={self.enter} must not be negative; layers count from 0.")
@@ -81,9 +94,24 @@ class VisionSchedule:
             previous = k
 
     def _settle_cross(self) -> None:
+        if self.cross is None:
+            if self.freeze_prefix:
+                raise ValueError(
+                    "freeze_prefix=True is for frozen vision tokens: name the layers that read with cross."
+                )
+            return
         cross = tuple(sorted({_whole_number("cross", layer) for layer in self.cross}))
         object.__setattr__(self, "cross", cross)
+        if self.ranking != "reading" and self.keep:
+            raise ValueError(
+                f'ranking="{self.ranking}" ranks computed vision tokens; with cross use ranking="reading".'
+            )
         if not cross:
+            if self.enter or self.exit is not None or self.keep:
+                raise ValueError(
+                    f"cross=() says that no layer reads vision tokens, and contradicts enter={self.enter}, "
+                    f"exit={self.exit}, keep={dict(self.keep)}: leave those out."
+                )
             return
         if cross[0] < 0:
             raise ValueError(f"cross={list(cross)} names layer {cross[0]}; layers count from 0.")
@@ -120,17 +148,24 @@ class VisionSchedule:
                 f"keep={self.keep} ranks vision tokens by the text that follows them, but this forward begins or ends "
                 "inside an image: prefill the prompt at once, or use a schedule without keep."
             )
+        if self.freeze_prefix and prompt.past:
+            raise ValueError(
+                "freeze_prefix=True concerns the text before the image, which an earlier forward has computed: prefill "
+                "the prompt at once."
+            )
         return ScheduleDecision(
             prompt,
             sees=self.sees(prompt.num_layers),
             keep=self.keep,
             watch=self.watched,
-            frozen=bool(self.cross),
+            frozen=self.cross is not None,
+            ahead=self.looked_ahead,
+            silent=self.freeze_prefix,
         )
 
     def sees(self, num_layers: int) -> list[bool]:
         """Whether each layer sees vision tokens."""
-        if self.cross:
+        if self.cross is not None:
             return [layer in self.cross for layer in range(num_layers)]
         exit_layer = num_layers if self.exit is None else self.exit
         return [self.enter <= layer < exit_layer for layer in range(num_layers)]
@@ -152,7 +187,7 @@ class VisionSchedule:
         Raises:
             ValueError: the schedule has frozen tokens; there is no way to them from computed ones.
         """
-        if self.cross:
+        if self.cross is not None:
             raise ValueError(f"cross={list(self.cross)} has no band that could narrow; use train.narrow=0.")
         if progress >= 1:
             return self
@@ -163,6 +198,7 @@ class VisionSchedule:
             enter=round(self.enter * progress),
             exit=None if wide_exit == num_layers and self.exit is None else wide_exit,
             keep=keep,
+            ranking=self.ranking,
         )
 
     def flops(
@@ -179,29 +215,45 @@ class VisionSchedule:
         vision = self.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)
         if convention == "computed":
             tokens = [n_text + n for n in vision]
-            return decoder_flops(config, tokens, vision if self.cross else ()) + self.ranking_flops(
+            return decoder_flops(config, tokens, () if self.cross is None else vision) + self.ranking_flops(
                 config, n_text, vision
             )
         if convention == "vision_only":
-            return vision_macs(config, vision, frozen=bool(self.cross))
+            return vision_macs(config, vision, frozen=self.cross is not None)
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
 
     def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
-        """FLOPs of ranking: the attention scores of the prompt's text (at most all of it) in every watched layer."""
-        return sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
+        """FLOPs of ranking: the attention scores of the prompt's text (at most all of it) in every watched layer.
+
+        Under HiDrop's rule the scores of one row, and the projections of the layers that are looked at.
+        """
+        flops = sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
+        for layer in self.looked_ahead:
+            tokens = n_text + vision_tokens[layer - 1]
+            flops += projection_flops(config, tokens) + ranking_flops(config, 1, tokens)
+        return flops
 
     @property
     def watched(self) -> Sequence[int]:
-        """The layers whose attention ranks vision tokens."""
-        last = max(self.keep, default=0)
-        return [i for i in self.cross if i < last] if self.cross else range(self.enter, last)
+        """The layers whose attention ranks vision tokens as they run."""
+        last = 0 if self.ranking == "hidrop" else max(self.keep, default=0)
+        return range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
+
+    @property
+    def looked_ahead(self) -> Sequence[int]:
+        """The layers whose attention ranks vision tokens before they run: HiDrop's rule."""
+        return list(self.keep) if self.ranking == "hidrop" else []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: enter, exit, keep, and whatever else differs from the default."""
         values: dict[str, Any] = {"enter": self.enter, "exit": self.exit}
         values["keep"] = {str(i): k for i, k in self.keep.items()}
-        if self.cross:
+        if self.cross is not None:
             values["cross"] = list(self.cross)
+        if self.ranking != "reading":
+            values["ranking"] = self.ranking
+        if self.freeze_prefix:
+            values["freeze_prefix"] = True
         return values
 
     @classmethod
@@ -217,12 +269,22 @@ class VisionSchedule:
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has {', '.join(names)}.")
-        enter, keep, cross = values.get("enter") or 0, values.get("keep") or {}, values.get("cross") or ()
-        if not isinstance(keep, Mapping) or not isinstance(cross, Sequence) or isinstance(cross, str):
+        enter, keep, cross = values.get("enter") or 0, values.get("keep") or {}, values.get("cross")
+        if not isinstance(keep, Mapping) or isinstance(cross, str) or not isinstance(cross, Sequence | None):
             raise ValueError(
                 f"keep={keep!r} must map layers to numbers of tokens, and cross={cross!r} list layers."
             )
-        return cls(enter=enter, exit=values.get("exit"), keep=keep, cross=cross)
+        freeze_prefix = values.get("freeze_prefix", False)
+        if not isinstance(freeze_prefix, bool):
+            raise ValueError(f"freeze_prefix={freeze_prefix!r} must be true or false.")
+        return cls(
+            enter=enter,
+            exit=values.get("exit"),
+            keep=keep,
+            cross=cross,
+            ranking=values.get("ranking", "reading"),
+            freeze_prefix=freeze_prefix,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write `vision_schedule.json` into `folder`."""

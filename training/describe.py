@@ -131,7 +131,7 @@ def describe(
             f"{world_size()} process(es){passes}, teacher {config.teacher.value}"
             f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
-            f"{', frozen: keys and values alone' if schedule.cross else ''}",
+            f"{', frozen: keys and values alone' if schedule.cross is not None else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
             f"({n_vision} vision + {n_text} text tokens)",
             estimate(
@@ -208,7 +208,7 @@ def estimate(
     each = activation_bytes(
         known,
         [n_text + n for n in vision[first:]],
-        vision[first:] if schedule.cross else [0] * (layers - first),
+        vision[first:] if schedule.cross is not None else [0] * (layers - first),
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
         eager=known._attn_implementation == "eager",

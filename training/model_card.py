@@ -89,7 +89,7 @@ def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool
     path = Path(checkpoint)
     schedule = VisionSchedule.load(path)
     config = stored_values(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
-    if schedule.cross:
+    if schedule.cross is not None:
         layers = ", ".join(map(str, schedule.cross))
         band = f"stay what the projector made them, and text reads them in the layers {layers} only"
     else:

@@ -41,7 +41,7 @@ def training_flops(
         first: the layer at which the backward pass ends (`backward_ends`).
     """
     vision = schedule.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)[:first]
-    spared = decoder_flops(config, [n_text + n for n in vision], vision if schedule.cross else ())
+    spared = decoder_flops(config, [n_text + n for n in vision], () if schedule.cross is None else vision)
     step = 2 * (schedule.flops(config, n_text, n_vision) + head_flops(config, answers)) - spared
     if teacher is not None:
         step += VisionSchedule().flops(teacher, n_text, n_vision) + head_flops(teacher, answers)

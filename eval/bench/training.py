@@ -205,7 +205,7 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
         return -(-i * layers // PUBLISHED_LAYERS)  # up: a keep stays after its entry
 
     keep = {layer(i): max(1, round(k * n_vision / PUBLISHED_VISION)) for i, k in schedule.keep.items()}
-    if schedule.cross:
+    if schedule.cross is not None:
         return replace(schedule, enter=0, exit=None, keep=keep, cross=[layer(i) for i in schedule.cross])
     leaves = None if schedule.exit is None else layer(schedule.exit)
     return VisionSchedule(enter=layer(schedule.enter), exit=leaves, keep=keep)
@@ -259,7 +259,7 @@ def steps(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[str, 
             "peak_ratio": peaks[name, busy] / peaks[dense],
             "schedule": schedule.to_dict(),
         }
-        if not busy and not schedule.cross:  # frozen tokens are projected only
+        if not busy and schedule.cross is None:  # frozen tokens are projected only
             limit = allowed(bench.tokens(schedule), plain, times[dense])
             row |= {"allowed_speedup": 1 / limit, "share_of_allowed": limit / time["ratio"]}
         rows.append(row)

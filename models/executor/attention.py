@@ -9,7 +9,8 @@ interrupted forwards cannot disturb each other, nor a model that has no policy.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from latefusion.models.executor.masks import Mask
-from latefusion.models.policies.base import AttentionCall, Decision
+from latefusion.models.policies.base import AttentionCall, Decision, LooksAhead
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -66,6 +67,26 @@ class Watch:
     def __init__(self, *, decision: Decision, plain: bool, replayed: bool):
         self.decision, self.plain, self.replayed = decision, plain, replayed
         self._due: tuple[int, nn.Module] | None = None  # the running layer, until its attention was seen
+        self._ahead: int | None = None  # the layer that is looked at before it runs
+
+    @contextmanager
+    def ahead(self, layer: int) -> Iterator[None]:
+        """Inside, the layer runs up to its attention, which the decision looks at (`LooksAhead`).
+
+        Raises:
+            ValueError: the layer's attention did not pass here.
+        """
+        self._ahead = layer
+        try:
+            yield
+        except _Looked:
+            return
+        finally:
+            self._ahead = None
+        raise ValueError(
+            f"the policy looks at the attention of layer {layer}, which does not attend through transformers' "
+            "attention interface (or is compiled): use a VisionSchedule without keep, or the model as it is."
+        )
 
     def enter(self, layer: int, attention: nn.Module) -> None:
         """Before each layer.
@@ -105,9 +126,11 @@ class Watch:
             indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
             attention: the stock function; what follows are its arguments.
         """
-        if self._due is None or self._due[0] != layer:
-            return attention(module, query, key, value, mask, **kwargs)
-        self._due = None
+        ahead = self._ahead == layer
+        if not ahead:
+            if self._due is None or self._due[0] != layer:
+                return attention(module, query, key, value, mask, **kwargs)
+            self._due = None
         query_index, key_index = indices(key.shape[2])
         few = _Rows(module, query, key, mask, kwargs)
         cut = self._can_be_cut(few, module)
@@ -134,6 +157,10 @@ class Watch:
             run=run,
             weights=few.weights,
         )
+        if ahead:
+            assert isinstance(self.decision, LooksAhead)
+            self.decision.looked(layer, call)
+            raise _Looked
         replaced = self.decision.attended(layer, call)
         if replaced is None:
             return call.output, weights
@@ -149,6 +176,10 @@ class Watch:
         if module.config._attn_implementation != "sdpa" or rows.query.shape[2] != rows.key.shape[2]:
             return False
         return rows.causal if rows.mask is None else self.plain and isinstance(rows.mask, Tensor)
+
+
+class _Looked(Exception):
+    """Ends a layer that was only to be looked at."""
 
 
 class _Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -223,6 +224,15 @@ def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | 
     number = _stored(store, computed)
     store.track = store.track.append(layout, length, start)
     return Keys(store.track, number, width, offset)
+
+
+def without_effect(cache: Cache, layer_idx: int) -> Cache:
+    """A copy of the cache into which layer `layer_idx` may write: what the cache itself holds stays as it is."""
+    copied = copy.copy(cache)
+    copied.layers = list(cache.layers)
+    if layer_idx < len(copied.layers):
+        copied.layers[layer_idx] = copy.copy(copied.layers[layer_idx])
+    return copied
 
 
 def scheduled_layer(cache: Cache, layer_idx: int, start: Track) -> ScheduledLayer | ScheduledSlidingLayer:

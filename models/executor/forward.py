@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import is_flash_attention_requested
 
 from latefusion.models.executor.attention import Attention, Watch
-from latefusion.models.executor.cache import Track, advance, is_scheduled_layer
+from latefusion.models.executor.cache import Track, advance, is_scheduled_layer, without_effect
 from latefusion.models.executor.entering import Entering
-from latefusion.models.executor.frozen_rows import TEXT_ROWS
+from latefusion.models.executor.frozen_rows import SILENT_ROWS, TEXT_ROWS
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import narrows, segment_mask
 from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.segment import Segment
 from latefusion.models.executor.selections import Selections
-from latefusion.models.policies.base import Decision, Prompt, SeesEmbeddings, Selection
+from latefusion.models.policies.base import Decision, LooksAhead, Prompt, SeesEmbeddings, Selection
 
 
 class Forward:
@@ -71,7 +72,7 @@ class Forward:
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
         self.selections = None if prompt is None else Selections(prompt)
         self.watch: Watch | None = None
-        if decision is not None and decision.watch:
+        if decision is not None and (decision.watch or (isinstance(decision, LooksAhead) and decision.ahead)):
             self.watch = Watch(decision=decision, plain=plain, replayed=replayed)
         self.segment = Segment()  # of the running layer; this one computes all tokens
         self.expanded = False  # the running layer's output was handed to the model at full length
@@ -81,6 +82,8 @@ class Forward:
 
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
+        if isinstance(self.decision, LooksAhead) and i in self.decision.ahead:
+            self._look_ahead(i, layer, args, kwargs)
         hidden_states = self._select(i, args[0])
         if self.watch is not None and not is_skipped(layer):
             self.watch.enter(i, layer.self_attn)
@@ -152,7 +155,11 @@ class Forward:
         if frozen and any(counts):
             is_text = (prompt.real & ~prompt.vision).gather(1, layout.index)  # [B, n]
             text = Layout.build(is_text, n_text)
-        self.segment = Segment(layout, full, text)
+        silent = selection.silent
+        if silent is not None:
+            silent = silent.gather(1, layout.index)  # [B, n]
+            silent = silent if text is None else silent.gather(1, text.index)
+        self.segment = Segment(layout, full, text, silent)
         return layout.take(full)
 
     def _check_packed(self, i: int, selection: Selection) -> None:
@@ -190,6 +197,8 @@ class Forward:
             kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
         if segment.text is not None:
             kwargs[TEXT_ROWS] = segment.text
+        if segment.silent is not None:
+            kwargs[SILENT_ROWS] = segment.silent
         keys = advance(cache, i, self.start, segment.layout, self.length)
         if self.recorded is not None:
             self.recorded.keys[i] = keys
@@ -207,6 +216,18 @@ class Forward:
         return kwargs
 
     # ---------------------------------------------------------------- for the policy
+
+    @torch.no_grad()
+    def _look_ahead(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the decision the attention of layer i on the tokens of the layer before; nothing else comes of it."""
+        assert self.watch is not None
+        check_whole(layer)
+        hidden_states = self.segment.take(args[0]) if self.expanded else args[0]
+        cache = kwargs.get("past_key_values")
+        copied = None if cache is None or checkpoints(layer) else without_effect(cache, i)
+        kwargs = self._compact(i, layer, hidden_states, {**kwargs, "past_key_values": copied}, copied)
+        with self.watch.ahead(i):
+            layer.forward(hidden_states, *args[1:], **kwargs)
 
     def attend(self, i: int, attention: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The attention of layer i, shown to the policy, which watches some; `args` are the function's."""
@@ -230,3 +251,12 @@ class Forward:
 def checkpoints(layer: nn.Module) -> bool:
     """Whether the backward pass computes this layer a second time."""
     return layer.training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+
+
+def check_whole(layer: nn.Module) -> None:
+    """Raise ValueError if the layer's weights lie in shards, which only a call of the layer itself gathers."""
+    if isinstance(layer, FSDPModule) or any(hasattr(weight, "ds_id") for weight in layer.parameters()):
+        raise ValueError(
+            'ranking="hidrop" looks into a layer before it runs, which weights in shards (ZeRO-3, FSDP2) do not allow: '
+            'use ZeRO-2 or DDP, or ranking="reading".'
+        )

@@ -13,6 +13,9 @@ from latefusion.models.executor.attention import Attention
 from latefusion.models.executor.layout import Layout
 
 TEXT_ROWS = "latefusion_text_rows"  # the layer hands it to its attention with its other keyword arguments
+SILENT_ROWS = (
+    "latefusion_silent_rows"  # so does it this: bool, of the rows that attend, those whose output is zero
+)
 _LOCK = threading.Lock()
 
 
@@ -55,7 +58,7 @@ class ReadingLayer:
 
     def forget(self) -> None:
         """Forget the call that this thread is in; after a forward that was interrupted."""
-        self._call.rows = None
+        self._call.rows = self._call.silent = None
 
     def attend(
         self, attention: Attention, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
@@ -70,11 +73,12 @@ class ReadingLayer:
         return rows.put(_zeros(rows, flat), flat).unflatten(2, output.shape[2:]), weights
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        rows = self._call.rows = kwargs.get(TEXT_ROWS)
-        if rows is None:
+        call = self._call
+        call.rows, call.silent = kwargs.get(TEXT_ROWS), kwargs.get(SILENT_ROWS)
+        if call.rows is None and call.silent is None:
             return None
         self._hook_linears()
-        return args, {name: value for name, value in kwargs.items() if name != TEXT_ROWS}
+        return args, {name: value for name, value in kwargs.items() if name not in (TEXT_ROWS, SILENT_ROWS)}
 
     def _hook_linears(self) -> None:
         """Put hooks on q_proj and o_proj as they are now: PEFT may have wrapped them since."""
@@ -86,7 +90,7 @@ class ReadingLayer:
                 before, handles = self._linears.get(name, (None, []))
                 if before is not linear:
                     hooks = [
-                        linear.register_forward_pre_hook(self._take),
+                        linear.register_forward_pre_hook(self._take if name == "q_proj" else self._take_loud),
                         linear.register_forward_hook(self._put),
                     ]
                     self._linears[name] = linear, hooks
@@ -96,6 +100,11 @@ class ReadingLayer:
     def _take(self, module: nn.Module, args: tuple) -> tuple | None:
         rows = self._call.rows
         return None if rows is None else (rows.take(args[0]), *args[1:])
+
+    def _take_loud(self, module: nn.Module, args: tuple) -> tuple | None:
+        """What o_proj gets: the attention output of the text rows, zero where they are silent."""
+        args, silent = self._take(module, args) or args, self._call.silent
+        return args if silent is None else (args[0].masked_fill(silent[..., None], 0), *args[1:])
 
     def _put(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         rows = self._call.rows
@@ -111,6 +120,7 @@ class _Call(threading.local):
     """The call of a layer that this thread is in."""
 
     rows: Layout | None = None
+    silent: Tensor | None = None
 
     def __reduce__(self) -> Any:
         return type(self), ()  # a copy of the model is in no call

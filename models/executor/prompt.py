@@ -16,7 +16,8 @@ class PromptEnd:
     """Where prompts end, as somebody outside the forward knows it.
 
     Attributes:
-        queries: int64 `[B, Q]`, positions of the tokens that an answer follows; None: the last token of the prompt.
+        queries: int64 `[B, Q]`, positions of the tokens that an answer follows, -1 for none (a sample may have none at
+            all, and Q may be 0); None: the last token of the prompt.
         answers: bool `[B, T]`, tokens of answers between queries; None: there are none.
         length: tokens of the prompt, padding included; those behind it are drafted or generated. None: all of them.
     """
@@ -53,6 +54,8 @@ def read_prompt(
     queries = last if end.queries is None else end.queries.to(real.device)
     if queries.shape[0] != batch:
         raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
+    asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
+    queries = torch.where(queries < 0, last, queries) if queries.shape[1] else last
     text = real & ~vision & (vision.cumsum(1) > 0) & (column <= queries.amax(1, keepdim=True))
     if end.answers is not None:
         text &= ~end.answers.to(real.device)
@@ -61,9 +64,9 @@ def read_prompt(
     cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
     if end.queries is None:
         cut |= vision.gather(1, last)  # or ends there
-    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real))
+    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real), asks)
     numbers = torch.stack([mask.sum(1) for mask in masks]).tolist()
-    n_vision, n_real, n_text, n_answer, tails, cuts, packed = map(tuple, numbers)
+    n_vision, n_real, n_text, n_answer, tails, cuts, packed, asking = map(tuple, numbers)
     if not any(n_vision):
         return None
     return Prompt(
@@ -79,6 +82,8 @@ def read_prompt(
         num_layers=num_layers,
         piece=any(cuts),
         packed=any(packed),
+        asks=tuple(map(bool, asking)),
+        past=past,
     )
 
 

@@ -21,10 +21,18 @@ class Segment:
         full: `[B, T, D]`, every token's state at the start of the segment: what a token keeps that is not computed.
             None if all are computed.
         text: where vision tokens are frozen, the text rows among the layout's tokens; else None.
+        silent: bool over the rows that attend (the text rows, or all of the layout), whose attention output is zero;
+            None: no rows.
     """
 
-    def __init__(self, layout: Layout | None = None, full: Tensor | None = None, text: Layout | None = None):
-        self.layout, self.full, self.text = layout, full, text
+    def __init__(
+        self,
+        layout: Layout | None = None,
+        full: Tensor | None = None,
+        text: Layout | None = None,
+        silent: Tensor | None = None,
+    ):
+        self.layout, self.full, self.text, self.silent = layout, full, text, silent
         self._made: dict[tuple[Any, ...], tuple[tuple[object, ...], Any]] = {}
 
     def once(self, name: str, sources: tuple[object, ...], make: Callable[[], Made], *sizes: int) -> Made:

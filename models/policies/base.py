@@ -28,6 +28,8 @@ class Prompt:
         n_answer: real tokens after the first vision token that are neither: in training, the answers'.
         tail: the number of columns at the end that are `text` in every sample.
         num_layers: decoder layers.
+        asks: per sample, whether an answer follows some query; in training a sample may have none. Empty: all do.
+        past: tokens that the cache has seen before this forward.
         piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
         packed: a row holds several samples, each with positions of its own.
     """
@@ -44,6 +46,8 @@ class Prompt:
     num_layers: int
     piece: bool = False
     packed: bool = False
+    asks: tuple[bool, ...] = ()
+    past: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class Selection:
     Attributes:
         counts: None means that only the device knows them; the executor then asks once (a host sync).
         frozen: they are only read: their keys and values are computed, their states stay as they are. A token that
-            was never but frozen may leave and return.
+            has only ever been frozen may leave and come back.
+        silent: bool `[B, T]`, text rows whose attention output is zero, in layers with frozen tokens; None: no rows.
     """
 
     vision: Tensor
     counts: tuple[int, ...] | None = None
     frozen: bool = False
+    silent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,17 @@ class SeesEmbeddings(Protocol):
 
     def embedded(self, hidden_states: Tensor) -> None:
         """Called once, before `select(0)`, with the hidden states `[B, T, D]` of all tokens; do not keep them."""
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A decision that looks at a layer's attention before it says which tokens that layer sees."""
+
+    ahead: Collection[int]
+    """Layers that are looked at so: their norm and projections run once more, on the tokens of the layer before."""
+
+    def looked(self, layer: int, call: AttentionCall) -> None:
+        """Called before `select(layer)`, under `torch.no_grad()`; `call` has no output to replace."""
 
 
 class Policy(Protocol):

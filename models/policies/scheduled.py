@@ -21,6 +21,8 @@ class ScheduleDecision:
         keep: {layer: the number of vision tokens that are left from there on}.
         watch: layers whose attention ranks vision tokens.
         frozen: vision tokens are only read, in the layers that see them.
+        ahead: layers that HiDrop's rule ranks in, before they run, in place of `watch`.
+        silent: the attention output of the text before the image is zero (ViCA for 7B).
     """
 
     fusion_layer = None
@@ -33,24 +35,31 @@ class ScheduleDecision:
         keep: Mapping[int, int],
         watch: Collection[int],
         frozen: bool,
+        ahead: Collection[int] = (),
+        silent: bool = False,
     ):
         self.prompt, self.sees, self.keep, self.watch, self.frozen = prompt, sees, keep, watch, frozen
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
-        self.rows = asking(prompt) if keep else prompt.queries  # int64 [B, R]
+        self.rows = asking(prompt) if watch else prompt.queries  # int64 [B, R]
+        self.ahead = ahead
+        self.silent = prefix(prompt) if silent else None  # bool [B, T]
 
     def select(self, layer: int) -> Selection | None:
         if layer in self.keep:
             assert self.scores is not None, "the layer before was not watched"
-            self.counts = tuple(min(self.keep[layer], n) for n in self.prompt.n_vision)
+            asks = self.prompt.asks or (True,) * len(self.counts)
+            self.counts = tuple(
+                min(self.keep[layer], n) if ask else n for n, ask in zip(self.counts, asks, strict=True)
+            )
             self.kept = best(self.scores, self.kept, self.counts)
         sees = self.sees[layer]
         same = sees if layer == 0 else sees == self.sees[layer - 1]  # all take part before layer 0
         if same and layer not in self.keep and not (self.frozen and layer == 0):
             return None
         if not sees:
-            return Selection(torch.zeros_like(self.kept), (0,) * len(self.counts), self.frozen)
-        return Selection(self.kept, self.counts, self.frozen)
+            return Selection(torch.zeros_like(self.kept), (0,) * len(self.counts), self.frozen, self.silent)
+        return Selection(self.kept, self.counts, self.frozen, self.silent)
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
         shares = [
@@ -59,6 +68,24 @@ class ScheduleDecision:
         score = call.to_logical(torch.stack(shares).amax(0), self.prompt.vision.shape[1])  # [B, T]
         self.scores = score if self.scores is None else torch.maximum(self.scores, score)
         return None
+
+    def looked(self, layer: int, call: AttentionCall) -> None:
+        weights = call.weights(call.compact_rows(self.rows)).mean(1)  # [B, R, K]
+        score = (weights * distinct(self.rows)[:, :, None]).sum(1)  # [B, K]
+        self.scores = call.to_logical(score, self.prompt.vision.shape[1])  # [B, T]
+
+
+def distinct(rows: Tensor) -> Tensor:
+    """Weights by which the different values of each row count alike, and sum to 1, float32 `[B, R]`."""
+    same = rows[:, :, None] == rows[:, None, :]  # [B, R, R]
+    first = ~(same.tril(-1)).any(2)  # bool [B, R]
+    return first / first.sum(1, keepdim=True)
+
+
+def prefix(prompt: Prompt) -> Tensor:
+    """The text before the first vision token of each sample that has one, bool `[B, T]`."""
+    before = prompt.real & ~prompt.vision & (prompt.vision.cumsum(1) == 0)
+    return before & prompt.vision.any(1, keepdim=True)
 
 
 @torch.no_grad()

@@ -115,7 +115,8 @@ def test_from_dict_fills_defaults_and_refuses_strangers() -> None:
     assert VisionSchedule.from_dict({}) == VisionSchedule()
     assert VisionSchedule.from_dict({"enter": 1, "keep": None}) == VisionSchedule(enter=1)
     with pytest.raises(
-        ValueError, match=r"^a vision schedule has no 'leave'; it has enter, exit, keep, cross\.$"
+        ValueError,
+        match=r"^a vision schedule has no 'leave'; it has enter, exit, keep, cross, ranking, freeze_prefix\.$",
     ):
         VisionSchedule.from_dict({"enter": 1, "leave": 4})
 
