@@ -1,14 +1,18 @@
-"""Accuracies and their differences, with 95% intervals that know several questions share a scene.
+"""Accuracies and their differences, with 95% intervals that know several questions share an image.
 
 Answers about one image are not independent: a system that misreads an image misses several of its questions.
-So the unit of sampling is the scene (the cluster), and every interval here is made for clusters:
+So the unit of sampling is the image (the cluster), and every interval here is made for clusters:
 
 - an accuracy gets a Wilson interval at its *effective* sample size: `n` divided by the design effect, the
-  ratio of the between-scene (linearised) variance to the binomial one, never below 1 (Korn and Graubard
-  1998; Franco et al. 2019). Unlike a bootstrap it does not collapse to a point when nearly everything is
-  right;
-- a paired difference or ratio of two systems, and every figure that is not a plain mean (an F1, MME's scores), gets a
-  percentile bootstrap over scenes, the same draws for both systems; beside a difference stands McNemar's exact test.
+  ratio of the between-image (linearised) variance to the binomial one, never below 1 (Korn and Graubard
+  1998; Franco et al. 2019). It does not collapse to a point when everything is right;
+- a difference of two systems on the same questions gets Tango's score interval for paired proportions (1998) at the
+  effective number of pairs. Near 100%, where few pairs differ, a bootstrap's lower end lies too high: it misses 6 to
+  18% of the time instead of 2.5 (`eval/bench/intervals.py` simulates both). Beside it stands McNemar's exact test;
+- a mean over tasks is combined from the tasks' own intervals (the method of variance estimates recovery, Zou and
+  Donner 2008), with the correlation that images shared by tasks cause;
+- a figure that is not a plain mean (an F1, MME's scores) gets Wilson's interval at the size that its linearised
+  variance between images amounts to.
 
 A score is a number from 0 to 1 (VQA's and ANLS's are fractions); "right" is at least one half. Over several tasks, the
 figures are unweighted means over tasks.
@@ -19,16 +23,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 LEVEL = 0.95
-RESAMPLES = 9999
-FEW = 1000  # scenes; from here on as many resamples are enough
-AT_ONCE = 100  # draws of many scenes held in memory
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Estimate:
 
     Attributes:
         value: the estimate itself; low, high: ends of the interval.
-        n: questions; clusters: scenes they come from.
+        n: questions; clusters: images they are about.
     """
 
     value: float
@@ -49,17 +49,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two systems on the same questions: `first - second` and `first / second` of their scores.
+    """Two systems on the same questions.
 
     Attributes:
-        difference, ratio: with bootstrap intervals over scenes.
+        difference: `first - second` of their mean scores.
         wins, losses: questions on which the first, the second scores higher.
         mcnemar_p: two-sided exact test that wins and losses are as likely (McNemar's where scores are 0 or 1, else a
             sign test); it counts questions as independent.
     """
 
     difference: Estimate
-    ratio: Estimate
     wins: int
     losses: int
     mcnemar_p: float
@@ -83,7 +82,7 @@ class Measure:
 
     Attributes:
         terms: pairs of `[n]` numbers a question; a term whose bottom is empty counts 0.
-        scale: 100 for a percentage; most: the best value there is.
+        scale: 100 for a percentage; most: the best possible value.
     """
 
     terms: Sequence[tuple[Sequence[float], Sequence[float]]] = field(repr=False)
@@ -103,59 +102,45 @@ def spread(values: Sequence[float], reference: Sequence[float]) -> Spread:
     return Spread(float(middle), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
 
 
-def accuracy(scores: Sequence[float], scenes: Sequence[object]) -> Estimate:
+def accuracy(scores: Sequence[float], clusters: Sequence[object]) -> Estimate:
     """Mean score with a Wilson interval at the effective sample size.
 
     The quantile is Student's t with `clusters - 1` degrees of freedom. Where all answers are right (or all
-    wrong) the design effect cannot be estimated, and the number of scenes is the sample size, which is the
+    wrong) the design effect cannot be estimated, and the number of images is the sample size, which is the
     safe side; so is a binomial variance for scores between 0 and 1.
 
     Args:
-        scores: one entry a question; scenes: the scene each belongs to.
+        scores: one entry a question; clusters: the image that each is about.
 
     Raises:
         ValueError: there is no question.
     """
-    right, size = _per_scene(np.asarray(scores, dtype=float), scenes)
-    n, clusters = float(size.sum()), len(size)
-    p = float(right.sum() / n)
-    effective = float(clusters)
-    if 0 < p < 1 and clusters > 1:
-        variance = clusters / (clusters - 1) * np.square(right - p * size).sum() / n**2
-        effective = n / max(1.0, variance / (p * (1 - p) / n))
-    z = float(stats.t.ppf((1 + LEVEL) / 2, max(clusters - 1, 1)))
-    middle = (p + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = z / (1 + z * z / effective) * np.sqrt(p * (1 - p) / effective + (z / (2 * effective)) ** 2)
-    return Estimate(p, max(0.0, float(middle - half)), min(1.0, float(middle + half)), int(n), clusters)
+    index, count = _index(scores, clusters)
+    return _accuracy(np.asarray(scores, dtype=float), index, count)[0]
 
 
-def mean_of_tasks(
-    scores: Sequence[float], scenes: Sequence[object], tasks: Sequence[str], *, seed: int = 0
-) -> Estimate:
-    """`accuracy` if there is one task, else the unweighted mean over tasks, bootstrapped over the scenes of each."""
-    if len(set(tasks)) == 1:
-        return accuracy(scores, scenes)
-    a = np.asarray(scores, dtype=float)
-    values, draws, clusters = _task_means([a], scenes, tasks, seed)
-    low, high = _ends(draws[0])
-    return Estimate(float(values[0]), low, high, len(a), clusters)
+def mean_of_tasks(scores: Sequence[float], clusters: Sequence[object], tasks: Sequence[str]) -> Estimate:
+    """`accuracy` if there is one task, else the unweighted mean over tasks.
+
+    Args:
+        tasks: the task of each question; an image that several tasks ask about has one name in `clusters`.
+    """
+    index, count = _index(scores, clusters)
+    values = np.asarray(scores, dtype=float)
+    return _combined([_accuracy(values[of], index[of], count) for of in _by_task(tasks)], index)
 
 
 def paired(
     first: Sequence[float],
     second: Sequence[float],
-    scenes: Sequence[object],
+    clusters: Sequence[object],
     *,
     tasks: Sequence[str] | None = None,
-    seed: int = 0,
 ) -> Paired:
     """How much better `first` is than `second` on the same questions.
 
-    Where no scene tells the two apart a bootstrap would claim certainty; there the interval is the share of
-    scenes that could differ unseen (`1 - 0.025 ** (1 / clusters)`, either way).
-
     Args:
-        tasks: the task of each question; None: there is one.
+        tasks: the task of each question; None: all are of one.
 
     Raises:
         ValueError: the lists differ in length, or are empty.
@@ -164,98 +149,144 @@ def paired(
         raise ValueError(
             f"{len(first)} and {len(second)} answers cannot be paired; give both the same questions."
         )
-    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    (x, y), (drawn_x, drawn_y), clusters = _task_means([a, b], scenes, tasks or [""] * len(a), seed)
-    wins, losses = int((a > b).sum()), int((a < b).sum())
+    index, count = _index(first, clusters)
+    gaps = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
     test = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = drawn_x / drawn_y
-        ratio = float(x / y) if y else float("nan")
-    return Paired(
-        difference=_around(float(x - y), drawn_x - drawn_y, len(a), clusters),
-        ratio=_around(ratio, ratios, len(a), clusters),
-        wins=wins,
-        losses=losses,
-        mcnemar_p=float(test),
-    )
+    parts = [_difference(gaps[of], index[of], count) for of in _by_task(tasks or [""] * len(gaps))]
+    return Paired(_combined(parts, index), wins=wins, losses=losses, mcnemar_p=float(test))
 
 
-def measure(found: Measure, scenes: Sequence[object], *, seed: int = 0) -> Estimate:
-    """A published figure with its bootstrap interval over scenes."""
-    columns = [np.asarray(column, dtype=float) for term in found.terms for column in term]
-    sums = np.stack([_per_scene(column, scenes)[0] for column in columns])  # [2 terms, scenes]
+def measure(figure: Measure, clusters: Sequence[object]) -> Estimate:
+    """A published figure with its interval.
 
-    def figure(totals: NDArray) -> NDArray:
-        top, bottom = totals[0::2], totals[1::2]
-        return found.scale * np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0).sum(0)
+    Of its share of the best possible value the linearised variance between images is taken, and Wilson's interval at
+    the sample size which that variance amounts to, at most the number of questions.
+    """
+    index, count = _index(figure.terms[0][0], clusters)
+    columns = [[np.asarray(column, dtype=float) for column in term] for term in figure.terms]
+    used = [(top, bottom) for top, bottom in columns if bottom.sum() > 0]
+    share, influence, weights = 0.0, np.zeros(count), np.zeros(count)
+    factor = figure.scale / figure.most
+    for top, bottom in used:
+        ratio, total = top.sum() / bottom.sum(), bottom.sum()
+        share += factor * ratio
+        influence += factor * np.bincount(index, top - ratio * bottom, count) / total
+        weights += np.bincount(index, bottom, count) / total / len(used)
+    share = min(max(float(share), 0.0), 1.0)
+    variance = _variance(influence, int((weights > 0).sum()))
+    size = (
+        1 / float(np.square(weights).sum()) if used else 1.0
+    )  # all right: as if each image were one question
+    if 0 < share < 1 and variance > 0:
+        size = min(share * (1 - share) / variance, float(len(index)))
+    low, high = _wilson(share, size, count)
+    return Estimate(figure.most * share, figure.most * low, figure.most * high, len(index), count)
 
-    value = float(figure(sums.sum(1)))
-    low, high = _ends(figure(_resampled(sums, seed))) if sums.shape[1] > 1 else (0.0, found.most)
-    return Estimate(value, low, high, len(columns[0]), sums.shape[1])
+
+Part = tuple[Estimate, NDArray, NDArray]  # of a task: estimate, influence and weight of each cluster `[C]`
 
 
-def _per_scene(values: NDArray, scenes: Sequence[object]) -> tuple[NDArray, NDArray]:
-    """Sum of `values` and number of questions of each scene, `[scenes]` each."""
+def _index(values: Sequence[float], clusters: Sequence[object]) -> tuple[NDArray, int]:
+    """The number of each question's cluster, and how many clusters there are."""
     if len(values) == 0:
         raise ValueError("there are no answers to score; give at least one question.")
-    if len(values) != len(scenes):
-        raise ValueError(f"{len(values)} answers but {len(scenes)} scenes; name the scene of every answer.")
-    _, index = np.unique(np.asarray([str(scene) for scene in scenes]), return_inverse=True)
-    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} answers but {len(clusters)} images; name the image of every answer.")
+    names, index = np.unique(np.asarray([str(name) for name in clusters]), return_inverse=True)
+    return index, len(names)
 
 
-def _task_means(
-    scores: Sequence[NDArray], scenes: Sequence[object], tasks: Sequence[str], seed: int
-) -> tuple[NDArray, NDArray, int]:
-    """Mean over tasks of each list's mean score `[m]`, the same in every draw `[m, R]`, and the scenes in all."""
-    if len(scores[0]) == 0:
-        raise ValueError("there are no answers to score; give at least one question.")
-    label, at = np.asarray(tasks), np.asarray([str(scene) for scene in scenes])
-    if len(at) != len(scores[0]):
-        raise ValueError(f"{len(scores[0])} answers but {len(at)} scenes; name the scene of every answer.")
-    values, draws, clusters = [], [], 0
-    for number, name in enumerate(dict.fromkeys(tasks)):
-        chosen = label == name
-        found = [_per_scene(score[chosen], at[chosen]) for score in scores]
-        sums = np.stack([right for right, _ in found] + [found[0][1]])  # [m + 1, scenes]
-        total = sums.sum(1)
-        values.append(total[:-1] / total[-1])
-        drawn = _resampled(sums, seed + number)
-        draws.append(drawn[:-1] / drawn[-1])
-        clusters += sums.shape[1]
-    return np.mean(values, 0), np.mean(draws, 0), clusters
+def _by_task(tasks: Sequence[str]) -> list[NDArray]:
+    """Row numbers of each task, in the order in which the tasks come."""
+    labels = np.asarray(tasks)
+    return [np.flatnonzero(labels == name) for name in dict.fromkeys(tasks)]
 
 
-def _resampled(sums: NDArray, seed: int) -> NDArray:
-    """Totals `[m, R]` of `sums` `[m, scenes]` over as many scenes, drawn with replacement."""
-    clusters = sums.shape[1]
-    if clusters <= FEW:
-        return sums @ _counts(clusters, RESAMPLES, seed).T
-    rng, resamples = np.random.default_rng(seed), min(RESAMPLES, FEW)  # nearly normal by then
-    parts = [min(AT_ONCE, resamples - start) for start in range(0, resamples, AT_ONCE)]
-    return np.concatenate([sums @ _draw(rng, clusters, part).T for part in parts], axis=1)
+def _accuracy(values: NDArray, index: NDArray, count: int) -> Part:
+    n, clusters, mean = len(values), len(np.unique(index)), float(values.mean())
+    influence = np.bincount(index, values - mean, count) / n
+    size = float(clusters)
+    if 0 < mean < 1 and clusters > 1:
+        size = n / max(1.0, _variance(influence, clusters) / (mean * (1 - mean) / n))
+    estimate = Estimate(mean, *_wilson(mean, size, clusters), n, clusters)
+    return estimate, influence, np.bincount(index, minlength=count) / n
 
 
-@lru_cache(maxsize=32)
-def _counts(clusters: int, resamples: int, seed: int) -> NDArray:
-    """How often each draw holds each scene, `[R, scenes]`: the same for all systems of a run."""
-    return _draw(np.random.default_rng(seed), clusters, resamples).astype(np.float32)
+def _difference(gaps: NDArray, index: NDArray, count: int) -> Part:
+    """Tango's interval at the effective number of pairs; where no pair differs, the number of images is taken for it.
+
+    Scores between 0 and 1 win and lose by parts of a pair, which is the safe side.
+    """
+    n, clusters, mean = len(gaps), len(np.unique(index)), float(gaps.mean())
+    influence = np.bincount(index, gaps - mean, count) / n
+    wins, losses = float(gaps.clip(min=0).sum()), float((-gaps).clip(min=0).sum())
+    independent = ((wins + losses) / n - mean**2) / n  # the variance if no questions shared an image
+    effect = n / clusters
+    if independent > 0 and clusters > 1:
+        effect = max(1.0, _variance(influence, clusters) / independent)
+    low, high = _tango(wins / effect, losses / effect, n / effect, _quantile(clusters))
+    return Estimate(mean, low, high, n, clusters), influence, np.bincount(index, minlength=count) / n
 
 
-def _draw(rng: np.random.Generator, clusters: int, resamples: int) -> NDArray:
-    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+def _combined(parts: Sequence[Part], index: NDArray) -> Estimate:
+    """The mean of several tasks' estimates, from the distances of their limits and the correlations between tasks."""
+    if len(parts) == 1:
+        return parts[0][0]
+    estimates = [estimate for estimate, _, _ in parts]
+    value = float(np.mean([e.value for e in estimates]))
+    correlations = np.array([[_correlation(a, b) for b in parts] for a in parts])
+    below = np.array([e.value - e.low for e in estimates])
+    above = np.array([e.high - e.value for e in estimates])
+    low, high = (float(np.sqrt(max(side @ correlations @ side, 0.0))) / len(parts) for side in (below, above))
+    questions = sum(e.n for e in estimates)
+    return Estimate(value, value - low, value + high, questions, len(np.unique(index)))
 
 
-def _around(value: float, draws: NDArray, n: int, clusters: int) -> Estimate:
-    if np.isnan(value):
-        return Estimate(value, value, value, n, clusters)
-    if np.ptp(draws[np.isfinite(draws)]) < 1e-12:
-        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / clusters)
-        return Estimate(value, value - unseen, value + unseen, n, clusters)
-    return Estimate(value, *_ends(draws), n, clusters)
+def _correlation(first: Part, second: Part) -> float:
+    """Correlation of two tasks' estimates: 0 if they share no image.
+
+    Where one of them does not vary between images (all right), it is taken to be as large as the images they share
+    allow, which is the safe side.
+    """
+    (_, a, weights_a), (_, b, weights_b) = first, second
+    if a.any() and b.any():
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+    return float(weights_a @ weights_b / np.sqrt((weights_a @ weights_a) * (weights_b @ weights_b)))
 
 
-def _ends(draws: NDArray) -> tuple[float, float]:
-    with np.errstate(invalid="ignore"):  # between two infinite ratios: not a number, which is what it is
-        low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _variance(influence: NDArray, clusters: int) -> float:
+    """Variance of an estimate to which the clusters contribute `influence`; 0 for one cluster."""
+    return clusters / (clusters - 1) * float(np.square(influence).sum()) if clusters > 1 else 0.0
+
+
+def _quantile(clusters: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, max(clusters - 1, 1)))
+
+
+def _wilson(p: float, size: float, clusters: int) -> tuple[float, float]:
+    z = _quantile(clusters)
+    middle = (p + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * np.sqrt(p * (1 - p) / size + (z / (2 * size)) ** 2)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def _tango(wins: float, losses: float, n: float, z: float) -> tuple[float, float]:
+    """Limits of `(wins - losses) / n`: the differences that the score test does not reject (Tango 1998)."""
+
+    def score(gap: float) -> float:
+        b = (2 * n - wins + losses) * gap - wins - losses
+        lost = (np.sqrt(max(b * b + 8 * n * losses * gap * (1 - gap), 0.0)) - b) / (
+            4 * n
+        )  # its likeliest rate
+        variance = n * (2 * lost + gap * (1 - gap))
+        surplus = wins - losses - n * gap
+        return surplus / np.sqrt(variance) if variance > 0 else np.inf * np.sign(surplus)
+
+    value, least = (wins - losses) / n, 1e-12
+    low, high = -1.0, 1.0
+    if value > -1 + least and score(-1 + least) > z:
+        low = optimize.brentq(lambda gap: score(gap) - z, -1 + least, value - least)
+    if value < 1 - least and score(1 - least) < -z:
+        high = optimize.brentq(lambda gap: score(gap) + z, value + least, 1 - least)
     return float(low), float(high)

@@ -42,10 +42,10 @@ def read_letter(answer: str, choices: list[str]) -> str:
     """
     words = answer.strip().split()
     there = LETTERS[: len(choices)]
-    found = [match[1] for word in words if (match := LETTER_ALONE.match(word)) and match[1] in there]
-    letters = set(found)
+    matched = [match[1] for word in words if (match := LETTER_ALONE.match(word)) and match[1] in there]
+    letters = set(matched)
     if len(letters) == 1 and not ("A" in words and len(words) > 3):
-        return found[0]
+        return matched[0]
     repeated = [letter for letter, text in zip(there, choices, strict=True) if text.lower() in answer.lower()]
     return repeated[0] if not letters and len(repeated) == 1 else ""
 
@@ -61,10 +61,10 @@ def first_letter_score(prediction: str, row: dict[str, Any]) -> float:
 
 def scienceqa_score(prediction: str, row: dict[str, Any]) -> float:
     """LLaVA's reading of ScienceQA: the letter alone, or followed by a full stop at the start."""
-    said = prediction.strip()
-    if said.upper() in LETTERS and len(said) == 1:
-        return float(said.upper() == row["answer"])
-    return float(len(said) > 1 and said[0].isupper() and said[1] == "." and said[0] == row["answer"])
+    text = prediction.strip()
+    if text.upper() in LETTERS and len(text) == 1:
+        return float(text.upper() == row["answer"])
+    return float(len(text) > 1 and text[0].isupper() and text[1] == "." and text[0] == row["answer"])
 
 
 def circular(answers: list[Answer]) -> list[Answer]:
@@ -220,7 +220,7 @@ def _rotated(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The table with every rotation of every question; files that hold them already stay as they are."""
     if any(int(row["index"]) >= ROTATION for row in table):
         return table
-    found = []
+    rotations = []
     for row in table:
         choices = _texts(row)
         right = LETTERS.index(row["answer"])
@@ -228,8 +228,8 @@ def _rotated(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             turned = choices[-turn:] + choices[:-turn] if turn else choices
             moved = LETTERS[(right + turn) % len(choices)]
             named = dict(zip(LETTERS, turned, strict=False))
-            found.append({**row, **named, "answer": moved, "index": int(row["index"]) + turn * ROTATION})
-    return found
+            rotations.append({**row, **named, "answer": moved, "index": int(row["index"]) + turn * ROTATION})
+    return rotations
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

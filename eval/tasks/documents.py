@@ -16,11 +16,11 @@ TOLERANCE, LEAST = 0.05, 0.5
 
 
 def relaxed(prediction: str, row: dict[str, Any]) -> float:
-    said, right = prediction.strip(), row["answer"].strip()
-    number, target = _number(said), _number(right)
+    text, right = prediction.strip(), row["answer"].strip()
+    number, target = _number(text), _number(right)
     if number is not None and target:  # nothing is within 5% of zero
         return float(abs(number - target) <= TOLERANCE * abs(target))
-    return float(said.lower() == right.lower())
+    return float(text.lower() == right.lower())
 
 
 def _number(text: str) -> float | None:
@@ -53,13 +53,13 @@ def edit_distance(a: str, b: str) -> int:
 
 def chart_halves(answers: list[Answer]) -> dict[str, Measure]:
     """ChartQA's two halves, questions by people and by a machine."""
-    found = {}
+    measures = {}
     for kind in ("human", "augmented"):
         inside = [float(a.type == kind) for a in answers]
         if any(inside):
             right = [a.score * i for a, i in zip(answers, inside, strict=True)]
-            found[f"relaxed accuracy, {kind}"] = Measure(terms=[(right, inside)])
-    return found
+            measures[f"relaxed accuracy, {kind}"] = Measure(terms=[(right, inside)])
+    return measures
 
 
 def chartqa(where: str, split: str) -> Task:

@@ -56,12 +56,12 @@ def gqa(where: str, split: str) -> Task:
             ]
         )
     else:  # the hub's copy keeps its pictures in a table of their own
-        asked = read_config(files.where, f"{part}_balanced_instructions", part)
+        instructions = read_config(files.where, f"{part}_balanced_instructions", part)
         pictures = read_config(files.where, f"{part}_balanced_images", part)
         at = {name: i for i, name in enumerate(pictures["id"])}
-        seen = pictures.select_columns(["image"]).select([at[name] for name in asked["imageId"]])
+        images = pictures.select_columns(["image"]).select([at[name] for name in instructions["imageId"]])
         rows = mapped(
-            datasets.concatenate_datasets([asked, seen], axis=1), lambda r: question(str(r["id"]), r)
+            datasets.concatenate_datasets([instructions, images], axis=1), lambda r: question(str(r["id"]), r)
         )
     return Task(name="gqa", rows=rows, max_new_tokens=16, split=part, source=files.where)
 

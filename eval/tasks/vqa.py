@@ -71,9 +71,9 @@ def normalise(answer: str) -> str:
 
 def vqa_accuracy(prediction: str, row: dict[str, Any]) -> float:
     """Agreement with the people of `row["answers"]`, each left out in turn."""
-    said, people = normalise(prediction), [normalise(answer) for answer in row["answers"]]
-    same = people.count(said)
-    return fmean(min(1.0, (same - (answer == said)) / 3) for answer in people)
+    answer, people = normalise(prediction), [normalise(answer) for answer in row["answers"]]
+    same = people.count(answer)
+    return fmean(min(1.0, (same - (other == answer)) / 3) for other in people)
 
 
 def vqav2(where: str, split: str) -> Task:
@@ -91,13 +91,16 @@ def vqav2(where: str, split: str) -> Task:
     )
     files.check()
     if files.local:
-        asked = {q["question_id"]: q["question"] for q in files.json(files.needs[0])["questions"]}
+        questions = {q["question_id"]: q["question"] for q in files.json(files.needs[0])["questions"]}
         folder = files.path(files.needs[2])
         rows = rows_of(
             [
                 {
                     **_question(
-                        a["question_id"], asked[a["question_id"]], _said(a["answers"]), a["answer_type"]
+                        a["question_id"],
+                        questions[a["question_id"]],
+                        _texts_of(a["answers"]),
+                        a["answer_type"],
                     ),
                     "answer": a["multiple_choice_answer"],
                     "scene": str(a["image_id"]),
@@ -110,7 +113,7 @@ def vqav2(where: str, split: str) -> Task:
         rows = mapped(
             files.hub_rows(split),
             lambda r: {
-                **_question(r["question_id"], r["question"], _said(r["answers"]), r["answer_type"]),
+                **_question(r["question_id"], r["question"], _texts_of(r["answers"]), r["answer_type"]),
                 "answer": r["multiple_choice_answer"],
                 "scene": str(r["image_id"]),
             },
@@ -134,10 +137,10 @@ def textvqa(where: str, split: str, *, hints: bool = False) -> Task:
     files.check()
 
     def question(row: dict[str, Any], read: list[str]) -> dict[str, Any]:
-        found = _question(row["question_id"], row["question"], row["answers"], "reading")
+        base = _question(row["question_id"], row["question"], row["answers"], "reading")
         hint = f"\nReference OCR token: {', '.join(read)}" if hints else ""
         prompt = f"{row['question'].capitalize()}{hint}{SHORT}"
-        return {**found, "prompt": prompt, "scene": str(row["image_id"])}
+        return {**base, "prompt": prompt, "scene": str(row["image_id"])}
 
     if files.local:
         read = {}
@@ -167,8 +170,8 @@ def vizwiz(where: str, split: str) -> Task:
     files.check()
 
     def question(row: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
-        found = _question(name, row["question"], _said(row["answers"]), kind)
-        return {**found, "prompt": f"{row['question'].capitalize()}{UNANSWERABLE}{SHORT}", "scene": name}
+        base = _question(name, row["question"], _texts_of(row["answers"]), kind)
+        return {**base, "prompt": f"{row['question'].capitalize()}{UNANSWERABLE}{SHORT}", "scene": name}
 
     if files.local:
         folder = files.path(part)
@@ -186,7 +189,7 @@ def vizwiz(where: str, split: str) -> Task:
     return _task("vizwiz", rows, split, files)
 
 
-def _said(answers: list[Any]) -> list[str]:
+def _texts_of(answers: list[Any]) -> list[str]:
     return [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
 
 

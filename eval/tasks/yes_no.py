@@ -47,27 +47,27 @@ def mme_score(prediction: str, row: dict[str, Any]) -> float:
 
 def pope_measures(answers: list[Answer]) -> dict[str, Measure]:
     """Accuracy, precision, recall, F1 (of "yes") and the share of yes, for each split and over all."""
-    found: dict[str, Measure] = {}
+    measures: dict[str, Measure] = {}
     for name in ("all", *POPE_SPLITS):
         inside = [name in ("all", a.type) for a in answers]
         yes = [pope_parse(a.prediction) == "yes" for a in answers]
         true = [a.answer == "yes" for a in answers]
         rows = list(zip(inside, yes, true, strict=True))
         hit = [float(i and y and t) for i, y, t in rows]
-        said = [float(i and y) for i, y, _ in rows]
-        there = [float(i and t) for i, _, t in rows]
+        answered_yes = [float(i and y) for i, y, _ in rows]
+        is_yes = [float(i and t) for i, _, t in rows]
         right = [float(i and y == t) for i, y, t in rows]
         if any(inside):
             of = "" if name == "all" else f", {name}"
-            both = [s + t for s, t in zip(said, there, strict=True)]
-            found |= {
+            both = [s + t for s, t in zip(answered_yes, is_yes, strict=True)]
+            measures |= {
                 f"accuracy{of}": Measure(terms=[(right, [float(i) for i in inside])]),
-                f"precision{of}": Measure(terms=[(hit, said)]),
-                f"recall{of}": Measure(terms=[(hit, there)]),
+                f"precision{of}": Measure(terms=[(hit, answered_yes)]),
+                f"recall{of}": Measure(terms=[(hit, is_yes)]),
                 f"F1{of}": Measure(terms=[(hit, both)], scale=200),
-                f"yes ratio{of}": Measure(terms=[(said, [float(i) for i in inside])]),
+                f"yes ratio{of}": Measure(terms=[(answered_yes, [float(i) for i in inside])]),
             }
-    return found
+    return measures
 
 
 def mme_measures(answers: list[Answer]) -> dict[str, Measure]:
@@ -85,12 +85,12 @@ def mme_measures(answers: list[Answer]) -> dict[str, Measure]:
             both[rows[0]] = inside[rows[0]] * float(all(answers[i].score for i in rows))
         if any(inside):
             terms[name] = [(right, inside), (both, images)]
-    found = {}
+    scores = {}
     for title, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
         parts = [part for name in names for part in terms.get(name, [])]
         if parts:
-            found[title] = Measure(terms=parts, most=100 * len(parts))
-    return found | {name: Measure(terms=parts, most=200) for name, parts in terms.items()}
+            scores[title] = Measure(terms=parts, most=100 * len(parts))
+    return scores | {name: Measure(terms=parts, most=200) for name, parts in terms.items()}
 
 
 def pope(where: str, split: str) -> Task:
@@ -180,15 +180,15 @@ def _mme_folder(folder: Path, kind: str) -> list[dict[str, Any]]:
     if (folder / "questions_answers_YN").is_dir():
         texts, images = folder / "questions_answers_YN", folder / "images"
     ask = partial(_mme_question, kind)
-    found = []
+    rows = []
     for text in sorted(texts.glob("*.txt")):
         image = next(
             path for end in (".jpg", ".png", ".jpeg") if (path := images / f"{text.stem}{end}").is_file()
         )
         for i, line in enumerate(text.read_text("utf-8-sig").strip().split("\n")):
             question, _, answer = line.partition("\t")
-            found.append({**ask(f"{kind}/{image.name}", i, question, answer), "images": [image]})
-    return found
+            rows.append({**ask(f"{kind}/{image.name}", i, question, answer), "images": [image]})
+    return rows
 
 
 def _mme_question(kind: str, image: str, number: int, question: str, answer: str) -> dict[str, Any]:
