@@ -21,6 +21,13 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.schema import RECIPES, Config
 
 Kind = TypeVar("Kind")
+WANTED = {  # a type in words, and how OmegaConf says that a value has another
+    "a whole number": "could not be converted to Integer",
+    "a number": "could not be converted to Float",
+    "true or false": "is not a valid bool",
+    "a list: KEY=[A,B]": "is not a ListConfig",
+    "a dictionary: KEY={NAME: VALUE}": "^Cannot assign .* to Dict|^Invalid type assigned",
+}
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 
@@ -64,9 +71,8 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
             cause = error.__cause__
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
                 raise ValueError(_unknown_config_key(str(cause.full_key))) from None
-            reason = (str(cause) if cause else str(error)).splitlines()[0].rstrip(".")
             override = str(error).splitlines()[0].removeprefix("Error merging override ")
-            raise ValueError(f"{override}: {reason}.") from None
+            raise ValueError(wrong_value(override, str(cause or error))) from None
 
 
 def refuse_typos(arguments: Sequence[str]) -> None:
@@ -89,6 +95,23 @@ def _unknown_config_key(key: str) -> str:
     except TypeError:  # the parent is itself a value
         return f"{key} does not exist: {parent} is a value."
     return f"{key} does not exist{did_you_mean(name, exists)}; {parent or 'the top level'} has {', '.join(exists)}."
+
+
+def wrong_value(override: str, reason: str) -> str:
+    """What a value of the wrong type should be, in one sentence instead of OmegaConf's words.
+
+    Args:
+        override: the `key=value` word.
+        reason: OmegaConf's.
+    """
+    reason = reason.splitlines()[0].rstrip(".")
+    if override.partition("=")[0] == "resume":
+        return (
+            f"{override} must be true, for the newest checkpoint in output_dir, or the step of one; name the folder of "
+            "another run with output_dir=FOLDER."
+        )
+    wanted = next((words for words, pattern in WANTED.items() if re.search(pattern, reason)), None)
+    return f"{override}: {reason}." if wanted is None else f"{override} must be {wanted}."
 
 
 def did_you_mean(name: str, existing: Iterable[str]) -> str:
@@ -184,7 +207,9 @@ def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
     """What OmegaConf refused, in one sentence."""
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return unknown_key(str(error.full_key), keys)
-    return f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; the keys are {', '.join(keys)}."
+    value = re.match(r"Value '(.*?)'", str(error))
+    word = f"{error.full_key}={value[1]}" if value else str(error.full_key)
+    return f"{wrong_value(word, str(error)).rstrip('.')}; the keys are {', '.join(keys)}."
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:

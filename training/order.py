@@ -1,10 +1,11 @@
-"""Which samples a step takes: a function of the seed and the step alone, whatever runs the loop."""
+"""Which samples a step takes: it depends on the seed and the step alone, under every engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -16,19 +17,19 @@ POOL = 50  # steps whose samples are sorted by length together
 
 
 class Order(Sampler[int]):
-    """Sample indices of a whole run: epochs, each shuffled anew, one after another without a seam.
+    """Sample indices of a whole run: epochs, each in another order, one after another without a seam.
 
-    A step takes the next `size` positions. It may reach over the end of an epoch, so every step has all its samples,
-    and no process is handed some a second time to fill a batch: the loss does not depend on how a step is divided
-    among processes and accumulation. Nor is there state to save: a resumed run counts on from its step.
+    A step takes the next `size` positions, and may reach over the end of an epoch. So every step is full, and no sample
+    is given out twice to fill a batch: the loss does not depend on how a step is divided among processes and
+    accumulation. There is no state to save: a resumed run continues at its step.
 
     Args:
         n: samples in the data set.
         steps: of the run.
         size: samples a step takes, over accumulation and processes.
-        seed: of the shuffling; epoch `e` is shuffled by `seed + e`.
-        lengths: of the samples, if a step is to take samples of like length (less padding); None: any.
-        kinds: of the samples, if a step is to take samples of one kind; None: any.
+        seed: of the shuffling; each epoch of each seed has an order of its own (`epoch_seed`).
+        lengths: of the samples; a step then takes samples of similar length (less padding). None: any samples.
+        kinds: of the samples; a step then takes samples of one kind. None: any samples.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Order(Sampler[int]):
         return map(self.at, range(len(self)))
 
     def at(self, position: int) -> int:
-        """The sample that stands at this position of the run."""
+        """The sample at this position of the run."""
         epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
             shuffled = torch.randperm(self.n, generator=generator).tolist()
             if self.lengths is not None:
                 shuffled = self._grouped(shuffled, -epoch * self.n % self.size, generator)
@@ -64,10 +65,10 @@ class Order(Sampler[int]):
         return self._shuffled[place]
 
     def _grouped(self, shuffled: list[int], head: int, generator: torch.Generator) -> list[int]:
-        """Stretches of `POOL` steps sorted by length, their steps shuffled again.
+        """Sort stretches of `POOL` steps by length, then shuffle the steps.
 
         Args:
-            head: samples that the epoch's first step still takes, having begun in the epoch before.
+            head: samples at the start of the epoch that complete the last step of the epoch before.
         """
         assert self.lengths is not None
         body, stretch = shuffled[head:], POOL * self.size
@@ -85,7 +86,7 @@ class Order(Sampler[int]):
         return shuffled[:head] + [i for step in mixed for i in step] + last
 
     def share(self, step: int, rank: int, world: int, micro: int) -> list[list[int]]:
-        """What one process takes in one step: its micro-batches of `micro` samples.
+        """The micro-batches, of `micro` samples each, that one process takes in one step.
 
         Micro-batches are dealt to the processes in turn, as accelerate does.
         """
@@ -96,14 +97,14 @@ class Order(Sampler[int]):
         ]
 
     def epoch(self, step: int) -> float:
-        """Epochs behind the run after so many steps."""
+        """Epochs done after this number of steps."""
         return step * self.size / self.n
 
 
 class InOrder(Order):
-    """Of a stream, which is shuffled by itself and has no end: position after position.
+    """Position after position of a stream, which shuffles by itself and has no end.
 
-    Nobody has counted its rows, so its epoch is the run.
+    Its rows are not counted, so the whole run is one epoch.
     """
 
     def __init__(self, *, steps: int, size: int):
@@ -111,6 +112,16 @@ class InOrder(Order):
 
     def at(self, position: int) -> int:
         return position
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed that shuffles an epoch: the run's own for the first, then a mix of both numbers.
+
+    `seed + epoch` would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    """
+    if epoch == 0:
+        return seed
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
 
 
 def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:

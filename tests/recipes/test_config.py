@@ -30,9 +30,14 @@ TRAIN = Path(preflight.__file__).with_name("train.py")
             "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, late_fusion, ",
         ),
         ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
+        ("train.steps=many", r"train.steps=many must be a whole number\.$"),
+        ("train.learning_rate=fast", r"train.learning_rate=fast must be a number\.$"),
+        ("data.isolate=maybe", r"data.isolate=maybe must be true or false\.$"),
+        ("lora.targets=q_proj", r"lora.targets=q_proj must be a list: KEY=\[A,B\]\.$"),
+        ("engine.fsdp=yes", r"engine.fsdp=yes must be a dictionary: KEY={NAME: VALUE}\.$"),
         (
-            "train.steps=many",
-            "train.steps=many: Value 'many' of type 'str' could not be converted to Integer",
+            "resume=outputs/x",
+            r"resume=outputs/x must be true, .*, or the step of one; .* output_dir=FOLDER\.$",
         ),
         (
             "train.scheduler=cosin",

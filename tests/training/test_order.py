@@ -24,10 +24,12 @@ def test_epochs_follow_each_other_and_each_holds_every_sample_once(n, steps, siz
     assert order.epoch(steps) == pytest.approx(len(run) / n)
 
 
-def test_every_epoch_and_seed_is_shuffled_differently():
-    first, second = (tuple(list(Order(50, steps=2, size=50, seed=0))[i : i + 50]) for i in (0, 50))
-    other = tuple(Order(50, steps=1, size=50, seed=7))
-    assert len({first, second, other, tuple(range(50))}) == 4
+def test_every_epoch_of_every_seed_has_an_order_of_its_own():
+    """Also epoch 1 of seed 0 and epoch 0 of seed 1: runs of several seeds must be independent."""
+    n, epochs, seeds = 50, 4, 4
+    runs = [list(Order(n, steps=epochs, size=n, seed=seed)) for seed in range(seeds)]
+    orders = {tuple(run[start : start + n]) for run in runs for start in range(0, epochs * n, n)}
+    assert len(orders) == epochs * seeds and tuple(range(n)) not in orders
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 4), (2, 2), (4, 1)])

@@ -88,6 +88,7 @@ def prepare(config: Config, *, dtype: torch.dtype) -> TrainingArguments:
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)  # accelerate omits it
     check_world(args.world_size)
+    args._n_gpu = min(1, args.n_gpu)  # one process, one GPU: `Trainer` would wrap the model in DataParallel
     return args
 
 
@@ -303,17 +304,19 @@ def check_strategy(trainer: StudentTrainer) -> None:
         RuntimeError: it is not.
     """
     engine, model = trainer.config.engine, trainer.model_wrapped
+    processes = trainer.args.world_size
     if engine.deepspeed:
-        wanted, found = "DeepSpeed", trainer.is_deepspeed_enabled
-        if found:
-            stage = engine.deepspeed["zero_optimization"]["stage"]
-            wanted, found = f"ZeRO-{stage}", model.zero_optimization_stage() == stage  # type: ignore[operator]
+        stage = engine.deepspeed["zero_optimization"]["stage"]
+        strategy = f"ZeRO-{stage}"
+        applied = trainer.is_deepspeed_enabled and model.zero_optimization_stage() == stage  # type: ignore[operator]
     elif engine.fsdp:
-        wanted, found = "FSDP2", isinstance(model, FSDPModule)
+        strategy, applied = "FSDP2", isinstance(model, FSDPModule)
+    elif processes > 1:
+        strategy, applied = "DDP", isinstance(model, DistributedDataParallel)
     else:
-        wanted, found = "DDP", trainer.args.world_size == 1 or isinstance(model, DistributedDataParallel)
-    if not found:
+        strategy, applied = "One process on one device", not isinstance(model, nn.DataParallel)
+    if not applied:
         raise RuntimeError(
-            f"{wanted} was asked for, but the model is a plain {type(model).__name__} in each of "
-            f"{trainer.args.world_size} process(es); check the launcher's settings (accelerate env)."
+            f"{strategy} was asked for, but the model is a {type(model).__name__} in each of {processes} process(es); "
+            "check the launcher's settings (accelerate env)."
         )
