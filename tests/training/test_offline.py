@@ -196,7 +196,7 @@ def test_a_teacher_in_shards_says_the_same(base, larger, tmp_path, engine):
     one, options = larger
     where = (f"kl.cache={tmp_path / 'two'}", f"engine={engine}")
     printed = launch("torchrun", base, tmp_path / "out", *options, *where, script=TEACH)
-    assert "samples taught by the first of 2 processes" in printed
+    assert "samples answered by the first of 2 processes" in printed
     (files, expected), (both, sharded) = cached(one), cached(tmp_path / "two")
     assert (files, both) == (1, 2) and sharded.keys() == expected.keys() and len(sharded) == 6
     for key, row in expected.items():
@@ -245,7 +245,7 @@ def test_a_row_that_must_not_be_left_out_ends_the_pass_and_others_are_counted(ba
     assert not (tmp_path / "cache" / "teacher.json").exists()
     overrides.data.on_error = "skip"
     teach_config(overrides)
-    assert "9 samples taught" in (printed := capsys.readouterr().out)
+    assert "9 samples answered" in (printed := capsys.readouterr().out)
     assert "1 row(s) could not be used and were left out: " in printed
     assert json.loads((tmp_path / "cache" / "skipped_rows.jsonl").read_text())["id"] == "last"
 
