@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
@@ -13,7 +12,7 @@ from latefusion.data.bad_rows import Guard, usable
 from latefusion.data.collate import Collator, build_collator, is_ranked
 from latefusion.data.packing import Packed, check_isolation
 from latefusion.data.streaming import Stream
-from latefusion.models.base_model import compute_dtype, load_base
+from latefusion.models.base_model import load_base
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_layers, schedule_of, teacher
 from latefusion.models.schedule import VisionSchedule
@@ -22,7 +21,6 @@ from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.save import start_from
 from latefusion.recipes.schema import (
     Config,
-    Dtype,
     EntryConfig,
     EntryKind,
     Layers,
@@ -30,16 +28,10 @@ from latefusion.recipes.schema import (
     Variant,
 )
 from latefusion.training.objective import Objective
-from latefusion.training.prepare import entry_start
+from latefusion.training.prepare import dtype_of, entry_start
 from latefusion.training.teacher import load_teacher, shared_vocabulary
 
 DESCRIBED = 8  # samples that are checked before a run begins, and that its first lines describe
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    """What the run computes in."""
-    named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
-    return named.get(config.train.dtype) or compute_dtype()
 
 
 def first_samples(dataset: Any, count: int = DESCRIBED) -> list[Any]:

@@ -21,12 +21,11 @@ import datasets
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from latefusion.data.bad_rows import SKIPPED_FILE, Bad, Guard, skipped
 from latefusion.data.collate import IGNORE, BadRow, Collator, collator_without_weights
 from latefusion.data.load import training_data
-from latefusion.models.fingerprint import model_fingerprint
+from latefusion.models.fingerprint import model_identity
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.launcher import local_rank, rank, world_size
@@ -51,27 +50,18 @@ class Stale(ValueError):
     """The cache was written with another teacher, prompt, tokenizer or image."""
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Of everything that turns text into tokens."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    for state in ("padding", "truncation"):  # of the last call
-        rules.pop(state, None)
-    return hashlib.sha256((json.dumps(rules, sort_keys=True) + template).encode()).hexdigest()[:16]
-
-
 def expected(config: Config, processor: Any, policy: Policy | None) -> dict[str, Any]:
     """Everything but the samples that must be the same when answers are written and when they are read."""
-    path, revision = config.kl.model or config.model.path, config.kl.revision
+    model, kl = config.model, config.kl
+    path, revision = (model.path, model.revision) if kl.model is None else (kl.model, kl.revision)
+    dtype = "nf4" if model.load_in_4bit and kl.model is None else parts.dtype_of(config)
     return {
         "model": path,
-        "weights": model_fingerprint(
-            path, revision if config.kl.model is not None else config.model.revision
-        ),
+        **model_identity(path, revision, processor=processor, dtype=dtype),
         "teacher": repr(policy),
-        "temperature": config.kl.temperature,
+        "temperature": kl.temperature,
         "isolate": config.data.isolate,
-        "k": min(config.kl.top_k, shared_vocabulary(config)),
-        "tokenizer": fingerprint(processor.tokenizer, processor.chat_template or ""),
+        "k": min(kl.top_k, shared_vocabulary(config)),
     }
 
 

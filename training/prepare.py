@@ -1,4 +1,4 @@
-"""What a run works out before its first step: schedule, calibrated entry, number of steps, threads.
+"""What a run works out before its first step: identity, schedule, calibrated entry, number of steps, threads.
 
 Each `settle_` function puts its result where the rest of the run reads it: into the configuration, or into the run's
 folder.
@@ -24,21 +24,37 @@ from transformers import PreTrainedModel
 from latefusion.data.bad_rows import Guard
 from latefusion.data.collate import Collator
 from latefusion.data.draw import NoImages, distinct_images
+from latefusion.data.load import data_fingerprint
 from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
-from latefusion.models.fingerprint import model_fingerprint
+from latefusion.models.base_model import compute_dtype
+from latefusion.models.fingerprint import model_fingerprint, model_identity
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.profile_folder import ENTRY, SCHEDULE, read_entry, read_schedule, write_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
 from latefusion.recipes.launcher import local_world_size, world_size
-from latefusion.recipes.schema import Config, EntryInit, EntryKind
+from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
 
 PROFILE = "profile"  # the profile of schedule=auto, in the run's folder
 FITTED = "entry"  # the calibrated entry, in the run's folder
 IMAGES_AT_ONCE = 32  # in a forward of the calibration
+IDENTITY = "identity.json"  # hashes of what the run reads, in the run's folder
+CHANGED = {  # what a resumed run says if a hash differs
+    "data": "rows of its training set were lost, added, changed or reordered",
+    "weights": "the weights at model.path have changed",
+    "processor": "the processor of its model has changed",
+    "dtype": "it computed in another dtype (train.dtype)",
+    "teacher": "the weights at kl.model have changed",
+}
 PAUSE = 0.2  # seconds between two looks into the store
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The dtype that the run computes in."""
+    named = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+    return named.get(config.train.dtype) or compute_dtype()
 
 
 def settle_threads(config: Config) -> None:
@@ -57,6 +73,54 @@ def settle_steps(config: Config, cfg: DictConfig, dataset: Any) -> None:
         train.steps = max(1, math.ceil(round(epochs * len(dataset) / samples, 6)))
         train.epochs = None
         cfg.train.steps, cfg.train.epochs = train.steps, None
+
+
+# --- what a resumed run must find again ---
+
+
+def settle_identity(config: Config, processor: Any, dataset: Any, resumed: Path | None) -> dict[str, str]:
+    """Hash data, model and processor of the run, and compare them with those that a resumed run began with.
+
+    The first process does so; all others wait.
+
+    Returns:
+        The hashes, which the run writes to `IDENTITY` in its folder.
+
+    Raises:
+        ValueError: the run began with others.
+    """
+    file = Path(config.output_dir) / IDENTITY
+
+    def check() -> dict[str, str]:
+        identity = identity_of(config, processor, dataset)
+        if resumed is not None and file.is_file():
+            began = json.loads(file.read_text())
+            changed = [CHANGED[name] for name in identity if began.get(name) != identity[name]]
+            if changed:
+                raise ValueError(
+                    f"the run in {config.output_dir} cannot go on, since {' and '.join(changed)}; restore what it "
+                    "began with, or start a new run in another output_dir=FOLDER."
+                )
+        elif resumed is not None:
+            print(
+                f"note: {file} is missing, so nobody checks that data and model are those the run began with."
+            )
+        return identity
+
+    return from_first_process("identity", check)
+
+
+def identity_of(config: Config, processor: Any, dataset: Any) -> dict[str, str]:
+    """Hashes of all that a run reads: rows, weights, processor, and weights of another teacher; and its dtype."""
+    model, kl = config.model, config.kl
+    dtype = "nf4" if model.load_in_4bit else dtype_of(config)
+    identity = {
+        "data": data_fingerprint(dataset),
+        **model_identity(model.path, model.revision, processor=processor, dtype=dtype),
+    }
+    if kl.model is not None:
+        identity["teacher"] = model_fingerprint(kl.model, kl.revision)
+    return identity
 
 
 # --- the schedule of a profile ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import ExitStack
 from importlib import import_module
@@ -38,7 +39,14 @@ from latefusion.training.model_card import model_card
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale, with_answers
 from latefusion.training.preflight import CONFIG
-from latefusion.training.prepare import settle_entry, settle_schedule, settle_steps, settle_threads
+from latefusion.training.prepare import (
+    IDENTITY,
+    settle_entry,
+    settle_identity,
+    settle_schedule,
+    settle_steps,
+    settle_threads,
+)
 from latefusion.training.run_folder import claimed, leave_mark
 from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
@@ -67,6 +75,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             guarded(config, collator, dataset)(beginning)
             check_evaluation(config)
             held.enter_context(claimed(config.output_dir))
+            identity = settle_identity(config, plain.processor, dataset, resumed)
             settle_threads(config)
             settle_steps(config, cfg, dataset)
             settle_schedule(config, cfg, resumed)
@@ -89,6 +98,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             raise SystemExit(f"error: {error}") from None
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
+            (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             print(describe(config, student, batch, dataset, objective.other), flush=True)
         try:
             main = engine.fit(config, context, student, dataset, batches, objective, resumed)

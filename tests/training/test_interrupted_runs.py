@@ -1,5 +1,6 @@
 """What can end a run, and what is left of it: kills, signals, damaged files, full disks, numbers that are none."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -11,8 +12,9 @@ import time
 
 import pytest
 import torch
+from helpers.data_rows import IMAGE_PART, grey_image, turn, write_rows
 from helpers.quick_runs import metrics_entries, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latefusion.training import checkpoints
 from latefusion.training import signals as guard
@@ -113,9 +115,73 @@ def test_only_the_run_that_began_goes_on(base, whole, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             train(base, output, "resume=true", change)
+    shutil.copy(whole / "identity.json", output)
     moved = shutil.copytree(base, tmp_path / "moved")
     train(moved, output, "resume=true", "train.batch_size=2", "train.accumulation=2", "train.save_every=9")
-    assert f"goes on with model.path={moved}, where the run had {base}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"goes on with model.path={moved}, where the run had {base}" in printed
+    assert "identity.json is missing" not in printed
+
+
+def lose_a_row(folder, base):
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(rows[1:]))
+
+
+def reorder(folder, base):
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(reversed(rows)))
+
+
+def swap_an_image(folder, base):
+    """The same file name, the same size, other pixels."""
+    grey_image(40).save(folder / "a.png")
+
+
+def change_a_weight(folder, base):
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if weights[name].dim() > 1)
+    save_file({**weights, name: weights[name] + 1}, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_processor(folder, base):
+    file = next(base.glob("*processor_config.json"))
+    values = json.loads(file.read_text())
+    (values.get("image_processor") or values)["image_mean"] = [0.25, 0.25, 0.25]
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_a_row, "rows of its training set were lost, added, changed or reordered"),
+        (reorder, "rows of its training set were lost, added, changed or reordered"),
+        (swap_an_image, "rows of its training set were lost, added, changed or reordered"),
+        (change_a_weight, r"the weights at model\.path have changed"),
+        (change_the_processor, "the processor of its model has changed"),
+    ],
+)
+def test_a_run_goes_on_with_the_data_and_the_model_it_began_with(base, tmp_path, change, message):
+    """All of them lie where they lay, so that no setting differs."""
+    own = shutil.copytree(base, tmp_path / "base")
+    grey_image(200).save(tmp_path / "a.png")
+    ask = {"messages": [turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")], "images": ["a.png"]}
+    rows = [{**ask, "id": f"r{number}"} for number in range(6)]
+    options = ("data=dataset", f"data.path={write_rows(tmp_path, *rows, name='rows.jsonl')}", "train.steps=2")
+    train(own, tmp_path / "run", *options)
+    change(tmp_path, own)
+    with pytest.raises(SystemExit, match=rf"^error: the run in .* cannot go on, since {message}; restore"):
+        train(own, tmp_path / "run", *options, "resume=true", "train.steps=3")
+
+
+def test_a_run_does_not_go_on_in_another_dtype(base, tmp_path):
+    """`train.dtype=auto` would change it silently on another machine; here both are settings."""
+    train(base, tmp_path, "train.steps=2", "train.dtype=auto")
+    identity = json.loads((tmp_path / "identity.json").read_text())
+    other = "float32" if identity["dtype"] == "bfloat16" else "bfloat16"
+    (tmp_path / "identity.json").write_text(json.dumps({**identity, "dtype": other}))
+    with pytest.raises(SystemExit, match=r"it computed in another dtype \(train\.dtype\); restore"):
+        train(base, tmp_path, "train.steps=3", "train.dtype=auto", "resume=true")
 
 
 def write(folder, step, text="state"):

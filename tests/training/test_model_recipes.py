@@ -167,8 +167,10 @@ def test_any_other_model_borrows_nothing_and_needs_a_schedule(hub, tmp_path, cap
 
 def test_any_other_model_starts_from_the_paper_s_thresholds_and_the_loop_s_own_settings():
     config = check_config(composed("model=other", "model.path=x/y", "recipe=dense"))
-    assert (config.train, config.lora, config.entry) == (TrainConfig(), LoraConfig(), EntryConfig())
-    assert config.model == ModelConfig(path="x/y") and config.model.visipruner.boundary == 6
+    assert (config.lora, config.entry) == (LoraConfig(), EntryConfig())
+    assert config.train == TrainConfig(learning_rate=2e-4, batch_size=16)  # one pass over the data
+    assert config.model == ModelConfig(path="x/y", teacher=Teacher.dense)
+    assert config.model.visipruner.boundary == 6
     assert config.teacher is Teacher.dense  # thresholds of another model may teach nothing
     assert (
         check_config(

@@ -101,10 +101,23 @@ def test_a_changed_chat_template_is_noticed(base, cache):
     answers = expected(config, student.processor, teacher(config))
     Taught(assemble.collator_of(student), str(cache), answers)
     student.processor.chat_template += " "
-    with pytest.raises(ValueError, match="were written with tokenizer="):
+    with pytest.raises(ValueError, match="were written with processor="):
         Taught(
             assemble.collator_of(student), str(cache), expected(config, student.processor, teacher(config))
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("+model.processor.image_mean=[0.1,0.1,0.1]", r"written with processor=\w+, but this run has \w+;"),
+        ("train.dtype=bfloat16", r"written with dtype=float32, but this run has bfloat16;"),
+    ],
+)
+def test_answers_to_other_pixels_or_in_another_dtype_are_refused(base, cache, tmp_path, change, message):
+    """The sample's own pixels and tokens are the same; what the model sees and computes is not."""
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
+        run_config(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
 
 
 def test_other_weights_in_the_same_place_are_noticed(base, cache, tmp_path):
@@ -255,7 +268,7 @@ def lines_of(role, text):
 
 
 def test_a_stream_is_not_taught(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: a stream has no end .*; use data\.streaming=false\.$"):
+    with pytest.raises(SystemExit, match=r"^error: data\.streaming=true has no end .*; use data\.streaming=false\.$"):
         teach_config(
             options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true")
         )

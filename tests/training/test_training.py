@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.quick_runs import run_config
-from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
+from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from latefusion.models.student.save import load, load_student
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import run
+from latefusion.training.engines import accelerate
 
 QUICK = (
     *("train.dtype=float32", "train.threads=1", "train.log_every=1", "train.learning_rate=1e-2"),
@@ -292,3 +295,19 @@ def test_lightning_runs_the_same_objective_and_resumes_bit_for_bit(base, tmp_pat
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name
     assert load_student(cut).schedule.exit == 5
+
+
+def test_one_process_uses_one_device(tmp_path, monkeypatch):
+    """`Trainer` would wrap the model in DataParallel where one process sees several GPUs."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    config = configured(f"output_dir={tmp_path}", "train.dtype=float32", "train.trackers=[]")
+    assert accelerate.prepare(config, dtype=torch.float32)._n_gpu == 1
+    trainer = SimpleNamespace(
+        config=config,
+        args=SimpleNamespace(world_size=1),
+        model_wrapped=torch.nn.DataParallel(torch.nn.Linear(1, 1)),
+    )
+    with pytest.raises(RuntimeError, match=r"One process on one device .* is a DataParallel in each of 1"):
+        accelerate.check_strategy(trainer)
+    trainer.model_wrapped = torch.nn.Linear(1, 1)
+    accelerate.check_strategy(trainer)
