@@ -268,7 +268,9 @@ def lines_of(role, text):
 
 
 def test_a_stream_is_not_taught(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: data\.streaming=true has no end .*; use data\.streaming=false\.$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: data\.streaming=true has no end .*; use data\.streaming=false\.$"
+    ):
         teach_config(
             options("embedded", tmp_path, "data=dataset", "data.path=x.jsonl", "data.streaming=true")
         )
