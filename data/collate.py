@@ -228,7 +228,7 @@ def reserved_tokens(processor: Any, vision_ids: Sequence[int]) -> tuple[str, ...
     special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     others = (getattr(processor, f"{kind}_token", None) for kind in ("video", "audio"))
     tokens = [
-        *tokenizer.convert_ids_to_tokens(vision_ids),
+        *filter(None, tokenizer.convert_ids_to_tokens(vision_ids)),  # its tokenizer may lack one
         *(token for token in special if token in template),
         *(token for token in others if isinstance(token, str)),
     ]

@@ -23,6 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.utils import PushToHubMixin
 
 from latefusion.training.embedded.vocabulary import build_processor
 
@@ -72,7 +73,7 @@ GEMMA = (
 )
 
 
-class NoVideo:
+class NoVideo(PushToHubMixin):  # as every part of a processor, which `to_dict` asks for it
     """What `SmolVLMProcessor` asks of its video processor whether there are videos or not."""
 
     num_frames, fps, video_sampling, size = 1, 1, {"num_frames": 1, "fps": 1, "max_frames": 1}, None
