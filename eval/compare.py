@@ -25,6 +25,7 @@ from rich.table import Table
 
 from latefusion.eval import metrics
 from latefusion.eval.evaluate import read_report
+from latefusion.eval.report.escape import terminal
 from latefusion.eval.report.tables import prefix
 from latefusion.recipes.compose import print_and_exit
 
@@ -102,7 +103,7 @@ def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], units: t
     gap = metrics.paired(
         [second[name].score for name in names],
         [first[name].score for name in names],
-        [first[name].scene for name in names],
+        [first[name].cluster for name in names],
         tasks=[first[name].task for name in names],
     ).difference
     return _percent(new["name"], "accuracy", a["value"], b["value"], gap.value, gap.low, gap.high)
@@ -162,8 +163,8 @@ def table(changes: list[Change]) -> Table:
         unit = letter if change.unit else f" {letter}"
         ends = f"{change.low / size:+.{digits}f} to {change.high / size:+.{digits}f}"
         shown.add_row(
-            change.system if change.system != last else "",
-            change.what,
+            terminal(change.system) if change.system != last else "",
+            terminal(change.what),
             f"{change.before / size:.{digits}f}{unit}",
             f"{change.after / size:.{digits}f}{unit}",
             f"{change.difference / size:+.{digits}f}",
@@ -196,7 +197,7 @@ def main(words: list[str]) -> None:
         sys.exit(f"error: {error}")
     console = Console()
     console.print(table(changes))
-    worse = [f"{change.system}: {change.what}" for change in changes if change.worse]
+    worse = [terminal(f"{change.system}: {change.what}") for change in changes if change.worse]
     console.print(f"Worse: {'; '.join(worse)}." if worse else "Nothing got worse beyond its interval.")
     sys.exit(1 if worse else 0)
 

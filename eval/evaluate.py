@@ -238,23 +238,25 @@ def settings_of(
         students = Students()
         student = students.load(arguments.checkpoint)
         model, processor, attachment = student.model, student.processor, student.attachment
-        student_system = System(name=config.name, policy=student.schedule, adapters=True)
         source = model_fingerprint(arguments.checkpoint)
-        if not isinstance(model, PeftModel):  # all weights were trained: the base is another model
-            model = students.base(config.model.path)
+        if isinstance(model, PeftModel):
+            base_path = str(model.peft_config["default"].base_model_name_or_path)
+            student_system = System(name=config.name, policy=student.schedule, adapters=True, source=source)
+        else:  # all weights were trained, or adapters merged into them: the base is another model
+            base_path = config.model.path
+            model = students.base(base_path)
             attachment = attach(model, VisionSchedule())
-            student_system = System(name=config.name, policy=student.schedule, student=student)
-            source += f" {model_fingerprint(config.model.path)}"
+            student_system = System(name=config.name, policy=student.schedule, student=student, source=source)
         systems["pruned"] = System(name="VisiPruner", policy=visipruner(config.model.visipruner))
         systems |= policies
         title = config.name
     else:
         assert arguments.model is not None
-        base, processor = load_base(arguments.model, dtype=compute_dtype())
-        students, model = Students({arguments.model: base}), twin(base)
+        base_path, student_system, title = arguments.model, None, Path(arguments.model).name
+        base, processor = load_base(base_path, dtype=compute_dtype())
+        students, model = Students({base_path: base}), twin(base)
         attachment = attach(model, VisionSchedule())
         systems |= {key: system for key, system in policies.items() if key != "dense"}
-        student_system, title, source = None, Path(arguments.model).name, model_fingerprint(arguments.model)
     if torch.cuda.is_available():
         model.cuda()
     name = "" if student_system is None else student_system.name
@@ -281,7 +283,7 @@ def settings_of(
         processes=processes,
         seed=None if config is None else config.train.seed,
         note="" if config is None else note_on(config),
-        source=source,
+        base=model_fingerprint(base_path),
     )
 
 

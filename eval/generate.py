@@ -18,9 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from latefusion.eval.report.escape import terminal
 from latefusion.models.locate import check_base
 from latefusion.models.policies import RECIPES, recipe_of
 from latefusion.recipes.compose import check_words, parse_words
@@ -140,7 +140,7 @@ def answer(
     for policy in policies.values():
         policy.validate(model.config.get_text_config().num_hidden_layers)
     inputs = prompt_inputs(model, processor, [row])
-    table = Table(title=escape(f"{arguments.model}: {row['question']}"), title_justify="left")
+    table = Table(title=terminal(f"{arguments.model}: {row['question']}"), title_justify="left")
     for name in ("policy", "answer"):
         table.add_column(name)
     for name in ("vision\na layer", "FLOPs\nsaved", "attention\nsaved", "after\nfusion", "KV cache"):
@@ -162,8 +162,8 @@ def answer(
             sample = explanations[name].samples[0]
             cost = sample.account
             table.add_row(
-                escape(Path(name).name),
-                escape(text.strip()),
+                terminal(Path(name).name),
+                terminal(text.strip()),
                 f"{cost.vision / len(sample.record.tokens):.1f} of {sample.record.n_vision}",
                 f"{cost.flops_saved:.1%}",
                 f"{cost.attention_saved:.1%}",
@@ -172,8 +172,8 @@ def answer(
             )
     console.print(table)
     for name, explanation in explanations.items():
-        heading = f"[bold]{escape(Path(name).name)}[/bold]"
-        console.print(f"{heading} {escape(str(explanation))}", highlight=False, soft_wrap=True)
+        heading = f"[bold]{terminal(Path(name).name)}[/bold]"
+        console.print(f"{heading} {terminal(str(explanation))}", highlight=False, soft_wrap=True)
     if arguments.picture is not None:
         explanation.save(arguments.picture)
         console.print(f"Picture of {name}: {arguments.picture}", highlight=False, soft_wrap=True)

@@ -131,14 +131,16 @@ def processor_fingerprint(processor: Any) -> str:
 
 
 def image_fingerprint(image: Any, folder: Path | None = None) -> str:
-    """Hash of an image as it is stored: a file's or byte string's encoded contents, a picture's pixels.
+    """Hash of an image as it is stored: encoded contents, the same in a file as in bytes; or a picture's pixels.
 
     Args:
         image: a picture, bytes, a path, base64 text, or `{"bytes", "path"}` as `datasets` stores images.
         folder: that paths are relative to.
     """
     source = _source(image, folder)
-    return file_hash(source) if isinstance(source, Path) else fingerprint(source)
+    if isinstance(source, Path):
+        return file_hash(source)
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else fingerprint(source)
 
 
 def rows_fingerprint(rows: Any, folder: Path | None = None, *, whole: bool = True) -> str:

@@ -1,14 +1,15 @@
 """What a prefill costs: decoder FLOPs and attention pairs, from the tokens that enter each layer.
 
-All FLOPs of the decoder are counted here and nowhere else. `layer_flops` and `decoder_flops` take numbers of tokens;
-`account` takes the traces of real runs, so it assumes nothing about what a policy decided.
+All FLOPs of a prefill are counted here and nowhere else. `layer_flops` and `decoder_flops` take numbers of tokens;
+`account` takes the traces of real runs, so it assumes nothing about what a policy decided; `encoder_flops` runs the
+vision tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +54,36 @@ def projection_flops(config: PretrainedConfig, tokens: int) -> int:
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return 2 * tokens * text.hidden_size * head_dim * (heads + 2 * (text.num_key_value_heads or heads))
+
+
+def head_flops(config: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of scoring the vocabulary for `tokens` tokens."""
+    text = config.get_text_config()
+    return 2 * tokens * text.hidden_size * text.vocab_size
+
+
+def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
+    """FLOPs of vision tower and projector on the images of these inputs, as torch counts them while they run.
+
+    Returns:
+        0 without images; None if the tower's attention kernel is one that torch does not count.
+    """
+    import torch  # lazy: the rest of this module is arithmetic
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from latefusion.models.inputs import encode_images
+
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+        batch, heads, queries, width = query
+        return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+    vision = getattr(model.config, "vision_config", None)
+    if getattr(vision, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):
+        return None
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch leaves it out
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        encode_images(model, inputs)
+    return counter.get_total_flops()
 
 
 def ranking_flops(config: PretrainedConfig, rows: int, keys: int) -> int:

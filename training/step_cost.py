@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from latefusion.models.attach import Attachment
-from latefusion.models.flops import decoder_flops
+from latefusion.models.flops import decoder_flops, head_flops
 from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
@@ -61,12 +61,6 @@ def backward_ends(model: Any) -> int:
     if any(p.requires_grad and id(p) not in inside | after for p in model.parameters()):
         return 0
     return next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
-
-
-def head_flops(config: PretrainedConfig, tokens: int) -> int:
-    """FLOPs of the output head for this number of tokens."""
-    text = config.get_text_config()
-    return 2 * tokens * text.hidden_size * text.vocab_size
 
 
 def computed_flops(attachment: Attachment, config: PretrainedConfig, scored: int, *, first: int = 0) -> int:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
+from latefusion.eval.report.escape import terminal
 from latefusion.eval.tasks.base import Answer, Task
 from latefusion.models.inputs import encode_images, fresh_inputs
 
@@ -47,7 +48,7 @@ def answer_questions(
         batches = batches[ledger.processes.rank :: ledger.processes.count]
     answered: dict[str, dict[int, Answer]] = {key: {} for key in systems}
     with progress_bar(disable=ledger is not None and not ledger.processes.main) as progress:
-        bar = progress.add_task(f"Questions {task.name}".strip(), total=sum(map(len, batches)))
+        bar = progress.add_task(f"Questions {terminal(task.name)}".strip(), total=sum(map(len, batches)))
         for batch in batches:
             kept = ledger.values if ledger else {}
             left = {
@@ -61,8 +62,8 @@ def answer_questions(
                 new: list[Answer] = []
                 for key, of_rows in outputs.items():
                     answers = [
-                        _answer(key, task, row, *output)
-                        for row, output in zip(questions, of_rows, strict=True)
+                        _answer(key, task, i, row, *output)
+                        for i, row, output in zip(batch, questions, of_rows, strict=True)
                     ]
                     answered[key].update(zip(batch, answers, strict=True))
                     new += answers
@@ -139,7 +140,7 @@ def _generate(
 
 
 def _answer(
-    system: str, task: Task, row: dict[str, Any], prediction: str, record: Any, n_text: int
+    system: str, task: Task, i: int, row: dict[str, Any], prediction: str, record: Any, n_text: int
 ) -> Answer:
     return Answer(
         system=system,
@@ -147,6 +148,7 @@ def _answer(
         id=str(row["id"]),
         type=row["type"],
         scene=str(row["scene"]),
+        cluster=task.clusters[i] if task.clusters else "",
         question=row["question"],
         answer=row["answer"],
         prediction=prediction.strip(),

@@ -19,7 +19,7 @@ from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.memory import kv_cache_bytes, peak_bytes, whole_peak_bytes
 from latefusion.eval.metrics import Spread, spread
 from latefusion.eval.tasks.base import Answer
-from latefusion.models.flops import decoder_flops, vision_macs, vision_pairs
+from latefusion.models.flops import decoder_flops, encoder_flops, vision_macs, vision_pairs
 from latefusion.models.inputs import encode_images
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
@@ -148,6 +148,12 @@ def vision_seconds(model: Any, prompts: Sequence[dict[str, Any]]) -> float:
     """Median seconds that vision tower and projector take for one prompt; no policy changes them."""
     with torch.no_grad():
         return median(seconds(partial(encode_images, model, prompt), model.device) for prompt in prompts)
+
+
+def vision_flops(model: Any, prompts: Sequence[dict[str, Any]]) -> float | None:
+    """FLOPs of vision tower and projector, mean over prompts; None if they cannot be counted."""
+    counts = [encoder_flops(model, prompt) for prompt in prompts]
+    return None if None in counts else fmean(count for count in counts if count is not None)
 
 
 def measure(

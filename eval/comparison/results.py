@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -24,6 +23,8 @@ from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System, entry_adapter, model_of
 from latefusion.eval.metrics import normalise
 from latefusion.eval.tasks.base import Answer, Task
+from latefusion.models.fingerprint import fingerprint, processor_fingerprint, rows_fingerprint
+from latefusion.models.flops import head_flops
 
 VERSIONS = ("latefusion", "torch", "transformers", "peft", "datasets", "numpy", "scipy")
 
@@ -33,12 +34,17 @@ def describe_answers(
     systems: dict[str, System],
     answers: dict[str, list[Answer]],
     costs: dict[str, efficiency.Cost],
+    vision_flops: float | None,
 ) -> dict[str, Any]:
-    """Scores and costs of every system, and every system paired with the candidate and with the reference."""
+    """Scores and costs of every system, and every system paired with the candidate and with the reference.
+
+    Args:
+        vision_flops: of vision tower and projector for a prompt; None: unknown.
+    """
     units = {key: units_of(settings.tasks, of_system) for key, of_system in answers.items()}
     candidate, reference = settings.candidate, settings.reference
     return {
-        "systems": describe_systems(settings, systems, answers, units, costs),
+        "systems": describe_systems(settings, systems, answers, units, costs, vision_flops),
         "paired": {key: compare(units[candidate], units[key]) for key in systems if key != candidate},
         "against": {key: compare(units[key], units[reference]) for key in systems if key != reference},
     }
@@ -55,6 +61,7 @@ def describe_systems(
     answers: dict[str, list[Answer]],
     units: dict[str, list[Answer]],
     costs: dict[str, efficiency.Cost],
+    vision_flops: float | None,
 ) -> dict[str, Any]:
     """Every system's scores and costs; what was not measured for it (a control's times) is left out."""
     model = settings.model
@@ -71,6 +78,7 @@ def describe_systems(
             "accuracy": accuracies(units[key]),
             "tasks": {task.name: _task_scores(task, answers[key], units[key]) for task in settings.tasks},
             "flops": _ratio(compute[key].flops, base.flops),
+            **_prefill(model, compute[key].flops, base.flops, vision_flops, system.blind),
             "vision_macs": _ratio(compute[key].vision_macs, base.vision_macs),
             "vision_attention": _ratio(compute[key].attention_pairs, base.attention_pairs),
             "vision_tokens": {
@@ -81,6 +89,16 @@ def describe_systems(
         }
         for key, system in systems.items()
     }
+
+
+def _prefill(
+    model: Any, decoder: float, reference: float, vision: float | None, blind: bool
+) -> dict[str, Any]:
+    """FLOPs of the whole prefill: decoder, vision tower and projector, and the head for one token."""
+    if vision is None:
+        return {}
+    head = head_flops(model.config, 1)
+    return {"prefill_flops": _ratio(decoder + (0 if blind else vision) + head, reference + vision + head)}
 
 
 def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:
@@ -100,11 +118,11 @@ def _costs(cost: efficiency.Cost, base: efficiency.Cost) -> dict[str, Any]:
 
 def accuracies(units: Sequence[Answer]) -> dict[str, Any]:
     """Overall, and by question type; of several tasks the unweighted mean, and by task."""
-    scores, scenes, names = _columns(units)
+    scores, clusters, names = _columns(units)
     return {
-        "overall": asdict(metrics.mean_of_tasks(scores, scenes, names)),
+        "overall": asdict(metrics.mean_of_tasks(scores, clusters, names)),
         "types": {
-            name: asdict(metrics.accuracy([u.score for u in chosen], [u.scene for u in chosen]))
+            name: asdict(metrics.accuracy([u.score for u in chosen], [u.cluster for u in chosen]))
             for name, chosen in _by_type(units).items()
         },
     }
@@ -112,8 +130,8 @@ def accuracies(units: Sequence[Answer]) -> dict[str, Any]:
 
 def _task_scores(task: Task, answers: Sequence[Answer], units: Sequence[Answer]) -> dict[str, Any]:
     of_task = [answer for answer in answers if answer.task == task.name]
-    scenes = [answer.scene for answer in of_task]
-    measures = {name: (m, metrics.measure(m, scenes)) for name, m in task.measures(of_task).items()}
+    clusters = [answer.cluster for answer in of_task]
+    measures = {name: (m, metrics.measure(m, clusters)) for name, m in task.measures(of_task).items()}
     return {
         "score": accuracies([unit for unit in units if unit.task == task.name]),
         "measures": {name: {**asdict(e), "most": m.most} for name, (m, e) in measures.items()},
@@ -122,19 +140,19 @@ def _task_scores(task: Task, answers: Sequence[Answer], units: Sequence[Answer])
 
 def compare(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str, Any]:
     """The first against the second on the same questions, overall and by type, and how often their answers agree."""
-    scores, scenes, names = _columns(first)
+    scores, clusters, names = _columns(first)
     others, _, _ = _columns(second)
     same = [normalise(a.prediction) == normalise(b.prediction) for a, b in zip(first, second, strict=True)]
     first_types, second_types = _by_type(first), _by_type(second)
     return {
-        **asdict(metrics.paired(scores, others, scenes, tasks=names)),
-        "agreement": asdict(metrics.accuracy(same, scenes)),
+        **asdict(metrics.paired(scores, others, clusters, tasks=names)),
+        "agreement": asdict(metrics.accuracy(same, clusters)),
         "types": {
             name: asdict(
                 metrics.paired(
                     [u.score for u in first_types[name]],
                     [u.score for u in second_types[name]],
-                    [u.scene for u in first_types[name]],
+                    [u.cluster for u in first_types[name]],
                 )
             )
             for name in first_types
@@ -143,7 +161,7 @@ def compare(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str, Any]
 
 
 def _columns(units: Sequence[Answer]) -> tuple[list[float], list[str], list[str]]:
-    return [u.score for u in units], [u.scene for u in units], [u.task for u in units]
+    return [u.score for u in units], [u.cluster for u in units], [u.task for u in units]
 
 
 def _by_type(units: Sequence[Answer]) -> dict[str, list[Answer]]:
@@ -160,45 +178,66 @@ def _ratio(value: float, base: float) -> dict[str, float]:
 
 
 def describe_data(tasks: Sequence[Task]) -> dict[str, Any]:
-    """The questions, with a fingerprint of every question as it is put to the model and of every right answer."""
+    """The questions, with a fingerprint of every row: text, right answers and the contents of images."""
     each = {}
     for task in tasks:
         rows = task.rows.with_format(None)
-        names = [n for n in ("id", "prompt", "question", "answer", "answers") if n in rows.column_names]
-        if "prompt" in names:
-            names.remove("question")
-        digest = hashlib.sha256()
-        for row in zip(*(rows[name] for name in names), strict=True):
-            digest.update(repr(row).encode())
         each[task.name] = {
             "split": task.split,
             "source": task.source,
             "metric": task.metric,
             "ocr": task.ocr,
             "questions": len(rows),
-            "scenes": len(set(rows["scene"])),
+            "scenes": len(set(clusters_of(task))),
             "types": dict(sorted(Counter(rows["type"]).items())),
             "max_new_tokens": task.max_new_tokens,
-            "fingerprint": digest.hexdigest()[:16],
+            "fingerprint": rows_fingerprint(task.rows),
         }
     if len(tasks) == 1:
         return {**next(iter(each.values())), "tasks": each}
     return {
         "split": "benchmark",
         "questions": sum(task["questions"] for task in each.values()),
-        "scenes": sum(task["scenes"] for task in each.values()),
+        "scenes": len({cluster for task in tasks for cluster in clusters_of(task)}),
         "types": {name: task["questions"] for name, task in each.items()},
         "fingerprint": " ".join(task["fingerprint"] for task in each.values()),
         "tasks": each,
     }
 
 
-def check_same_data(stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raise ValueError if a stored report has other questions."""
+def clusters_of(task: Task) -> Sequence[str]:
+    """The cluster of each question of a task."""
+    return task.clusters or [str(scene) for scene in task.rows.with_format(None)["scene"]]
+
+
+def describe_identity(settings: Settings) -> dict[str, str]:
+    """What the dense base's answers depend on, beside the questions."""
+    return {
+        "weights": settings.base,
+        "processor": processor_fingerprint(settings.processor),
+        "generation settings": fingerprint(generation_settings(settings.model)),
+        "dtype": str(settings.model.dtype).removeprefix("torch."),
+    }
+
+
+def generation_settings(model: Any) -> dict[str, Any]:
+    """The model's generation settings, without the version that wrote them."""
+    values = model.generation_config.to_dict()
+    return {name: plain(value) for name, value in values.items() if name != "transformers_version"}
+
+
+def check_same(stored: Mapping[str, Any], data: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+    """Raise ValueError if a stored report has other questions, images or another dense base."""
     if stored["data"]["fingerprint"] != data["fingerprint"]:
         raise ValueError(
-            f"the reference has other questions (fingerprint {stored['data']['fingerprint']}, here "
-            f"{data['fingerprint']}); use the same tasks, split and samples."
+            "the reference has other questions, answers or images (fingerprint "
+            f"{stored['data']['fingerprint']}, here {data['fingerprint']}); use the same tasks, split and samples."
+        )
+    before = stored["model"].get("identity", {})
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    if changed:
+        raise ValueError(
+            f"the reference's dense base has other {', '.join(changed)}; use the model and processor of the reference."
         )
 
 

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 from latefusion.data.prompts import prompt_inputs, prompt_text
-from latefusion.eval import metrics
 from latefusion.eval.comparison import cost, results, sweeps
 from latefusion.eval.comparison.answers import answer_questions, progress_bar
 from latefusion.eval.comparison.settings import Settings
@@ -20,10 +19,11 @@ from latefusion.eval.report.markdown import write_markdown
 from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
 from latefusion.eval.tasks.base import Answer, Task
+from latefusion.eval.tasks.clusters import with_clusters
 from latefusion.models.policies import named
 from latefusion.models.schedule import VisionSchedule
 
-SCHEMA = 2  # of report.json; raise it when a key changes its meaning
+SCHEMA = 3  # of report.json; raise it when a key changes its meaning
 NEW_TOKENS = 6  # generated while timing: the first and five further ones
 UNFINISHED = "unfinished.jsonl"  # answers of an evaluation that was interrupted
 TOLERANCE = 0.005  # by which the dense base may miss a stored reference
@@ -43,12 +43,14 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
         ValueError: the stored reference is not reproduced.
     """
     started = time.perf_counter()
+    settings = replace(settings, tasks=with_clusters(settings.tasks))
     model, processes, tasks = settings.model, settings.processes, settings.tasks
-    data = results.describe_data(tasks)
+    data, identity = results.describe_data(tasks), results.describe_identity(settings)
     if settings.stored is not None:
-        results.check_same_data(settings.stored, data)
+        results.check_same(settings.stored, data, identity)
     settings.output.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(settings.output / UNFINISHED, results.plain(identity_of(settings, data)), processes)
+    described = {key: system.describe() for key, system in settings.systems.items()}
+    ledger = Ledger(settings.output / UNFINISHED, results.plain([identity, described, data]), processes)
     if ledger.resumed and processes.main:
         where = settings.output
         print(f"Going on with {ledger.resumed:,} answers of an interrupted run in {where}.", flush=True)
@@ -59,7 +61,7 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
         if not processes.main:
             return None
         rows = prompts_to_time(settings)
-        costs, swept, vision_seconds = measure_costs(settings, systems, rows)
+        costs, swept, vision = measure_costs(settings, systems, rows)
     finally:
         model.train(was_training)
     report = {
@@ -73,9 +75,8 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
             "candidate": settings.candidate,
         },
         "data": data,
-        "model": results.describe_model(model, answers[settings.reference])
-        | {"vision_seconds": vision_seconds},
-        **results.describe_answers(settings, systems, answers, costs),
+        "model": results.describe_model(model, answers[settings.reference]) | vision | {"identity": identity},
+        **results.describe_answers(settings, systems, answers, costs, vision["vision_flops"]),
         "sweeps": swept,
         "settings": {
             "decoding": "greedy",
@@ -84,7 +85,6 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
             "latency_prompts": len(rows),
             "latency_repeats": settings.latency_repeats,
             "latency_new_tokens": NEW_TOKENS,
-            "bootstrap_resamples": metrics.RESAMPLES,
             "seed": settings.seed,
             "reference_reproduced": settings.stored is not None,
         },
@@ -95,12 +95,6 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
     print_table(report)
     print(settings.output / "report.html")
     return report
-
-
-def identity_of(settings: Settings, data: dict[str, Any]) -> list[Any]:
-    """Everything that an answer depends on: interrupted work goes on only where it is the same."""
-    systems = {key: system.describe() for key, system in settings.systems.items()}
-    return [settings.source, str(settings.model.dtype), systems, data]
 
 
 def answer_all(settings: Settings, ledger: Ledger) -> tuple[dict[str, System], dict[str, list[Answer]]]:
@@ -173,8 +167,8 @@ def spread_over(task: Task, n: int) -> list[dict[str, Any]]:
 
 def measure_costs(
     settings: Settings, systems: dict[str, System], rows: list[dict[str, Any]]
-) -> tuple[dict[str, cost.Cost], dict[str, Any], float]:
-    """Latency and memory of every system that is no control, the sweeps, and the vision tower's seconds.
+) -> tuple[dict[str, cost.Cost], dict[str, Any], dict[str, float | None]]:
+    """Latency and memory of every system that is no control, the sweeps, and what the vision tower takes.
 
     Adapters are off for every system: merged into the weights, as a student is deployed, LoRA costs nothing, and costs
     do not depend on the values of weights. The entry adapter runs where a schedule enters late.
@@ -201,7 +195,11 @@ def measure_costs(
             "text": sweeps.against_text(row=rows[0], lengths=settings.lengths, **common),
         }
         progress.update(bar, completed=steps)
-    return costs, swept, cost.vision_seconds(model, prompts * repeats)
+    vision = {
+        "vision_seconds": cost.vision_seconds(model, prompts * repeats),
+        "vision_flops": cost.vision_flops(model, prompts),
+    }
+    return costs, swept, vision
 
 
 def write(settings: Settings, report: dict[str, Any], answers: dict[str, list[Answer]]) -> None:

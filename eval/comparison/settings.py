@@ -41,7 +41,7 @@ class Settings:
         processes: those that share the questions; the main one measures costs and writes.
         seed: of the run that trained the checkpoint; None: there is none.
         note: free text on how the checkpoint was made (steps, time), shown in the report.
-        source: what the model was loaded from, so that an interrupted run is not resumed with another.
+        base: fingerprint of the model's weights without adapters; of students, each system has its own `source`.
 
     Raises:
         ValueError: a role names no system, a task is empty, a policy does not fit its model, or a system has adapters
@@ -69,7 +69,7 @@ class Settings:
     processes: Processes = field(default_factory=Processes)
     seed: int | None = None
     note: str = ""
-    source: str = ""
+    base: str = ""
 
     def __post_init__(self) -> None:
         roles = {"reference": self.reference, "baseline": self.baseline, "candidate": self.candidate}

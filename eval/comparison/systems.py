@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.models.attach import attached
 from latefusion.models.base_model import compute_dtype, load_base, twin
-from latefusion.models.fingerprint import model_fingerprint
+from latefusion.models.fingerprint import model_fingerprint, processor_fingerprint
 from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
@@ -46,7 +46,7 @@ class System:
         blind: asked without the image.
         control: shows what the tokens are worth, and is not timed.
         student: a further checkpoint, whose model is another; None: the model at hand.
-        source: what was loaded, for the record.
+        source: fingerprint of the checkpoint that was loaded; empty: the base alone.
     """
 
     name: str
@@ -159,7 +159,7 @@ def further(
         while any(f"/{end}".endswith("/" + "/".join(path.parts[-depth:])) for end in ends):
             depth += 1
         student = students.load(folder)
-        if _prompts_of(student.processor) != _prompts_of(processor):
+        if processor_fingerprint(student.processor) != processor_fingerprint(processor):
             raise ValueError(
                 f"the base of {folder} reads prompts in another way than this run's; compare it in a run of its own."
             )
@@ -171,12 +171,6 @@ def further(
             source=model_fingerprint(folder),
         )
     return systems
-
-
-def _prompts_of(processor: Any) -> tuple[Any, ...]:
-    """What makes a prompt: vocabulary, chat template, size of images."""
-    images = processor.image_processor.to_dict()
-    return processor.tokenizer.get_vocab(), processor.chat_template, images
 
 
 def model_of(model: Any, system: System) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from latefusion.eval.report import svg
 from latefusion.eval.report.svg import ROW, WIDTH
-from latefusion.eval.report.tables import percent, prefix
+from latefusion.eval.report.tables import percent, prefix, shares
 
 ALL = "all questions"
 Series = list[tuple[int, dict[str, Any]]]
@@ -62,24 +62,23 @@ def accuracy_against_flops(results: dict[str, Any]) -> str:
     x = svg.scale(0, most * 1.06, left, WIDTH - right)
     y = svg.scale(low, high, bottom, top)
 
-    def said(system: dict[str, Any]) -> str:
-        flops, share = system["flops"]["mean"] / unit, percent(system["flops"]["ratio"], 0)
+    def label(system: dict[str, Any]) -> str:
         score = percent(system["accuracy"]["overall"]["value"])
-        return f"{score}% at {flops:.2f} {letter}FLOPs ({share}%)"
+        return f"{score}% at {system['flops']['mean'] / unit:.2f} {letter}, {shares(system, digits=0)}"
 
-    body = svg.legend(series, said)
+    body = svg.legend(series, label)
     for tick in ticks:
         body += svg.horizontal(left, WIDTH - right, y(tick), f"{tick:g}%")
     for tick in svg.nice_ticks(0, most / unit, 5):
         body += svg.text(x(tick * unit), bottom + 16, f"{tick:g}", anchor="middle", muted=True)
-    label = f"decoder {letter}FLOPs a prompt"
-    body += svg.text((left + WIDTH - right) / 2, bottom + 34, label, anchor="middle")
+    axis = f"decoder {letter}FLOPs a prompt"
+    body += svg.text((left + WIDTH - right) / 2, bottom + 34, axis, anchor="middle")
     for (i, system), score in zip(series, scores, strict=True):
         at = x(system["flops"]["mean"])
         body += svg.bar(at, y(100 * score["low"]), at, y(100 * score["high"]), i)
-        hint = f"{system['name']}: {said(system)}"
+        hint = f"{system['name']}: {label(system)}"
         body += svg.mark(at, y(100 * score["value"]), i, open_=system.get("control", False), hint=hint)
-    points = "; ".join(f"{s['name']}: {said(s)}" for _, s in series)
+    points = "; ".join(f"{s['name']}: {label(s)}" for _, s in series)
     return svg.svg("flops", "Accuracy against decoder FLOPs", f"{points}.", bottom + 42, body)
 
 
@@ -164,14 +163,14 @@ def _against(
         body += svg.text(x(place), bottom + 16, f"{point[key]}", anchor="middle", muted=True)
     body += svg.text((left + WIDTH - right) / 2, bottom + 34, label, anchor="middle")
     for i, system in series:
-        found = [point["systems"][keys[i]][quantity] for point in points]
-        at = [(x(n), y(f["median"] * factors[n])) for n, f in enumerate(found)]
+        spreads = [point["systems"][keys[i]][quantity] for point in points]
+        at = [(x(n), y(s["median"] * factors[n])) for n, s in enumerate(spreads)]
         number = i % svg.SERIES
         dash = "" if keys[i] == results["roles"]["candidate"] else svg.DASHES[number]
         body += f'<path class="line c{number}" stroke-dasharray="{dash}" d="{svg.path(at)}"/>'
-        for n, f in enumerate(found):
-            low, high = (y(f[q] * factors[n]) for q in ("q25", "q75"))
-            hint = f"{system['name']}, {points[n][key]} {label}: {f['median'] * factors[n]:.3g} {unit}"
+        for n, spread in enumerate(spreads):
+            low, high = (y(spread[q] * factors[n]) for q in ("q25", "q75"))
+            hint = f"{system['name']}, {points[n][key]} {label}: {spread['median'] * factors[n]:.3g} {unit}"
             body += svg.bar(at[n][0], low, at[n][0], high, i) + svg.mark(*at[n], i, hint=hint)
     return svg.svg(name, f"{what} against {label}", "Medians; bars: quartiles.", bottom + 42, body)
 

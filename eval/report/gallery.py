@@ -1,4 +1,4 @@
-"""Where a method answers otherwise than the dense base: questions with their images, chosen by rule."""
+"""Questions that a method answers differently from the dense base, with their images, chosen by rule."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latefusion.data.prompts import images_of
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.metrics import normalise
-from latefusion.eval.tasks.base import Task
+from latefusion.eval.tasks.base import Answer, Task
 
 THUMBNAIL = 224  # pixels, longest side
 EACH = 40  # of a system
@@ -24,7 +23,7 @@ class Example:
     Attributes:
         kinds: `SYSTEM:lost` (dense right, it wrong), `SYSTEM:won`, `SYSTEM:other` (another answer, as good or bad).
         image: a data URI, or nothing for a question without an image.
-        said: name, answer and score of each system.
+        answers: name, answer and score of each system.
     """
 
     kinds: tuple[str, ...]
@@ -32,7 +31,7 @@ class Example:
     question: str
     answer: str
     type: str
-    said: list[tuple[str, str, float]]
+    answers: list[tuple[str, str, float]]
 
 
 def disagreements(
@@ -51,17 +50,17 @@ def disagreements(
     kinds: dict[int, list[str]] = {}
     counts: dict[str, dict[str, int]] = {}
     for key in shown:
-        found = {"lost": [], "won": [], "other": []}  # type: dict[str, list[int]]
-        for i, (base, mine) in enumerate(zip(reference, answers[key], strict=True)):
-            if normalise(base.prediction) != normalise(mine.prediction):
-                kind = "lost" if mine.score < base.score else "won" if mine.score > base.score else "other"
-                found[kind].append(i)
-        counts[key] = {kind: len(rows) for kind, rows in found.items()}
-        for kind, rows in found.items():
+        differing: dict[str, list[int]] = {"lost": [], "won": [], "other": []}
+        for i, (base, other) in enumerate(zip(reference, answers[key], strict=True)):
+            if normalise(base.prediction) != normalise(other.prediction):
+                kind = "lost" if other.score < base.score else "won" if other.score > base.score else "other"
+                differing[kind].append(i)
+        counts[key] = {kind: len(rows) for kind, rows in differing.items()}
+        for kind, rows in differing.items():
             room = EACH // 2 if kind == "lost" else EACH // 4
             for i in _varied(rows, reference)[:room]:
                 kinds.setdefault(i, [])
-        for kind, rows in found.items():
+        for kind, rows in differing.items():
             for i in rows:
                 if i in kinds:
                     kinds[i].append(f"{key}:{kind}")
@@ -71,10 +70,13 @@ def disagreements(
     for i, why in kinds.items():
         base, (task, row) = reference[i], at[i]
         images = images_of(task.rows[row])
-        said = [(systems[key]["name"], found[i].prediction, found[i].score) for key, found in answers.items()]
+        shown = [
+            (systems[key]["name"], of_system[i].prediction, of_system[i].score)
+            for key, of_system in answers.items()
+        ]
         kind = base.type if len(tasks) == 1 else f"{task.name}, {base.type}"
         uri = data_uri(images[0]) if images else ""
-        examples.append(Example(tuple(why), uri, base.question, base.answer, kind, said))
+        examples.append(Example(tuple(why), uri, base.question, base.answer, kind, shown))
     return examples, counts
 
 

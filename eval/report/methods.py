@@ -19,7 +19,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, its small print, and the number to sort by (None: there is none, sorted last)."""
+    """What is shown, its small print, and the number to sort by (None: no number, sorted last)."""
 
     text: str
     detail: str = ""
@@ -32,6 +32,9 @@ COLUMNS = (
     Column("McNemar p", "exact test that wins and losses against dense are as likely", 0),
     Column("same as dense, %", "share of prompts answered as dense answers them", 1),
     Column("FLOPs", "of the decoder's prefill; ratio to dense", -1),
+    Column(
+        "prefill FLOPs", "of the whole prefill, with vision tower, projector and head; ratio to dense", -1
+    ),
     Column("vision tokens", "a layer; ratio to dense", -1),
     Column("vision-only MACs", "the literature's 4nd²+2n²d+3ndm; ratio to dense", -1),
     Column("vision attention", "causal query-key pairs with a vision token; ratio to dense", -1),
@@ -60,6 +63,7 @@ def _cells(results: dict[str, Any], key: str) -> list[Cell]:
         Cell(percent(score["value"]), interval, score["value"]),
         *(_against(against) if against else [NONE, NONE, NONE]),
         _amount(system["flops"]),
+        _amount(system.get("prefill_flops")),
         _plain(system["vision_tokens"], f"{system['vision_tokens']['mean']:.1f}"),
         _amount(system["vision_macs"]),
         _amount(system["vision_attention"]),
@@ -72,26 +76,26 @@ def _cells(results: dict[str, Any], key: str) -> list[Cell]:
     ]
 
 
-def _against(found: dict[str, Any]) -> list[Cell]:
-    gap, p, same = found["difference"], found["mcnemar_p"], found["agreement"]
+def _against(pair: dict[str, Any]) -> list[Cell]:
+    gap, p, same = pair["difference"], pair["mcnemar_p"], pair["agreement"]
     return [
         Cell(points(gap["value"]), f"{points(gap['low'])} to {points(gap['high'])}", gap["value"]),
-        Cell("< 0.001" if p < 0.001 else f"{p:.3f}", f"{found['wins']} : {found['losses']}", p),
+        Cell("< 0.001" if p < 0.001 else f"{p:.3f}", f"{pair['wins']} : {pair['losses']}", p),
         Cell(percent(same["value"]), f"{percent(same['low'])}–{percent(same['high'])}", same["value"]),
     ]
 
 
-def _amount(found: dict[str, Any] | None, unit: str = "") -> Cell:
-    return NONE if found is None else _plain(found, si(found["mean"], unit))
+def _amount(figures: dict[str, Any] | None, unit: str = "") -> Cell:
+    return NONE if figures is None else _plain(figures, si(figures["mean"], unit))
 
 
-def _plain(found: dict[str, Any], text: str) -> Cell:
-    return Cell(text, times(found["ratio"]), found["mean"])
+def _plain(figures: dict[str, Any], text: str) -> Cell:
+    return Cell(text, times(figures["ratio"]), figures["mean"])
 
 
-def _seconds(found: dict[str, Any] | None) -> Cell:
+def _seconds(figures: dict[str, Any] | None) -> Cell:
     return (
         NONE
-        if found is None
-        else Cell(f"{1000 * found['median']:.3g}", times(found["ratio"]), found["median"])
+        if figures is None
+        else Cell(f"{1000 * figures['median']:.3g}", times(figures["ratio"]), figures["median"])
     )

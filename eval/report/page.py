@@ -1,8 +1,8 @@
-"""`report.html`: one self-contained file, written from what `evaluate_run` found."""
+"""`report.html`: one self-contained file, written from what `report.json` holds."""
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from latefusion.eval.comparison.answers import Answer
 from latefusion.eval.comparison.cost import PEAK_PROMPTS
 from latefusion.eval.report import figures, svg, tables
 from latefusion.eval.report.gallery import disagreements
 from latefusion.eval.report.methods import methods
-from latefusion.eval.tasks.base import Task
+from latefusion.eval.tasks.base import Answer, Task
 
 HERE = Path(__file__).parent
 
@@ -37,10 +36,17 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=tables.percent, points=tables.points, si=tables.si, times=tables.times)
+    environment.filters.update(
+        percent=tables.percent,
+        points=tables.points,
+        si=tables.si,
+        times=tables.times,
+        python=repr,
+        shell=shlex.quote,
+    )
     columns, rows = methods(results)
     examples, counts = disagreements(results, tasks, answers)
-    asked = {answer.question for answer in answers[results["roles"]["candidate"]]}
+    questions = {answer.question for answer in answers[results["roles"]["candidate"]]}
     page = environment.get_template("template.html").render(
         results=results,
         headline=tables.headline(results),
@@ -58,7 +64,7 @@ def write_report(
         peak_prompts=min(PEAK_PROMPTS, results["settings"]["latency_prompts"]),
         style=Markup((HERE / "page.css").read_text() + svg.STYLE),
         script=Markup((HERE / "page.js").read_text()),
-        question=json.dumps(min(sorted(asked), key=len)),
+        question=repr(min(sorted(questions), key=len)),
         examples=examples,
         counts=counts,
     )
@@ -67,13 +73,13 @@ def write_report(
 
 def _sweeps(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Title, drawing and caption of each figure of times that was measured."""
-    found, sweeps = [], results["sweeps"]
+    shown, sweeps = [], results["sweeps"]
     if sweeps["batch"]:
         drawing = Markup(figures.prefill_against(results, "batch"))
-        found.append(("Latency against batch", drawing, "A batch's time divided by its questions."))
+        shown.append(("Latency against batch", drawing, "A batch's time divided by its questions."))
         drawing = Markup(figures.throughput(results))
-        found.append(("Throughput against batch", drawing, "Up is better; images were encoded before."))
+        shown.append(("Throughput against batch", drawing, "Up is better; images were encoded before."))
     if sweeps["text"]:
         drawing = Markup(figures.prefill_against(results, "text"))
-        found.append(("Latency against text length", drawing, "The question repeated; the image is one."))
-    return [{"title": title, "drawing": drawing, "caption": text} for title, drawing, text in found]
+        shown.append(("Latency against text length", drawing, "The question repeated; the image is one."))
+    return [{"title": title, "drawing": drawing, "caption": text} for title, drawing, text in shown]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, log10
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
+
+from latefusion.eval.report import escape
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ def rows(results: dict[str, Any]) -> list[Row]:
             accuracies.append(Row(f"{name}, its own figures", measure, cells))
     costs = [
         Row("Cost", "decoder FLOPs", _amounts([s["flops"] for s in systems])),
+        *(
+            [Row("Cost", "whole prefill FLOPs", _amounts([s["prefill_flops"] for s in systems]))]
+            if all("prefill_flops" in s for s in systems)
+            else []
+        ),
         Row(
             "Cost",
             "vision tokens/layer",
@@ -69,22 +77,37 @@ def rows(results: dict[str, Any]) -> list[Row]:
     return accuracies + costs
 
 
-def headline(results: dict[str, Any]) -> str:
-    """The result in one sentence: candidate against reference and baseline, with intervals."""
+def headline(results: dict[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The result in one sentence: candidate against reference and baseline, with intervals.
+
+    Args:
+        shown: makes text of a name where the sentence stands (`report/escape.py`).
+    """
     roles, systems = results["roles"], results["systems"]
     student, pruned = systems[roles["candidate"]], systems[roles["baseline"]]
     score, split = student["accuracy"]["overall"], results["data"]["split"]
+    whole = ""
+    if "prefill_flops" in student:
+        whole = f" ({percent(student['prefill_flops']['ratio'], 0)}% of the whole prefill's, with the vision tower)"
     return (
-        f"{student['name']} answers {percent(score['value'])}% of {score['n']:,} {split} questions "
+        f"{shown(student['name'])} answers {percent(score['value'])}% of {score['n']:,} {shown(split)} questions "
         f"[{percent(score['low'])} to {percent(score['high'])}] "
-        f"at {percent(student['flops']['ratio'], 0)}% of the dense base's decoder FLOPs: "
-        + _gap(results, "reference")
+        f"at {percent(student['flops']['ratio'], 0)}% of the dense base's decoder FLOPs{whole}: "
+        + _gap(results, "reference", shown)
         + (
-            f" and {_gap(results, 'baseline')}, which needs {percent(pruned['flops']['ratio'], 0)}%."
+            f" and {_gap(results, 'baseline', shown)}, which needs {shares(pruned, digits=0)}."
             if roles["baseline"] not in (roles["reference"], roles["candidate"])
             else "."
         )
     )
+
+
+def shares(system: dict[str, Any], digits: int = 1) -> str:
+    """A system's share of the dense decoder's FLOPs and, where it is known, of the whole prefill's: `32% (41%)`."""
+    decoder = f"{percent(system['flops']['ratio'], digits)}%"
+    if "prefill_flops" not in system:
+        return decoder
+    return f"{decoder} ({percent(system['prefill_flops']['ratio'], digits)}%)"
 
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
@@ -92,43 +115,46 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     if len(results["systems"]) > MANY:
         console.print(_many(results))
-        console.print(headline(results))
+        console.print(headline(results, escape.terminal))
         return
-    table = Table(
-        title=f"{results['title']}: {results['data']['questions']:,} questions", title_justify="left"
-    )
+    table = Table(title=_title(results), title_justify="left")
     table.add_column("")
     for system in results["systems"].values():
-        table.add_column(system["name"], justify="right")
+        table.add_column(escape.terminal(system["name"]), justify="right")
     group = ""
     for row in rows(results):
         if row.group != group:
             if group:
                 table.add_section()
-            table.add_row(f"[bold]{row.group}[/bold]")
+            table.add_row(f"[bold]{escape.terminal(row.group)}[/bold]")
             group = row.group
         between = "\n" if console.width < 80 or len(results["systems"]) == MANY else " "
-        table.add_row(row.label, *(f"{value}{between}[dim]{detail}[/dim]" for value, detail in row.cells))
+        cells = (f"{value}{between}[dim]{detail}[/dim]" for value, detail in row.cells)
+        table.add_row(escape.terminal(row.label), *cells)
     console.print(table)
-    console.print(headline(results))
+    console.print(headline(results, escape.terminal))
+
+
+def _title(results: dict[str, Any]) -> str:
+    return f"{escape.terminal(results['title'])}: {results['data']['questions']:,} questions"
 
 
 def _many(results: dict[str, Any]) -> Table:
     """A line a system, where there are more than fit side by side."""
-    table = Table(
-        title=f"{results['title']}: {results['data']['questions']:,} questions", title_justify="left"
-    )
+    table = Table(title=_title(results), title_justify="left")
     table.add_column("")
-    for name in ("accuracy, %", "to dense", "FLOPs", "tokens/layer", "1st token"):
+    whole = all("prefill_flops" in system for system in results["systems"].values())
+    for name in ("accuracy, %", "to dense", "FLOPs", *(["prefill"] if whole else []), "tokens", "1st token"):
         table.add_column(name, justify="right")
     for key, system in results["systems"].items():
         value, detail = _accuracy(system["accuracy"]["overall"])
         gap = results["against"].get(key)
         table.add_row(
-            system["name"],
+            escape.terminal(system["name"]),
             f"{value} [dim]{detail}[/dim]",
             points(gap["difference"]["value"]) if gap else "",
             times(system["flops"]["ratio"]),
+            *([times(system["prefill_flops"]["ratio"])] if whole else []),
             f"{system['vision_tokens']['mean']:.1f}",
             times(system["ttft"]["ratio"]) if "ttft" in system else "–",
             style="dim" if system["control"] else None,
@@ -138,10 +164,11 @@ def _many(results: dict[str, Any]) -> Table:
 
 def markdown(results: dict[str, Any]) -> str:
     """The results table for a README."""
-    names = [system["name"] for system in results["systems"].values()]
+    names = [escape.markdown(system["name"]) for system in results["systems"].values()]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in rows(results):
-        label = f"accuracy, {row.label}, %" if row.group.startswith("Accuracy") else row.label
+        name = escape.markdown(row.label)
+        label = f"accuracy, {name}, %" if row.group.startswith("Accuracy") else name
         lines.append(
             f"| {label} | "
             + " | ".join(f"{value} ({detail})" if detail else value for value, detail in row.cells)
@@ -151,10 +178,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def seeds(runs: Sequence[dict[str, Any]]) -> str:
-    """Runs that differ in their seed as a table: a line each, and their mean with the spread between them."""
+    """Runs that differ in their seed as a table: a line each, and their mean with a t interval over the runs."""
     roles = runs[0]["roles"]
     order = [roles["reference"], roles["baseline"], roles["candidate"]]
-    names = [runs[0]["systems"][key]["name"] for key in order]
+    names = [escape.markdown(runs[0]["systems"][key]["name"]) for key in order]
     lines = [
         f"| seed | {' | '.join(names)} | against {names[0]} | FLOPs, {names[1]} | FLOPs, {names[2]} |",
         "| --- |" + " ---: |" * 6,
@@ -165,15 +192,40 @@ def seeds(runs: Sequence[dict[str, Any]]) -> str:
         scores = [
             f"{value} ({detail})" for value, detail in (_accuracy(s["accuracy"]["overall"]) for s in systems)
         ]
-        costs = [f"{percent(s['flops']['ratio'])}%" for s in systems[1:]]
+        costs = [shares(s) for s in systems[1:]]
         points = f"{_signed(gap['value'])} ({_signed(gap['low'])} to {_signed(gap['high'])})"
         lines.append(f"| {run['settings']['seed']} | {' | '.join(scores)} | {points} | {' | '.join(costs)} |")
-    means = [mean(run["systems"][key]["accuracy"]["overall"]["value"] for run in runs) for key in order]
-    costs = [percent(mean(run["systems"][key]["flops"]["ratio"] for run in runs)) for key in order[1:]]
-    values = [gap["value"] for gap in gaps]
-    points = f"{_signed(mean(values))} ({_signed(min(values))} to {_signed(max(values))})"
-    lines.append(f"| mean | {' | '.join(map(percent, means))} | {points} | {costs[0]}% | {costs[1]}% |")
-    return "\n".join(lines) + "\n"
+    means = [_mean([run["systems"][key]["accuracy"]["overall"]["value"] for run in runs]) for key in order]
+    scores = [f"{percent(m)} ({percent(max(0.0, low))}–{percent(min(1.0, high))})" for m, low, high in means]
+    middle, low, high = _mean([gap["value"] for gap in gaps])
+    points = f"{_signed(middle)} ({_signed(low)} to {_signed(high)})"
+    costs = [shares(_mean_system([run["systems"][key] for run in runs])) for key in order[1:]]
+    lines.append(f"| mean | {' | '.join(scores)} | {points} | {' | '.join(costs)} |")
+    return (
+        "\n".join(lines)
+        + "\n\nIn a seed's row, brackets are 95% intervals over its questions; in the last row, 95% t intervals "
+        f"of the mean over the {len(runs)} seeds. FLOPs are the decoder's, against dense"
+        + (
+            ", in brackets the whole prefill's.\n"
+            if "prefill_flops" in runs[0]["systems"][order[2]]
+            else ".\n"
+        )
+    )
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of several runs with a 95% t interval."""
+    middle, count = mean(values), len(values)
+    if count < 2:
+        return middle, float("-inf"), float("inf")
+    half = float(stats.t.ppf(0.975, count - 1)) * stdev(values) / count**0.5
+    return middle, middle - half, middle + half
+
+
+def _mean_system(systems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean FLOPs of several runs of a system."""
+    names = [name for name in ("flops", "prefill_flops") if all(name in system for system in systems)]
+    return {name: {"ratio": mean(system[name]["ratio"] for system in systems)} for name in names}
 
 
 def _signed(share: float) -> str:
@@ -228,12 +280,11 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None or ratio != ratio else f"{ratio:.2f}×"
 
 
-def _gap(results: dict[str, Any], role: str) -> str:
+def _gap(results: dict[str, Any], role: str, shown: Callable[[str], str]) -> str:
     """`1.2 points above NAME [+0.3 to +2.1]`."""
     key = results["roles"][role]
-    found, name = results["paired"][key]["difference"], results["systems"][key]["name"]
-    side = "above" if found["value"] > 0 else "below" if found["value"] < 0 else "from"
+    gap, name = results["paired"][key]["difference"], shown(results["systems"][key]["name"])
+    side = "above" if gap["value"] > 0 else "below" if gap["value"] < 0 else "from"
     return (
-        f"{percent(abs(found['value']))} points {side} {name} "
-        f"[{points(found['low'])} to {points(found['high'])}]"
+        f"{percent(abs(gap['value']))} points {side} {name} [{points(gap['low'])} to {points(gap['high'])}]"
     )

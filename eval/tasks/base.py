@@ -26,6 +26,7 @@ class Answer:
 
     Attributes:
         system: key of the system; task, id, type, scene: of the question.
+        cluster: shared by the questions about one image, also across tasks (`tasks/clusters.py`); empty: the scene.
         answer: the right one, or the first of several.
         prediction: decoded text; score: what the task's scorer gives it, from 0 to 1.
         text_tokens: prompt tokens that are neither vision nor padding.
@@ -38,6 +39,7 @@ class Answer:
     id: str
     type: str
     scene: str
+    cluster: str = ""
     question: str
     answer: str
     prediction: str
@@ -48,6 +50,10 @@ class Answer:
     exit_layer: int | None
     frozen: list[int] = field(default_factory=list, repr=False)
     reads: list[int] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.cluster:
+            object.__setattr__(self, "cluster", self.scene)
 
     @property
     def correct(self) -> bool:
@@ -94,6 +100,7 @@ class Task:
         max_new_tokens: None: as the longest answer needs.
         ocr: its answers are read from the image.
         split, source: of the data.
+        clusters: of each row, as `tasks/clusters.py` finds them; empty: a row's scene is its cluster.
     """
 
     name: str
@@ -106,6 +113,7 @@ class Task:
     ocr: bool = False
     split: str = ""
     source: str = ""
+    clusters: Sequence[str] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

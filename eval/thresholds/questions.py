@@ -23,14 +23,12 @@ class Questions:
         rows: by index, with their images; at: the numbers of those that are used.
         records: each prompt without its images: the question, `scene` (the same for prompts about the same images),
             and `answer`, if it has one.
-        source: where they come from.
         remarks: for the user to read, in sentences.
     """
 
     rows: Any
     at: Sequence[int]
     records: Sequence[dict[str, Any]]
-    source: str
     remarks: Sequence[str] = ()
 
     def __len__(self) -> int:
@@ -71,13 +69,13 @@ def read(arguments: Arguments) -> Questions:
         records.append(
             {"messages": row["messages"], "scene": " ".join(sorted(map(str, at.images))), **answer}
         )
-    return Questions(rows, [at.row for at in taken], records, arguments.data, left_out(bad))
+    return Questions(rows, [at.row for at in taken], records, left_out(bad))
 
 
 def of_scenes(rows: Dataset) -> Questions:
     """All of these rows of `load_scenes`."""
     plain = rows.with_format(None).remove_columns([c for c in rows.column_names if c.startswith("image")])
-    return Questions(rows, range(len(rows)), list(plain), rows._fingerprint)
+    return Questions(rows, range(len(rows)), list(plain))
 
 
 def _text(message: dict[str, Any]) -> str:

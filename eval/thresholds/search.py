@@ -8,8 +8,6 @@ more than all prompts together may have. And a prefill of each prompt says what 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +26,7 @@ from latefusion.eval.thresholds.questions import Questions
 from latefusion.eval.thresholds.replay import Batch, Outcome, fusion_layers
 from latefusion.eval.thresholds.settings import Arguments, Setting, grid, policy_of, prefix
 from latefusion.models.attach import Attachment
-from latefusion.models.fingerprint import model_fingerprint
+from latefusion.models.fingerprint import fingerprint, model_identity, rows_fingerprint
 from latefusion.models.flops import decoder_flops, layer_flops
 
 PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
@@ -212,19 +210,13 @@ class Search:
         return limit
 
     def fingerprint(self) -> str:
-        """Hash of everything that a batch's numbers depend on."""
-        described = json.dumps(
-            [
-                {name: value for name, value in asdict(self.arguments).items() if name != "output"},
-                model_fingerprint(self.arguments.model),
-                self.settings,
-                self.rows.source,
-                self.rows.records,
-                str(self.attachment.model.dtype),
-            ],
-            sort_keys=True,
+        """Hash of everything that a batch's numbers depend on: arguments, model, processor, prompts with images."""
+        arguments = {name: value for name, value in asdict(self.arguments).items() if name != "output"}
+        model = model_identity(
+            self.arguments.model, processor=self.prompts.processor, dtype=self.attachment.model.dtype
         )
-        return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
+        prompts = (self.rows[i] for i in range(len(self.rows)))
+        return fingerprint(arguments, model, self.settings, rows_fingerprint(prompts))
 
     def results(self, correct: NDArray | None) -> dict[str, Any]:
         clusters = [row["scene"] for row in self.rows.records]

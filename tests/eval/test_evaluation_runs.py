@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +19,17 @@ from datasets import Dataset
 from helpers import evaluated_student
 from helpers.launch import free_port
 from helpers.tiny_base import save_tiny_base
+from PIL import Image
 
-from latefusion.eval.comparison import energy
+from latefusion.eval.comparison import energy, results, run
 from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import policies_of
 from latefusion.eval.ledger import Ledger, Processes
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import rows_of
+from latefusion.eval.tasks.base import Task, rows_of
 from latefusion.eval.tasks.choice import circular
+from latefusion.eval.tasks.clusters import with_clusters
+from latefusion.eval.tasks.exact import own
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +122,74 @@ def test_a_stored_reference_has_to_be_reproduced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has other questions"):
         evaluated_student.evaluate(tmp_path / "data", stored=other)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_reference_of_another_model_or_processor_is_refused(tmp_path: Path) -> None:
+    _, stored = evaluated_student.full_run()
+    for name in ("weights", "processor", "generation settings", "dtype"):
+        other = copy.deepcopy(stored)
+        other["model"]["identity"][name] = "other"
+        with pytest.raises(ValueError, match=f"dense base has other {name};"):
+            evaluated_student.evaluate(tmp_path, stored=other)
+
+
+def own_task(folder: Path, colours: Sequence[str]) -> Task:
+    """Questions about one picture each; the file of the questions never changes."""
+    lines = []
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (96, 96), colour).save(folder / f"{i}.png")
+        lines.append({"image": f"{i}.png", "question": "is it red ?", "answers": ["yes"]})
+    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return own(str(folder / "my.jsonl"))
+
+
+def test_swapped_images_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after every answer; then each file holds another picture."""
+    colours = ("red", "green", "blue", "black", "white", "yellow")
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stop:
+        stop.setattr(run, "measure_costs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated_student.evaluate(tmp_path / "out", tasks=[own_task(tmp_path, colours)])
+    assert (tmp_path / "out/unfinished.jsonl").read_text().count("\n") > len(colours)
+    swapped = own_task(tmp_path, colours[::-1])
+    evaluated_student.evaluate(tmp_path / "out", tasks=[swapped])
+    evaluated_student.evaluate(tmp_path / "fresh", tasks=[swapped])
+    kept, fresh = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("out", "fresh"))
+    assert kept == fresh
+    same = results.describe_data([swapped])["fingerprint"]
+    assert results.describe_data([own_task(tmp_path, colours)])["fingerprint"] != same
+
+
+def test_other_generation_settings_and_processors_start_over() -> None:
+    settings = evaluated_student.settings(Path("unused"))
+    first = results.describe_identity(settings)
+    model, processor = copy.copy(settings.model), copy.deepcopy(settings.processor)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.suppress_tokens = [5]
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    changed = results.describe_identity(replace(settings, model=model, processor=processor))
+    assert [name for name in first if first[name] != changed[name]] == ["processor", "generation settings"]
+
+
+def test_questions_about_one_image_are_one_cluster_in_all_tasks(tmp_path: Path) -> None:
+    """Whatever the image is called there, and also where a task does not say that questions share one."""
+    for name, colour in (("a", "red"), ("b", "green"), ("copy_of_a", "red")):
+        Image.new("RGB", (24, 24), colour).save(tmp_path / f"{name}.png")
+    common = {"question": "q", "prompt": "q", "answer": "yes", "answers": ["yes"], "type": "t"}
+    first = [
+        {**common, "id": str(i), "scene": str(i), "images": [tmp_path / f"{n}.png"]}
+        for i, n in enumerate("aba")
+    ]
+    second = [{**common, "id": "0", "scene": "0", "images": [(tmp_path / "copy_of_a.png").read_bytes()]}]
+    second += [{**common, "id": "1", "scene": "1", "images": []}]
+    tasks = [evaluated_student.task(rows_of(rows), name=name) for name, rows in (("x", first), ("y", second))]
+    clustered = with_clusters(tasks)
+    assert [list(task.clusters) for task in clustered] == [["x/0", "x/1", "x/0"], ["x/0", "y/1"]]
+    assert results.describe_data(clustered)["scenes"] == 3
 
 
 def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> None:

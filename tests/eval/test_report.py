@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import io
 import json
 import os
 import re
 import shutil
-from html import escape
+from dataclasses import replace
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -96,13 +99,13 @@ def test_disagreements_are_what_the_predictions_say(run: tuple[Path, dict[str, A
 def test_report_json_holds_every_number_and_says_where_it_comes_from(
     run: tuple[Path, dict[str, Any]], stored: dict[str, Any]
 ) -> None:
-    assert stored["schema"] == 2
+    assert stored["schema"] == 3
     assert set(stored) == {
         "schema", "title", "note", "checkpoint", "roles", "data", "model", "systems", "paired", "against",
         "sweeps", "settings", "environment",
     }  # fmt: skip
     keys = {"name", "policy", "adapters", "blind", "control", "source", "accuracy", "tasks"}
-    counted = {"flops", "vision_macs", "vision_attention", "vision_tokens"}
+    counted = {"flops", "prefill_flops", "vision_macs", "vision_attention", "vision_tokens"}
     timed = {"ttft", "tpot", "kv_bytes", "working_bytes"}
     for system in stored["systems"].values():
         assert set(system) - {"joules", "peak_bytes"} == keys | counted | (
@@ -206,8 +209,12 @@ def test_verdict_says_who_is_ahead(
     results["paired"]["dense"]["difference"] = dict(zip(("value", "low", "high"), gap, strict=True))
     sentence = tables.headline(results)
     assert verdict in sentence and sentence.startswith("Late fusion answers ")
-    cost = tables.percent(stored["systems"]["pruned"]["flops"]["ratio"], 0)
-    assert sentence.endswith(f"which needs {cost}%.")
+    decoder, whole = (
+        tables.percent(stored["systems"]["pruned"][name]["ratio"], 0) for name in ("flops", "prefill_flops")
+    )
+    assert sentence.endswith(f"which needs {decoder}% ({whole}%).")
+    results["systems"]["pruned"].pop("prefill_flops")  # a report of before
+    assert tables.headline(results).endswith(f"which needs {decoder}%.")
 
 
 def test_markdown_has_the_verdict_and_a_row_a_method(
@@ -245,6 +252,54 @@ def test_readme_keeps_all_but_what_stands_between_the_marks() -> None:
         insert(document, "other", "new")
 
 
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | [x](javascript:y) ![z](http://e/p) `c` \x1b[31m\n# h"
+
+
+def test_text_from_data_and_checkpoints_stays_text(tmp_path: Path) -> None:
+    """Names, policies, tasks, prompts and paths that hold markup: none of it reaches page, Markdown or terminal."""
+    rows = evaluated_student.questions().select(range(4)).remove_columns(["type", "question"])
+    rows = rows.add_column("type", [HOSTILE] * 4).add_column("question", [HOSTILE] * 4)
+    systems = {
+        key: replace(system, name=f"{system.name} {HOSTILE}", source=HOSTILE)
+        for key, system in evaluated_student.SYSTEMS.items()
+    }
+    task = evaluated_student.task(rows, name=HOSTILE, split=HOSTILE, source=HOSTILE, metric="exact match")
+    checkpoint = 'x"); import os; os.system("true") #'
+    results = evaluated_student.evaluate(
+        tmp_path, systems=systems, tasks=[task], title=HOSTILE, note=HOSTILE, checkpoint=checkpoint
+    )
+    assert results is not None
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("script") == 1 and not any(reference == "x" for reference in page.refers)
+    text = unescape((tmp_path / "report.html").read_text())
+    call = ast.parse(text[text.index("lf.load(") :].split("  #")[0]).body[0]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
+    assert [argument.value for argument in call.value.args] == [checkpoint]  # type: ignore[attr-defined]
+    markdown = (tmp_path / "report.md").read_text()
+    outside = re.sub(r"(`+).*?\1", "", markdown.replace("\\`", ""))
+    assert "<" not in outside and not re.search(r"(?<!\\)\]\(", outside) and "\n# h" not in markdown
+    rows_of_table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert (
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in rows_of_table}) <= 2
+    )  # two tables, no cell more
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    tables.print_table(results, console)
+    assert "\x1b" not in console.file.getvalue() and "<script>" in console.file.getvalue()  # type: ignore[attr-defined]
+    seeds = tables.seeds([results, results])
+    assert "<" not in seeds and "\x1b" not in seeds
+
+
+def test_the_mean_over_seeds_has_a_t_interval(stored: dict[str, Any]) -> None:
+    runs = [copy.deepcopy(stored) for _ in range(3)]
+    for run, value in zip(runs, (0.99, 0.98, 0.97), strict=True):
+        run["systems"]["student"]["accuracy"]["overall"]["value"] = value
+        run["paired"]["dense"]["difference"]["value"] = value - 1
+    last = next(line for line in tables.seeds(runs).splitlines() if line.startswith("| mean"))
+    half = 100 * 4.302653 * 0.01 / 3**0.5
+    assert f"98.0 ({98 - half:.1f}–100.0)" in last and f"-2.0 ({-2 - half:+.1f} to {-2 + half:+.1f})" in last
+    assert "95% t intervals of the mean over the 3 seeds" in tables.seeds(runs)
+
+
 # Comparing two reports
 
 
@@ -272,22 +327,29 @@ def test_lost_answers_are_a_regression(
         overall = report["systems"]["dense"]["accuracy"]["overall"]
         overall["value"] = overall["low"] = overall["high"] = 0.0
 
-    after = changed(run[0], tmp_path / "after", lose)
-    lines = [json.loads(line) for line in (after / "predictions.jsonl").read_text().splitlines()]
-    lines = [{**line, "score": 0.0} if line["system"] == "dense" else line for line in lines]
-    (after / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    worse = [change for change in compare(run[0], after) if change.worse]
+    def write_answers(folder: Path, **changes: Any) -> None:
+        """As if every question had an image of its own."""
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        lines = [{**line, "cluster": line["id"]} for line in lines]
+        lines = [{**line, **changes} if line["system"] == "dense" else line for line in lines]
+        (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    before, after = (
+        changed(run[0], tmp_path / name, change)
+        for name, change in (("before", lambda report: None), ("after", lose))
+    )
+    write_answers(before)
+    write_answers(after, score=0.0)
+    worse = [change for change in compare(before, after) if change.worse]
     assert [(change.system, change.what) for change in worse] == [("Dense base", "accuracy")]
-    before = run[1]["systems"]["dense"]["accuracy"]["overall"]["value"]
-    assert worse[0].difference == pytest.approx(-100 * before)
-    assert not any(change.worse for change in compare(after, run[0]))  # the other way round it is progress
-    (after / "predictions.jsonl").unlink()  # without the answers the two count as independent samples
-    assert [change.system for change in compare(run[0], after) if change.worse] == ["Dense base"]
+    accuracy = run[1]["systems"]["dense"]["accuracy"]["overall"]["value"]
+    assert worse[0].difference == pytest.approx(-100 * accuracy)
+    assert not any(change.worse for change in compare(after, before))  # the other way round it is progress
     with pytest.raises(SystemExit, match="1"):
-        main([str(run[0]), str(after)])
+        main([str(before), str(after)])
     assert "Worse: Dense base: accuracy." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
-        main([str(after), str(run[0])])
+        main([str(after), str(before)])
 
 
 def test_dearer_is_a_regression_and_a_little_dearer_is_not(

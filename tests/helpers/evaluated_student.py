@@ -109,7 +109,7 @@ def task(rows: Any = None, **more: Any) -> Task:
     return Task(**{"name": "scenes", "rows": questions() if rows is None else rows, "split": "test", **more})
 
 
-def evaluate(folder: Path, **changes: Any) -> dict[str, Any] | None:
+def settings(folder: Path, **changes: Any) -> Settings:
     """One evaluation with few prompts to measure."""
     values: dict[str, Any] = {
         "model": student().model,
@@ -123,7 +123,12 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any] | None:
         "latency_prompts": 2,
         "latency_repeats": 1,
     }
-    return run_comparison(Settings(**values | changes))
+    return Settings(**values | changes)
+
+
+def evaluate(folder: Path, **changes: Any) -> dict[str, Any] | None:
+    """The report of one evaluation with few prompts to measure."""
+    return run_comparison(settings(folder, **changes))
 
 
 @cache

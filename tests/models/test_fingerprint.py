@@ -296,7 +296,7 @@ def saved_anew(base: Path) -> None:
 
 def test_an_interrupted_evaluation_goes_on_with_the_same_weights_alone(tmp_path: Path, monkeypatch) -> None:
     base, sources = save_tiny_base(tmp_path / "base"), []
-    monkeypatch.setattr(run, "run_comparison", lambda settings: sources.append(settings.source))
+    monkeypatch.setattr(run, "run_comparison", lambda settings: sources.append(settings.base))
     chosen = evaluate.Arguments(model=str(base), policies=["fastv"], samples=2)
     for change in (lambda: None, lambda: saved_anew(base), lambda: None):
         evaluate.evaluate(chosen)
