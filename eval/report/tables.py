@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, log10
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -201,16 +202,12 @@ def seeds(runs: Sequence[dict[str, Any]]) -> str:
     points = f"{_signed(middle)} ({_signed(low)} to {_signed(high)})"
     costs = [shares(_mean_system([run["systems"][key] for run in runs])) for key in order[1:]]
     lines.append(f"| mean | {' | '.join(scores)} | {points} | {' | '.join(costs)} |")
-    return (
-        "\n".join(lines)
-        + "\n\nIn a seed's row, brackets are 95% intervals over its questions; in the last row, 95% t intervals "
-        f"of the mean over the {len(runs)} seeds. FLOPs are the decoder's, against dense"
-        + (
-            ", in brackets the whole prefill's.\n"
-            if "prefill_flops" in runs[0]["systems"][order[2]]
-            else ".\n"
-        )
+    note = (
+        "In a seed's row, brackets are 95% intervals over its questions; in the last row, 95% t intervals of the "
+        f"mean over the {len(runs)} seeds. FLOPs are the decoder's, against dense"
     )
+    whole = "; in brackets the whole prefill's." if "prefill_flops" in runs[0]["systems"][order[2]] else "."
+    return "\n".join(lines) + "\n\n" + fill(note + whole, 100, break_on_hyphens=False) + "\n"
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float, float]:

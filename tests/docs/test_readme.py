@@ -65,6 +65,11 @@ def test_the_tables_are_what_the_script_makes_of_their_files() -> None:
     assert insert(README, "results", f"{tables.markdown(run)}\n{tables.headline(run)}\n") == README
     longer = [results(f"longer_seed{seed}") for seed in (0, 1, 2)]
     assert insert(README, "seeds", tables.seeds(longer)) == README
+    page, runs = (
+        (ROOT / "docs/models.md").read_text(),
+        [results(f"cross_only_seed{seed}") for seed in (0, 1, 2)],
+    )
+    assert insert(page, "cross_only", tables.seeds(runs)) == page
 
 
 def test_the_first_table_is_of_the_same_file() -> None:
