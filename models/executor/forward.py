@@ -146,7 +146,7 @@ class Forward:
         if counts == prompt.n_vision and not frozen:
             self.segment = Segment()
             return full
-        self._check_packed(i, selection)
+        self._check_choice(i, selection)
         # Here tokens leave (are removed): a layer of this segment gets the rows of the active tokens alone.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
         n_text = [real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)]
@@ -162,10 +162,21 @@ class Forward:
         self.segment = Segment(layout, full, text, silent)
         return layout.take(full)
 
-    def _check_packed(self, i: int, selection: Selection) -> None:
-        """Raise ValueError if a row holds several samples and what is left of them would be mixed up."""
+    def _check_choice(self, i: int, selection: Selection) -> None:
+        """Raise ValueError if the policy cannot have chosen rightly.
+
+        That is where a row holds several samples, whose tokens would be mixed up, and where an image comes after the
+        question by whose text its tokens would have to be chosen.
+        """
         prompt = self.prompt
         assert prompt is not None and selection.counts is not None
+        some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
+        if some and prompt.late:
+            raise ValueError(
+                f"the policy chooses among the vision tokens of a row in layer {i}, but an image comes after the last "
+                "of the queries: no text of the prompt has read it. Use a policy that keeps all vision tokens or none, "
+                "such as VisionSchedule(enter=..., exit=...)."
+            )
         if not prompt.packed:
             return
         if is_flash_attention_requested(self.config):
@@ -174,7 +185,6 @@ class Forward:
                 "would let them see each other once vision tokens leave: put them into rows of their own, or load the "
                 'model with attn_implementation="sdpa".'
             )
-        some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
         if some and not self.told_apart:
             raise ValueError(
                 f"the policy chooses among the vision tokens of a row in layer {i}, but several samples are packed "

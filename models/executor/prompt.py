@@ -64,9 +64,10 @@ def read_prompt(
     cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
     if end.queries is None:
         cut |= vision.gather(1, last)  # or ends there
-    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real), asks)
+    late = vision & (column > queries.amax(1, keepdim=True)) & (end.queries is not None)
+    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real), asks, late)
     numbers = torch.stack([mask.sum(1) for mask in masks]).tolist()
-    n_vision, n_real, n_text, n_answer, tails, cuts, packed, asking = map(tuple, numbers)
+    n_vision, n_real, n_text, n_answer, tails, cuts, packed, asking, n_late = map(tuple, numbers)
     if not any(n_vision):
         return None
     return Prompt(
@@ -84,6 +85,7 @@ def read_prompt(
         packed=any(packed),
         asks=tuple(map(bool, asking)),
         past=past,
+        late=any(n_late),
     )
 
 

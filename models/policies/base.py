@@ -32,6 +32,7 @@ class Prompt:
         past: tokens that the cache has seen before this forward.
         piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
         packed: a row holds several samples, each with positions of its own.
+        late: vision tokens come after the last query, so no text of the prompt has seen them.
     """
 
     vision: Tensor
@@ -48,6 +49,7 @@ class Prompt:
     packed: bool = False
     asks: tuple[bool, ...] = ()
     past: int = 0
+    late: bool = False
 
 
 @dataclass(frozen=True)

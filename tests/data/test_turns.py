@@ -107,6 +107,21 @@ def test_later_turns_get_what_a_chat_on_a_kept_cache_gets(base, rows, policy):
     assert torch.allclose(row, chat, atol=1e-9)
 
 
+def test_an_image_after_the_question_is_not_ranked_by_it(base, rows):
+    """No text before the answer has read it: a policy that ranks is refused, a band is not."""
+    first, second = rows[0], rows[20]
+    sample = {name: first[name] + second[name] for name in ("messages", "images")}
+    batch = collator(base, None)([sample])
+    labels, queries = batch.pop("labels"), batch.pop("queries")
+    for policy in (VisionSchedule(enter=2, exit=11), RANKING["keep"]):
+        with attach(base[0], policy) as attachment, attachment.queries(queries), torch.no_grad():
+            if policy.keep:
+                with pytest.raises(ValueError, match="an image comes after the last of the queries"):
+                    base[0](**batch, use_cache=False)
+            else:
+                assert base[0](**batch, use_cache=False).logits.shape[:2] == labels.shape
+
+
 def test_mask_and_positions_by_hand():
     vision = torch.tensor([[False, True, True, False, False, False, False, False]])
     answer = torch.tensor([[False, False, False, False, True, False, True, False]])
