@@ -9,6 +9,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import datasets
 from torch.utils.data import Dataset
 
 from latefusion.data import sources
@@ -48,8 +49,9 @@ def training_data(data: DataConfig) -> Any:
 
 def data_fingerprint(dataset: Any) -> str:
     """Hash of a training set: its rows in their order and their images' contents; of a stream, the first rows."""
-    own = getattr(dataset, "fingerprint", None)
-    return rows_fingerprint(dataset, whole=False) if own is None else own()
+    if isinstance(dataset, datasets.Dataset):
+        return rows_fingerprint(dataset, whole=False)
+    return dataset.fingerprint()
 
 
 def parts_of(data: DataConfig) -> list[PartConfig]:

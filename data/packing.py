@@ -1,8 +1,8 @@
 """Text-only samples side by side in a row instead of one below the other: no padding is computed.
 
 A packed row is `sample 1, sample 2, ...` without a mask: positions begin again with every sample, by which the mask
-functions of transformers and its flash attention tell them apart, so none sees another. What every token gets, and so
-loss and gradients, is what it gets in a row of its own.
+functions of transformers and its flash attention tell them apart, so none sees another. Every token's output, and so
+loss and gradients, are those of a row of its own.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ TAUGHT = ("teacher_tokens", "teacher_logprobs")  # [N, k], by label token, sampl
 
 
 class Packed:
-    """A collator whose batches without images have their samples packed; those with images stay as they are.
+    """A collator that packs the samples of batches without images; batches with images stay as they are.
 
     Args:
-        collator: whose batches they are, padded on the right.
-        one_row: all samples in one row, as flash attention wants it. Elsewhere a row gets no longer than the longest
-            sample, so that the mask `[B, 1, T, T]` never grows.
-        axes: positions a token has: 1, or as many as a decoder with multimodal RoPE takes with those of the text.
+        collator: makes the batches, padded on the right.
+        one_row: put all samples into one row, as flash attention needs it. Elsewhere a row gets no longer than the
+            longest sample, so that the mask `[B, 1, T, T]` never grows.
+        axes: number of positions of a token: 1, or more for a decoder with multimodal RoPE.
     """
 
     def __init__(self, collator: Callable[..., dict[str, Tensor]], *, one_row: bool, axes: int):
@@ -35,7 +35,7 @@ class Packed:
 
     @classmethod
     def of(cls, model: PreTrainedModel, collator: Callable[..., dict[str, Tensor]]) -> Packed:
-        """Packed as this model can take it."""
+        """A packing collator that suits the model's attention and positions."""
         text = model.config.get_text_config()
         multimodal = "mrope_section" in (text.rope_parameters or {})
         return cls(collator, one_row=is_flash_attention_requested(text), axes=4 if multimodal else 1)
@@ -101,15 +101,15 @@ def fitted(lengths: Sequence[int]) -> list[list[int]]:
 
 def _moved(queries: Tensor, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
     """The queries of a row's samples where they stand in it, `[R, Q']`, short rows filled with their last one."""
-    found = []
+    moved = []
     for row in rows:
         start, parts = 0, []
         for i in row:
             parts.append(queries[i].unique_consecutive() + start)
             start += lengths[i]
-        found.append(torch.cat(parts))
-    width = max(map(len, found))
-    return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in found])
+        moved.append(torch.cat(parts))
+    width = max(map(len, moved))
+    return torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in moved])
 
 
 @torch.no_grad()

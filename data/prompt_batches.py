@@ -85,12 +85,12 @@ class Batch:
 
     def rest(self, cut: int) -> dict[str, Any]:
         """The inputs of what follows on the head's cache: text alone."""
-        found = {
+        rest = {
             name: value[:, cut:]
             for name, value in self.inputs.items()
             if isinstance(value, Tensor) and value.shape[:2] == self.labels.shape
         }
-        return {**found, "attention_mask": self.inputs["attention_mask"]}
+        return {**rest, "attention_mask": self.inputs["attention_mask"]}
 
 
 def collated(

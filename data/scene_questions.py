@@ -82,12 +82,12 @@ class Question(NamedTuple):
 
 def ask(scene: Scene, rng: random.Random) -> list[Question]:
     """About 13 different questions on a scene, in random order."""
-    asked: list[Question] = []
+    questions: list[Question] = []
     for kind in (_existence, _attribute, _relation, _neighbor, _where, ask_counting, _reading, _open):
-        asked += kind(scene, rng)
-    asked = list({question.question: question for question in asked}.values())
-    rng.shuffle(asked)
-    return asked
+        questions += kind(scene, rng)
+    questions = list({question.question: question for question in questions}.values())
+    rng.shuffle(questions)
+    return questions
 
 
 def _article(word: str) -> str:
@@ -104,32 +104,32 @@ def _existence(scene: Scene, rng: random.Random) -> list[Question]:
     colors, shapes = sorted({c for c, _ in present}), sorted({s for _, s in present})
     adversarial = [(c, s) for c in colors for s in shapes if (c, s) not in present]
     absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
-    asked = []
+    questions = []
     for _ in range(2):
         if rng.random() < 0.5:
             (color, shape), answer = rng.choice(present), "yes"
         else:
             some = adversarial if adversarial and rng.random() < 0.6 else absent
             (color, shape), answer = rng.choice(some), "no"
-        asked.append(Question("existence", f"is there {_article(color)} {color} {shape}?", answer))
-    return asked
+        questions.append(Question("existence", f"is there {_article(color)} {color} {shape}?", answer))
+    return questions
 
 
 def _attribute(scene: Scene, rng: random.Random) -> list[Question]:
     colors, shapes = [i.color for i in scene.items], [i.shape for i in scene.items]
-    asked = []
+    questions = []
     if lone := [i for i in scene.items if shapes.count(i.shape) == 1]:
         item = rng.choice(lone)
-        asked.append(Question("attribute", f"what color is the {item.shape}?", item.color))
+        questions.append(Question("attribute", f"what color is the {item.shape}?", item.color))
     if lone := [i for i in scene.items if colors.count(i.color) == 1]:
         item = rng.choice(lone)
-        asked.append(Question("attribute", f"what shape is the {item.color} object?", item.shape))
-    return asked
+        questions.append(Question("attribute", f"what shape is the {item.color} object?", item.shape))
+    return questions
 
 
 def _relation(scene: Scene, rng: random.Random) -> list[Question]:
     unique = _unique(scene)
-    asked = []
+    questions = []
     for _ in range(3 if len(unique) >= 2 else 0):
         a, b = rng.sample(unique, 2)
         holds = {}
@@ -137,11 +137,11 @@ def _relation(scene: Scene, rng: random.Random) -> list[Question]:
             holds.update({"left of": a.column < b.column, "right of": a.column > b.column})
         if a.row != b.row:
             holds.update({"above": a.row < b.row, "below": a.row > b.row})
-        wanted = rng.random() < 0.5
-        relation = rng.choice([r for r, true in holds.items() if true == wanted])
+        positive = rng.random() < 0.5
+        relation = rng.choice([r for r, true in holds.items() if true == positive])
         text = f"is the {a.color} {a.shape} {relation} the {b.color} {b.shape}?"
-        asked.append(Question("relation", text, "yes" if wanted else "no"))
-    return asked
+        questions.append(Question("relation", text, "yes" if positive else "no"))
+    return questions
 
 
 def _neighbor(scene: Scene, rng: random.Random) -> list[Question]:
@@ -152,12 +152,12 @@ def _neighbor(scene: Scene, rng: random.Random) -> list[Question]:
             if other := at.get((item.row + down, item.column + right)):
                 pairs.append((item, relation, other))
     rng.shuffle(pairs)
-    asked = []
+    questions = []
     for item, relation, other in pairs[:2]:
         what = rng.choice(["color", "shape"])
         text = f"what {what} is the object just {relation} the {item.color} {item.shape}?"
-        asked.append(Question("neighbor", text, other.color if what == "color" else other.shape))
-    return asked
+        questions.append(Question("neighbor", text, other.color if what == "color" else other.shape))
+    return questions
 
 
 def _where(scene: Scene, rng: random.Random) -> list[Question]:
@@ -177,11 +177,11 @@ def ask_counting(scene: Scene, rng: random.Random) -> list[Question]:
         by_count.setdefault(sum(i.shape == shape for i in scene.items), []).append(shape)
     counts = sorted(by_count)
     weights = [(2, 3, 4, 6)[min(count, 3)] for count in counts]
-    asked = []
+    questions = []
     for _ in range(2):
         count = rng.choices(counts, weights)[0]
-        asked.append(Question("counting", f"how many {rng.choice(by_count[count])} objects?", str(count)))
-    return asked
+        questions.append(Question("counting", f"how many {rng.choice(by_count[count])} objects?", str(count)))
+    return questions
 
 
 def _reading(scene: Scene, rng: random.Random) -> list[Question]:
@@ -194,14 +194,14 @@ def _open(scene: Scene, rng: random.Random) -> list[Question]:
     free = [
         (r, c) for r in range(3) for c in range(3) if (r, c) not in {(i.row, i.column) for i in scene.items}
     ]
-    asked = []
+    questions = []
     for _ in range(2):
         if rng.random() < 0.85:
             item = rng.choice(scene.items)
             row, column = item.row, item.column
         else:
             row, column = rng.choice(free)
-        asked.append(
+        questions.append(
             Question("open", f"what is at the {CELLS[row][column]}?", filled.get((row, column), "nothing"))
         )
-    return asked
+    return questions

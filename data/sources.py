@@ -138,7 +138,7 @@ def dataset(path: str, *, split: str, images: str | None = None) -> Rows:
         images: the folder that image paths are relative to; None: the data's own.
 
     Raises:
-        FileNotFoundError: there is none, or it cannot be reached.
+        FileNotFoundError: the data are not there, or cannot be reached.
         ValueError: a column is missing.
     """
     if Path(path).is_file() and Path(path).suffix in JSON:
@@ -183,7 +183,7 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
     """A data set saved to disk, in a folder or file, or on the hub.
 
     Raises:
-        FileNotFoundError: there is none, or it cannot be reached.
+        FileNotFoundError: the data are not there, or cannot be reached.
         ValueError: it is damaged.
     """
     try:
