@@ -80,6 +80,11 @@ class Attachment(Hooks):
         self._scope = Scope(policy)
         self._scopes: ContextVar[Scope] = ContextVar("scope")
         super().__init__(**parts)
+        try:
+            self._prepare(policy)
+        except ValueError:
+            self.detach()
+            raise
         if hasattr(self.model, "generate"):
             self._handles.append(Around(self.model, "generate", self._generate))
 
@@ -101,8 +106,13 @@ class Attachment(Hooks):
     def using(self, policy: Policy) -> Iterator[Attachment]:
         """Another policy for the forwards inside."""
         _check_policy(self.model, policy, len(self.layers))
+        self._prepare(policy)
         with self._inside(policy=policy):
             yield self
+
+    def _prepare(self, policy: Policy) -> None:
+        if getattr(policy, "freezes", False):
+            self.prepare_reading()
 
     @contextmanager
     def queries(self, index: Tensor, answers: Tensor | None = None) -> Iterator[Attachment]:
@@ -221,9 +231,46 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     for layer in layers if fits else ():  # type: ignore[union-attr]
         takes = inspect.signature(layer.forward).parameters
         fits = fits and "self_attn" in layer._modules and "position_embeddings" in takes
+        if fits:
+            check_arguments(layer)
     if not fits:
         raise ValueError(
             f"{type(model).__name__} has no decoder of self-attention layers with rotary positions; "
             "use a decoder-only model such as LLaVA or Qwen2-VL."
         )
     return decoder
+
+
+HANDED_ON = {
+    "hidden_states",
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "past_key_values",
+    "past_key_value",
+    "cache_position",  # older code's
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+}
+"""Arguments of a decoder layer that the executor translates, or that say nothing of single tokens."""
+
+
+def check_arguments(layer: Any) -> None:
+    """Raise ValueError if a decoder layer takes more of every token than the executor hands on."""
+    config = getattr(layer.self_attn, "config", None)
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"{type(layer).__name__} shares keys and values between layers, which would then have to see the same "
+            "tokens: no policy can be carried out on it yet."
+        )
+    unused = {"shared_kv_states"}
+    if not getattr(config, "hidden_size_per_layer_input", 0):
+        unused.add("per_layer_input")
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for name, parameter in inspect.signature(layer.forward).parameters.items():
+        if name not in HANDED_ON | unused and parameter.kind not in kinds:
+            raise ValueError(
+                f"{type(layer).__name__} takes {name}, which would have to follow the tokens that stay: no policy can "
+                "be carried out on it yet."
+            )

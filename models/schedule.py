@@ -163,6 +163,11 @@ class VisionSchedule:
             silent=self.freeze_prefix,
         )
 
+    @property
+    def freezes(self) -> bool:
+        """Whether vision tokens are only read (`Policy.freezes`)."""
+        return bool(self.cross)
+
     def sees(self, num_layers: int) -> list[bool]:
         """Whether each layer sees vision tokens."""
         if self.cross is not None:

@@ -117,7 +117,7 @@ class Watch:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Mask,
+        attention_mask: Mask = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """The stock attention; a watched layer's goes by the decision, which may replace its output.
@@ -126,7 +126,7 @@ class Watch:
             indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
             attention: the stock function; what follows are its arguments.
         """
-        ahead = self._ahead == layer
+        mask, ahead = attention_mask, self._ahead == layer
         if not ahead:
             if self._due is None or self._due[0] != layer:
                 return attention(module, query, key, value, mask, **kwargs)
@@ -189,8 +189,9 @@ class _Rows:
         self.query, self.key, self.mask = query, key, mask
         scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
         self.scaling: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self.causal = bool(module.is_causal if causal is None else causal)
+        self.causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         self.softcap: float | None = kwargs.get("softcap")
+        self.sinks: Tensor | None = kwargs.get("s_aux")  # [H], scores of a key that holds nothing
 
     @torch.no_grad()
     def weights(self, index: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class _Rows:
 
     def output(self, value: Tensor, index: Tensor) -> Tensor:
         """Attention output of the rows `index` with other values, `[B, R, H, D]`."""
-        if self.softcap is None:
+        if self.softcap is None and self.sinks is None:
             mask, query = self._mask(index), self._query(index)
             grouped = self.query.shape[1] != self.key.shape[1]
             out = scaled_dot_product_attention(
@@ -225,7 +226,10 @@ class _Rows:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-        return scores.softmax(-1)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def _mask(self, index: Tensor) -> Tensor:
         """What these rows see: bool or additive, `[B, H|1, R, K]`."""

@@ -200,11 +200,11 @@ class Forward:
         """A layer's keyword arguments for the tokens of its segment; its cache learns which tokens are coming."""
         segment, kwargs = self.segment, dict(kwargs)
         if segment.layout is not None:
-            cos, sin = kwargs["position_embeddings"]  # [B|1, T, D]
-            kwargs["position_embeddings"] = segment.once(
-                "rope", (cos, sin), lambda: (segment.take(cos), segment.take(sin))
-            )
-            kwargs["position_ids"] = None  # ids with gaps would look like packed sequences
+            kwargs["position_embeddings"] = segment.take_embeddings(kwargs["position_embeddings"])
+            ids = kwargs.get("position_ids")
+            if ids is not None:  # flash attention would take ids with gaps for packed sequences
+                packs = is_flash_attention_requested(self.config)
+                kwargs["position_ids"] = None if packs else segment.take_ids(ids)
         if segment.text is not None:
             kwargs[TEXT_ROWS] = segment.text
         if segment.silent is not None:

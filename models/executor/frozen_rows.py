@@ -23,21 +23,13 @@ class ReadingLayer:
     """Hooks inside one decoder layer, idle unless the layer is called with `TEXT_ROWS`, a `Layout` over its input.
 
     Then norms, k_proj and v_proj work on every row, q_proj, attention, o_proj and the MLP on these rows alone. What
-    they leave out is zero, so that a frozen row keeps its state through both residual additions. The argument travels
-    with the call: gradient checkpointing, which calls the layer a second time, brings it again.
-
-    Raises:
-        ValueError: the layer is not made of these parts.
+    they leave out is zero, so that a frozen row keeps its state through both residual additions; in layers that do more
+    to a row than that (experts beside the MLP, a scale), the state is put back at the end. The argument travels with
+    the call: gradient checkpointing, which calls the layer a second time, brings it again.
     """
 
     def __init__(self, layer: nn.Module):
         self.attention: nn.Module = layer.get_submodule("self_attn")
-        missing = [n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n not in self.attention._modules]
-        if missing or "mlp" not in layer._modules:
-            raise ValueError(
-                f"{type(layer).__name__} has no {missing[0] if missing else 'mlp'}, so its vision tokens cannot be "
-                "frozen: use a schedule without cross."
-            )
         self._call = _Call()
         mlp = layer.get_submodule("mlp")
         self._handles: list[RemovableHandle] = [
@@ -45,6 +37,8 @@ class ReadingLayer:
             mlp.register_forward_pre_hook(self._take),
             mlp.register_forward_hook(self._after_mlp),
         ]
+        if not _only_adds(layer):
+            self._handles.append(layer.register_forward_hook(self._restore, with_kwargs=True))
         self._linears: dict[str, tuple[nn.Module, list[RemovableHandle]]] = {}
 
     def remove(self) -> None:
@@ -110,10 +104,19 @@ class ReadingLayer:
         rows = self._call.rows
         return None if rows is None else rows.put(_zeros(rows, output), output)
 
-    def _after_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        whole = self._put(module, args, output)
+    def _after_mlp(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        several = isinstance(output, tuple)  # with what a router says of the rows
+        whole = self._put(module, args, output[0] if several else output)
+        if whole is not None and several:
+            whole = (whole, *output[1:])  # type: ignore[assignment]
         self.forget()  # the MLP comes last
         return whole
+
+    def _restore(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        rows = kwargs.get(TEXT_ROWS)
+        return None if rows is None else rows.put(args[0], rows.take(output))
 
 
 class _Call(threading.local):
@@ -124,6 +127,26 @@ class _Call(threading.local):
 
     def __reduce__(self) -> Any:
         return type(self), ()  # a copy of the model is in no call
+
+
+def check_parts(layer: nn.Module) -> None:
+    """Raise ValueError if a layer is not made of the parts that `ReadingLayer` puts its hooks on."""
+    attention = layer.get_submodule("self_attn")
+    missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name not in attention._modules]
+    if missing or "mlp" not in layer._modules:
+        raise ValueError(
+            f"{type(layer).__name__} has no {missing[0] if missing else 'mlp'}, so its vision tokens cannot be "
+            "frozen: use a schedule without cross."
+        )
+
+
+def _only_adds(layer: nn.Module) -> bool:
+    """Whether all that a layer does to its rows is to add the outputs of attention and MLP."""
+    parts = {
+        name for name, _ in layer.named_children() if "norm" not in name.lower() and "dropout" not in name
+    }
+    values = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    return parts == {"self_attn", "mlp"} and not values
 
 
 def _zeros(rows: Layout, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from latefusion.models.executor.around import Around
 from latefusion.models.executor.attention import WATCHER, Attention, let_modules_watch
 from latefusion.models.executor.cache import check_cache, is_scheduled
 from latefusion.models.executor.forward import Forward, checkpoints
-from latefusion.models.executor.frozen_rows import ReadingLayer
+from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import PromptEnd, padding_of, read_prompt, real_tokens
 from latefusion.models.executor.recorded import Recorded
@@ -30,6 +30,8 @@ from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
 from latefusion.models.policies.base import Policy
 from latefusion.models.student.entry import entry_of
+
+_LOCK = threading.Lock()
 
 
 class Running(threading.local):
@@ -68,6 +70,7 @@ class Hooks:
         self._running = Running()
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: list[ReadingLayer] = []  # once a policy freezes
+        self._takes_ids = any("position_ids" in _parameters(layer.self_attn) for layer in self.layers)
         let_modules_watch()
         self._handles = list(self._install())
 
@@ -100,7 +103,7 @@ class Hooks:
             yield self.multimodal.register_forward_hook(self._after_multimodal, always_call=True)
         yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         yield Around(decoder, "forward", self._until_interrupted)
-        deepstack = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
+        deepstack = "deepstack_visual_embeds" in _parameters(decoder)
         for i, layer in enumerate(self.layers):
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
@@ -175,6 +178,11 @@ class Hooks:
                 f"flash attention would count its sliding window of {window} over the tokens that are left, "
                 f'not over all {past + length}: load the model with attn_implementation="sdpa".'
             )
+        if prompt is not None and self._takes_ids and is_flash_attention_requested(config):
+            raise ValueError(
+                f"{type(self.layers[0].self_attn).__name__} computes with position_ids, which flash attention takes "
+                'for packed rows once tokens are left out: load the model with attn_implementation="sdpa".'
+            )
         policy = self.policy
         decision = None if prompt is None else policy.begin(prompt)
         mask = arguments.get("attention_mask")
@@ -208,9 +216,21 @@ class Hooks:
         if forward is None:
             return None
         changed = forward.enter_layer(i, layer, args, kwargs)
-        if forward.selections is not None and forward.selections.freezes and not self._reading:
-            self._reading = [ReadingLayer(layer) for layer in self.layers]
+        if forward.selections is not None and forward.selections.freezes:
+            self.prepare_reading()
         return changed
+
+    def prepare_reading(self) -> None:
+        """Let layers read frozen tokens.
+
+        Raises:
+            ValueError: they are not made of parts that allow it.
+        """
+        with _LOCK:
+            if not self._reading:
+                for layer in self.layers:
+                    check_parts(layer)
+                self._reading = [ReadingLayer(layer) for layer in self.layers]
 
     def _attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of layer i's stock attention: shown to the policy, and on text rows alone over frozen tokens."""
@@ -245,8 +265,12 @@ class Hooks:
         self._running.vision = self._running.padding = None
 
 
+def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
+
+
 def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
     if not args:
         return kwargs
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False), **kwargs)
+    return dict(zip(_parameters(module), args, strict=False), **kwargs)

@@ -50,6 +50,22 @@ class Segment:
         """The segment's rows of `[B, T, D]`."""
         return full if self.layout is None else self.layout.take(full)
 
+    def take_embeddings(self, embeddings: Any) -> Any:
+        """The segment's rows of a layer's RoPE: `(cos, sin)`, one complex tensor, or None in a layer without."""
+        if embeddings is None:
+            return None
+        tensors = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)  # [B|1, T, D] each
+        taken = self.once("rope", tensors, lambda: tuple(map(self.take, tensors)))
+        return taken[0] if isinstance(embeddings, Tensor) else taken
+
+    def take_ids(self, ids: Tensor) -> Tensor:
+        """The segment's columns of position ids `[B|1, T]` or `[axes, B|1, T]`."""
+        layout = self.layout
+        if layout is None:
+            return ids
+        index = layout.index if ids.dim() == 2 else layout.index.expand(ids.shape[0], -1, -1)
+        return self.once("positions", (ids,), lambda: ids.expand(*index.shape[:-1], -1).gather(-1, index))
+
     def expand(self, hidden_states: Tensor) -> Tensor:
         """The segment's hidden states `[B, n, D]` at full length `[B, T, D]`."""
         if self.layout is None:

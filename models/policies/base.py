@@ -154,7 +154,11 @@ class LooksAhead(Protocol):
 
 
 class Policy(Protocol):
-    """Decides which vision tokens each layer sees. One object serves many forwards and keeps no state."""
+    """Decides which vision tokens each layer sees. One object serves many forwards and keeps no state.
+
+    It may also have two attributes. `enter`: the first layer with vision tokens, where the entry adapter runs in
+    forwards without any. `freezes`: its vision tokens may be frozen, so a model that cannot do so is refused early.
+    """
 
     def validate(self, num_layers: int) -> None:
         """Raise ValueError, in one sentence that names value and fix, if it does not fit such a decoder."""
