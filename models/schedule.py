@@ -165,8 +165,8 @@ class VisionSchedule:
 
     @property
     def freezes(self) -> bool:
-        """Whether vision tokens are only read (`Policy.freezes`)."""
-        return bool(self.cross)
+        """Whether some tokens are only read (`Policy.freezes`)."""
+        return bool(self.cross) or self.freeze_prefix
 
     def sees(self, num_layers: int) -> list[bool]:
         """Whether each layer sees vision tokens."""

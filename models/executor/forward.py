@@ -71,8 +71,9 @@ class Forward:
         self.entering = None if entry is None else Entering(entry, prompt)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
         self.selections = None if prompt is None else Selections(prompt)
+        self.ahead = decision.ahead if isinstance(decision, LooksAhead) else ()
         self.watch: Watch | None = None
-        if decision is not None and (decision.watch or (isinstance(decision, LooksAhead) and decision.ahead)):
+        if decision is not None and (decision.watch or self.ahead):
             self.watch = Watch(decision=decision, plain=plain, replayed=replayed)
         self.segment = Segment()  # of the running layer; this one computes all tokens
         self.expanded = False  # the running layer's output was handed to the model at full length
@@ -82,7 +83,7 @@ class Forward:
 
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
-        if isinstance(self.decision, LooksAhead) and i in self.decision.ahead:
+        if i in self.ahead:
             self._look_ahead(i, layer, args, kwargs)
         hidden_states = self._select(i, args[0])
         if self.watch is not None and not is_skipped(layer):
