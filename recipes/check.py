@@ -114,6 +114,12 @@ def check_config(cfg: DictConfig) -> Config:
             "schedule.cross leaves no band for train.narrow to narrow or a profile to choose: use train.narrow=0 and "
             "schedule=given."
         )
+    zero3 = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+    if config.schedule.ranking == "hidrop" and config.schedule.keep and (zero3 or config.engine.fsdp):
+        raise ValueError(
+            "schedule.ranking=hidrop looks into a layer before it runs, which weights in shards (ZeRO-3, FSDP2) do not "
+            "allow; use engine=deepspeed_zero2 or engine=accelerate."
+        )
     if kl.cache is not None and config.teacher is Teacher.none:
         raise ValueError(
             "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
@@ -143,10 +149,7 @@ def check_config(cfg: DictConfig) -> Config:
         )
     if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
         raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
-    if (
-        config.model.load_in_4bit
-        and (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
-    ):
+    if config.model.load_in_4bit and zero3:
         raise ValueError(
             "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
         )

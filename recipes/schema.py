@@ -184,12 +184,15 @@ class ScheduleConfig:
 
     `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
     untyped, so that an override replaces all of it. `enter` None: nobody has said where, so no run can begin.
+    `ranking` (`reading` or `hidrop`) and `freeze_prefix` are described in models/schedule.py.
     """
 
     enter: int | None = None
     exit: int | None = None
     keep: Any = None
     cross: Any = None
+    ranking: str = "reading"
+    freeze_prefix: bool = False
 
 
 @dataclass

@@ -50,7 +50,7 @@ from latefusion.training.step_cost import training_flops
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
 PUBLISHED = "llava_1_5_7b"  # whose schedules are stretched
 PUBLISHED_LAYERS, PUBLISHED_VISION = 32, 576
-NO_LATE_FUSION = ("align",)  # a stage before it
+NOT_COMPARED = ("align", "vica_13b", "vica_3b")  # a stage before late fusion, and schedules of other models
 TARGETS = {
     "late_fusion": (1.8, 0.6),
     "late_fusion_pyramid": (3.5, 0.35),
@@ -190,7 +190,7 @@ def recipes(layers: int, n_vision: int) -> dict[str, VisionSchedule]:
     names = sorted(
         (path.stem for path in (RECIPES / "recipe").glob("*.yaml")), key=lambda name: (len(name), name)
     )
-    for name in (n for n in names if n not in NO_LATE_FUSION):
+    for name in (n for n in names if n not in NOT_COMPARED):
         schedule = compose_config([f"model={PUBLISHED}", f"recipe={name}"]).schedule
         stretched = stretch(schedule_of(schedule), layers, n_vision)
         if stretched not in schedules.values():
@@ -208,7 +208,7 @@ def stretch(schedule: VisionSchedule, layers: int, n_vision: int) -> VisionSched
     if schedule.cross is not None:
         return replace(schedule, enter=0, exit=None, keep=keep, cross=[layer(i) for i in schedule.cross])
     leaves = None if schedule.exit is None else layer(schedule.exit)
-    return VisionSchedule(enter=layer(schedule.enter), exit=leaves, keep=keep)
+    return replace(schedule, enter=layer(schedule.enter), exit=leaves, keep=keep)
 
 
 def sizes(tokens: Iterable[int]) -> list[int]:

@@ -36,6 +36,8 @@ def schedule_of(config: ScheduleConfig) -> VisionSchedule:
             "exit": config.exit,
             "keep": config.keep,
             "cross": config.cross,
+            "ranking": config.ranking,
+            "freeze_prefix": config.freeze_prefix,
         }
     )
 

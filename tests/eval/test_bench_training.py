@@ -17,8 +17,12 @@ def test_recipes_are_compared_on_the_schedules_they_give_the_published_model():
     assert published["late_fusion_pyramid"] == VisionSchedule(enter=8, exit=24, keep=keep)
     half = bench_training.recipes(16, 288)["late_fusion_pyramid"]
     assert half == VisionSchedule(enter=4, exit=12, keep={5: 108, 7: 5, 8: 2, 9: 1})
-    assert published["cross_only"] == VisionSchedule(cross=range(8, 24, 2))
-    assert bench_training.recipes(16, 288)["cross_only"] == VisionSchedule(cross=range(4, 12))
+    read = [0, 1, 7, 8, 9, 10, 11, 14]
+    assert published["cross_only"] == VisionSchedule(cross=read)
+    assert published["vica_7b"] == VisionSchedule(cross=read, freeze_prefix=True)
+    assert published["hidrop_tok64"] == VisionSchedule(enter=8, exit=24, keep=keep, ranking="hidrop")
+    assert "vica_13b" not in published  # of another model
+    assert bench_training.recipes(16, 288)["cross_only"] == VisionSchedule(cross=[0, 1, 4, 5, 6, 7])
     assert len({json.dumps(s.to_dict()) for s in published.values()}) == len(published)
 
 

@@ -27,7 +27,7 @@ TRAIN = Path(preflight.__file__).with_name("train.py")
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, late_fusion, ",
+            "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, .*late_fusion, ",
         ),
         ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
         ("train.steps=many", r"train.steps=many must be a whole number\.$"),

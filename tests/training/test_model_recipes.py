@@ -119,7 +119,9 @@ def test_the_layers_that_read_frozen_tokens_fit_the_model(model):
     schedule = schedule_of(config.schedule)
     schedule.validate(16 if model == "embedded" else LAYERS[model])
     band = schedule_of(config.model.schedule)
-    assert schedule.cross and band.enter == schedule.enter and schedule.exit <= band.exit
+    assert schedule.cross and schedule.exit <= band.exit
+    if model not in ("llava_1_5_7b", "llava_1_5_13b"):  # whose layers ViCA published
+        assert band.enter == schedule.enter
 
 
 @pytest.mark.slow
