@@ -1,4 +1,4 @@
-"""Checks the values of a composed configuration: each refusal is one sentence that names the value and the fix."""
+"""Checks of a composed configuration's values; each error is one sentence that names the value and the fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from latefusion.recipes.schema import (
 
 
 def check_config(cfg: DictConfig) -> Config:
-    """The composed configuration as a checked `Config`.
+    """Check a composed configuration and return it as a `Config`.
 
     Raises:
         ValueError: a value is missing or out of range.
@@ -77,7 +77,7 @@ def check_config(cfg: DictConfig) -> Config:
         ("kl.weight", kl.weight),
     ):
         if not 0 <= number < inf:
-            raise ValueError(f"{key}={number} must not be negative, and finite.")
+            raise ValueError(f"{key}={number} must be finite and not negative.")
     for key, number in (
         ("train.warmup", train.warmup),
         ("train.adam_beta2", train.adam_beta2),
@@ -93,7 +93,7 @@ def check_config(cfg: DictConfig) -> Config:
         )
     if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
         raise ValueError(
-            f"schedule.budget={config.schedule.budget} is a part of dense FLOPs: above 0, at most 1."
+            f"schedule.budget={config.schedule.budget} is a fraction of dense FLOPs: above 0, at most 1."
         )
     if not config.output_dir:
         raise ValueError("output_dir is empty; name a folder with output_dir=FOLDER.")
@@ -111,8 +111,8 @@ def check_config(cfg: DictConfig) -> Config:
         train.narrow > 0 or config.schedule.auto or config.schedule.profile
     ):
         raise ValueError(
-            "schedule.cross leaves no band for train.narrow to narrow or a profile to choose: use train.narrow=0 and "
-            "schedule=given."
+            "schedule.cross leaves no band that train.narrow could narrow or a profile could choose: use train.narrow=0 "
+            "and schedule=given."
         )
     zero3 = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
     if config.schedule.ranking == "hidrop" and config.schedule.keep and (zero3 or config.engine.fsdp):
@@ -122,7 +122,7 @@ def check_config(cfg: DictConfig) -> Config:
         )
     if kl.cache is not None and config.teacher is Teacher.none:
         raise ValueError(
-            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave kl.cache out."
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave out kl.cache."
         )
     if config.resume is not False and config.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
@@ -130,7 +130,7 @@ def check_config(cfg: DictConfig) -> Config:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
     if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError(
-            "train.on_nonfinite=skip cannot work with DeepSpeed, which has taken the step; use stop."
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which takes the step before the check; use stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
         raise ValueError(
@@ -139,13 +139,13 @@ def check_config(cfg: DictConfig) -> Config:
     taught = config.teacher is not Teacher.none and kl.weight > 0
     if config.tune is Tune.full and taught and kl.model is None:
         raise ValueError(
-            f"tune=full leaves no base to be the teacher={config.teacher.value}; use teacher=none, tune=lora, or "
+            f"tune=full changes the base, which is the teacher={config.teacher.value}; use teacher=none, tune=lora, or "
             "another model as the teacher, kl.model=PATH."
         )
     if kl.model is not None and not taught:
         raise ValueError(
             f"kl.model={kl.model} would teach nothing; use teacher=visipruner or teacher=dense with kl.weight above "
-            "0, or leave kl.model out."
+            "0, or leave out kl.model."
         )
     if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
         raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
@@ -173,7 +173,7 @@ def _check_data(config: Config) -> None:
             raise ValueError(f"data.parts[{number}].weight={part.weight} must be positive and finite.")
     if data.pack and config.kl.model is not None and config.kl.cache is None:
         raise ValueError(
-            "data.pack=true is for one model's layout of rows: with kl.model use kl.cache, or data.pack=false."
+            "data.pack=true lays out rows for one model only: with kl.model use kl.cache, or data.pack=false."
         )
     if data.pack and data.isolate:
         raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
@@ -187,7 +187,7 @@ def _check_data(config: Config) -> None:
 
 
 def _refuse_additions(node: Any, prefix: str = "") -> None:
-    """Hydra's `+key=value` adds keys even to a typed node."""
+    """Refuse keys that Hydra's `+key=value` has added to a typed node."""
     exists = sorted(f.name for f in fields(node))
     for name, value in vars(node).items():
         if name not in exists:

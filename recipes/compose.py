@@ -21,7 +21,7 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.schema import RECIPES, Config
 
 Kind = TypeVar("Kind")
-WANTED = {  # a type in words, and how OmegaConf says that a value has another
+TYPES = {  # a type in words, and how OmegaConf says that a value has another
     "a whole number": "could not be converted to Integer",
     "a number": "could not be converted to Float",
     "true or false": "is not a valid bool",
@@ -41,7 +41,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def compose_tree(overrides: Sequence[str]) -> DictConfig:
-    """Compose without a check of the values.
+    """Compose without checking the values.
 
     Raises:
         ValueError: a key, group or word that does not exist, named with what does.
@@ -110,8 +110,8 @@ def wrong_value(override: str, reason: str) -> str:
             f"{override} must be true, for the newest checkpoint in output_dir, or the step of one; name the folder of "
             "another run with output_dir=FOLDER."
         )
-    wanted = next((words for words, pattern in WANTED.items() if re.search(pattern, reason)), None)
-    return f"{override}: {reason}." if wanted is None else f"{override} must be {wanted}."
+    kind = next((words for words, pattern in TYPES.items() if re.search(pattern, reason)), None)
+    return f"{override}: {reason}." if kind is None else f"{override} must be {kind}."
 
 
 def did_you_mean(name: str, existing: Iterable[str]) -> str:

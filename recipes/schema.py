@@ -1,6 +1,6 @@
-"""Every key of a run's configuration and its type: what `training/train.py` accepts, composed from `recipes/`.
+"""Every key of a run's configuration, with its type: what `training/train.py` accepts, composed from `recipes/`.
 
-First the keys that take one of a few names, then `data`, then the rest; `Config` at the end holds them all.
+First come the keys that take one of a few names, then `data`, then the rest. `Config` at the end holds them all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from omegaconf import MISSING, OmegaConf
 RECIPES = Path(__file__).parent
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-"""Of `train.trackers`, each with the packages any of which it needs."""
+"""The names for `train.trackers`, each with the packages of which it needs one."""
 
 
 class Teacher(Enum):
-    """The policy of the teacher (the same weights, adapters off, or `kl.model`); `none`: no distillation."""
+    """The policy of the teacher, which is the base with the adapters off, or `kl.model`. `none`: no distillation."""
 
     visipruner = "visipruner"
     dense = "dense"
@@ -28,9 +28,12 @@ class Teacher(Enum):
 
 
 class Tune(Enum):
-    """What trains: `lora`: adapters on the decoder, entry adapter, and the projector if `lora.train_projector`;
-    `align`: projector and entry adapter alone; `full`: decoder, output head, projector and entry adapter, no adapters,
-    and so no base to teach (`teacher=none`, or `kl.model`)."""
+    """What trains.
+
+    `lora`: adapters on the decoder, the entry adapter, and the projector if `lora.train_projector`. `align`: only
+    projector and entry adapter. `full`: decoder, output head, projector and entry adapter; the base is then gone and
+    cannot teach (`teacher=none`, or `kl.model`).
+    """
 
     lora = "lora"
     align = "align"
@@ -46,14 +49,14 @@ class Variant(Enum):
 
 
 class Layers(Enum):
-    """Decoder layers with LoRA: the `busy` ones, in which vision tokens take part under the schedule, or `all`."""
+    """Decoder layers with LoRA: `busy` are those in which the schedule has vision tokens; or `all`."""
 
     all = "all"
     busy = "busy"
 
 
 class EntryKind(Enum):
-    """Of the entry adapter; `scale`: one factor a channel, `low_rank`: that and a low-rank map."""
+    """Kind of the entry adapter. `scale`: one factor per channel; `low_rank`: that and a low-rank map."""
 
     none = "none"
     scale = "scale"
@@ -68,7 +71,7 @@ class EntryInit(Enum):
 
 
 class Scheduler(Enum):
-    """How the learning rate goes on after the warm-up, by transformers' names."""
+    """The learning rate after the warm-up, by transformers' names."""
 
     linear = "linear"
     cosine = "cosine"
@@ -85,7 +88,7 @@ class Trainer(Enum):
 
 
 class Dtype(Enum):
-    """`auto`: bfloat16 where the hardware computes in it, else float32."""
+    """`auto`: bfloat16 if the hardware computes in it, else float32."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -93,15 +96,18 @@ class Dtype(Enum):
 
 
 class NonFiniteStep(Enum):
-    """What to do with a step whose loss or gradient is not a number."""
+    """What to do with a step whose loss or gradient is not finite."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Source(Enum):
-    """`scenes`: rendered here; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
-    `mixture`: several of the last two, by weight."""
+    """Kind of data.
+
+    `scenes`: rendered on this machine; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
+    `mixture`: several of the last two, by weight.
+    """
 
     scenes = "scenes"
     llava = "llava"
@@ -110,11 +116,11 @@ class Source(Enum):
 
 
 OnError = Enum("OnError", {"skip": "skip", "raise": "raise"})
-"""What a row that cannot be used means: another takes its place and it is counted, or the run stops."""
+"""For rows that cannot be used: `skip` puts another in its place and counts it, `raise` stops the run."""
 
 
 class Group(Enum):
-    """What the samples of a step have in common; `modality`: all with images or all without, and then length."""
+    """What the samples of a step have in common. `modality`: all with images or all without, and similar lengths."""
 
     none = "none"
     length = "length"
@@ -123,7 +129,7 @@ class Group(Enum):
 
 @dataclass
 class PartConfig:
-    """A source of a mixture; `weight` is its share of the rows, relative to the others'."""
+    """A source of a mixture; `weight` is its share of the rows, relative to those of the others."""
 
     source: Source = Source.dataset
     path: str = MISSING
@@ -140,22 +146,22 @@ class DataConfig:
         source: kind of source.
         path: file, dataset folder or hub id (unused by `scenes` and `mixture`).
         images: folder that the image paths in the data are relative to.
-        split: to train on; `eval.split` names the one to evaluate on.
-        streaming: read rows as they are used, for data that do not fit on the disk; shuffled in a buffer.
+        split: split to train on; `eval.split` names the one to evaluate on.
+        streaming: read rows as they are used, for data that do not fit on the disk; they are shuffled in a buffer.
         shuffle_buffer: rows in that buffer.
-        parts: what a `mixture` is made of.
-        eval_path: like `path` (no JSON), questions and answers for the evaluation (unused by `scenes`; None: none).
+        parts: the sources of a `mixture`.
+        eval_path: questions and answers for the evaluation, named like `path` (no JSON; unused by `scenes`). None: no
+            evaluation.
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
-        turns: how many questions about one image a training sample holds at most (`scenes` only).
+        turns: the most questions about one image in a training sample (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention.
         pack: let the samples of a batch without images share rows, each seeing itself alone, so that no padding is
             computed; `group=modality` makes such batches.
-        seed: of rendered scenes, mixtures and streams.
+        seed: for rendered scenes, mixtures and streams.
         max_length: the most tokens, vision included, that a sample may have; None: any number.
-        too_long: what a longer sample means: `skip` (another takes its place, and it is counted) or `raise`.
-            Nothing is ever cut.
-        on_error: the same for every other row that cannot be used; `python data/validate.py data=...` lists them.
+        too_long: what to do with a longer sample: `skip` or `raise`. No sample is ever cut.
+        on_error: what to do with every other row that cannot be used; `python data/validate.py data=...` lists them.
         group: what the samples of a step have in common: `none`, `length`, or `modality` (and length).
     """
 
@@ -182,9 +188,12 @@ class DataConfig:
 class ScheduleConfig:
     """A `VisionSchedule`; layers count from 0.
 
-    `keep` is `{layer: k}`, `cross` the layers that read frozen vision tokens, instead of `enter` and `exit`; both are
-    untyped, so that an override replaces all of it. `enter` None: nobody has said where, so no run can begin.
-    `ranking` (`reading` or `hidrop`) and `freeze_prefix` are described in models/schedule.py.
+    Attributes:
+        enter: first layer that sees vision tokens; None: unknown, so that no run can begin.
+        exit: first layer that no longer sees them; None: the last one still does.
+        keep: `{layer: k}`: from this layer on, the best k. Untyped, so that an override replaces all of it.
+        cross: layers that read frozen vision tokens, instead of `enter` and `exit`.
+        ranking, freeze_prefix: see models/schedule.py (`reading` or `hidrop`).
     """
 
     enter: int | None = None
@@ -197,13 +206,13 @@ class ScheduleConfig:
 
 @dataclass
 class RunScheduleConfig(ScheduleConfig):
-    """The schedule of the run; a profile's replaces `enter`, `exit` and `keep` (docs/profile.md).
+    """The schedule of the run; that of a profile replaces `enter`, `exit` and `keep` (docs/profile.md).
 
     Attributes:
-        enter: of a run whose recipe says nothing, the first layer: `recipe=dense`.
+        enter: 0 for a recipe without a schedule: `recipe=dense`.
         auto: `schedule=auto`: profile the model before training (or read `profile`).
-        profile: folder that `eval/profile_model.py` wrote.
-        samples, bound, budget: of the profile that `auto` makes.
+        profile: a folder written by `eval/profile_model.py`.
+        samples, bound, budget: arguments of the profile that `auto` makes.
     """
 
     enter: int | None = 0
@@ -229,20 +238,20 @@ class VisiPrunerConfig:
 
 @dataclass
 class ModelConfig:
-    """A base model, and what is known of where it fuses.
+    """A base model, and what is known about where it fuses.
 
     Attributes:
         path: `embedded`, a hub id, or a local folder.
-        tuned_for: the `path` that the other settings were chosen for; None: any. With another a run says so.
+        tuned_for: the `path` for which the other settings were chosen; a run says so if it has another. None: any.
         revision: branch, tag or commit of a hub id; None: its main branch.
-        processor: settings that the processor is loaded with (`max_pixels`, `crop_to_patches`, ...).
+        processor: settings to load the processor with (`max_pixels`, `crop_to_patches`, ...).
         load_in_4bit: hold the decoder in 4 bits (QLoRA); needs bitsandbytes.
         trust_remote_code: run code that comes with the weights.
         attention: the implementation to train with (`eager`, `sdpa`, `flash_attention_2`); None: the
             model's default.
         projector: name of the module between vision tower and decoder, for `lora.train_projector`.
         schedule: where its late-fusion student sees vision tokens.
-        pyramid: the same with shrinking sets of them, for `recipe=late_fusion_pyramid`.
+        pyramid: the same with fewer and fewer vision tokens, for `recipe=late_fusion_pyramid`.
         cross: layers that read frozen vision tokens, for `recipe=cross_only`.
         visipruner: its calibrated thresholds.
         teacher: the policy under which it teaches: `dense` if nobody has calibrated those thresholds.
@@ -265,13 +274,13 @@ class ModelConfig:
 
 @dataclass
 class EngineConfig:
-    """Who runs the loop.
+    """Who runs the training loop.
 
     Attributes:
         trainer: the file in `training/engines/`.
         deepspeed: a DeepSpeed configuration, or None.
         fsdp: an FSDP configuration of transformers, or None.
-        processes: that the run must consist of, asserted at its start; None: as many as the launcher started.
+        processes: the number of processes that the run must have, checked at its start; None: any number.
     """
 
     trainer: Trainer = Trainer.accelerate
@@ -342,9 +351,11 @@ class LoraConfig:
 
 @dataclass
 class EntryConfig:
-    """The entry adapter; `rank` is that of a `low_rank` one, 0: none.
+    """The entry adapter.
 
-    `images` of the training set calibrate it, if `init` says so.
+    Attributes:
+        rank: of a `low_rank` adapter; 0: no adapter.
+        images: number of images of the training set that calibrate it, if `init` says so.
     """
 
     kind: EntryKind = EntryKind.low_rank
@@ -358,13 +369,12 @@ class KLConfig:
     """Distillation: `weight` times KL(teacher || student) at this temperature.
 
     Attributes:
-        model: another model to be the teacher, frozen, of the same tokenizer and with the same number of vision
-            tokens an image: a hub id or folder; None: the student's own base.
+        model: another model as the teacher, a hub id or folder. It is frozen, and has the student's tokenizer and
+            number of vision tokens per image. None: the student's own base.
         revision: of `model`.
-        visipruner: thresholds of `model`; `model.visipruner` are those of the student's base.
-        cache: a folder that `training/teach.py` wrote: the teacher's answers are read there, no teacher runs.
-        top_k: tokens of the vocabulary that the cache holds of each answer token; what the others have in sum
-            is matched too.
+        visipruner: thresholds for `model`; `model.visipruner` has those for the student's base.
+        cache: a folder written by `training/teach.py`: the teacher's answers are read there, and no teacher runs.
+        top_k: number of likeliest tokens that the cache holds for each answer token; the others count by their sum.
     """
 
     weight: float = 1.0
@@ -388,9 +398,13 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """Everything; `name` is the recipe's, and names the output folder.
+    """The whole configuration of a run.
 
-    `resume` is true (the newest checkpoint) or a step (the checkpoint of that step).
+    Attributes:
+        name: of the recipe, and of the output folder.
+        init: folder of a student to start from.
+        resume: true: go on from the newest checkpoint; a step: from the checkpoint of that step.
+        overwrite: replace the run in the output folder.
     """
 
     name: str = MISSING
@@ -412,5 +426,5 @@ class Config:
 
 
 SCHEMA = OmegaConf.structured(Config)
-OmegaConf.set_struct(SCHEMA.model.processor, False)  # any key may be added: what there are, its class knows
+OmegaConf.set_struct(SCHEMA.model.processor, False)  # takes any key: the processor's class knows which exist
 ConfigStore.instance().store(name="schema", node=SCHEMA)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, sealed with a list of their files, renamed into place."""
+"""Checkpoints that are either whole or absent: written aside, sealed with a list of their files, then renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEAL = "files.json"
 
 
 class CannotSave(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; the earlier ones are whole."""
 
 
 def folder_of(output_dir: str | Path, step: int) -> Path:
@@ -27,27 +27,27 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Those of a run, the oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
+    """The checkpoints of a run, the oldest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=step_of)
 
 
 @contextmanager
 def writing(
     output_dir: str | Path, step: int, *, samples: int, keep: int, main: bool, barrier: Callable[[], None]
 ) -> Iterator[Path]:
-    """Write the checkpoint of a step inside; it takes its place when all processes have left.
+    """Write the checkpoint of a step into the folder it yields; it is renamed once all processes are done.
 
-    A run that dies at any moment leaves the checkpoints before it as they were.
+    A run that dies at any moment leaves the earlier checkpoints as they were.
 
     Args:
-        samples: that a step takes; a run that resumes must take as many.
-        keep: this many newest checkpoints stay.
-        main: this process renames and removes; the others only write into the folder.
+        samples: per step; a resumed run must take the same number.
+        keep: number of the newest checkpoints that stay.
+        main: whether this process renames and removes; the others only write into the folder.
         barrier: waits for all processes.
 
     Yields:
-        The folder to write into, on a file system that all processes share.
+        A folder on a file system that all processes share.
 
     Raises:
         CannotSave: the disk is full, the folder is not writable, ...
@@ -64,7 +64,7 @@ def writing(
 
 @contextmanager
 def writing_result(output_dir: str | Path, *, main: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """Write the trained student inside; its files take their places in `output_dir` one by one.
+    """Write the trained student into the folder it yields; its files then move to `output_dir` one by one.
 
     Raises:
         CannotSave: the disk is full, the folder is not writable, ...
@@ -88,7 +88,9 @@ def _aside(output_dir: str | Path, name: str, *, main: bool, barrier: Callable[[
             (staging / name).mkdir(parents=True)
         barrier()
         if not (staging / name).is_dir():
-            raise OSError("what the first process made there is not seen by another: all nodes must share it")
+            raise OSError(
+                "another process does not see what the first one made there: all nodes must share it"
+            )
         yield staging / name
         if main:
             shutil.rmtree(staging)
@@ -104,7 +106,7 @@ def _aside(output_dir: str | Path, name: str, *, main: bool, barrier: Callable[[
 
 
 def seal(folder: Path, step: int, samples: int) -> None:
-    """List the folder's files with sizes and SHA-256 in it, and have all of it on the disk."""
+    """Write a list of the folder's files, with sizes and SHA-256, into it, and flush all of it to the disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -117,7 +119,7 @@ def seal(folder: Path, step: int, samples: int) -> None:
 
 
 def replace(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, in the place of one that may be there."""
+    """Rename `folder` to `target`, replacing a folder of that name."""
     if target.exists():
         target.rename(folder.with_name("replaced"))
     folder.rename(target)
@@ -134,60 +136,60 @@ def digest(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None: it is as it was written."""
+    """What is wrong with a checkpoint; None if it is as it was written."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text())["files"]
     except (OSError, ValueError, KeyError):
         return f"has no readable {SEAL}"
-    for name, wanted in sealed.items():
+    for name, listed in sealed.items():
         path = checkpoint / name
         if not path.is_file():
             return f"lacks {name}"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"holds {path.stat().st_size} of the {wanted['bytes']} bytes of {name}"
-        if digest(path) != wanted["sha256"]:
+        if path.stat().st_size != listed["bytes"]:
+            return f"holds {path.stat().st_size} of the {listed['bytes']} bytes of {name}"
+        if digest(path) != listed["sha256"]:
             return f"holds a changed {name}"
     return None
 
 
 def find(output_dir: str | Path, resume: bool | int, *, samples: int) -> Path:
-    """The checkpoint to go on from: the newest (`resume=True`) or that of a step; it is whole.
+    """The checkpoint to go on from, which is whole: the newest (`resume=True`) or that of a step.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of a run with another number of samples a step.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, or its run had another number of samples per step.
     """
-    found = checkpoints(output_dir)
-    if not found:
+    existing = checkpoints(output_dir)
+    if not existing:
         raise FileNotFoundError(
             f"resume={_yaml(resume)} finds no checkpoint in {output_dir}; start the run without it."
         )
-    checkpoint = found[-1] if resume is True else folder_of(output_dir, resume)
-    if checkpoint not in found:
-        steps = ", ".join(str(step_of(p)) for p in found)
+    checkpoint = existing[-1] if resume is True else folder_of(output_dir, resume)
+    if checkpoint not in existing:
+        steps = ", ".join(str(step_of(p)) for p in existing)
         raise FileNotFoundError(
             f"resume={resume} finds no {checkpoint.name} in {output_dir}; there are steps {steps}."
         )
-    what = damage(checkpoint)
-    if what is not None:
-        before = [p for p in found if step_of(p) < step_of(checkpoint) and damage(p) is None]
+    fault = damage(checkpoint)
+    if fault is not None:
+        before = [p for p in existing if step_of(p) < step_of(checkpoint) and damage(p) is None]
         offer = (
             f"the one before is whole: resume={step_of(before[-1])}"
             if before
-            else "none before it is whole: start again with overwrite=true"
+            else "no earlier one is whole: start again with overwrite=true"
         )
-        raise ValueError(f"{checkpoint} is damaged: it {what}; {offer}.")
+        raise ValueError(f"{checkpoint} is damaged: it {fault}; {offer}.")
     trained = json.loads((checkpoint / SEAL).read_text())["samples_a_step"]
     if trained != samples:
         raise ValueError(
             f"{checkpoint} was trained on {trained} samples a step, but this run would take {samples}; choose "
-            f"train.batch_size and train.accumulation so that times processes they give {trained}."
+            f"train.batch_size and train.accumulation whose product, times the number of processes, is {trained}."
         )
     return checkpoint
 
 
 def discard_after(output_dir: str | Path, step: int) -> None:
-    """Remove the checkpoints of later steps, and what a killed run left half written."""
+    """Remove the checkpoints of later steps, and files that a killed run left half written."""
     shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
     for checkpoint in checkpoints(output_dir):
         if step_of(checkpoint) > step:

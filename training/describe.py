@@ -202,24 +202,24 @@ def estimate(
         teacher: the model that teaches in every step (`model` itself, or another one); None: no online teacher.
     """
     n_text, n_vision, answers = shape
-    train, known = config.train, model.config
-    layers = known.get_text_config().num_hidden_layers
+    train, model_config = config.train, model.config
+    layers = model_config.get_text_config().num_hidden_layers
     vision, first = schedule.vision_tokens(layers, n_vision), backward_ends(model)
     each = activation_bytes(
-        known,
+        model_config,
         [n_text + n for n in vision[first:]],
         vision[first:] if schedule.cross is not None else [0] * (layers - first),
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
-        eager=known._attn_implementation == "eager",
-    ) + logit_bytes(known, answers, teacher=teacher is not None)
+        eager=model_config._attn_implementation == "eager",
+    ) + logit_bytes(model_config, answers, teacher=teacher is not None)
     held = weight_bytes(model) + (0 if teacher is None or teacher is model else weight_bytes(teacher))
     peak = held + train.batch_size * each
     step = (
         train.batch_size
         * train.accumulation
         * training_flops(
-            known,
+            model_config,
             schedule,
             n_text,
             n_vision,
@@ -228,7 +228,7 @@ def estimate(
             first=first,
         )
     )
-    seconds = step / flops_per_second(min(2048, max(256, known.get_text_config().hidden_size)), dtype)
+    seconds = step / flops_per_second(min(2048, max(256, model_config.get_text_config().hidden_size)), dtype)
     sharded = " before sharding" if config.engine.deepspeed or config.engine.fsdp else ""
     return (
         f"estimate: {_bytes(peak)} a device at the peak{sharded}, {_bytes(train.batch_size * each)} of it activations; "

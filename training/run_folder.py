@@ -1,4 +1,4 @@
-"""The launch of a run and its folder: as many processes as wanted, and one run a folder at a time. Without torch."""
+"""The launch of a run and its folder: the configured number of processes, one run per folder. Without torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MARK = "interrupted"
 
 @contextmanager
 def claimed(output_dir: str | Path) -> Iterator[None]:
-    """Hold the output folder of a run against any other. The lock ends with the process, however it ends.
+    """Lock the output folder of a run against other runs. The lock ends with the process, however it ends.
 
-    Only the first process of a run claims it.
+    Only the first process of a run takes it.
 
     Raises:
         ValueError: another run holds the folder, or it cannot be written.
@@ -50,7 +50,7 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
 
 
 def check_writable(folder: str | Path, key: str = "output_dir") -> None:
-    """Raise ValueError if a folder cannot be made, or nothing be written into it."""
+    """Raise ValueError if a folder cannot be made or written into."""
     path = Path(folder)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -59,7 +59,7 @@ def check_writable(folder: str | Path, key: str = "output_dir") -> None:
 
 
 def check_unclaimed(output_dir: str | Path) -> None:
-    """Raise ValueError if another run holds the folder at this moment."""
+    """Raise ValueError if another run holds the folder now."""
     path = Path(output_dir) / LOCK
     if rank() == 0 and os.access(path, os.W_OK):
         with path.open("a+") as file:
@@ -80,13 +80,13 @@ def _lock(file: TextIO, output_dir: str | Path) -> None:
 
 
 def check_launch(processes: int | None) -> None:
-    """Refuse to start where several processes would each train by themselves, or fewer than wanted.
+    """Check that the launched processes train as one run.
 
     Args:
-        processes: that the run must consist of; None: as many as the launcher says.
+        processes: the number that the run must have; None: what the launcher says.
 
     Raises:
-        ValueError: in one sentence.
+        ValueError: each would train by itself, or another number was started.
     """
     world = os.environ.get("WORLD_SIZE")
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -103,5 +103,5 @@ def check_launch(processes: int | None) -> None:
 
 
 def leave_mark(output_dir: str | Path, step: int) -> None:
-    """A file for launchers, which replace a process's exit status by their own; the next start removes it."""
+    """Leave a file that says a signal stopped the run: launchers replace the exit status. The next start removes it."""
     (Path(output_dir) / MARK).write_text(f"{step}\n")

@@ -1,4 +1,4 @@
-"""A teacher that is another model (`kl.model`): larger, of the student's tokenizer, frozen, on its own."""
+"""Another model as the teacher (`kl.model`): frozen, usually larger, with the student's tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_depths, teaches
 from latefusion.recipes.schema import Config
 
-SIZES = ((96, 64), (64, 160))  # of the images that both processors must see alike
+SIZES = ((96, 64), (64, 160))  # images that both processors must turn into the same inputs
 
 
 @dataclass(kw_only=True)
@@ -26,8 +26,8 @@ class OtherTeacher:
 
     Attributes:
         model: the Hugging Face model, with `attachment` on it.
-        forward: what is called: the model, or the engine that an engine put around it.
-        sharded: its weights lie in shards, so that all processes must run the same of its modules.
+        forward: the model, or what an engine wrapped it in.
+        sharded: its weights lie in shards, so all processes must run the same modules.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class OtherTeacher:
 
 
 def load_teacher(config: Config, policy: Policy, *, dtype: torch.dtype) -> OtherTeacher:
-    """The model that `kl.model` names, under `policy`, which `check_teacher` has seen.
+    """Load the model that `kl.model` names, and attach `policy`; call `check_teacher` before.
 
     Raises:
         FileNotFoundError: its weights are not there.
@@ -56,17 +56,17 @@ def load_teacher(config: Config, policy: Policy, *, dtype: torch.dtype) -> Other
 
 
 def check_teacher(config: Config) -> None:
-    """Raise, before any weights are loaded, if `kl.model` cannot teach: from processors and configurations alone.
+    """Check from processors and configurations alone, before any weights are loaded, that `kl.model` can teach.
 
-    Teacher and student read the same tokens and pixels, those of the student's processor.
+    The teacher reads the tokens and pixels of the student's processor.
 
     Raises:
         ValueError: another vocabulary, another number of vision tokens an image, or other pixels.
     """
     path = kl_model(config)
-    mine, its = (_processor(config, *of) for of in _both(config))
+    student, teacher = (_processor(config, *of) for of in _both(config))
     fix = "choose a teacher of the student's family, or leave kl.model out"
-    vocabulary, others = mine.tokenizer.get_vocab(), its.tokenizer.get_vocab()
+    vocabulary, others = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if vocabulary != others:
         word = min(
             (word for word in vocabulary.keys() | others.keys() if vocabulary.get(word) != others.get(word)),
@@ -82,18 +82,18 @@ def check_teacher(config: Config) -> None:
             f"tokenizer has {len(vocabulary)}; {fix}."
         )
     placeholder, other = (_config(config, *of).image_token_id for of in _both(config))
-    told: list[tuple[str, Any, Any]] = [("image_token_id", placeholder, other)]
+    facts: list[tuple[str, Any, Any]] = [("image_token_id", placeholder, other)]
     for size in SIZES:
-        text = mine.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+        text = student.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
         image = Image.radial_gradient("L").resize(size).convert("RGB")
-        a, b = (processor(text=text, images=[image], return_tensors="pt") for processor in (mine, its))
+        a, b = (processor(text=text, images=[image], return_tensors="pt") for processor in (student, teacher))
         of = f"an image of {size[0]}x{size[1]} pixels"
         tokens = [int((inputs["input_ids"] == placeholder).sum()) for inputs in (a, b)]
-        told.append((f"vision tokens of {of}", tokens[0], tokens[1]))
-        told.append((f"shape of {of}", tuple(a["pixel_values"].shape), tuple(b["pixel_values"].shape)))
+        facts.append((f"vision tokens of {of}", tokens[0], tokens[1]))
+        facts.append((f"shape of {of}", tuple(a["pixel_values"].shape), tuple(b["pixel_values"].shape)))
         means = [round(float(inputs["pixel_values"].double().mean()), 4) for inputs in (a, b)]
-        told.append((f"mean value of {of}", means[0], means[1]))
-    for what, here, there in told:
+        facts.append((f"mean value of {of}", means[0], means[1]))
+    for what, here, there in facts:
         if here != there:
             raise ValueError(
                 f"kl.model={path} does not see images as the student does: {what}: {there} there, {here} in "
@@ -102,28 +102,28 @@ def check_teacher(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """Raise, from configurations and processors alone, if the models cannot do what `config` says.
+    """Check from configurations and processors alone that the models can do what `config` says.
 
     Raises:
-        ValueError: one sees no images; the schedule or the thresholds are for a deeper one; or `kl.model` cannot teach.
+        ValueError: a model takes no images, schedule or thresholds are for a deeper model, or `kl.model` cannot teach.
     """
-    asked = [_config(config, config.model.path, config.model.revision)]
+    models = [_config(config, config.model.path, config.model.revision)]
     if config.kl.model is not None:
-        asked.append(_config(config, config.kl.model, config.kl.revision))
-    for found in asked:
-        if "image" not in vision_token_ids(found):
+        models.append(_config(config, config.kl.model, config.kl.revision))
+    for model in models:
+        if "image" not in vision_token_ids(model):
             raise ValueError(
-                f"{found.name_or_path} is no model of images and text but a {found.model_type}; name another with "
-                "model.path=... (or kl.model=...)."
+                f"{model.name_or_path} is a {model.model_type}, not an image-text model; name another with model.path=... "
+                "(or kl.model=...)."
             )
-    depths = [found.get_text_config().num_hidden_layers for found in asked]
+    depths = [model.get_text_config().num_hidden_layers for model in models]
     check_depths(config, depths[0], depths[1] if len(depths) > 1 else None)
     if config.kl.model is not None and teaches(config):
         check_teacher(config)
 
 
 def shared_vocabulary(config: Config) -> int:
-    """How many token ids model and teacher score: models of one tokenizer may pad their output to different sizes."""
+    """Number of token ids that both models score; models with one tokenizer may pad their outputs differently."""
     both = [(config.model.path, config.model.revision)] if config.kl.model is None else _both(config)
     return min(_config(config, *of).get_text_config().vocab_size for of in both)
 

@@ -192,7 +192,7 @@ def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, s
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["tune=full"], "tune=full leaves no base to be the teacher=visipruner; use teacher=none"),
+        (["tune=full"], "tune=full changes the base, which is the teacher=visipruner; use teacher=none"),
         (["tune=full", "teacher=none", "init=x"], "use model.load_in_4bit=false and no init"),
         (["model.load_in_4bit=true", "engine=deepspeed_zero3"], "does not go with ZeRO-3"),
         (["train.narrow=1.5"], r"train.narrow=1.5 must lie in"),

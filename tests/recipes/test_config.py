@@ -72,14 +72,14 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
         ),
         (["data=mixture", "data.parts=[{path: a, weight: inf}]"], r"weight=inf must be positive and finite"),
         (["train.learning_rate=inf"], "train.learning_rate=inf must be positive and finite"),
-        (["kl.weight=nan"], "kl.weight=nan must not be negative, and finite"),
+        (["kl.weight=nan"], "kl.weight=nan must be finite and not negative"),
         (["train.threads=0"], "train.threads=0 must be at least 1"),
-        (["train.seed=-1"], "train.seed=-1 must not be negative"),
-        (["schedule.budget=3"], "schedule.budget=3.0 is a part of dense FLOPs"),
+        (["train.seed=-1"], "train.seed=-1 must be finite and not negative"),
+        (["schedule.budget=3"], "schedule.budget=3.0 is a fraction of dense FLOPs"),
         (["lora.targets=[]"], r"lora.targets=\[\] names no layer"),
         (["output_dir="], "output_dir is empty; name a folder"),
         (["lora.dropout=1.5"], r"lora.dropout=1.5 must lie in \[0, 1\)"),
-        (["kl.weight=-0.1"], "kl.weight=-0.1 must not be negative"),
+        (["kl.weight=-0.1"], "kl.weight=-0.1 must be finite and not negative"),
         (["kl.temperature=0"], "kl.temperature=0.0 must be positive"),
         (["resume=true", "overwrite=true"], "contradict each other"),
         (["data=dataset"], "data.path is not set; name the dataset data with data.path=PATH"),
@@ -90,9 +90,12 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
         (["lora.train_projector=true", "model.projector=null"], "needs model.projector=NAME"),
         (
             ["schedule.cross=[2]", "train.narrow=0.5"],
-            "schedule.cross leaves no band for train.narrow to narrow",
+            "schedule.cross leaves no band that train.narrow could narrow",
         ),
-        (["recipe=cross_only", "schedule.profile=x"], "or a profile to choose: use train.narrow=0 and sched"),
+        (
+            ["recipe=cross_only", "schedule.profile=x"],
+            "or a profile could choose: use train.narrow=0 and sched",
+        ),
     ],
 )
 def test_a_bad_value_is_a_sentence(overrides, sentence):

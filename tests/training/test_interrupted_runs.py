@@ -95,7 +95,7 @@ def test_what_cannot_be_resumed_is_refused(base, cut, tmp_path):
     with pytest.raises(SystemExit, match=r"resume=true finds no checkpoint in .*; start the run without it"):
         train(base, tmp_path / "nothing", "resume=true")
     (cut / "checkpoint-2" / "files.json").unlink()
-    with pytest.raises(SystemExit, match=r"none before it is whole: start again with overwrite=true"):
+    with pytest.raises(SystemExit, match=r"no earlier one is whole: start again with overwrite=true"):
         train(base, cut, "resume=true")
 
 
