@@ -111,8 +111,8 @@ def check_config(cfg: DictConfig) -> Config:
         train.narrow > 0 or config.schedule.auto or config.schedule.profile
     ):
         raise ValueError(
-            "schedule.cross leaves no band that train.narrow could narrow or a profile could choose: use train.narrow=0 "
-            "and schedule=given."
+            "schedule.cross leaves no band that train.narrow could narrow or a profile could choose: use "
+            "train.narrow=0 and schedule=given."
         )
     zero3 = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
     if config.schedule.ranking == "hidrop" and config.schedule.keep and (zero3 or config.engine.fsdp):
@@ -130,7 +130,8 @@ def check_config(cfg: DictConfig) -> Config:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
     if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError(
-            "train.on_nonfinite=skip cannot work with DeepSpeed, which takes the step before the check; use stop."
+            "train.on_nonfinite=skip cannot work with DeepSpeed, which takes the step before the check; use "
+            "train.on_nonfinite=stop."
         )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
         raise ValueError(

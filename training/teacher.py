@@ -105,7 +105,7 @@ def check_models(config: Config) -> None:
     """Check from configurations and processors alone that the models can do what `config` says.
 
     Raises:
-        ValueError: a model takes no images, schedule or thresholds are for a deeper model, or `kl.model` cannot teach.
+        ValueError: a model takes no images, the schedule or thresholds need more layers, or `kl.model` cannot teach.
     """
     models = [_config(config, config.model.path, config.model.revision)]
     if config.kl.model is not None:
@@ -113,8 +113,8 @@ def check_models(config: Config) -> None:
     for model in models:
         if "image" not in vision_token_ids(model):
             raise ValueError(
-                f"{model.name_or_path} is a {model.model_type}, not an image-text model; name another with model.path=... "
-                "(or kl.model=...)."
+                f"{model.name_or_path} is a {model.model_type}, not an image-text model; name another with "
+                "model.path=... (or kl.model=...)."
             )
     depths = [model.get_text_config().num_hidden_layers for model in models]
     check_depths(config, depths[0], depths[1] if len(depths) > 1 else None)
