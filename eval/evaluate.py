@@ -48,7 +48,7 @@ class Arguments:
         checkpoints: further folders to compare; those of one base share its weights in memory.
         policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
         tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`.
-        data: a JSONL file of {"image", "question", "answers"} to ask instead.
+        data: a file of {"image", "question", "answers"}, or of conversations, to ask instead (docs/evaluation.md).
         data_dir: folder with a folder of files for each benchmark.
         sources: folder or hub id of single benchmarks: `sources.pope=lmms-lab/POPE`.
         split: of the questions; none: each benchmark's usual one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from helpers.benchmark_files import benchmark
 
 from latefusion.data.prompts import images_of
 from latefusion.eval.tasks import TASKS, choice, load_task, vqa
+from latefusion.eval.tasks.base import Files
 
 FOUND: dict[str, tuple[int, str, str]] = {  # questions, prompt and right answer of the last
     "vqav2": (1, "What colour?" + vqa.SHORT, "blue"),
@@ -64,3 +66,18 @@ def test_absent_data_is_one_sentence_with_files_and_source(name: str, tmp_path: 
 def test_unknown_task_names_a_near_one() -> None:
     with pytest.raises(ValueError, match=r"'pop'.*did you mean pope"):
         load_task("pop", "nowhere")
+
+
+def test_files_of_a_benchmark_are_read_as_utf8_whatever_is_in_their_texts(tmp_path: Path) -> None:
+    files = Files(task="pope", where=str(tmp_path), needs=["q.jsonl", "q.json"], come_from="x")
+    row = {"text": "what\u2028is it?"}
+    content = "\ufeff" + json.dumps(row, ensure_ascii=False)
+    for name in files.needs:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert files.lines("q.jsonl") == [row] and files.json("q.json") == row
+    (tmp_path / "q.jsonl").write_text(content + "\n{oh")
+    with pytest.raises(ValueError, match=r"q\.jsonl: line 2 is no JSON"):
+        files.lines("q.jsonl")
+    (tmp_path / "q.json").write_bytes('{"text": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"q\.json is not JSON in UTF-8"):
+        files.json("q.json")

@@ -52,7 +52,5 @@ def test_it_trains_and_its_student_loads(tmp_path, recipe: str) -> None:
 
 @pytest.mark.parametrize("engine", ["deepspeed_zero3", "fsdp2"])
 def test_weights_in_shards_are_refused_early(engine: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^schedule\.ranking=hidrop looks into a layer.*deepspeed_zero2"
-    ):
+    with pytest.raises(ValueError, match=r"^schedule\.ranking=hidrop looks into a layer.*deepspeed_zero2"):
         compose_config(["recipe=hidrop_tok48", f"engine={engine}"])
