@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latefusion.models.policies.base import Prompt
 
@@ -58,7 +59,10 @@ def read_prompt(
     queries = torch.where(queries < 0, last, queries) if queries.shape[1] else last
     text = real & ~vision & (vision.cumsum(1) > 0) & (column <= queries.amax(1, keepdim=True))
     if end.answers is not None:
-        text &= ~end.answers.to(real.device)
+        answers = end.answers[:, :length].to(real.device)
+        text &= ~pad(
+            answers, (0, length - answers.shape[1])
+        )  # what was generated since comes after all queries
     answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
     tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
     cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image

@@ -16,8 +16,8 @@ from latefusion.models.policies.ranking import check_layer, check_ratio, on_devi
 class Random:
     """From `layer` on, a random share of the vision tokens stays.
 
-    Which ones is a function of the seed, the number of vision tokens and the number of text tokens: the same on
-    every machine, in every batch, and for every policy object.
+    Which ones is a function of the seed and the prompt's numbers of vision and text tokens: the same on every machine,
+    in every batch, and for every policy object.
 
     Args:
         layer: first layer that computes fewer; 0: they never enter the decoder.
@@ -56,11 +56,11 @@ class _RandomDecision:
         if layer != policy.layer:
             return None
         counts = share(prompt.n_vision, policy.keep_ratio)
-        stays = torch.zeros(
-            len(counts), max(prompt.n_vision), dtype=torch.bool
-        )  # [B, V], by order in the prompt
-        for b, (n, total, k) in enumerate(zip(prompt.n_vision, prompt.n_real, counts, strict=True)):
-            stays[b, random.Random(f"{policy.seed}/{n}/{total - n}").sample(range(n), k)] = True
+        # [B, V], by order in the prompt
+        stays = torch.zeros(len(counts), max(prompt.n_vision), dtype=torch.bool)
+        for b, (n, k) in enumerate(zip(prompt.n_vision, counts, strict=True)):
+            n_text = prompt.n_real[b] - n - prompt.n_answer[b]
+            stays[b, random.Random(f"{policy.seed}/{n}/{n_text}").sample(range(n), k)] = True
         rank = (prompt.vision.cumsum(1) - 1).clamp(min=0)  # [B, T]
         return Selection(prompt.vision & on_device(stays, rank.device).gather(1, rank), counts)
 

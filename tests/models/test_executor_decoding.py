@@ -30,6 +30,11 @@ from transformers.cache_utils import Cache, Fp8QuantizedLayer
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
+from latefusion.models.policies.divprune import DivPrune
+from latefusion.models.policies.fastv import FastV
+from latefusion.models.policies.pyramiddrop import PyramidDrop
+from latefusion.models.policies.random import Random
+from latefusion.models.policies.visipruner.settings import VisiPruner
 
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
@@ -146,6 +151,53 @@ def test_generate_without_a_cache_sees_the_band_at_every_step() -> None:
     with attach(model, BAND):
         cached, uncached = generate(model, inputs), generate(model, inputs, use_cache=False)
     assert close(torch.stack(cached.logits), torch.stack(uncached.logits))
+
+
+CHOOSING = {
+    "keeps": KEEPS,
+    "hidrop": VisionSchedule(enter=1, keep={2: 3, 4: 2}, ranking="hidrop"),
+    "fastv": FastV(layer=1),
+    "pyramiddrop": PyramidDrop(keep_ratios={1: 0.5, 3: 0.25}),
+    "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
+    "random": Random(layer=2),
+    "divprune": DivPrune(keep_ratio=0.5),
+}
+
+
+@pytest.mark.parametrize("policy", CHOOSING.values(), ids=list(CHOOSING))
+def test_the_prompt_chooses_the_vision_tokens_whatever_comes_after_it(policy: Any) -> None:
+    """Drafted tokens stand behind the prompt in its first forward, and without a cache generated ones in every one."""
+    model, assistant = build("llava"), build("llava")
+    assistant.lm_head.weight.data = assistant.lm_head.weight.flip(0)  # which drafts other tokens
+    for row in ("tt I ttttt", "t I t I tttt"):
+        with attach(model, policy) as attachment:
+            plain = generate(model, prompt("llava", [row]), tokens=6)
+            kept = attachment.trace[0].kept
+            assert kept
+            for options in (
+                {"use_cache": False},
+                {"assistant_model": assistant},
+                {"prompt_lookup_num_tokens": 2},
+            ):
+                other = generate(model, prompt("llava", [row]), tokens=6, **options)
+                assert attachment.trace[0].kept == kept, options
+                assert torch.equal(other.sequences, plain.sequences), options
+                assert close(torch.stack(other.logits), torch.stack(plain.logits)), options
+
+
+@pytest.mark.parametrize("policy", CHOOSING.values(), ids=list(CHOOSING))
+def test_answers_behind_the_last_query_choose_nothing(policy: Any) -> None:
+    """As in training, or in a loop of one's own: `queries` says where prompts end."""
+    model, inputs = build("llava"), prompt("llava", ["tt I ttt", "t I t I tt"])
+    last = inputs["input_ids"].shape[1] - 1
+    with torch.no_grad(), attach(model, policy) as attachment:
+        model(**inputs)
+        kept = [record.kept for record in attachment.trace]
+        for seed in (1, 2):
+            answers = torch.randint(3, 90, (2, 4), generator=torch.Generator().manual_seed(seed))
+            with attachment.queries(torch.tensor([[last], [last]])):
+                model(**continued("llava", inputs, answers))
+            assert [record.kept for record in attachment.trace] == kept
 
 
 def test_a_generated_placeholder_token_is_text() -> None:
