@@ -33,7 +33,10 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 
 def image_features(model: Any, inputs: Mapping[str, Any]) -> Any:
     """Call `model.get_image_features` with those of the inputs that it takes; `pooler_output` goes into the decoder."""
-    names = [name for name in inspect.signature(model.get_image_features).parameters if name in inputs]
+    encoder = unwrapped(
+        model
+    ).base_model.get_image_features  # FSDP2 hides the arguments of its own, outer method
+    names = [name for name in inspect.signature(encoder).parameters if name in inputs]
     return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
 
 

@@ -12,6 +12,7 @@ import huggingface_hub
 EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
+SCHEDULE_KEY = "vision_schedule"  # in a merged student's config.json
 BASE = "base_model_name_or_path"  # in it: the path or hub id of the base
 
 
@@ -60,7 +61,7 @@ def check_not_a_student(config: dict[str, Any], path: str) -> None:
 
     As a base it would run dense and without its entry adapter, which it was not trained for.
     """
-    if config.get("vision_schedule") is not None:
+    if config.get(SCHEDULE_KEY) is not None:
         raise ValueError(
             f"{path} is a trained student, not a base: load it with latefusion.load, evaluate it with "
             f"checkpoints=[{path}], and name the model that it was trained from as the base."

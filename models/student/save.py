@@ -22,6 +22,7 @@ from latefusion.models.base_model import compute_dtype, load_base, load_checkpoi
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
     BASE,
+    SCHEDULE_KEY,
     adapter_settings,
     check_base_of,
     read_config,
@@ -33,7 +34,6 @@ from latefusion.models.student.entry import ENTRY, entry_of, entry_shape, instal
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LOOSE_ENTRY = f"{ENTRY}.safetensors"  # where checkpoints of an earlier format keep the entry adapter
-SCHEDULE = "vision_schedule"  # in a checkpoint's config.json, beside `ENTRY`
 LOST = 0.5  # of the adapters' change of the weights; `load` warns if merging rounds away more
 WRITTEN = {  # settings of LoRA that `build_student` writes or PEFT adds; all others must be PEFT's defaults
     *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"),
@@ -80,7 +80,7 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
 def record(model: PreTrainedModel, schedule: VisionSchedule) -> None:
     """Write the schedule and the entry adapter's sizes into the model's configuration, where `load` looks for them."""
     entry = entry_of(model)
-    setattr(model.config, SCHEDULE, schedule.to_dict())
+    setattr(model.config, SCHEDULE_KEY, schedule.to_dict())
     setattr(model.config, ENTRY, None if entry is None else entry.sizes())
 
 
@@ -127,7 +127,7 @@ def load(
         raise FileNotFoundError(
             f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
         )
-    schedule = read_config(folder / "config.json").get(SCHEDULE)
+    schedule = read_config(folder / "config.json").get(SCHEDULE_KEY)
     if schedule is None:
         raise FileNotFoundError(
             f"the model at {path} has no vision schedule; load it with transformers and attach one."
