@@ -46,9 +46,9 @@ class Collator:
       token that ends it), -100 elsewhere; never on a vision token, nor on one that a vision token would
       predict, whose state is stale once vision tokens have left.
     - `queries` int64 `[B, Q]`: where the prompts end by which a policy may rank vision tokens (for
-      `Attachment.queries`). `[B, 1]`, the token before the first answer: later turns have read answers, and a chat on
-      a kept cache has only the vision tokens that its first turn kept. With `isolate`, the token before each answer,
-      repeated to fill the row: all questions of a row rank together (see `turns`).
+      `Attachment.queries`). `[B, 1]`, the token before the first answer after an image: later turns have read that
+      answer, and a chat on a kept cache has only the vision tokens that the turn of the image kept. With `isolate`,
+      the token before each answer, repeated to fill the row: all questions of a row rank together (see `turns`).
 
     Args:
         processor: of the model (a `ProcessorMixin`), with a fast tokenizer.
@@ -58,8 +58,8 @@ class Collator:
         max_length: the most tokens, vision included, that a sample may have; None: any number. Nothing is ever cut.
         isolate: every turn sees the image and itself alone (`isolate_turns`), under a mask of this dtype;
             None: turns see those before them. It needs sdpa or eager attention and plain positions.
-        ranked: a policy of the run chooses vision tokens by the text that follows them. Then an image after an answer
-            is a bad row: its tokens could only be ranked by text that has read that answer.
+        ranked: a policy of the run chooses vision tokens by the text that follows them. Then a second image after an
+            answer is a bad row: one question would have to rank the tokens of images that it has not read.
     """
 
     def __init__(
@@ -114,21 +114,30 @@ class Collator:
         for at in (~learnt.any(1)).nonzero().flatten().tolist():
             raise self.bad(at, samples[at], "has no token to learn")
         inputs["labels"] = ids.masked_fill(~learnt, IGNORE)
+        begun = vision.cumsum(1) > 0  # bool [B, T]: from the first vision token on
+        follows = vision.flip(1).cumsum(1).flip(1) > 0  # bool [B, T]: vision tokens come later
         if self.isolate is None:
-            first &= first.cumsum(1) == 1  # of all answers
+            pictured = first & begun
+            first = torch.where(pictured.any(1, keepdim=True), pictured, first)
+            first &= first.cumsum(1) == 1
         inputs["queries"] = before(first, inputs["attention_mask"])
-        if self.isolate is not None or self.ranked:
-            late = answer & (vision.flip(1).cumsum(1).flip(1) > 0)  # [B, T]: vision tokens follow
-            for at in late.any(1).nonzero().flatten().tolist():
-                fix = (
-                    "that takes data.isolate=false"
-                    if self.isolate is not None
-                    else "that takes a schedule without keep and teacher=dense or none"
-                )
-                raise self.bad(at, samples[at], f"has an image after an answer; {fix}")
+        if self.isolate is not None:
+            self.refuse_late(samples, answer & follows, "that takes data.isolate=false")
+        elif self.ranked:
+            fix = "that takes a schedule without keep and teacher=dense or none"
+            self.refuse_late(samples, answer & follows & begun, fix)
         if self.isolate is not None:
             inputs.update(isolate_turns(vision, answer, inputs["attention_mask"].bool(), self.isolate))
         return inputs
+
+    def refuse_late(self, samples: Sequence[dict[str, Any]], late: Tensor, fix: str) -> None:
+        """Raise BadRow for the first sample with an answer before an image that must not stand there.
+
+        Args:
+            late: bool `[B, T]`, such answers' tokens.
+        """
+        for at in late.any(1).nonzero().flatten().tolist():
+            raise self.bad(at, samples[at], f"has an image after an answer; {fix}")
 
     def rendered(self, at: int, sample: dict[str, Any]) -> tuple[str, list[Span]]:
         """As `render`, with a check that the text shows exactly the sample's images.

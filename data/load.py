@@ -41,7 +41,13 @@ def training_data(data: DataConfig) -> Any:
         tables = [table for table, _ in streams]
         make = [partial(_row, folder=folder) for _, folder in streams]
         return Stream(
-            tables, make, weights=weights, seed=data.seed, buffer=data.shuffle_buffer, name=repr(parts)
+            tables,
+            make,
+            weights=weights,
+            seed=data.seed,
+            buffer=data.shuffle_buffer,
+            name=repr(parts),
+            paths=[part.path for part in parts],
         )
     rows = [rows_of(part) for part in parts]
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed), data.group)

@@ -88,4 +88,4 @@ def prompt_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) ->
 
 
 def _sources(row: dict[str, Any]) -> list[Any]:
-    return row["images"] if "images" in row else [row["image"]]
+    return (row["images"] or []) if "images" in row else [row["image"]]

@@ -86,9 +86,7 @@ def conversation_of(
     Raises:
         BadSample: there is no such conversation, its images do not fit its image parts, or it has video or audio.
     """
-    for kind, names in UNSUPPORTED.items():
-        if column := next((name for name in names if record.get(name)), None):
-            raise BadSample(f"has {kind} in its column {column!r}; only text and images can be learnt")
+    refuse_unsupported(record)
     column_images = images_in_column(record)
     if record.get("conversations") is not None:
         messages = [_llava_turn(turn) for turn in _list(record["conversations"], "conversations")]
@@ -101,6 +99,13 @@ def conversation_of(
     sources = _take_sources(messages, column_images)
     check_conversation(messages, len(sources), answered=answered)
     return messages, sources
+
+
+def refuse_unsupported(record: dict[str, Any]) -> None:
+    """Raise BadSample if a record has video or audio."""
+    for kind, names in UNSUPPORTED.items():
+        if column := next((name for name in names if record.get(name)), None):
+            raise BadSample(f"has {kind} in its column {column!r}; only text and images can be learnt")
 
 
 def check_conversation(messages: list[dict[str, Any]], n_images: int, *, answered: bool = True) -> None:

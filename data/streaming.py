@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from latefusion.data.samples import BadSample, Refused
 from latefusion.data.sources import name_of, python_row
-from latefusion.models.fingerprint import fingerprint
+from latefusion.models.fingerprint import file_hash, fingerprint
 from latefusion.recipes.launcher import rank
 
 MARKS = "stream.jsonl"
@@ -58,6 +58,7 @@ class Stream(Dataset):
         seed: of draws and of shuffling.
         buffer: rows among which each source is shuffled.
         name: of the sources; marks of a stream of another name are not used.
+        paths: of the sources, for the fingerprint.
 
     Attributes:
         marks: a file that the first process of a run writes and all read: where the sources stood, every `EVERY`
@@ -75,8 +76,9 @@ class Stream(Dataset):
         seed: int,
         buffer: int,
         name: str = "",
+        paths: Sequence[str] = (),
     ):
-        self.sources, self.make, self.weights = sources, make, weights
+        self.sources, self.make, self.weights, self.paths = sources, make, weights, paths
         self.seed, self.buffer = seed, buffer
         key = f"{name} {weights} {seed} {buffer} {datasets.__version__}"
         self.key = sha256(key.encode()).hexdigest()[:16]
@@ -93,8 +95,14 @@ class Stream(Dataset):
         return [reader.row(position) for position in positions]
 
     def fingerprint(self) -> str:
-        """Hash of the sources' names, of how rows are drawn, and of the first `HASHED` rows; others are not read."""
-        return fingerprint(self.key, [[row.place, _stored(row.record)] for row in self.first(HASHED)])
+        """Hash of how rows are drawn, of local files and of the first `HASHED` rows.
+
+        A file's contents count; of a folder's files the names and sizes.
+        """
+        rows = [[row.place, _stored(row.record)] for row in self.first(HASHED)]
+        return fingerprint(
+            list(self.weights), self.seed, self.buffer, [_content(Path(path)) for path in self.paths], rows
+        )
 
     def first(self, n: int) -> list[Lazy]:
         return self.__getitems__(range(n))
@@ -316,3 +324,14 @@ def _stored(record: Any) -> Any:
         return python_row(record)
     except BadSample as error:
         return str(error)
+
+
+def _content(path: Path) -> Any:
+    """What a local file holds, or the names and sizes of a folder's files; nothing of a hub id."""
+    if path.is_file():
+        return file_hash(path)
+    return [
+        [str(file.relative_to(path)), file.stat().st_size]
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    ]

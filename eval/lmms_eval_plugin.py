@@ -84,7 +84,12 @@ def user(text: str, pictures: Sequence[Image.Image]) -> Chat:
 
 def chat_of(messages: list[Any]) -> Chat:
     chat = ChatMessages(messages=messages)
-    return chat.to_hf_messages(), [load_image(image) for image in chat.extract_media()[0]]
+    images, *others = chat.extract_media()
+    if any(others):
+        raise ValueError(
+            "this task shows video or audio, which latefusion cannot read; choose tasks of images."
+        )
+    return chat.to_hf_messages(), [load_image(image) for image in images]
 
 
 def generation(settings: dict[str, Any]) -> dict[str, Any]:

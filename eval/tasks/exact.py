@@ -11,7 +11,14 @@ import datasets
 from latefusion.data.images import data_url_bytes, is_data_url, load_image
 from latefusion.data.json_file import Broken
 from latefusion.data.printing import short
-from latefusion.data.samples import BadSample, conversation_of, images_in_column, is_utf8, record_name
+from latefusion.data.samples import (
+    BadSample,
+    conversation_of,
+    images_in_column,
+    is_utf8,
+    record_name,
+    refuse_unsupported,
+)
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import CONVERSATIONS, records
 from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, read_config, rows_of
@@ -128,6 +135,7 @@ def _own_question(record: dict[str, Any], place: str, folder: Path, opened: set[
 
 def _from_question(record: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     """Texts and image sources of a row `{"image", "question", "answers"}`."""
+    refuse_unsupported(record)
     for name in ("image", "question", "answers"):
         if name not in record and not (name == "image" and "images" in record):
             raise ValueError(f"no {name!r}")

@@ -204,6 +204,14 @@ def test_an_image_after_an_answer_is_a_bad_row_where_a_policy_ranks_by_text():
         collator(ranked=True)([ONE, LATER_IMAGE])
 
 
+def test_an_image_of_a_later_turn_is_ranked_by_its_own_question():
+    """Before it there is nothing to rank: a chat prefills it with the text of its turn."""
+    later = {"messages": [*NO_IMAGE["messages"], *ONE["messages"]], "images": ONE["images"]}
+    batch = collator(ranked=True)([later, NO_IMAGE])
+    #                      bos usr how many ? ast nothing <eos>: 8, im*4, usr what color is the circle ? ast
+    assert batch["queries"].tolist() == [[19], [5]]
+
+
 def test_the_questions_of_isolated_turns_are_all_queries():
     batch = collator(isolate=torch.float32)([ONE, TWO_TURNS])
     assert batch["queries"].tolist() == [[12, 12], [9, 18]]

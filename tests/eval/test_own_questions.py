@@ -86,6 +86,11 @@ def test_a_json_list_and_a_table_are_read_like_lines(tmp_path: Path) -> None:
         assert [{**row, "id": 0} for row in rows] == [{**row, "id": 0} for row in lines]
 
 
+def test_a_question_about_a_video_is_not_asked_without_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 1 \(has video in its column 'video'"):
+        own(file_of(tmp_path, {**QUESTION, "image": None, "video": "a.mp4"}))
+
+
 def test_a_byte_that_is_not_utf8_is_named_with_file_and_line(tmp_path: Path) -> None:
     latin = json.dumps({**QUESTION, "question": "caf\xe9?"}, ensure_ascii=False).encode("latin-1")
     path = file_of(tmp_path, QUESTION, latin)
