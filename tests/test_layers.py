@@ -30,6 +30,7 @@ REFUSE_EARLY = (
     "training/train.py",
     "training/teach.py",
     "training/export.py",
+    "training/import_llava.py",
     "training/preflight.py",
     "eval/evaluate.py",
     "eval/generate.py",
