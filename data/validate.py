@@ -44,6 +44,7 @@ def main(overrides: list[str]) -> None:
 def validate(config: Config, *, console: Console) -> int:
     """Check every row and print the bad ones, with a summary at the end; returns their number."""
     # lazy: keeps argument errors fast
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
@@ -66,7 +67,7 @@ def validate(config: Config, *, console: Console) -> int:
         )
         listed = sys.stdout.isatty()  # else a file or a pipe, which the bar must not take the rows from
         with Progress(console=console, transient=True, redirect_stdout=listed) as progress:
-            for finding in progress.track(findings, description=f"Checking {part.path}"):
+            for finding in progress.track(findings, description=f"Checking {escape(part.path)}"):
                 total += 1
                 if finding.reason is not None:
                     prefix = f"{number}:" if len(parts) > 1 else ""
@@ -78,7 +79,7 @@ def validate(config: Config, *, console: Console) -> int:
     if bad:
         table = Table("reason", "rows", title=f"{bad} of {total} rows cannot be used")
         for reason, rows in reasons.most_common():
-            table.add_row(reason, str(rows))
+            table.add_row(escape(reason), str(rows))
         console.print(table)
     else:
         console.print(f"All {total} rows can be used.")

@@ -49,7 +49,7 @@ def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
         policy_of(setting, arguments)  # raises if it cannot be
     questions = read(arguments)
     for remark in questions.remarks:
-        console.print(remark)
+        console.print(remark, markup=False)
     model, processor = load_base(arguments.model, dtype=compute_dtype())
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
     if torch.cuda.is_available() and model.device.type != "cuda":
         model.cuda()  # type: ignore[call-arg]
     for remark in prompts.remarks:
-        console.print(remark)
+        console.print(remark, markup=False)
     samples = prompts.measured
     labelled = all(sample["messages"][-1]["role"] == "assistant" for sample in samples)
     if not labelled:

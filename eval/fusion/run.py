@@ -179,5 +179,5 @@ def report(console: Console, folder: Path, results: dict[str, Any], note: str) -
             f"Entry at layer {entry['layer']}: KL {entry['kl_raw']:.4f} raw, {entry['kl_calibrated']:.4f} calibrated, "
             f"{entry['kl_ceiling']:.4f} with the dense model's own vision states."
         )
-    console.print(f"Chosen for {chosen['why']}. {note}".strip())
+    console.print(f"Chosen for {chosen['why']}. {note}".strip(), markup=False)
     console.print(f"{folder / 'report.html'}, {folder / 'schedule.yaml'}")

@@ -89,3 +89,11 @@ def test_bad_rows_that_must_not_be_stop_a_run_before_a_model_is_loaded(broken, t
     with pytest.raises(SystemExit, match="went on"):
         run_config(composed("data=dataset", f"data.path={broken}", out, "data.on_error=skip"))
     assert not Path(tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_reason_is_no_markup_of_the_terminal(tmp_path, capsys):
+    rows = [{"conversations": [{"from": "[/red]", "value": "x"}]}, {"messages": [turn("user", "?"), ANSWER]}]
+    path = write_rows(tmp_path, *rows, name="rows.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        validate.main(["data=dataset", f"data.path={path}"])
+    assert ended.value.code == 1 and "0\thas a turn from '[/red]'" in capsys.readouterr().out
