@@ -2,11 +2,11 @@
 
     python eval/compare.py outputs/before/report.json outputs/after/report.json
 
-Systems of the same key are compared. On the same questions, with `predictions.jsonl` beside both reports, a difference
-of accuracy is paired and its 95% interval bootstrapped over images; else the samples count as independent. It is worse
-if the interval lies below zero, overall or in a task. Decoder FLOPs and KV bytes, which hardly vary, are worse if they
-rise by more than `--cost`; latency, as a ratio to the reference, if its quartiles lie above those before. Question
-types are shown, but so many comparisons would fail by chance.
+Systems of the same key are compared. On the same questions and images, with `predictions.jsonl` beside both reports, a
+difference of accuracy is paired, and its 95% interval knows which questions share an image; else the samples count as
+independent. It is worse if the interval lies below zero, overall or in a task. Decoder FLOPs and KV bytes, which hardly
+vary, are worse if they rise by more than `--cost`; latency, as a ratio to the reference, if its quartiles lie above
+those before. Question types are shown and do not count: with so many comparisons some would fail by chance.
 """
 
 from __future__ import annotations
@@ -91,6 +91,19 @@ def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
             if name in first and name in second and key != new["roles"]["reference"]:
                 changes.append(_latency(second["name"], what, first[name], second[name]))
     return changes
+
+
+def notes(before: Path, after: Path) -> list[str]:
+    """What else is not the same in two reports, in sentences."""
+    old, new = read_report(before), read_report(after)
+    remarks = []
+    if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
+        remarks.append("The questions, answers or images are not the same: samples count as independent.")
+    first, second = old["model"].get("identity", {}), new["model"].get("identity", {})
+    changed = [name for name in second if first.get(name) != second[name]]
+    if changed:
+        remarks.append(f"The dense bases differ in {', '.join(changed)}.")
+    return remarks
 
 
 def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], units: tuple[Any, Any]) -> Change:
@@ -197,6 +210,8 @@ def main(words: list[str]) -> None:
         sys.exit(f"error: {error}")
     console = Console()
     console.print(table(changes))
+    for remark in notes(options.before, options.after):
+        console.print(terminal(remark))
     worse = [terminal(f"{change.system}: {change.what}") for change in changes if change.worse]
     console.print(f"Worse: {'; '.join(worse)}." if worse else "Nothing got worse beyond its interval.")
     sys.exit(1 if worse else 0)

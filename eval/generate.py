@@ -131,6 +131,7 @@ def answer(
     from latefusion.models.attach import attach
     from latefusion.models.base_model import compute_dtype, load_base
     from latefusion.models.explain import explain
+    from latefusion.models.flops import encoder_flops, head_flops
     from latefusion.models.schedule import VisionSchedule
 
     model: Any
@@ -143,8 +144,16 @@ def answer(
     table = Table(title=terminal(f"{arguments.model}: {row['question']}"), title_justify="left")
     for name in ("policy", "answer"):
         table.add_column(name)
-    for name in ("vision\na layer", "FLOPs\nsaved", "attention\nsaved", "after\nfusion", "KV cache"):
+    for name in (
+        "vision\na layer",
+        "FLOPs\nsaved",
+        "attention\nsaved",
+        "after\nfusion",
+        "KV cache",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
+    vision = encoder_flops(model, inputs)
+    saved: dict[str, float] = {}  # of the whole prefill
     explanations: dict[str, Explanation] = {}
     with attach(model, VisionSchedule()) as attachment, torch.no_grad():
         for name, policy in policies.items():
@@ -161,6 +170,9 @@ def answer(
                 explanations[name] = explain(model, inputs)
             sample = explanations[name].samples[0]
             cost = sample.account
+            if vision is not None:
+                whole = cost.dense_flops + vision + head_flops(model.config, 1)
+                saved[name] = (cost.dense_flops - cost.flops) / whole
             table.add_row(
                 terminal(Path(name).name),
                 terminal(text.strip()),
@@ -171,6 +183,11 @@ def answer(
                 f"{kv_cache_bytes(out.past_key_values) / 1e6:.2f} MB",
             )
     console.print(table)
+    if saved:
+        shares = ", ".join(f"{terminal(Path(name).name)} {share:.1%}" for name, share in saved.items())
+        console.print(
+            f"FLOPs saved are the decoder's. Of the whole prefill, vision tower included: {shares}."
+        )
     for name, explanation in explanations.items():
         heading = f"[bold]{terminal(Path(name).name)}[/bold]"
         console.print(f"{heading} {terminal(str(explanation))}", highlight=False, soft_wrap=True)

@@ -121,12 +121,18 @@ def _metrics(path: Path) -> str:
     file = next((path / name for name in METRICS if (path / name).is_file()), None)
     if file is None:
         return "None were measured."
-    lines = ["| system | accuracy (95% interval) | decoder FLOPs, of dense |", "| --- | ---: | ---: |"]
+    lines = [
+        "| system | accuracy (95% interval) | FLOPs of dense: decoder (whole prefill) |",
+        "| --- | ---: | ---: |",
+    ]
     try:
         for system in json.loads(file.read_text())["systems"].values():
             overall = system["accuracy"]["overall"]
             accuracy = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
-            lines.append(f"| {_cell(system['name'])} | {accuracy} | {system['flops']['ratio']:.0%} |")
+            flops = f"{system['flops']['ratio']:.0%}"
+            if "prefill_flops" in system:
+                flops += f" ({system['prefill_flops']['ratio']:.0%})"
+            lines.append(f"| {_cell(system['name'])} | {accuracy} | {flops} |")
     except (KeyError, TypeError, AttributeError, ValueError):
         return f"{file.name} is not a report of an evaluation."
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""How often 95% intervals miss the truth on each side, by simulation: 2.5% of the time each, if they are right.
+"""How often 95% intervals lie above and below the truth, by simulation: 2.5% of the time each, if they are right.
 
     python eval/bench/intervals.py --trials 1000
 
 Answers are drawn for images that differ in difficulty, several questions an image; a second system loses some of what
-the first has right. `eval/metrics.py` is compared with the percentile bootstrap over images.
+the first has right. `eval/metrics.py` is compared with the percentile bootstrap over images; prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from latefusion.eval import metrics
 
@@ -93,25 +92,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    table = Table(
-        title=f"Intervals above : below the truth, % of {options.trials} trials (2.5 : 2.5 is right)"
-    )
-    for name in ("images x questions", "accuracy, %", "difference, points"):
-        table.add_column(name)
-    misses: dict[str, list[int]] = {}
-    for case in track(CASES):
-        misses = {}
+    for number, case in enumerate(track(CASES, console=Console(stderr=True))):
+        misses: dict[str, list[int]] = {}
         for _ in range(options.trials):
             for name, truth, (low, high) in intervals(case, rng):
-                above, below = misses.setdefault(name, [0, 0])
+                above, below = misses.get(name, [0, 0])
                 misses[name] = [above + (low > truth), below + (high < truth)]
-        if len(table.columns) == 3:
-            for name in misses:
-                table.add_column(name, justify="right")
-        shares = (" : ".join(f"{100 * n / options.trials:.1f}" for n in sides) for sides in misses.values())
-        size = f"{case.images} x {case.questions}"
-        table.add_row(size, f"{100 * case.rate:.1f}", f"{100 * case.difference:+.2f}", *shares)
-    Console().print(table)
+        if number == 0:
+            heads = ["images x questions", "accuracy, %", "difference, points", *misses]
+            print("| " + " | ".join(heads) + " |\n| --- |" + " ---: |" * (len(heads) - 1))
+        shares = [", ".join(f"{100 * n / options.trials:.1f}" for n in sides) for sides in misses.values()]
+        size, gap = f"{case.images} x {case.questions}", f"{100 * case.difference:+.2f}"
+        print("| " + " | ".join([size, f"{100 * case.rate:.1f}", gap, *shares]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,14 @@ def _many(results: dict[str, Any]) -> Table:
     table = Table(title=_title(results), title_justify="left")
     table.add_column("")
     whole = all("prefill_flops" in system for system in results["systems"].values())
-    for name in ("accuracy, %", "to dense", "FLOPs", *(["prefill"] if whole else []), "tokens", "1st token"):
+    for name in (
+        "accuracy, %",
+        "to dense",
+        "FLOPs",
+        *(["prefill"] if whole else []),
+        "tokens\na layer",
+        "1st\ntoken",
+    ):
         table.add_column(name, justify="right")
     for key, system in results["systems"].items():
         value, detail = _accuracy(system["accuracy"]["overall"])

@@ -233,7 +233,7 @@ def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str
 
     Pictures are not decoded.
     """
-    kept = undecoded(rows.select_columns(["image"]))
+    kept = undecoded(rows).select_columns(["image"])  # in this order: datasets cannot join the other
     if isinstance(rows.features["image"], datasets.List):
         kept = kept.rename_column("image", "images")
     plain = rows.remove_columns(["image"])

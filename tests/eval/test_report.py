@@ -352,6 +352,25 @@ def test_lost_answers_are_a_regression(
         main([str(after), str(before)])
 
 
+def test_a_report_on_other_images_is_not_paired(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Any
+) -> None:
+    def swap(report: dict[str, Any]) -> None:
+        report["data"]["fingerprint"] = "other"
+        report["model"]["identity"]["processor"] = "other"
+
+    after = changed(run[0], tmp_path / "after", swap)
+    with pytest.raises(SystemExit, match="0"):
+        main([str(run[0]), str(after)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "images are not the same: samples count as independent" in text and "differ in processor." in text
+    accuracies = [
+        next(c for c in compare(run[0], folder) if c.system == "Late fusion" and c.what == "accuracy")
+        for folder in (run[0], after)
+    ]
+    assert accuracies[0].high != accuracies[1].high
+
+
 def test_dearer_is_a_regression_and_a_little_dearer_is_not(
     run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
