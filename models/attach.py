@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latefusion.models.executor.around import Around
+from latefusion.models.executor.cache import is_scheduled
 from latefusion.models.executor.hooks import Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
@@ -133,6 +135,13 @@ class Attachment(Hooks):
 
     def _generate(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock `generate`: tokens behind its inputs, drafted or generated, choose no vision tokens."""
+        if is_scheduled(kwargs.get("past_key_values")) and getattr(self.last, "by_question", False):
+            warnings.warn(
+                "past_key_values hold only the vision tokens that an earlier question needed, and this one may need "
+                "others: to read the image again, call generate with the whole conversation, its images and no "
+                'past_key_values (docs/inference.md, "A second question").',
+                stacklevel=3,
+            )
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         lengths = [tokens.shape[1] for tokens in inputs if isinstance(tokens, Tensor) and tokens.dim() > 1]
         if not lengths or self.prompt_end.queries is not None:

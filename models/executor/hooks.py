@@ -207,7 +207,9 @@ class Hooks:
         if prompt is not None:
             assert forward.selections is not None
             check_cache(cache)
-            running.last = self._last = PrefillTrace(prompt, decision, forward.selections.steps)
+            running.last = self._last = PrefillTrace(
+                prompt, decision, forward.selections.steps, by_question=forward.watch is not None
+            )
         elif real is not None and not past:
             running.last = self._last = TextTrace(real, len(self.layers))
 

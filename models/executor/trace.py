@@ -55,11 +55,16 @@ class TextTrace:
 
 @dataclass(frozen=True)
 class PrefillTrace:
-    """A prefill with vision tokens, its masks still on the device."""
+    """A prefill with vision tokens, its masks still on the device.
+
+    Attributes:
+        by_question: the policy looked at the model's attention, so what is left depends on the question.
+    """
 
     prompt: Prompt
     decision: Decision | None
     selections: Sequence[tuple[int, Selection]]
+    by_question: bool = False
 
     def records(self) -> list[TraceRecord]:
         layers = None if self.decision is None else self.decision.fusion_layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ CHOOSING = {
     "hidrop": VisionSchedule(enter=1, keep={2: 3, 4: 2}, ranking="hidrop"),
     "fastv": FastV(layer=1),
     "pyramiddrop": PyramidDrop(keep_ratios={1: 0.5, 3: 0.25}),
-    "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.01),
+    "visipruner": VisiPruner(boundary=1, layer_threshold=0.9999, tokens_threshold=0.2),
     "random": Random(layer=2),
     "divprune": DivPrune(keep_ratio=0.5),
 }
@@ -214,6 +215,25 @@ def test_a_generated_placeholder_token_is_text() -> None:
 
 
 # ---------------------------------------------------------------- turns by hand
+
+
+@pytest.mark.parametrize(
+    ("policy", "warns"),
+    [(CHOOSING["visipruner"], True), (KEEPS, True), (BAND, False), (CHOOSING["random"], False)],
+)
+def test_a_second_question_on_what_the_first_left_is_warned_of(policy: Any, warns: bool) -> None:
+    model, inputs = build("llava"), prompt("llava", ["tt I ttttt"])
+    with attach(model, policy):
+        first = generate(model, inputs, tokens=2)
+        longer = continued(
+            "llava", inputs, torch.cat([first.sequences[:, -2:], torch.tensor([[7, 8, 9]])], 1)
+        )
+        tokens = {name: longer[name] for name in ("input_ids", "attention_mask")}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate(model, tokens, tokens=2, past_key_values=first.past_key_values)
+            generate(model, prompt("llava", ["tt I ttttt"]), tokens=2)  # reads the image again
+        assert sum("an earlier question needed" in str(w.message) for w in caught) == warns
 
 
 def turn(family: str, tokens: torch.Tensor, mask: torch.Tensor, images: Any, cache: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ POLICIES = {
     "band": VisionSchedule(enter=2, exit=4),
     "keeps": VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2}),
     "cross": VisionSchedule(cross=(1, 3, 4), keep={3: 2}),
-    "visipruner": VisiPruner(boundary=3, layer_threshold=0.9999, tokens_threshold=0.01),
+    "visipruner": VisiPruner(boundary=3, layer_threshold=0.9999, tokens_threshold=0.2),
     "fastv": FastV(layer=1),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
