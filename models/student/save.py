@@ -29,7 +29,7 @@ from latefusion.models.locate import (
     student_folder,
 )
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
-from latefusion.models.student.build import Student
+from latefusion.models.student.build import Student, hold_frozen
 from latefusion.models.student.entry import ENTRY, entry_of, entry_shape, install_entry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -102,8 +102,8 @@ def load(
         path: a folder that `training/train.py` or `training/export.py` wrote, or the hub id it was published under.
         dtype: of the weights; None: bfloat16 where the hardware has it, else float32.
         merge: add LoRA to the weights, so that the model is as fast as its base. Exact to float error in float32; in
-            bfloat16 the sums are rounded (docs/models.md). False: keep the adapters apart, to go on training or to
-            switch them off.
+            bfloat16 the sums are rounded (docs/models.md). False: keep the adapters apart, with gradients, to go on
+            training or to switch them off.
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
@@ -111,7 +111,7 @@ def load(
     """
     folder = student_folder(path)
     if (folder / ADAPTER_CONFIG).is_file():
-        student = load_student(folder, dtype=dtype)
+        student = load_student(folder, dtype=dtype, trainable=not merge)
         if not merge:
             return student.model, student.processor
         done = merge_adapters(student)
@@ -134,18 +134,25 @@ def load(
         )
     model, processor = load_checkpoint(str(folder), dtype=dtype or compute_dtype(), ignored=[rf"^{ENTRY}\."])
     load_entry(model, folder)
-    attach(model, VisionSchedule.from_dict(schedule))
+    policy = VisionSchedule.from_dict(schedule)
+    record(model, policy)  # a checkpoint of an earlier format says nothing of its entry adapter
+    attach(model, policy)
     return model, processor
 
 
 def load_student(
-    path: str | Path, *, dtype: torch.dtype | None = None, base: PreTrainedModel | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base: PreTrainedModel | None = None,
+    trainable: bool = False,
 ) -> Student:
-    """Load a student from its adapter folder for inference, its adapters apart from the base's weights.
+    """Load a student from its adapter folder, in eval mode, its adapters apart from the base's weights.
 
     Args:
         dtype: of the base's weights; None: bfloat16 where the hardware has it, else float32.
         base: the model to put the adapters on, used by nobody else (`twin`); None: the one that the folder names.
+        trainable: the adapters have gradients.
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
@@ -176,15 +183,16 @@ def load_student(
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT's
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
         try:
-            student = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+            student = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
         except (RuntimeError, ValueError) as error:  # shapes, names of modules
             raise ValueError(f"{other}: {str(error).splitlines()[-1].strip().rstrip('.')}; {fix}") from None
     unmatched = shapes.keys() ^ get_peft_model_state_dict(student, save_embedding_layers=False).keys()
     if unmatched:
         raise ValueError(f"{other}: {min(unmatched)} is in one of them alone; {fix}")
+    hold_frozen(model)
     schedule = VisionSchedule.load(folder)
     return Student(
-        model=student,
+        model=student.eval(),
         processor=load_processor(str(folder)),
         attachment=attach(student, schedule),
         schedule=schedule,

@@ -243,3 +243,17 @@ def test_a_projector_trains_as_a_whole():
     student.model.train()
     copy = student.attachment.model.model.multi_modal_projector.modules_to_save["default"]
     assert all(module.training for module in copy.modules())
+
+
+def test_a_student_whose_adapters_stay_apart_goes_on_training(tmp_path, base, samples):
+    student = assemble.student_of(configured(*BAND, *SMALL, f"model.path={base}"))
+    save_student(student, tmp_path)
+    model, _ = load(tmp_path, dtype=torch.float32, merge=False)
+    learns = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learns == {name for name, weight in student.model.named_parameters() if weight.requires_grad}
+    model.train()
+    assert not any(module.training for module in model.get_base_model().model.vision_tower.modules())
+    model(**student_inputs(student, samples)).logits.sum().backward()
+    entry = entry_of(model).modules_to_save["default"]
+    assert entry.scale.grad.abs().max() > 0
+    assert not any(weight.requires_grad for weight in load_student(tmp_path).model.parameters())

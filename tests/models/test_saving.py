@@ -157,6 +157,9 @@ def test_folders_of_the_earlier_format_still_load(tmp_path, stand_in):
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(model, fresh("llava"))[real], expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "now")
+    saved = json.loads((tmp_path / "now" / "config.json").read_text())
+    assert saved["vision_entry"] == {"rank": 2, "places": 0}  # from now on it cannot get lost without a word
 
 
 @pytest.mark.parametrize("sizes", [{"rank": 10**9, "places": 0}, {"rank": 2, "places": 4}, "2", [2]])
