@@ -91,7 +91,8 @@ def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool
     config = stored_values(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
     if schedule.cross is not None:
         layers = ", ".join(map(str, schedule.cross))
-        band = f"stay what the projector made them, and text reads them in the layers {layers} only"
+        readers = f"in the layers {layers} only" if layers else "in no layer"
+        band = f"stay what the projector made them, and text reads them {readers}"
     else:
         exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
         band = f"are computed from layer {schedule.enter} to {exit_layer} only"
