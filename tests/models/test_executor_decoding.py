@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache, Fp8QuantizedLayer
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
+from latefusion.models.inputs import encode_images, fresh_inputs
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
 from latefusion.models.policies.pyramiddrop import PyramidDrop
@@ -234,6 +235,28 @@ def test_a_second_question_on_what_the_first_left_is_warned_of(policy: Any, warn
             generate(model, tokens, tokens=2, past_key_values=first.past_key_values)
             generate(model, prompt("llava", ["tt I ttttt"]), tokens=2)  # reads the image again
         assert sum("an earlier question needed" in str(w.message) for w in caught) == warns
+
+
+def test_an_image_that_is_read_again_for_the_next_question_is_encoded_once() -> None:
+    """The recipe of docs/inference.md: each question's answer is that of a fresh prefill."""
+    model = build("llava")
+    runs: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *args: runs.append(1))
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    conversations = []
+    for row in ("tt I ttt", "tt I ttttttt"):
+        inputs = prompt("llava", [row])
+        del inputs["mm_encoder_outputs"]
+        conversations.append(inputs | {"pixel_values": pixels})
+    with torch.no_grad(), attach(model, KEEPS):
+        expected = [generate(model, inputs).sequences for inputs in conversations]
+        runs.clear()
+        features = encode_images(model, conversations[0])["mm_encoder_outputs"]
+        for conversation, sequences in zip(conversations, expected, strict=True):
+            del conversation["pixel_values"]
+            again = generate(model, fresh_inputs({**conversation, "mm_encoder_outputs": features}))
+            assert torch.equal(again.sequences, sequences)
+    assert len(runs) == 1
 
 
 def turn(family: str, tokens: torch.Tensor, mask: torch.Tensor, images: Any, cache: Any) -> dict[str, Any]:
