@@ -155,7 +155,8 @@ class DataConfig:
         scenes: how many scenes to render for training (`scenes` only; None: the source's default).
         turns: the most questions about one image in a training sample (`scenes` only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
-            (one number a token) positions, under sdpa or eager attention.
+            (one number a token) positions, under sdpa or eager attention. Under `schedule.keep` or VisiPruner, the
+            questions of a row then rank its vision tokens together; without it, the text before the first answer does.
         pack: let the samples of a batch without images share rows, each seeing itself alone, so that no padding is
             computed; `group=modality` makes such batches.
         seed: for rendered scenes, mixtures and streams.
