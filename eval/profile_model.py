@@ -35,8 +35,10 @@ class Arguments:
 
     Attributes:
         samples: prompts to measure on, about as many different images as the data has.
+        confirm: other prompts to accept the schedule on, as many of them as the data has.
         split: of the data; null: validation of scenes, the data's own otherwise.
-        bound: nats of KL per answer token that the schedule may cost, its entry and keeps included.
+        bound: nats of KL per answer token that the schedule may cost, its entry and keeps included: the upper limit of
+            the mean over the confirming prompts stays within it.
         budget: decoder FLOPs to stay below, as a share of dense; null: as few as the bound allows.
         images: training images that calibrate the entry; no sample shows one of them.
         output: folder; null: outputs/profile_MODEL.
@@ -47,6 +49,7 @@ class Arguments:
     """
 
     samples: int = 128
+    confirm: int = 384
     split: str | None = None
     bound: float = 0.05
     budget: float | None = None
@@ -92,7 +95,7 @@ def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
     arguments: Any = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(own))
     )
-    for name in ("samples", "images", "batch_size", "new_tokens"):
+    for name in ("samples", "confirm", "images", "batch_size", "new_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     if not arguments.bound > 0:
@@ -154,7 +157,7 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
         model.cuda()  # type: ignore[call-arg]
     for remark in prompts.remarks:
         console.print(remark, markup=False)
-    samples = prompts.measured
+    samples, n = [*prompts.measured, *prompts.confirming], len(prompts.measured)
     labelled = all(sample["messages"][-1]["role"] == "assistant" for sample in samples)
     if not labelled:
         console.print(
@@ -175,7 +178,8 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
     return profile(
         model=model,
         processor=processor,
-        samples=samples,
+        samples=samples[:n],
+        confirm_on=samples[n:],
         fit_on=prompts.calibrating,
         remarks=prompts.remarks,
         console=console,
@@ -202,15 +206,16 @@ def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Samples to measure on, samples whose images calibrate the entry, and sentences about both for the reader."""
+    """Samples to measure on, to confirm on and to calibrate the entry on, and sentences about them for the reader."""
 
     measured: list[dict[str, Any]]
+    confirming: list[dict[str, Any]]
     calibrating: list[dict[str, Any]]
     remarks: list[str]
 
 
 def draw(data: DataConfig, arguments: Arguments) -> Prompts:
-    """Draw samples to measure on and samples to calibrate on, with different images.
+    """Draw samples to measure on, others to confirm on, and others again, with different images, to calibrate on.
 
     Raises:
         FileNotFoundError, ValueError: the data are missing, or have fewer samples than `samples`.
@@ -225,24 +230,47 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
         with_other_images,
     )
 
+    needed = arguments.samples + arguments.confirm
     if data.source is Source.scenes:
         scenes: Any = sources.scenes(arguments.split or "validation", seed=data.seed)
-        candidates, _ = with_images(scenes, needed=arguments.samples, seed=arguments.seed)
-        measured = opened(scenes, first_samples(candidates, arguments.samples))
+        candidates, _ = with_images(scenes, needed=needed, seed=arguments.seed)
+        chosen = first_samples(candidates, arguments.samples)
+        others = candidates[arguments.samples :][: arguments.confirm]
         train: Any = sources.scenes("train", seed=data.seed)
-        return Prompts(measured, distinct_images(train, arguments.images), [])
-    needed = arguments.samples + arguments.images
+        calibrating = distinct_images(train, arguments.images)
+        return Prompts(opened(scenes, chosen), opened(scenes, others), calibrating, few(others, arguments))
+    needed += arguments.images
     rows = prompt_rows(data, arguments.split, needed)
     candidates, bad = with_images(rows, needed=needed, seed=arguments.seed)
     chosen, remarks = first_samples(candidates, arguments.samples), left_out(bad)
-    others = with_other_images(candidates[arguments.samples :], chosen, arguments.images)
-    if not others:
-        others = with_other_images(chosen, [], arguments.images)
+    rest = candidates[arguments.samples :]
+    calibrating = with_other_images(rest, chosen, min(arguments.images, -(-len(rest) // 2)))
+    seen = {image for row in calibrating for image in row.images}
+    others = [row for row in rest if not row.images & seen][: arguments.confirm]
+    remarks += few(others, arguments)
+    if not calibrating:
+        calibrating = with_other_images(chosen, [], arguments.images)
         remarks.append(
             "The data have no images beside those of the samples, so the entry is calibrated on them: its KL is better "
             "than it will be on others; fewer samples leave some."
         )
-    return Prompts(opened(rows, chosen), opened(rows, others), remarks)
+    return Prompts(opened(rows, chosen), opened(rows, others), opened(rows, calibrating), remarks)
+
+
+def few(confirming: Sequence[ImageRow], arguments: Arguments) -> list[str]:
+    """In a sentence, that the data have too few prompts to confirm the schedule on."""
+    n = len(confirming)
+    if n == 0:
+        return [
+            "The data have no prompts beside the samples, so these confirm the schedule that they chose: its KL on "
+            "others may be above the bound; fewer samples leave some."
+        ]
+    if n < min(arguments.samples, arguments.confirm):
+        return [
+            f"The data have only {n} prompts beside the samples to confirm the schedule on: its upper limit is wide, "
+            "and a cheaper one might do; fewer samples leave more."
+        ]
+    return []
 
 
 def first_samples(candidates: Sequence[ImageRow], samples: int) -> list[ImageRow]:

@@ -53,6 +53,7 @@ def check_config(cfg: DictConfig) -> Config:
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
         ("schedule.samples", config.schedule.samples),
+        ("schedule.confirm", config.schedule.confirm),
         ("train.threads", 1 if train.threads is None else train.threads),
         ("eval.samples", 1 if config.eval.samples is None else config.eval.samples),
         ("data.scenes", 1 if config.data.scenes is None else config.data.scenes),

@@ -213,13 +213,14 @@ class RunScheduleConfig(ScheduleConfig):
         enter: 0 for a recipe without a schedule: `recipe=dense`.
         auto: `schedule=auto`: profile the model before training (or read `profile`).
         profile: a folder written by `eval/profile_model.py`.
-        samples, bound, budget: arguments of the profile that `auto` makes.
+        samples, confirm, bound, budget: arguments of the profile that `auto` makes.
     """
 
     enter: int | None = 0
     auto: bool = False
     profile: str | None = None
-    samples: int = 64
+    samples: int = 128
+    confirm: int = 384
     bound: float = 0.05
     budget: float | None = None
 

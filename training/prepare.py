@@ -190,6 +190,7 @@ def profile(config: Config) -> None:
     run(
         Arguments(
             samples=options.samples,
+            confirm=options.confirm,
             bound=options.bound,
             budget=options.budget,
             images=config.entry.images,

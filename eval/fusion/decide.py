@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from latefusion.eval.fusion.effects import interval
+from latefusion.eval.fusion.effects import interval, upper_limit
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.plan import KEEP_LAYERS, KEEP_SHARES, NEAR, PROBES, SINGLES, SPREAD, STEPS, TRIES
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import Calibration, TooFew
+
+BAND_SHARE = 0.5  # of the bound, that the band may cost without its keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class Goal:
     """What a schedule is chosen by.
 
     Attributes:
-        bound: nats of KL per answer token, mean over samples, that the schedule may cost: where vision enters, where
-            it leaves, both at once, and the whole of it with its entry and keeps.
+        bound: nats of KL per answer token that the schedule may cost, its entry and keeps included: the upper limit of
+            the mean over confirming prompts (`effects.upper_limit`) stays within it.
         budget: share of dense decoder FLOPs; None: as few as the bound allows.
         by_hand: a schedule that is measured beside the chosen one.
     """
@@ -59,16 +61,37 @@ class Point:
         return {**vars(self), "schedule": self.schedule.to_dict()}
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A schedule on the ladder from few FLOPs to many, and its effect on the confirming prompts.
+
+    Attributes:
+        limit: upper limit of the mean KL; never below that of the band alone, since a keep cannot add what it removes.
+    """
+
+    schedule: VisionSchedule
+    calibrated: bool
+    flops: float
+    kl: list[float]
+    right: list[bool]
+    limit: float
+
+
 @dataclass
 class Study:
     """The order of measurements and decisions.
 
+    Candidates are found on the samples and accepted on other prompts: the least of many noisy means would be too low.
+
     Args:
+        measurer: on the samples.
+        confirmer: on the confirming prompts; None: the samples confirm their own choice.
         labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
         text, vision: tokens of a sample, on average.
     """
 
     measurer: Measurer
+    confirmer: Measurer | None
     goal: Goal
     labelled: bool
     text: float
@@ -76,7 +99,7 @@ class Study:
     calibration: Calibration | None = None
 
     def run(self, calibrate: Callable[[int], Calibration]) -> dict[str, Any]:
-        """Measure and decide; `calibration` is then the chosen band's.
+        """Measure and decide; `calibration` is then the chosen schedule's.
 
         Args:
             calibrate: fits the entry at a layer.
@@ -106,35 +129,49 @@ class Study:
         fitted: dict[int, Calibration] = {}
         notes: list[str] = []
 
-        def fit(a: int) -> None:
-            if a == 0 or a in fitted or notes:
-                return
-            try:
-                fitted[a] = calibrate(a)
-            except TooFew as error:
-                notes.append(f"The entry is not calibrated: {error}")
+        def entry_at(a: int) -> CalibratedEntry | None:
+            if a > 0 and a not in fitted and not notes:
+                try:
+                    fitted[a] = calibrate(a)
+                except TooFew as error:
+                    notes.append(f"The entry is not calibrated: {error}")
+            return _entry_of(fitted.get(a))
 
-        for a, b in cheapest_bands(band_kl, goal.bound, self.flops, layers):
-            fit(a)
-            tried[a, b] = self.carried_out(band_schedule(a, b, layers), _entry_of(fitted.get(a)))
-            if tried[a, b].kl <= goal.bound:
+        room = BAND_SHARE * goal.bound
+        for a, b in cheapest_bands(band_kl, room, self.flops, layers):
+            tried[a, b] = self.carried_out(band_schedule(a, b, layers), entry_at(a))
+            if tried[a, b].kl <= room:
                 break
         else:
             a, b = min(tried, key=lambda band: (tried[band].kl, tried[band].flops))
-        band, whole = band_schedule(a, b, layers), tried[a, b]
-        self.calibration = fitted.get(a)
-        entry = _entry_of(self.calibration)
-        points = self._among_knock_outs(effects)
-        raw = self.carried_out(band, None) if entry is not None else whole
-        keeps = self._keeps(band, entry, whole.kl) if b - a > 1 else []
-        chosen, why = choose([whole, *keeps], goal.bound, goal.budget)
-        beside = {"chosen, raw entry": self.carried_out(chosen.schedule, None)} if entry is not None else {}
-        if goal.by_hand is not None:
-            fit(goal.by_hand.enter)
-            beside["by hand"] = self.carried_out(goal.by_hand, _entry_of(fitted.get(goal.by_hand.enter)))
+        singles, front = self._keeps((a, b), entry_at(a), tried[a, b].kl) if b - a > 1 else ([], [])
         if b - a == 1:
             notes.append(f"Vision is needed in layer {a} alone: a band of one layer has no room for a keep.")
-        points += [*tried.values(), *keeps, *([raw] if entry is not None else []), *beside.values()]
+        safest = min(band_kl, key=lambda band: (band_kl[band], band))
+        rungs: list[Rung] = []
+        for band in dict.fromkeys([(a, b), safest]):
+            rungs += self._confirmed(band, entry_at(band[0]), front)
+            if rungs[-1].limit <= goal.bound:
+                break
+        best, why = choose(rungs, goal.bound, goal.budget)
+        a, b = best.schedule.enter, layers if best.schedule.exit is None else best.schedule.exit
+        entry, self.calibration = entry_at(a), fitted.get(a)
+        alone = band_schedule(a, b, layers)
+        chosen, whole = self.carried_out(best.schedule, entry), self.carried_out(alone, entry)
+        raw = self.carried_out(alone, None) if entry is not None else whole
+        beside = {"chosen, raw entry": self.carried_out(chosen.schedule, None)} if entry is not None else {}
+        if goal.by_hand is not None:
+            beside["by hand"] = self.carried_out(goal.by_hand, entry_at(goal.by_hand.enter))
+        points = [
+            *self._among_knock_outs(effects),
+            *tried.values(),
+            *singles,
+            whole,
+            raw,
+            chosen,
+            *beside.values(),
+        ]
+        points = list({(str(p.schedule.to_dict()), p.calibrated): p for p in points}.values())
         right = effects["dense"]["right"]
         return {
             "layers": layers,
@@ -146,12 +183,18 @@ class Study:
             "looks": looks,
             "bands": [{"enter": a, "exit": b, "kl": kl} for (a, b), kl in band_kl.items()],
             "ends": {"enter": enter, "exit": leave},
-            "entry": self._entry(a, mean, band_kl.get((a, b)), raw, whole),
+            "entry": self._entry(a, band_kl.get((a, b)), raw, whole),
             "kept": self._kept(chosen, entry, right),
             "points": [p.to_dict() for p in points],
             "front": [p.to_dict() for p in pareto(points)],
             "beside": {name: p.to_dict() for name, p in beside.items()},
-            "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl[a, b]},
+            "ladder": [
+                {"schedule": rung.schedule.to_dict(), "flops": rung.flops, "limit": rung.limit}
+                | {"kl": float(np.mean(rung.kl))}
+                for rung in rungs
+            ],
+            "confirmed": self._confirmation(best),
+            "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl.get((a, b), whole.kl)},
             "note": " ".join(notes),
         }
 
@@ -169,9 +212,10 @@ class Study:
     def _point(
         self, schedule: VisionSchedule, calibrated: bool, flops: float, kl: list[float], right: list[bool]
     ) -> Point:
-        accuracy = float(np.mean(right)) if self.labelled else None
         mean, low, high = interval(kl)
-        return Point(schedule, calibrated, flops, mean, low, high, accuracy)
+        return Point(
+            schedule, calibrated, flops, mean, low, high, float(np.mean(right)) if self.labelled else None
+        )
 
     def _among_knock_outs(self, effects: dict[str, Any]) -> list[Point]:
         """The schedules that are knock-outs, too: dense, late entry alone, early exit alone."""
@@ -188,66 +232,107 @@ class Study:
                 )
         return points
 
-    def _keeps(self, band: VisionSchedule, entry: CalibratedEntry | None, base: float) -> list[Point]:
-        """Single keeps; of the pyramids that they promise, some along their front, more where the limit is met."""
+    def _keeps(
+        self, band: tuple[int, int], entry: CalibratedEntry | None, base: float
+    ) -> tuple[list[Point], list[dict[int, int]]]:
+        """Measure single keeps, and some of the pyramids that they promise; returns the points and the pyramids.
+
+        The pyramids are those that no other beats in both FLOPs and expected KL, cheapest first.
+        """
         layers, goal = self.measurer.layers, self.goal
-        leave = layers if band.exit is None else band.exit
         sizes = keep_sizes(round(self.vision))
         table: dict[tuple[int, int], float] = {}
-        points: dict[tuple[tuple[int, int], ...], Point] = {}
+        points: list[Point] = []
 
         def schedule(keep: Mapping[int, int]) -> VisionSchedule:
-            return band_schedule(band.enter, leave, layers, keep)
+            return band_schedule(*band, layers, keep)
 
-        def kl(keep: Mapping[int, int]) -> float:
-            key = tuple(keep.items())
-            if key not in points:
-                points[key] = self.carried_out(schedule(keep), entry)
-            return points[key].kl
+        def measure(keep: Mapping[int, int]) -> Point:
+            points.append(self.carried_out(schedule(keep), entry))
+            return points[-1]
 
         def price(most: int) -> float:
-            return sum(
-                self.flops(schedule({layer: k}))
-                for layer in keep_layers(band.enter, leave, most)
-                for k in sizes
-            )
+            return sum(self.flops(schedule({layer: k})) for layer in keep_layers(*band, most) for k in sizes)
 
         most = max((n for n in range(2, KEEP_LAYERS + 1) if price(n) <= SINGLES), default=1)
-        for layer in keep_layers(band.enter, leave, most):
+        for layer in keep_layers(*band, most):
+            cost = 0.0
             for k in sizes:
-                table[layer, k] = max(0.0, kl({layer: k}) - base)
-                if table[layer, k] > 4 * goal.bound and goal.budget is None:
-                    break  # fewer tokens will not cost less
-        front = pyramids(table, lambda keep: self.flops(schedule(keep)))
-        n = len(front)
-        for i in spread(n):
-            kl(front[i][2])
-        if goal.budget is None:
-            guess = sum(base + cost > goal.bound for _, cost, _ in front)
-            bisect(n, guess, lambda i: kl(front[i][2]) <= goal.bound)
-        else:
-            affordable = [keep for flops, _, keep in front if flops <= goal.budget]
-            for keep in affordable[-PROBES:]:
-                kl(keep)
-        return list(points.values())
+                cost = max(
+                    cost, measure({layer: k}).kl - base
+                )  # fewer tokens cannot cost less, nor less than nothing
+                table[layer, k] = cost
+                if cost > 4 * goal.bound and goal.budget is None:
+                    break
+        front = [keep for _, _, keep in pyramids(table, lambda keep: self.flops(schedule(keep)))]
+        for i in spread(len(front)):
+            if len(front[i]) > 1:
+                measure(front[i])
+        return points, front
+
+    def _confirmed(
+        self, band: tuple[int, int], entry: CalibratedEntry | None, front: Sequence[Mapping[int, int]]
+    ) -> list[Rung]:
+        """The band, and some of the pyramids `front` in it, on the confirming prompts: the best of them last.
+
+        Without a budget the cheapest whose limit stays within the bound is looked for by bisection; with one, those
+        below it that cost most FLOPs are measured.
+        """
+        layers, goal = self.measurer.layers, self.goal
+        confirmer = self.confirmer or self.measurer
+
+        def rung(keep: Mapping[int, int], least: float) -> Rung:
+            schedule = band_schedule(*band, layers, keep)
+            flops = self.flops(schedule)
+            kl, right = confirmer.schedule(schedule, entry, flops)
+            return Rung(schedule, entry is not None, flops, kl, right, max(upper_limit(kl), least))
+
+        alone = rung({}, 0.0)
+        rungs: dict[int, Rung] = {}
+        if goal.budget is not None:
+            affordable = [
+                i
+                for i, keep in enumerate(front)
+                if self.flops(band_schedule(*band, layers, keep)) <= goal.budget
+            ]
+            for i in affordable[-PROBES:]:
+                rungs[i] = rung(front[i], alone.limit)
+        elif alone.limit <= goal.bound:
+
+            def within(i: int) -> bool:
+                rungs[i] = rung(front[i], alone.limit)
+                return rungs[i].limit <= goal.bound
+
+            bisect(len(front), len(front) // 2, within)
+        return sorted([alone, *rungs.values()], key=lambda one: (one.limit <= goal.bound, -one.flops))
+
+    def _confirmation(self, rung: Rung) -> dict[str, Any]:
+        """What the chosen schedule does to the confirming prompts."""
+        mean, low, high = interval(rung.kl)
+        confirmer = self.confirmer or self.measurer
+        _, dense_right = confirmer.schedule(VisionSchedule(), None, 1.0)
+        pairs = list(zip(dense_right, rung.right, strict=True))
+        return {
+            "prompts": len(rung.kl),
+            "held_out": self.confirmer is not None,
+            "kl": mean,
+            "low": low,
+            "high": high,
+            "limit": rung.limit,
+            "accuracy": float(np.mean(rung.right)) if self.labelled else None,
+            "dense_accuracy": float(np.mean(dense_right)) if self.labelled else None,
+            "lost": pairs.count((True, False)),
+            "gained": pairs.count((False, True)),
+        }
 
     def _kept(
         self, chosen: Point, entry: CalibratedEntry | None, dense_right: Sequence[bool]
     ) -> dict[str, Any]:
         """Each sample's KL and correctness under the chosen schedule; of the first few, which tokens it kept."""
         kl, right = self.measurer.schedule(chosen.schedule, entry, chosen.flops)
-        pairs = list(zip(dense_right, right, strict=True))
-        return {
-            "kl": kl,
-            "right": right,
-            "lost": pairs.count((True, False)),
-            "gained": pairs.count((False, True)),
-            "tokens": self.measurer.kept(chosen.schedule, entry),
-        }
+        return {"kl": kl, "right": right, "tokens": self.measurer.kept(chosen.schedule, entry)}
 
-    def _entry(
-        self, enter: int, mean: dict[str, float], ceiling: float | None, raw: Point, whole: Point
-    ) -> dict[str, Any] | None:
+    def _entry(self, enter: int, ceiling: float | None, raw: Point, whole: Point) -> dict[str, Any] | None:
         if self.calibration is None:
             return None
         return {
@@ -391,27 +476,33 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def choose(points: Sequence[Point], limit: float, budget: float | None) -> tuple[Point, str]:
+def choose(rungs: Sequence[Rung], bound: float, budget: float | None) -> tuple[Rung, str]:
     """The schedule to recommend, and the reason in one sentence.
 
     Args:
-        points: the band and its pyramids, as they would be used.
-        limit: the bound in nats; without a budget the cheapest point within it is taken.
-        budget: share of dense FLOPs; with it the point of least KL within it is taken.
+        rungs: the bands and pyramids that were confirmed.
+        bound: in nats; without a budget the cheapest rung whose limit is within it is taken.
+        budget: share of dense FLOPs; with it the rung of least KL within it is taken.
     """
     if budget is None:
-        within = [p for p in points if p.kl <= limit]
+        within = [rung for rung in rungs if rung.limit <= bound]
         if within:
-            point = min(within, key=lambda p: (p.flops, p.kl))
-            return point, f"the fewest FLOPs at a KL of at most {limit:g} nats"
-        point = min(points, key=lambda p: (p.kl, p.flops))
-        return point, f"the least KL, as no schedule stays within the bound of {limit:g} nats"
-    within = [p for p in points if p.flops <= budget]
-    if within:
-        point = min(within, key=lambda p: (p.kl, p.flops))
-        beyond = "" if point.kl <= limit else f", though beyond the bound of {limit:g} nats"
-        return point, f"the least KL at no more than {budget:.0%} of dense FLOPs{beyond}"
+            return (
+                min(within, key=lambda rung: (rung.flops, rung.limit)),
+                f"the fewest FLOPs with an upper limit of the KL of at most {bound:g} nats",
+            )
+        return (
+            min(rungs, key=lambda rung: (rung.limit, rung.flops)),
+            f"the lowest upper limit of the KL, as no schedule stays within the bound of {bound:g} nats",
+        )
+    affordable = [rung for rung in rungs if rung.flops <= budget]
+    if affordable:
+        rung = min(affordable, key=lambda rung: (rung.limit, np.mean(rung.kl), rung.flops))
+        beyond = (
+            "" if rung.limit <= bound else f", though its upper limit is beyond the bound of {bound:g} nats"
+        )
+        return rung, f"the lowest upper limit of the KL at no more than {budget:.0%} of dense FLOPs{beyond}"
     return (
-        min(points, key=lambda p: (p.flops, p.kl)),
+        min(rungs, key=lambda rung: (rung.flops, rung.limit)),
         f"the fewest FLOPs, as no schedule of this band meets the budget of {budget:.0%}; raise the bound",
     )

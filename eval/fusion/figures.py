@@ -319,13 +319,13 @@ def pareto(profile: dict[str, Any]) -> Figure:
         lw=1.4,
         label="nothing measured is better in both",
     )
-    chosen = profile["chosen"]
+    flops, confirmed = profile["chosen"]["flops"], profile["confirmed"]
     axis.errorbar(
-        [100 * chosen["flops"]],
-        [max(chosen["kl"], FLOOR)],
+        [100 * flops],
+        [max(confirmed["kl"], FLOOR)],
         yerr=[
-            [max(chosen["kl"], FLOOR) - max(chosen["low"], FLOOR)],
-            [max(chosen["high"], FLOOR) - max(chosen["kl"], FLOOR)],
+            [max(confirmed["kl"], FLOOR) - max(confirmed["low"], FLOOR)],
+            [max(confirmed["limit"], FLOOR) - max(confirmed["kl"], FLOOR)],
         ],
         fmt="*",
         ms=13,

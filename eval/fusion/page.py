@@ -41,15 +41,15 @@ def write_report(
 
 
 def headline(profile: dict[str, Any]) -> str:
-    chosen = profile["chosen"]
+    chosen, confirmed = profile["chosen"], profile["confirmed"]
     schedule, layers = chosen["schedule"], profile["layers"]
     enter, leave = schedule["enter"], layers if schedule["exit"] is None else schedule["exit"]
     see = f"{enter} to {leave - 1} see" if leave - enter > 1 else f"layer {enter} alone sees"
     right = ""
     if profile["labelled"]:
         right = (
-            f" {100 * chosen['accuracy']:.1f}% of the answers are right, "
-            f"{100 * profile['dense_accuracy']:.1f}% in the dense model."
+            f" {100 * confirmed['accuracy']:.1f}% of the answers are right, "
+            f"{100 * confirmed['dense_accuracy']:.1f}% in the dense model."
         )
     return (
         f"Of {layers} decoder layers, {see} vision tokens, {_keeps(schedule)}: "

@@ -18,12 +18,15 @@ TRIES = 3  # bands within the bound whose calibrated entry is measured
 KEEP_LAYERS = 6  # layers of the band, evenly spread, where a keep may begin
 KEEP_SHARES = (2, 4, 8, 16, 32)  # a keep holds one of these parts of the vision tokens
 STEPS = 3  # keeps in a pyramid at most
-SPREAD = 4  # pyramids measured along the front of those that promise most, whatever the bound
-PROBES = 6  # pyramids measured where that front meets the bound or the budget
+SPREAD = 4  # pyramids measured along the front of those that promise most
 SINGLES = 11.2  # prefills a sample that measuring single keeps may take
-ONCE = 5  # the dense answers, the band's raw entry, two schedules beside, which tokens the chosen one keeps
-SEARCH = SINGLES + TRIES + SPREAD + PROBES + ONCE  # prefills a sample for schedules at most
-SCHEDULES = KEEP_LAYERS * len(KEEP_SHARES) + TRIES + SPREAD + PROBES + ONCE  # schedules at most
+ONCE = 7  # dense answers, two bands for confirmation, raw entry, two schedules beside, tokens the chosen one keeps
+SEARCH = SINGLES + TRIES + SPREAD + ONCE  # prefills a sample for schedules at most
+SCHEDULES = KEEP_LAYERS * len(KEEP_SHARES) + TRIES + SPREAD + ONCE  # schedules at most
+PROBES = 6  # pyramids confirmed in a band at most
+CONFIRM = 1 + 2 * (
+    1 + PROBES
+)  # prefills a confirming prompt: its dense answers, two bands with their pyramids at most
 
 HELD = 2**30  # bytes of dense answers held on the host; if there are more, each schedule computes them again
 
@@ -58,14 +61,17 @@ class Cost:
         observing: the dense forward whose attention and states are looked at.
         knock_outs: all knock-outs, and the forwards that find out whether `CachedRuns` work.
         deciding: bands, keeps and pyramids, at most.
+        confirming: prefills a confirming prompt, at most.
     """
 
     observing: float
     knock_outs: float
     deciding: float
+    confirming: float = CONFIRM
 
     @property
     def total(self) -> float:
+        """Prefills a sample; confirming prompts come on top."""
         return self.observing + self.knock_outs + self.deciding
 
 
@@ -112,10 +118,14 @@ def make_plan(config: PretrainedConfig, shapes: Sequence[Shape]) -> Plan:
         costs.append(cost)
     joint = [band_cost(config, shape) for shape in shapes]
     bands = sum(cost * shape.samples for cost, shape in zip(joint, shapes, strict=True)) / samples
-    answers = sum(shape.answers for shape in shapes)
-    hold = answers * config.get_text_config().vocab_size * 4 <= HELD
+    hold = fits_on_host(config, sum(shape.answers for shape in shapes))
     deciding = bands + SEARCH + (0 if hold else SCHEDULES)
     return Plan(Cost(1.0, spent / samples, deciding), left_out, costs, joint, hold)
+
+
+def fits_on_host(config: PretrainedConfig, answers: int) -> bool:
+    """Whether the dense model's log-probabilities at that many answer tokens are held on the host."""
+    return answers * config.get_text_config().vocab_size * 4 <= HELD
 
 
 def knock_out_cost(config: PretrainedConfig, shape: Shape, left_out: Sequence[str] = ()) -> float:

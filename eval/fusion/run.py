@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
 from latefusion.eval.fusion.decide import Goal, Study
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
-from latefusion.eval.fusion.plan import Cost, Shape, make_plan
+from latefusion.eval.fusion.plan import Cost, Shape, fits_on_host, make_plan
 from latefusion.eval.fusion.summary import summarise, write
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
@@ -32,6 +33,7 @@ def profile(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     samples: Sequence[dict[str, Any]],
+    confirm_on: Sequence[dict[str, Any]],
     fit_on: Sequence[dict[str, Any]],
     labelled: bool,
     about: dict[str, Any],
@@ -44,10 +46,11 @@ def profile(
     """Measure where `model` fuses vision into text on `samples`, and write the schedule that follows.
 
     Writes `profile.json`, `schedule.yaml`, `entry.safetensors`, `report.html` with its pictures and tables, and
-    `measured.jsonl`, from which the next call with the same `about` goes on.
+    `measured.jsonl` and `confirmed.jsonl`, from which the next call with the same `about` goes on.
 
     Args:
         samples: `{"messages", "images"}`, each ending in the answer that it is judged by.
+        confirm_on: other prompts of the same form, which the schedule is accepted on; empty: `samples` confirm it.
         fit_on: samples whose images calibrate the entry; none should share an image with `samples`.
         labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
         about: what the measurements depend on (weights, data, seed, dtype) beside the samples' contents, for
@@ -70,21 +73,33 @@ def profile(
     collator = build_collator(processor, model.config, model.generation_config)
     # two batches at least: a single one can leave out no knock-out (`plan.make_plan`)
     groups = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))
-    identity = {
+    confirming = batches(model, collator, confirm_on, batch_size)
+    conditions = {
         **about,
         "batch_size": batch_size,
         "fit_on": sorted(fingerprint(sample["messages"], sample["images"]) for sample in fit_on),
-        "prompts": [group.content for group in groups],
     }
-    ledger = Ledger(folder / "measured.jsonl", identity)
+
+    def ledger_of(name: str, groups: Sequence[Group]) -> Ledger:
+        return Ledger(folder / name, {**conditions, "prompts": [group.content for group in groups]})
+
+    ledger, confirmed = ledger_of("measured.jsonl", groups), ledger_of("confirmed.jsonl", confirming)
     with attach(model, VisionSchedule()) as attachment:
         plan = make_plan(model.config, shapes(attachment, groups))
-        announce(console, plan.cost, len(samples), layers, len(fit_on), ledger)
+        announce(console, plan.cost, len(samples), len(confirm_on), layers, len(fit_on))
+        if resumed := ledger.resumed + confirmed.resumed:
+            console.print(f"{resumed} measurements are there already; going on from them.")
         with progress_bar(console) as bar:
-            prefills = plan.cost.total * len(samples)
+            prefills = plan.cost.total * len(samples) + plan.cost.confirming * len(confirm_on)
             task = bar.add_task("Profiling", total=prefills)
-            measurer = Measurer(model, attachment, groups, ledger, plan, lambda done: bar.advance(task, done))
-            study = Study(measurer, goal, labelled, *counts(groups))
+
+            def advance(done: float) -> None:
+                bar.advance(task, done)
+
+            measurer = Measurer(model, attachment, groups, ledger, plan, advance)
+            hold = fits_on_host(model.config, sum(group.answers for group in confirming))
+            confirmer = Measurer(model, attachment, confirming, confirmed, replace(plan, hold=hold), advance)
+            study = Study(measurer, confirmer if confirming else None, goal, labelled, *counts(groups))
             results = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
             bar.update(task, completed=prefills)
     note = results["note"]
@@ -136,15 +151,15 @@ def calibrate(
     return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
 
 
-def announce(console: Console, cost: Cost, samples: int, layers: int, images: int, ledger: Ledger) -> None:
+def announce(console: Console, cost: Cost, samples: int, confirming: int, layers: int, images: int) -> None:
     """Print what the profile will cost."""
+    prefills = cost.total * samples + cost.confirming * confirming
     console.print(
-        f"{samples} samples, {layers} layers: up to {cost.total * samples:,.0f} prefills' worth of FLOPs, "
+        f"{samples} samples, {layers} layers: up to {prefills:,.0f} prefills' worth of FLOPs, "
         f"{cost.total:.0f} a sample ({cost.observing:.0f} to observe, {cost.knock_outs:.1f} for knock-outs, at most "
-        f"{cost.deciding:.0f} to decide). Calibrating the entry runs {images} more images through the layers before it."
+        f"{cost.deciding:.0f} to decide) and at most {cost.confirming:.0f} for each of {confirming} other prompts that "
+        f"confirm the schedule. Calibrating the entry runs {images} more images through the layers before it."
     )
-    if ledger.resumed:
-        console.print(f"{ledger.resumed} measurements are there already; going on from them.")
 
 
 def progress_bar(console: Console) -> Progress:
@@ -160,18 +175,19 @@ def progress_bar(console: Console) -> Progress:
 
 def report(console: Console, folder: Path, results: dict[str, Any], note: str) -> None:
     """Print the decision in a few lines; the remarks before `note` were printed earlier."""
-    chosen, schedule = results["chosen"], results["chosen"]["schedule"]
+    chosen, schedule, confirmed = results["chosen"], results["chosen"]["schedule"], results["confirmed"]
     accuracy = (
         ""
-        if chosen["accuracy"] is None
-        else f", {chosen['accuracy']:.1%} right (dense {results['dense_accuracy']:.1%})"
+        if confirmed["accuracy"] is None
+        else f", {confirmed['accuracy']:.1%} right (dense {confirmed['dense_accuracy']:.1%})"
     )
     leave = results["layers"] if schedule["exit"] is None else schedule["exit"]
     keeps = ", ".join(f"{k} from {layer}" for layer, k in schedule["keep"].items())
     console.print(
         f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {results['layers']}, "
         f"keeps {keeps or 'none'}: {chosen['flops']:.1%} of dense FLOPs, "
-        f"KL {chosen['kl']:.4f} ({chosen['low']:.4f} to {chosen['high']:.4f}) nats{accuracy}."
+        f"KL {confirmed['kl']:.4f} nats (upper limit {confirmed['limit']:.4f}){accuracy} on {confirmed['prompts']} "
+        f"{'other prompts' if confirmed['held_out'] else 'prompts, those that chose it'}."
     )
     entry = results["entry"]
     if entry is not None:

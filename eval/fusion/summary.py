@@ -197,11 +197,12 @@ def write(
 
 def schedule_yaml(results: dict[str, Any]) -> str:
     """The schedule, as `recipe=late_fusion schedule.profile=FOLDER` reads it."""
-    chosen = results["chosen"]
+    chosen, confirmed = results["chosen"], results["confirmed"]
     keep = {int(layer): k for layer, k in chosen["schedule"]["keep"].items()}
     note = (
-        f"# {chosen['flops']:.1%} of dense decoder FLOPs, KL {chosen['kl']:.4f} nats per answer token untrained"
-        f"{' with the calibrated entry' if chosen['calibrated'] else ''}: {chosen['why']}.\n"
+        f"# {chosen['flops']:.1%} of dense decoder FLOPs, KL {confirmed['kl']:.4f} nats per answer token untrained"
+        f"{' with the calibrated entry' if chosen['calibrated'] else ''}, upper limit {confirmed['limit']:.4f}: "
+        f"{chosen['why']}.\n"
     )
     return note + yaml.safe_dump(
         {"enter": chosen["schedule"]["enter"], "exit": chosen["schedule"]["exit"], "keep": keep},

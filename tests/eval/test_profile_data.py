@@ -101,12 +101,13 @@ def test_few_images_are_repeated_and_none_calibrates_its_own_measurement(
     drawn = profile_model.draw(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == 10 and len(drawn.calibrating) == 2
     assert not set(numbers(drawn.measured)) & set(numbers(drawn.calibrating))
-    (remark,) = drawn.remarks
-    assert remark.startswith("A row that cannot be used was left out: row 21 has a bad image")
+    left_out, few = drawn.remarks
+    assert left_out.startswith("A row that cannot be used was left out: row 21 has a bad image")
+    assert few.startswith(f"The data have only {len(drawn.confirming)} prompts beside the samples")
     arguments, config = profile_model.parse([*words, "samples=15", "images=50"])
     drawn = profile_model.draw(config.data, arguments)
     assert len(set(numbers(drawn.measured))) == IMAGES == len(set(numbers(drawn.calibrating)))
-    assert len(drawn.calibrating) == IMAGES and "calibrated on them" in drawn.remarks[1]
+    assert len(drawn.calibrating) == IMAGES and "calibrated on them" in drawn.remarks[-1]
     arguments, config = profile_model.parse([*words, "samples=21"])
     with pytest.raises(ValueError, match=r"samples=21 is more than the 20 samples .*; choose at most 20\."):
         profile_model.draw(config.data, arguments)
@@ -280,3 +281,20 @@ def test_measurements_are_of_these_weights_and_prompts_alone(
     (model / "processor_config.json").write_text(json.dumps(seen))
     fifth = about()
     assert len({first, second, third, fourth, fifth}) == 5
+
+
+def test_prompts_that_confirm_are_others_and_show_no_image_that_calibrates(folder: Path) -> None:
+    words = ["model=embedded", *sources(folder)["lines"], "samples=4", "confirm=5", "images=3"]
+    arguments, config = profile_model.parse(words)
+    drawn = profile_model.draw(config.data, arguments)
+    texts = [[str(row["messages"][0]) for row in rows] for rows in (drawn.measured, drawn.confirming)]
+    assert (len(texts[0]), len(texts[1])) == (4, 5) and not set(texts[0]) & set(texts[1])
+    assert not set(numbers(drawn.calibrating)) & set(numbers([*drawn.measured, *drawn.confirming]))
+    assert not any("confirm" in remark for remark in drawn.remarks)
+
+
+def test_too_few_prompts_to_confirm_a_schedule_on_are_a_remark(folder: Path) -> None:
+    for samples, says in ((15, "only 5 prompts beside the samples"), (20, "no prompts beside the samples")):
+        words = ["model=embedded", *sources(folder)["lines"], f"samples={samples}"]
+        arguments, config = profile_model.parse(words)
+        assert any(says in remark for remark in profile_model.draw(config.data, arguments).remarks)

@@ -167,14 +167,16 @@ def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_p
         with FlopCounterMode(display=False) as one:
             Runner(model, attachment, batches[0]).answers(VisionSchedule())
         made = measurer(model, attachment, batches, tmp_path / "m.jsonl")
+        others = [planted_batch(model, 6, images=8, seed=1)]
+        confirmer = measurer(model, attachment, others, tmp_path / "c.jsonl")
         with FlopCounterMode(display=False) as all_of_it:
-            Study(made, Goal(bound=BOUND), True, *counts(made.groups)).run(
+            Study(made, confirmer, Goal(bound=BOUND), True, *counts(made.groups)).run(
                 lambda enter: fit_entry(attachment, [(b.fresh(), b.vision) for b in batches], enter)
             )
         with FlopCounterMode(display=False) as again:
             made.schedule(VisionSchedule(exit=1), None, 0.0)
-    announced = made.plan.cost.total
-    assert made.plan.hold and all_of_it.get_total_flops() <= announced * 2 * one.get_total_flops()
+    announced = 2 * made.plan.cost.total + made.plan.cost.confirming  # in batches
+    assert made.plan.hold and all_of_it.get_total_flops() <= announced * one.get_total_flops()
     assert again.get_total_flops() < one.get_total_flops()  # no dense forward among them
 
 

@@ -42,6 +42,7 @@ def profiled(base, tmp_path_factory):
         f"model={base}",
         "data=scenes",
         "samples=6",
+        "confirm=6",
         "images=16",
         "batch_size=4",
         "dtype=float32",
@@ -115,19 +116,21 @@ def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurer, "looks", spent)
-    words = [f"model={base}", "samples=3", "images=4", "dtype=float32", f"output={tmp_path}"]
+    words = [f"model={base}", "samples=3", "confirm=4", "images=4", "dtype=float32", f"output={tmp_path}"]
     arguments, config = profile_model.parse(words)
     output = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         profile_model.run(arguments, config, console=Console(file=output, width=200))
     first = output.getvalue().splitlines()[0]
     announced = re.match(
-        r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample", first
+        r"3 samples, 4 layers: up to ([\d,]+) prefills' worth of FLOPs, (\d+) a sample .*"
+        r"at most (\d+) for each of 4 other prompts",
+        first,
     )
     assert announced is not None, first
     assert batches == [2], "of one batch nothing can be left out"
-    total, each = (int(number.replace(",", "")) for number in announced.groups())
-    assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each) <= 3
+    total, each, confirming = (int(number.replace(",", "")) for number in announced.groups())
+    assert 2 * 4 <= each <= 2 * 4 + 70 and abs(total - 3 * each - 4 * confirming) <= 3
 
 
 @pytest.mark.slow
@@ -136,7 +139,15 @@ def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_pa
     folder, _ = profiled
     lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
-    words = [f"model={base}", "data=scenes", "samples=6", "images=16", "batch_size=4", "dtype=float32"]
+    words = [
+        f"model={base}",
+        "data=scenes",
+        "samples=6",
+        "confirm=6",
+        "images=16",
+        "batch_size=4",
+        "dtype=float32",
+    ]
     arguments, config = profile_model.parse([*words, "bound=0.02", f"output={tmp_path}"])
     output = io.StringIO()
     profile_model.run(arguments, config, console=Console(file=output, width=200))
@@ -151,7 +162,7 @@ def test_its_numbers_are_those_of_the_stock_model(profiled, base) -> None:
     """Late entry at layer 2, sample by sample, through the plain processor and `attach`."""
     _, result = profiled
     model, processor = tiny_base(layers=4)
-    arguments, config = profile_model.parse([f"model={base}", "samples=6", "images=16"])
+    arguments, config = profile_model.parse([f"model={base}", "samples=6", "confirm=6", "images=16"])
     rows = profile_model.draw(config.data, arguments).measured
     assert len({row["scene"] for row in rows}) == 6
     for i, row in enumerate(rows):
@@ -228,6 +239,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         (["model=lava"], "model=lava does not exist; model can be"),
         (["samples=0", "model=embedded"], "samples=0"),
         (["samples=1", "model=embedded"], "samples=1 does not show"),
+        (["confirm=0", "model=embedded"], "confirm=0 must be at least 1"),
         (["bound=-1", "model=embedded"], "bound=-1"),
         (["budget=3", "model=embedded"], "budget=3"),
         (
@@ -260,7 +272,9 @@ def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
     path = save_tiny_base(tmp_path / "base", layers=1)
-    arguments, config = profile_model.parse([f"model={path}", "samples=2", f"output={tmp_path / 'out'}"])
+    arguments, config = profile_model.parse(
+        [f"model={path}", "samples=2", "confirm=2", f"output={tmp_path / 'out'}"]
+    )
     with pytest.raises(ValueError, match="1 layer leaves nothing to choose"):
         profile_model.run(arguments, config)
 
@@ -269,7 +283,7 @@ def test_a_model_without_images_is_refused(tmp_path) -> None:
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
         tmp_path
     )
-    arguments, config = profile_model.parse([f"model={tmp_path}", "samples=2"])
+    arguments, config = profile_model.parse([f"model={tmp_path}", "samples=2", "confirm=2"])
     with pytest.raises(ValueError, match="not a model that reads images") as error:
         profile_model.run(arguments, config)
     assert "\n" not in str(error.value)

@@ -105,9 +105,9 @@ def measurer(model: Any, attachment: Attachment, batches: Sequence[Batch], ledge
     return Measurer(model, attachment, groups, Ledger(ledger, {"about": 1}), plan)
 
 
-def planted_batch(model: Any, samples: int = 12, images: int = 1) -> Batch:
+def planted_batch(model: Any, samples: int = 12, images: int = 1, seed: int = 0) -> Batch:
     """Questions whose labels are the dense model's own answers."""
-    inputs = questions(samples, images=images)
+    inputs = questions(samples, seed, images=images)
     ids = inputs["input_ids"]
     with torch.no_grad():
         answers = model(**inputs).logits.argmax(-1)

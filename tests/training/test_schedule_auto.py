@@ -17,7 +17,7 @@ from latefusion.models import profile_folder
 from latefusion.training import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-AUTO = ("schedule=auto", "schedule.samples=4", "schedule.bound=0.02", "entry.images=16")
+AUTO = ("schedule=auto", "schedule.samples=4", "schedule.confirm=4", "schedule.bound=0.02", "entry.images=16")
 
 
 @pytest.mark.slow
