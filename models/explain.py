@@ -47,11 +47,11 @@ class Sample:
         layers, n_text = len(record.tokens), record.tokens[0] - record.vision[0]
         if n == 0:
             return f"{n_text} text tokens and no vision tokens: nothing to remove."
-        said = [f"{n} vision and {n_text} text tokens, {layers} layers."]
+        sentences = [f"{n} vision and {n_text} text tokens, {layers} layers."]
         if record.fusion_layer is not None:
-            said.append(f"Fusion in layer {record.fusion_layer}.")
+            sentences.append(f"Fusion in layer {record.fusion_layer}.")
         if self.kept_patches is not None:
-            said.append(f"{len(self.kept_patches)} of {n} vision tokens were chosen to go on.")
+            sentences.append(f"{len(self.kept_patches)} of {n} vision tokens were chosen to go on.")
         steps = [(0, record.vision[0])]
         for layer, count in enumerate(record.vision):
             if count != steps[-1][1]:
@@ -62,10 +62,12 @@ class Sample:
             + (f"layers {first} to {end - 1}" if end - 1 > first else f"layer {first}")
             for (first, count), end in zip(steps, ends, strict=True)
         ]
-        said.append(f"Vision tokens: {', '.join(runs)}.")
+        sentences.append(f"Vision tokens: {', '.join(runs)}.")
         if any(record.frozen):
-            said.append("They are only read there: keys and values are computed, their states never change.")
-        said.append(
+            sentences.append(
+                "They are only read there: keys and values are computed, their states never change."
+            )
+        sentences.append(
             f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs, "
             f"{self.account.attention_saved:.1%} of the attention with vision tokens in it"
             + (
@@ -74,7 +76,7 @@ class Sample:
                 else "."
             )
         )
-        return " ".join(said)
+        return " ".join(sentences)
 
     def to_dict(self) -> dict[str, Any]:
         record = self.record
@@ -118,16 +120,16 @@ class Explanation:
 def explain(
     model: nn.Module, inputs: Mapping[str, Any], *, images: Sequence[Image.Image] | None = None
 ) -> Explanation:
-    """Run one prefill under the model's policy and say what it did with the vision tokens.
+    """Run one prefill under the model's policy and return what it did with the vision tokens.
 
     Args:
         model: with a policy attached (`attach`), maybe inside PEFT.
         inputs: of its forward, as the processor gives them.
         images: what the picture shows, in the order of the prompts' images; None: the pixels that the model sees,
-            where `inputs` has them as images. Crops by the processor are up to the caller.
+            where `inputs` has them as images. If the processor crops, crop them too.
 
     Raises:
-        ValueError: the model has no policy, or the images are not as many as the prompts'.
+        ValueError: the model has no policy, or the number of images is not that of the prompts.
     """
     attachment = attached(model)
     if attachment is None:
@@ -155,9 +157,9 @@ def explain(
             if shape is not None and at < len(shown):
                 patches.append(Patches(shown[at], *shape))
             at += 1
-        known = patches if len(patches) == len(lengths) else []
+        drawn = patches if len(patches) == len(lengths) else []
         positions = mask.nonzero().flatten().tolist()
-        samples.append(Sample(record, positions, known, account(config, [record])))
+        samples.append(Sample(record, positions, drawn, account(config, [record])))
     return Explanation(samples)
 
 
@@ -168,7 +170,7 @@ def run_lengths(mask: Tensor) -> list[int]:
 
 
 def grid_shape(n: int, thw: Sequence[int] | None) -> tuple[int, int] | None:
-    """Rows and columns of one image's n tokens: of its grid of patches, merged, or a square; None: unknown."""
+    """Rows and columns of one image's n tokens, from its grid of patches or as a square; None if unknown."""
     if thw is not None:
         frames, rows, columns = thw
         merge = isqrt(frames * rows * columns // n)
@@ -179,7 +181,7 @@ def grid_shape(n: int, thw: Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def pixels(values: Tensor | None, n_images: int) -> list[Image.Image]:
-    """The normalised pixels `[N, 3, H, W]` as images, stretched to the range of colours; empty if they are none."""
+    """The normalised pixels `[N, 3, H, W]` as images, stretched to the range of colours; empty for other shapes."""
     if values is None or values.dim() != 4 or len(values) != n_images:
         return []
     low, high = values.amin().item(), values.amax().item()

@@ -40,23 +40,23 @@ class Patches:
 
 
 def draw(record: TraceRecord, kept: Sequence[int] | None, images: Sequence[Patches], words: str) -> str:
-    """Kept patches over each image, one below the other; beside them the tokens of each layer.
+    """Draw the kept patches over each image, one below the other, and beside them the tokens of each layer.
 
     Args:
-        kept: vision tokens that were chosen, counted over all images; None: all are shown.
+        kept: numbers of the vision tokens that were chosen, counted over all images; None: all are shown.
         images: may be empty.
-        words: the same, for readers who cannot see it.
+        words: what the picture says, for readers who cannot see it.
     """
     left = GAP + SIDE if images else GAP
     body, top, first = [], 34, 0
     for number, patches in enumerate(images):
         count = patches.rows * patches.columns
-        mine = None if kept is None else {i - first for i in kept if first <= i < first + count}
-        shown = "all patches" if mine is None else f"{len(mine)} of {count} patches kept"
+        inside = None if kept is None else {i - first for i in kept if first <= i < first + count}
+        shown = "all patches" if inside is None else f"{len(inside)} of {count} patches kept"
         name = f"Image {number + 1}: " if len(images) > 1 else ""
         body.append(_text(GAP, top - 12, f"{name}{shown}", bold=True))
         height = round(SIDE * patches.rows / patches.columns)
-        body.append(_image(patches, mine, GAP, top, height))
+        body.append(_image(patches, inside, GAP, top, height))
         first, top = first + count, top + height + 44
     body.append(_steps(record, left + GAP + 24, 34))
     tall = max(top - 10, 34 + PLOT[1] + 84)

@@ -1,4 +1,4 @@
-"""Frozen vision tokens: a layer computes their keys and values for the text to read, and nothing else of them."""
+"""Frozen vision tokens: a layer computes only their keys and values, for the text to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latefusion.models.executor.layout import Layout
 
 TEXT_ROWS = "latefusion_text_rows"  # the layer hands it to its attention with its other keyword arguments
 SILENT_ROWS = (
-    "latefusion_silent_rows"  # so does it this: bool, of the rows that attend, those whose output is zero
+    "latefusion_silent_rows"  # likewise: bool, the rows among those that attend whose output is zero
 )
 _LOCK = threading.Lock()
 
@@ -57,7 +57,7 @@ class ReadingLayer:
     def attend(
         self, attention: Attention, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """The stock attention, for the text rows of the call alone."""
+        """The stock attention, only for the text rows of the call."""
         rows = self._call.rows
         if rows is None:
             return attention(module, query, *args, **kwargs)

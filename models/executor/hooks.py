@@ -35,7 +35,7 @@ _LOCK = threading.Lock()
 
 
 class Running(threading.local):
-    """The forward that a thread is in: what its hooks tell each other; a thread sees its own alone."""
+    """The forward that the calling thread is in: what its hooks hand to each other."""
 
     vision: Tensor | None = None  # bool [B, T]
     padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns

@@ -133,13 +133,13 @@ def compact_mask(
         if is_flash_attention_requested(config):
             return seen
         lengths: Any = _Lengths(key_index.shape[1] - query_index.shape[1])
-        known: dict[str, Any] = {"config": config, "inputs_embeds": hidden_states, "attention_mask": seen}
+        common: dict[str, Any] = {"config": config, "inputs_embeds": hidden_states, "attention_mask": seen}
         # skipping the mask would take a look at the device
         if causal:
             return create_causal_mask(
-                **known, past_key_values=lengths, layer_idx=0, allow_is_causal_skip=False
+                **common, past_key_values=lengths, layer_idx=0, allow_is_causal_skip=False
             )
-        return create_bidirectional_mask(**known, past_key_values=lengths, allow_is_bidirectional_skip=False)
+        return create_bidirectional_mask(**common, past_key_values=lengths, allow_is_bidirectional_skip=False)
     if mask.dim() == 2:
         return mask.gather(1, columns) & seen
     batch, n = query_index.shape

@@ -122,5 +122,5 @@ def padding_of(mask: Any) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask
-    own = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
-    return own > torch.finfo(own.dtype).min / 2 if own.is_floating_point() else own
+    itself = mask[:, 0].diagonal(offset=mask.shape[3] - mask.shape[2], dim1=1, dim2=2)  # [B, T]
+    return itself > torch.finfo(itself.dtype).min / 2 if itself.is_floating_point() else itself

@@ -20,9 +20,9 @@ class TraceRecord:
             None if nothing was chosen among them.
         exit_layer: first layer that no longer sees vision tokens; None if the last does or there are none.
         tokens: tokens that enter each layer, padding not counted.
-        vision: how many of them are vision tokens.
-        n_vision: vision tokens of the prompt.
-        frozen: how many of `vision` are only read in each layer.
+        vision: the number of vision tokens among them.
+        n_vision: the number of vision tokens in the prompt.
+        frozen: the number of `vision` that are only read in each layer.
         reads: pairs of a text token and a frozen one before it, in each layer.
     """
 

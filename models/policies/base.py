@@ -79,7 +79,7 @@ class AttentionCall:
         key_index: int64 `[B, K]`, the same for keys; negative for padding and for keys of earlier forwards.
         scaling: multiplies q·k.
         run: `(value, rows) -> [B, R, H, D]`, the layer's kernel on these values `[B, Hkv, K, D]` for the query
-            rows `rows`: int64 `[B, R]` (compact), or the first so many, or None: all.
+            rows `rows`: int64 `[B, R]` (compact), or a number: the first ones, or None: all.
         weights: `rows int64 [B, R] (compact) -> float32 [B, H, R, K]`, attention probabilities of these rows.
     """
 

@@ -1,4 +1,4 @@
-"""The policies that a configuration states, the student's and the teacher's; without torch.
+"""The policies of the student and the teacher, as a training configuration states them; no torch needed.
 
 `training/prepare.py` puts a profile's schedule into the configuration.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def schedule_of(config: ScheduleConfig) -> VisionSchedule:
-    """Raises ValueError if its values contradict each other."""
+    """The schedule that a configuration states; ValueError if its values contradict each other."""
     if config.cross is not None and not (
         isinstance(config.cross, list) and all(isinstance(layer, int) for layer in config.cross)
     ):
@@ -49,6 +49,7 @@ def _says_how_many(keep: Any) -> bool:
 
 
 def visipruner(config: VisiPrunerConfig) -> VisiPruner:
+    """The thresholds that a configuration states."""
     return VisiPruner(**{**vars(config), "stages": tuple(config.stages)})
 
 
@@ -61,17 +62,17 @@ def teacher(config: Config) -> Policy | None:
 
 
 def check_known(config: Config) -> None:
-    """Raise ValueError if nobody has said where vision tokens enter: a model that the recipes know nothing of."""
-    asked = config.schedule
-    if asked.enter is None and asked.cross is None:
+    """Raise ValueError if the recipe does not say where vision tokens enter (a model without a recipe)."""
+    schedule = config.schedule
+    if schedule.enter is None and schedule.cross is None:
         raise ValueError(
-            f"nothing is known of where model.path={config.model.path} fuses: say schedule.enter=N and "
-            "schedule.exit=N, or schedule=auto to have it profiled first (recipe=dense: every layer sees vision)."
+            f"no recipe says where model.path={config.model.path} fuses: set schedule.enter=N and schedule.exit=N, or "
+            "schedule=auto to have it profiled first (recipe=dense: every layer sees vision)."
         )
 
 
 def check_layers(config: Config, num_layers: int) -> None:
-    """Raise ValueError if the schedule does not fit a decoder of so many layers."""
+    """Raise ValueError if the schedule does not fit a decoder with this number of layers."""
     try:
         schedule_of(config.schedule).validate(num_layers)
     except ValueError as error:
@@ -82,7 +83,8 @@ def check_depths(config: Config, layers: int | None, teachers: int | None) -> No
     """Raise ValueError if the schedule or the thresholds are for a deeper model.
 
     Args:
-        layers: of the model's decoder; teachers: of that of `kl.model`; None: not known (yet).
+        layers: decoder layers of the model; None if unknown (yet).
+        teachers: decoder layers of `kl.model`; None if unknown (yet), or without one.
     """
     thresholds = visipruner(config.model.visipruner)
     policy = teacher(config) if teaches(config) else None
@@ -107,5 +109,5 @@ def teaches(config: Config) -> bool:
 
 def evaluates(config: Config) -> bool:
     """Whether the run ends with an evaluation, which compares the student with the base under VisiPruner."""
-    asked = config.data.eval_path is not None or config.data.source is Source.scenes
-    return config.eval.enabled and config.tune is not Tune.full and asked
+    has_questions = config.data.eval_path is not None or config.data.source is Source.scenes
+    return config.eval.enabled and config.tune is not Tune.full and has_questions

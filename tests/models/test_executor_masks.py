@@ -383,8 +383,8 @@ def test_a_policy_that_chooses_among_tokens_refuses_packed_rows() -> None:
             pytest.raises(ValueError, match="several samples are packed"),
         ):
             model(**inputs, use_cache=False)
-    known = torch.tensor([[8, 15]])  # by the caller
-    with attach(model, VisionSchedule(exit=5, keep={2: 3})) as attachment, attachment.queries(known):
+    ends = torch.tensor([[8, 15]])  # the caller knows them
+    with attach(model, VisionSchedule(exit=5, keep={2: 3})) as attachment, attachment.queries(ends):
         model(**inputs, use_cache=False)
 
 

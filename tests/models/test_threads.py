@@ -133,8 +133,8 @@ def together(*works: Callable[[], torch.Tensor]) -> None:
     def repeat(work: Callable[[], torch.Tensor], right: torch.Tensor) -> None:
         for _ in range(ROUNDS):
             try:
-                given = work()
-                if given.shape != right.shape or not close(given, right):
+                result = work()
+                if result.shape != right.shape or not close(result, right):
                     wrong.append("another result")
             except Exception as error:
                 wrong.append(error)
@@ -190,16 +190,16 @@ def test_using_holds_in_its_own_thread(impatient: None) -> None:
             with attachment.using(policy):
                 return logits(model, inputs)
 
-        def asked() -> torch.Tensor:
+        def earlier_prompts() -> torch.Tensor:
             with attachment.queries(last):
                 return logits(model, inputs)
 
         plain = logits(model, inputs)
-        assert not close(asked(), plain)
+        assert not close(earlier_prompts(), plain)
         together(
             lambda: under(POLICIES["band"]),
             lambda: under(VisionSchedule()),
-            asked,
+            earlier_prompts,
             lambda: logits(model, inputs),
         )
         inside: list[torch.Tensor] = []

@@ -31,14 +31,14 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         by_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
         if name in OPERATORS or by_mask:
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -58,7 +58,7 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in ("tolist", "numpy"):
             inside.setattr(Tensor, name, spied(name, getattr(Tensor, name)))
         yield operations
-    operations += operators.found
+    operations += operators.names
 
 
 def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: pytest.MonkeyPatch) -> int:

@@ -77,7 +77,7 @@ class ShallowRule:
 
 
 def _first(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Rows of a mask `[B, N]`, at most so many, int64 `[B, R]`, and which of them are no filling."""
+    """The first `most` rows of a mask `[B, N]` in each sample, int64 `[B, R]`, and which of them are not filling."""
     rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return rows, mask.gather(1, rows)
 
