@@ -27,11 +27,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from latefusion.data.images import load_image
 from latefusion.eval.comparison.systems import System, running
-from latefusion.models.attach import attach
+from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
-from latefusion.models.student.save import load_student
+from latefusion.models.student.save import load, load_student
 
 MANIFEST = ModelManifest(
     model_id="latefusion",
@@ -118,7 +118,7 @@ class LateFusion(lmms):
     """A model under a policy, asked by lmms-eval.
 
     Args:
-        checkpoint: folder of a trained student, run with its adapters under its schedule; or pretrained: a base alone
+        checkpoint: folder of a trained student, run under its schedule, adapters merged; or pretrained: a base alone
             (`embedded`, a hub id, a folder).
         policy: name of `recipes/policy/`; for a checkpoint None is its own schedule, and another policy runs on its
             base, adapters off. For a base None is dense.
@@ -157,12 +157,15 @@ class LateFusion(lmms):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         precision = dtype_of(dtype, accelerator.device)
         self.model: Any
-        if checkpoint is not None:
+        if checkpoint is not None and policy is None:  # under its own schedule
+            self.model, self.processor = load(checkpoint, dtype=precision)
+            attachment = attached(self.model)
+            assert attachment is not None
+            self.attachment, self.system = attachment, System(name="", policy=attachment.policy)
+        elif checkpoint is not None:  # its base under another policy
             student = load_student(checkpoint, dtype=precision)
             self.model, self.processor, self.attachment = student.model, student.processor, student.attachment
-            adapters = policy is None  # under its own schedule
-            active = student.schedule if adapters else base_policy
-            self.system = System(name="", policy=active, adapters=adapters)
+            self.system = System(name="", policy=base_policy)
         else:
             assert pretrained is not None
             self.model, self.processor = load_base(pretrained, dtype=precision)
