@@ -155,7 +155,7 @@ def test_every_model_trains_on_mixed_batches_with_its_projector(hub, tmp_path, m
 def test_any_other_model_borrows_nothing_and_needs_a_schedule(hub, tmp_path, capsys):
     base = hub("qwen2_5_vl", 10)
     with pytest.raises(
-        SystemExit, match=r"say schedule.enter=N and schedule.exit=N, or schedule=auto"
+        SystemExit, match=r"set schedule.enter=N and schedule.exit=N, or schedule=auto"
     ) as refused:
         trained("other", base, tmp_path)
     assert "\n" not in str(refused.value) and base in str(refused.value)
