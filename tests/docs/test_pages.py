@@ -24,11 +24,7 @@ PAGES = [
 ]
 # what a command or a run writes, or what stands for a name of the reader's
 STANDS_FOR_OTHERS = ("NAME", "data/llava_v1_5_mix665k.json", "models/...")
-STILL_WIDE = {
-    "evaluation.md",
-    "inference.md",
-    "profile.md",
-}
+STILL_WIDE = {"profile.md"}
 
 
 def prose(text: str) -> str:
