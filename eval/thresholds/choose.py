@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from latefusion.data.printing import printable
 from latefusion.eval.metrics import accuracy, paired
 
 ROWS = 12  # of the table
@@ -131,8 +132,9 @@ def markdown(header: tuple[str, ...], lines: list[list[str]], bold: int) -> str:
 def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
     arguments = out["arguments"]
     stages = ", ".join(row["stages"])
+    model, data = printable(arguments["model"]), printable(arguments["data"])
     return (
-        f"# VisiPruner for {arguments['model']}, calibrated on {out['prompts']} prompts of {arguments['data']}, "
+        f"# VisiPruner for {model}, calibrated on {out['prompts']} prompts of {data}, "
         f"{arguments['split']}:\n"
         f"# {row['flops_ratio']:.1%} of the dense decoder's FLOPs at KL {row['kl']:.4f} (bound {arguments['kl']:g}), "
         f"{row['same_answer']:.1%} of the answers unchanged.\n"

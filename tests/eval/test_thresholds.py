@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers.families import build, prompt, vision_tokens
 from helpers.tiny_base import save_tiny_base
+from PIL import ImageOps
 from rich.console import Console
 from rich.progress import Progress
 
@@ -221,6 +223,21 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
                 assert (cost[result], kl[result]) == pytest.approx((cost[cheapest], kl[cheapest]))
             ruled_out += int((~ran).sum())
     assert ruled_out > len(kl), "hardly anything was ruled out"
+
+
+def test_kept_numbers_are_of_these_images_and_this_processor(base: str, tmp_path: Any) -> None:
+    """The same questions about the picture upside down; and a processor with other settings."""
+    rows = questions.of_scenes(load_scenes("validation", n_scenes=1).select(range(2)))
+    pictures = [{**row, "image": ImageOps.flip(row["image"])} for row in rows.rows]
+    flipped = replace(rows, rows=pictures)
+    arguments = arguments_for(base, tmp_path, boundaries=[1], tokens_thresholds=[1.0])
+    model, processor = load_base(base, dtype=torch.float32)
+    names = []
+    with attach(model, VisionSchedule()) as attachment:
+        for prompts, mean in ((rows, 0.5), (rows, 0.5), (flipped, 0.5), (rows, 0.4)):
+            processor.image_processor.image_mean = [mean] * 3
+            names.append(Search(arguments, attachment, processor, prompts).fingerprint())
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) -> None:
