@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from latefusion.eval import evaluate, generate, profile_model
+from latefusion.eval.thresholds import settings
 from latefusion.recipes.compose import compose_tree
 from latefusion.recipes.schema import RECIPES
+from latefusion.training import export, import_llava
 
 ROOT = Path(__file__).parents[2]
+
+
+def names_of(arguments: type) -> set[str]:
+    return {field.name for field in fields(arguments)}
+
+
 FOLDERS = ("recipes", "models", "data", "training", "eval", "tests", "docs")
 WIDTH = 100
 PAGES = [
@@ -136,21 +146,45 @@ def test_comments_messages_and_docstrings_name_files_that_exist() -> None:
     assert not {path: names for path, names in missing.items() if names}
 
 
-def training_commands() -> Iterator[tuple[str, str]]:
-    """Every command of the pages that starts training or writes a teacher's answers, and its page."""
-    for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            for line in block.splitlines():
-                if re.search(r"training/(train|teach)\.py", line):
-                    yield page.name, line.strip()
+def commands() -> Iterator[tuple[str, str, list[str]]]:
+    """Every command of the pages, of docstrings and of comments in recipes: where it stands, its script, its words."""
+    for path in [*PAGES, *SOURCES]:
+        if path.parts[len(ROOT.parts)] == "tests" and path.suffix == ".py":
+            continue
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ *(?:# )?((?:accelerate launch|torchrun|python) .*)$", text, re.MULTILINE):
+            script = re.search(r"(?:training|eval|data)/\w+\.py(?= *$| +[\"']?[\w.]+=| +#)", line)
+            if script:
+                rest = re.split(r"\s#|  |\. ", line[script.end() :].strip().replace("$init", "calibrated"))[0]
+                words = [word for word in shlex.split(rest) if re.match(r"[\w.]+=", word)]
+                words = [word for word in words if word != "key=value"]
+                yield str(path.relative_to(ROOT)), script[0], words
 
 
-@pytest.mark.parametrize(("page", "command"), training_commands())
-def test_the_keys_of_a_training_command_exist(page: str, command: str) -> None:
-    words = shlex.split(command.replace("$init", "calibrated"), comments=True)
-    start = next(i for i, word in enumerate(words) if word.endswith(".py") and "training/" in word)
-    compose_tree([word for word in words[start + 1 :] if "=" in word])
+KEYS = {
+    "eval/evaluate.py": names_of(evaluate.Arguments),
+    "eval/generate.py": {
+        *names_of(generate.Arguments),
+        *(path.stem for path in (RECIPES / "policy").glob("*.yaml")),
+    },
+    "eval/calibrate.py": names_of(settings.Arguments),
+    "eval/profile_model.py": set(profile_model.KEYS),
+    "eval/compare.py": set(),
+    "training/export.py": names_of(export.Arguments),
+    "training/import_llava.py": names_of(import_llava.Arguments),
+}
+
+
+def test_the_keys_of_every_command_exist() -> None:
+    checked = 0
+    for where, script, words in commands():
+        if script in ("training/train.py", "training/teach.py", "data/validate.py"):
+            compose_tree(words)
+        else:
+            unknown = {re.split(r"[.=]", word)[0] for word in words} - KEYS[script]
+            assert not unknown, (where, script, unknown)
+        checked += 1
+    assert checked > 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
