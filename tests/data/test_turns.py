@@ -93,14 +93,16 @@ def test_later_turns_get_what_a_chat_on_a_kept_cache_gets(base, rows, policy):
     sample = Conversations(rows, rows.with_format(None)["scene"], 4)[1]
     batch = collator(base, None)([sample])
     labels, queries = batch.pop("labels"), batch.pop("queries")
-    asked = int(queries[0, 0]) + 1
+    prompt_length = int(queries[0, 0]) + 1
     tokens = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
     with attach(model, policy) as attachment:
         with attachment.queries(queries, answers=labels != IGNORE):
-            row = model(**tokens, **batch, use_cache=False).logits[:, asked:]
-        first = model(**{name: value[:, :asked] for name, value in tokens.items()}, **batch, use_cache=True)
+            row = model(**tokens, **batch, use_cache=False).logits[:, prompt_length:]
+        first = model(
+            **{name: value[:, :prompt_length] for name, value in tokens.items()}, **batch, use_cache=True
+        )
         chat = model(
-            input_ids=tokens["input_ids"][:, asked:],
+            input_ids=tokens["input_ids"][:, prompt_length:],
             attention_mask=tokens["attention_mask"],
             past_key_values=first.past_key_values,
         ).logits

@@ -220,12 +220,12 @@ def test_given_answers_cost_what_decoding_them_costs(
 ) -> None:
     more = {"boundary": 2} if policy == "visipruner" else {}
     model = plugin(base, rows, policy=policy, batch_size=4, **more)
-    (said,) = {
+    (greedy_text,) = {
         answer.text
         for answer in model.generate_until(Fake("generate_until", rows[:1]).with_stops({"max_new_tokens": 3}))
     }
     requests = [
-        (0, said),
+        (0, greedy_text),
         (0, "red"),
         (1, "top left"),
         (2, "yes"),

@@ -62,8 +62,8 @@ def test_hidrop_keeps_what_its_own_layer_looks_at(family: str, side: str) -> Non
             for cached in (False, True):
                 assert close(model(**inputs, use_cache=cached).logits[text], expected)
                 kept = [record.kept for record in att.trace]
-    for chosen, sees, mine in zip(seen[4], vision, kept, strict=True):
-        assert mine == (chosen.nonzero().flatten().tolist() if sees.any() else None)
+    for chosen, sees, by_hand in zip(seen[4], vision, kept, strict=True):
+        assert by_hand == (chosen.nonzero().flatten().tolist() if sees.any() else None)
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -131,9 +131,9 @@ def test_a_frozen_prefix_has_no_attention_output(family: str) -> None:
     with attach(model, FROZEN):
         with torch.no_grad():
             assert close(model(**inputs).logits[text], logits)
-        ours, mine = gradients(model, inputs)
+        ours, by_hand = gradients(model, inputs)
         again, same = gradients_checkpointed(model, inputs)
-    assert abs(loss - mine) < TOLERANCE and abs(loss - same) < TOLERANCE
+    assert abs(loss - by_hand) < TOLERANCE and abs(loss - same) < TOLERANCE
     assert all(close(ours[name], expected[name]) and close(again[name], expected[name]) for name in expected)
 
 

@@ -163,15 +163,15 @@ def change_the_processor(folder, base):
 )
 def test_a_run_goes_on_with_the_data_and_the_model_it_began_with(base, tmp_path, change, message):
     """All of them lie where they lay, so that no setting differs."""
-    own = shutil.copytree(base, tmp_path / "base")
+    copied = shutil.copytree(base, tmp_path / "base")
     grey_image(200).save(tmp_path / "a.png")
     ask = {"messages": [turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")], "images": ["a.png"]}
     rows = [{**ask, "id": f"r{number}"} for number in range(6)]
     options = ("data=dataset", f"data.path={write_rows(tmp_path, *rows, name='rows.jsonl')}", "train.steps=2")
-    train(own, tmp_path / "run", *options)
-    change(tmp_path, own)
+    train(copied, tmp_path / "run", *options)
+    change(tmp_path, copied)
     with pytest.raises(SystemExit, match=rf"^error: the run in .* cannot go on, since {message}; restore"):
-        train(own, tmp_path / "run", *options, "resume=true", "train.steps=3")
+        train(copied, tmp_path / "run", *options, "resume=true", "train.steps=3")
 
 
 def test_a_run_does_not_go_on_in_another_dtype(base, tmp_path):
