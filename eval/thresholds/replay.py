@@ -29,7 +29,6 @@ from latefusion.models.inputs import fresh_inputs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.visipruner.decision import VisiPrunerDecision, effect_on_queries, prunable
 from latefusion.models.policies.visipruner.settings import VisiPruner
-from latefusion.models.schedule import VisionSchedule
 
 
 @dataclass(frozen=True)
@@ -187,13 +186,6 @@ def judge(batch: Batch, attachment: Attachment, logits: Tensor, dense: Tensor) -
         np.array(flops, float),
         np.array(vision, float),
     )
-
-
-def dense(batch: Batch, attachment: Attachment) -> tuple[Tensor, Outcome]:
-    """The dense logits `[B, A, V]`, and their own outcome."""
-    with attachment.using(VisionSchedule()):
-        logits = batch.logits(attachment)
-    return logits, judge(batch, attachment, logits, logits)
 
 
 class _Recording:

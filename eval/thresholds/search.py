@@ -3,7 +3,7 @@
 The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
 out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
 more than all prompts together may have. And a prefill of each prompt says what a setting computes at least
-(`least_flops`), so nothing dearer than a setting known to be under the bound need run.
+(`flops_bound`), so nothing dearer than a setting known to be under the bound need run.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Search:
 
     def bound_of(self, setting: Setting) -> NDArray:
         shallow = prefix(setting)
-        return least_flops(
+        return flops_bound(
             self.attachment.model.config,
             setting,
             least=self.dense[f"least_{shallow}"],
@@ -246,7 +246,7 @@ def scale(recorded: replay.Recorded) -> list[float]:
     return sorted({float(f"{value:.1g}") for value in at.tolist()})
 
 
-def least_flops(
+def flops_bound(
     config: PretrainedConfig,
     setting: dict[str, Any],
     *,

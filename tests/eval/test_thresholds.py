@@ -36,6 +36,13 @@ def batch_of(family: str, model: Any) -> replay.Batch:
     return replay.Batch.build(model, inputs, ANSWERS)
 
 
+def dense_outcome(batch: replay.Batch, attachment: Any) -> tuple[torch.Tensor, replay.Outcome]:
+    """The dense logits `[B, A, V]`, and their own outcome."""
+    with attachment.using(VisionSchedule()):
+        logits = batch.logits(attachment)
+    return logits, replay.judge(batch, attachment, logits, logits)
+
+
 @pytest.mark.parametrize(
     ("family", "stages"),
     [
@@ -51,7 +58,7 @@ def test_shared_prefills_give_what_a_setting_alone_gives(family: str, stages: tu
     batch = batch_of(family, model)
     fused, seen = set(), set()
     with attach(model, VisionSchedule()) as attachment:
-        dense, same = replay.dense(batch, attachment)
+        dense, same = dense_outcome(batch, attachment)
         assert np.allclose(same.kl, 0)
         for boundary in (1, 2):
             shallow = boundary if "shallow" in stages else 0
@@ -192,7 +199,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
         prompts = Prompts(arguments, attachment, processor, rows)
         alone: dict[int, list[tuple[Any, Any]]] = {}
         for batch in (prompts.dense_batch(batch)[0] for batch in prompts.batches):
-            dense, unpruned = replay.dense(batch, attachment)
+            dense, unpruned = dense_outcome(batch, attachment)
             for number, setting in enumerate(grid(arguments, GRID["boundaries"], GRID["tokens_thresholds"])):
                 with attachment.using(policy_of(setting, arguments)):
                     outcome = replay.judge(batch, attachment, batch.logits(attachment), dense)
