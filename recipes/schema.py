@@ -27,6 +27,18 @@ class Teacher(Enum):
     none = "none"
 
 
+class Trust(Enum):
+    """Which tokens learn from the teacher.
+
+    `all`: all alike. `labels`: a token's KL counts by the teacher's probability of its label. `auto`: `all` if the
+    teacher knows most answers of the training set, else `labels` (training/trust.py).
+    """
+
+    auto = "auto"
+    all = "all"
+    labels = "labels"
+
+
 class Tune(Enum):
     """What trains.
 
@@ -371,6 +383,7 @@ class KLConfig:
     """Distillation: `weight` times KL(teacher || student) at this temperature.
 
     Attributes:
+        trust: how far the teacher is trusted.
         model: another model as the teacher, a hub id or folder. It is frozen, and has the student's tokenizer and
             number of vision tokens per image. None: the student's own base.
         revision: of `model`.
@@ -381,6 +394,7 @@ class KLConfig:
 
     weight: float = 1.0
     temperature: float = 1.0
+    trust: Trust = Trust.auto
     model: str | None = None
     revision: str | None = None
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)

@@ -34,7 +34,7 @@ ALWAYS = {  # shown also where a run keeps the default
     *("model.path", "data.source", "teacher", "tune", "schedule.enter", "schedule.exit", "engine.trainer"),
     *("train.steps", "train.batch_size", "train.accumulation", "train.learning_rate", "train.scheduler"),
     *("train.warmup", "train.seed", "train.dtype", "lora.r", "lora.alpha", "lora.layers", "entry.init"),
-    *("kl.weight", "kl.temperature", "eval.split", "eval.samples"),
+    *("kl.weight", "kl.temperature", "kl.trust", "eval.split", "eval.samples"),
 }
 NEVER = {
     "model.schedule",

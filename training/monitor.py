@@ -153,12 +153,21 @@ class Monitor:
             self.bar = None
 
 
+def per_token(sums: dict[str, float]) -> dict[str, float]:
+    """The means over label tokens that a run logs, from the sums of the objective's terms."""
+    means = {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+    if "known" in sums:
+        means["teacher_right"] = _significant(sums["known"] / sums["tokens"])
+    return means
+
+
 def line(done: int, steps: int, values: dict[str, float]) -> str:
     """A log entry for the console."""
     parts = [f"{done:>{len(str(steps))}}/{steps}"]
     parts += [f"{_clock(values['eta_seconds'])} left"] if "eta_seconds" in values else []
     parts.append(f"loss {values['loss']:.4f}")
     parts += [f"{name} {values[name]:.4f}" for name in ("ce", "kl") if values.get(name)]
+    parts += [f"teacher right {values['teacher_right']:.0%}"] if "teacher_right" in values else []
     if "tokens_per_second" in values:
         parts += [
             f"{_short(values['tokens_per_second'])} tokens/s",

@@ -25,6 +25,7 @@ from latefusion.recipes.compose import stored_values
 from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.assemble import dtype_of, objective_of, student_of
 from latefusion.training.order import Order
+from latefusion.training.trust import read
 
 BATCHES = "batches.pt"
 WEIGHTS = "weights.pt"
@@ -167,6 +168,8 @@ def replay(folder: str | Path) -> Sequence[float]:
     student = student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
     objective = objective_of(config, student)
+    if (decision := read(path.parent)) is not None:
+        objective.by_label = decision.trust == "labels"
     saved = torch.load(path / BATCHES, weights_only=True)
     count = json.loads((path / ROWS).read_text())["count"]
     student.model.train()

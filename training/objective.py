@@ -40,9 +40,11 @@ class Objective:
         vocabulary: number of token ids that `other` scores too; None: all.
 
     Attributes:
+        by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
         counts: report the FLOPs of each call among its terms.
     """
 
+    by_label = False
     counts = False
 
     def __init__(
@@ -81,7 +83,8 @@ class Objective:
             count: label tokens in the whole optimizer step, over accumulation and processes.
 
         Returns:
-            The loss, and the sums over tokens of its two terms, `ce` and `kl`, with the number of `tokens`.
+            The loss, and sums over tokens: of its two terms, `ce` and `kl`, the number of `tokens`, and with a teacher
+            how many labels are its first choice, `known`.
         """
         inputs = dict(batch)
         offline_tokens, offline_logprobs = (
@@ -113,12 +116,23 @@ class Objective:
         ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
         kl = torch.zeros_like(ce)
         shared = logits[:, : self.vocabulary]
+        label, weights = targets[learnt], None  # [N]
+        choices = None  # [N], the teacher's
         if teacher_logits is not None:
-            kl = distillation(shared, teacher_logits, self.temperature)
+            choices = teacher_logits.argmax(-1)
+            if self.by_label:
+                logprobs = (teacher_logits / self.temperature).log_softmax(-1)  # [N, V]
+                weights = logprobs.gather(1, label[:, None])[:, 0].exp()
+            kl = distillation(shared, teacher_logits, self.temperature, weights)
         elif self.weight > 0 and offline_tokens is not None:
-            kl = distillation_from(shared, offline_tokens, offline_logprobs, self.temperature)
+            choices = offline_tokens[:, 0]
+            if self.by_label:  # 0 if the label is not among the kept tokens
+                weights = (offline_logprobs.exp() * (offline_tokens == label[:, None])).sum(-1)
+            kl = distillation_from(shared, offline_tokens, offline_logprobs, self.temperature, weights)
         loss = ce + self.weight * kl
         terms = {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+        if choices is not None:
+            terms["known"] = (choices == label).sum()
         if self.counts:
             terms["flops"] = torch.tensor(
                 teacher_flops + self._student_flops(learnt.numel()), device=ce.device
@@ -190,32 +204,43 @@ class Objective:
         return float(forward + backward * computed_flops(self.attachment, config, scored, first=first))
 
 
-def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, weights: Tensor | None = None
+) -> Tensor:
     """`temperature^2 * KL(softmax(teacher_logits / temperature) || softmax(logits / temperature))`, summed.
 
     Args:
         logits, teacher_logits: of student and teacher, `[N, V]`.
+        weights: of the tokens in the sum, `[N]`; None: all 1.
     """
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
+    if weights is None:
+        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
+    kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)  # [N]
+    return temperature**2 * (weights * kl).sum()
 
 
-def distillation_from(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
-    """`distillation` where the teacher is known at its likeliest tokens: the rest of the vocabulary counts as one.
+def distillation_from(
+    logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float, weights: Tensor | None = None
+) -> Tensor:
+    """`distillation` from the teacher's likeliest tokens; the rest of the vocabulary counts as one.
 
     With the whole vocabulary it is `distillation`; with less it is a lower bound of it.
 
     Args:
         logits: of the student, `[N, V]`.
         tokens: int64 `[N, k]`; logprobs: of the teacher at them, at this temperature, `[N, k]`.
+        weights: of the tokens in the sum, `[N]`; None: all 1.
     """
     student = F.log_softmax(logits / temperature, dim=-1)  # [N, V]
     at = student.gather(1, tokens)  # [N, k]
     terms = logprobs.exp() * (logprobs - at)
-    kl = terms.masked_fill(logprobs == float("-inf"), 0).sum()
+    scale = 1.0 if weights is None else weights[:, None]  # [N, 1]
+    kl = (scale * terms.masked_fill(logprobs == float("-inf"), 0)).sum()
     if tokens.shape[1] < logits.shape[1]:
         others = student.scatter(1, tokens, float("-inf")).logsumexp(-1)  # [N]
         rest = 1 - logprobs.exp().sum(-1)  # [N]
-        kl = kl + torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0).sum()
+        left = torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0)  # [N]
+        kl = kl + (left if weights is None else weights * left).sum()
     return temperature**2 * kl

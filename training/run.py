@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,8 @@ from latefusion.training.prepare import (
 from latefusion.training.run_folder import claimed, leave_mark
 from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
+from latefusion.training.trust import FILE as TRUST_FILE
+from latefusion.training.trust import settle_trust
 
 
 def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
@@ -81,13 +84,15 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             settle_schedule(config, cfg, resumed)
             if first:
                 print(composed_tree(cfg), flush=True)
-            settle_entry(
-                config, plain, lambda: base_of(config)[0], lambda: images_to_fit(config, dataset), resumed
-            )
+            load = cache(lambda: base_of(config)[0])  # a whole model, before an engine shards what is loaded
+            settle_entry(config, plain, load, lambda: images_to_fit(config, dataset), resumed)
+            trust = settle_trust(config, collator, load, dataset, resumed)
+            load.cache_clear()
             set_seed(config.train.seed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config)
             objective = objective_of(config, student)
+            objective.by_label = trust is not None and trust.trust == "labels"
             clear(config, resumed)
             if isinstance(dataset, Stream):
                 dataset.marks = Path(config.output_dir) / MARKS
@@ -100,6 +105,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             print(describe(config, student, batch, dataset, objective.other), flush=True)
+            if trust is not None:
+                trust.write(config.output_dir)
+                print(trust, flush=True)
         try:
             main = engine.fit(config, context, student, dataset, batches, objective, resumed)
         except (Refused, Stale) as error:
@@ -128,7 +136,7 @@ def clear(config: Config, resumed: Path | None) -> None:
     if rank() == 0:
         discard_after(config.output_dir, 0 if resumed is None else step_of(resumed))
         if resumed is None:
-            for name in (SKIPPED_FILE, MARKS):
+            for name in (SKIPPED_FILE, MARKS, TRUST_FILE):
                 (Path(config.output_dir) / name).unlink(missing_ok=True)
 
 

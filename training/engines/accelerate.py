@@ -22,7 +22,7 @@ from latefusion.recipes.launcher import rank
 from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.checkpoints import writing, writing_result
 from latefusion.training.engines import sharding
-from latefusion.training.monitor import Monitor, trackers
+from latefusion.training.monitor import Monitor, per_token, trackers
 from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order, order_of
@@ -208,7 +208,7 @@ class StudentTrainer(Trainer):
         if "loss" in logs and self.terms:
             total = self.accelerator.reduce(torch.stack([value.float() for value in self.terms.values()]))
             sums = dict(zip(self.terms, total.tolist(), strict=True))
-            logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+            logs |= per_token(sums)
             assert self.life.monitor is not None
             logs |= self.life.monitor.rates(self.state.global_step, sums["read"], sums.get("flops", 0.0))
             self.terms = {}

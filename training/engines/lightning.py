@@ -27,7 +27,7 @@ from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import step_of, writing, writing_result
 from latefusion.training.engines.sharding import place_teacher
-from latefusion.training.monitor import Monitor, trackers
+from latefusion.training.monitor import Monitor, per_token, trackers
 from latefusion.training.nonfinite import Watch
 from latefusion.training.objective import Objective
 from latefusion.training.order import Order, order_of
@@ -275,7 +275,7 @@ class StudentModule(pl.LightningModule):
         self.sums = {}
         steps = done - self.monitor.last
         logs = {"loss": sums["loss"] / steps, "grad_norm": norm, "learning_rate": rate}
-        logs |= {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
+        logs |= per_token(sums)
         logs |= self.monitor.rates(done, sums["read"], sums.get("flops", 0.0))
         self.log_dict(logs, rank_zero_only=True)
         self.monitor.log(done, logs)
