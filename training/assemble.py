@@ -24,6 +24,7 @@ from latefusion.recipes.schema import (
     EntryConfig,
     EntryKind,
     Layers,
+    Trust,
     Tune,
     Variant,
 )
@@ -181,7 +182,7 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         other = load_teacher(config, policy, dtype=dtype_of(config))
     sharded = config.engine.deepspeed or config.engine.fsdp
     blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
-    return Objective(
+    objective = Objective(
         model=student.model,
         attachment=student.attachment,
         teacher=policy,
@@ -194,6 +195,8 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         narrowing=narrowing(config, student),
         sharded=in_shards(config) and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
     )
+    objective.by_label = config.kl.trust is Trust.labels  # of `auto`, a run decides (training/trust.py)
+    return objective
 
 
 def in_shards(config: Config) -> bool:

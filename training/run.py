@@ -92,7 +92,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config)
             objective = objective_of(config, student)
-            objective.by_label = trust is not None and trust.trust == "labels"
+            if trust is not None:
+                objective.by_label = trust.trust == "labels"
             clear(config, resumed)
             if isinstance(dataset, Stream):
                 dataset.marks = Path(config.output_dir) / MARKS
