@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from helpers.quick_runs import metrics_entries, train
-from helpers.tiny_base import composed as composed_tree
 from helpers.tiny_base import BAND, configured, shake, tiny_base, tiny_student
+from helpers.tiny_base import composed as composed_tree
 
 from latefusion.data import sources
 from latefusion.data.collate import IGNORE, collator_without_weights
@@ -113,18 +113,18 @@ def test_what_is_given_is_not_measured_and_no_teacher_decides_nothing(tmp_path, 
 
 
 def test_a_run_says_what_it_decided_and_keeps_it_when_it_goes_on(base, tmp_path, capsys, monkeypatch):
-    train(base, tmp_path, "train.steps=2")
+    train(base, tmp_path, "train.steps=2", "kl.trust=auto")
     assert "% of " in (printed := capsys.readouterr().out) and "teacher: knows " in printed
     before = json.loads((tmp_path / "trust.json").read_text())
     assert before["trust"] == "labels"
     assert all(0 <= e["teacher_right"] <= 1 for e in metrics_entries(tmp_path) if "loss" in e)
     monkeypatch.setattr(trust, "ask", lambda *_: pytest.fail("asked again"))
-    train(base, tmp_path, "train.steps=3", "resume=true")
+    train(base, tmp_path, "train.steps=3", "resume=true", "kl.trust=auto")
     assert json.loads((tmp_path / "trust.json").read_text()) == before
 
 
 def test_another_trust_is_another_run(base, tmp_path):
-    train(base, tmp_path, "train.steps=1")
+    train(base, tmp_path, "train.steps=1", "kl.trust=auto")
     with pytest.raises(SystemExit, match=r"kl\.trust=all \(it had auto\)"):
         train(base, tmp_path, "train.steps=2", "resume=true", "kl.trust=all")
     assert composed_tree().kl.trust.value == "auto"
