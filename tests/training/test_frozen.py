@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base
 
-from latefusion.training import run
 from latefusion.training.objective import Objective
 
 
@@ -33,6 +33,6 @@ def test_a_tower_with_dropout_stays_in_eval_mode(engine, tmp_path, monkeypatch, 
         "eval.enabled=false",
     )
     paths = (f"engine={engine}", f"model.path={base}", f"output_dir={tmp_path / 'run'}")
-    run.run(composed(*BAND, *SMALL, *options, "model.visipruner.boundary=1", *paths))
+    run_config(composed(*BAND, *SMALL, *options, "model.visipruner.boundary=1", *paths))
     assert modes == [(False, True)] * 2
     assert not [warning for warning in recwarn if "eval mode" in str(warning.message)]

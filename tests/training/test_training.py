@@ -106,8 +106,8 @@ def test_a_package_that_a_processor_misses_is_named(base, tmp_path, monkeypatch)
     ("name", "message"),
     [
         ("model.safetensors", r"the weights of .* cannot be read \(.*\); download them again"),
-        ("config.json", r".*config\.json is no model's configuration"),
-        ("processor_config.json", r".* holds no processor that can be read \("),
+        ("config.json", r".*config\.json is not a model configuration"),
+        ("processor_config.json", r"the processor in .* cannot be read \("),
     ],
 )
 def test_a_damaged_model_is_a_sentence(base, tmp_path, name, message):
