@@ -47,14 +47,19 @@ def byte_fallback() -> Collator:
 
 
 COLLATORS = {"byte level": byte_level(), "byte fallback": byte_fallback()}
+# Not drawn: tokens that no text may hold, and a line break that a tokenizer may join with the template's before it.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8) | st.sampled_from(
     ["the cat", "👩‍👩‍👧", "שלום", "مرحبا 2", "e\u0301", "\ufb01", "a\u202eb", "\u200b", " cat ", "你好 mat"]
 )
 
 
+def plain(text: str) -> bool:
+    return bool(text.strip()) and not text.startswith("\n") and not any(mark in text for mark in SPECIAL)
+
+
 @pytest.mark.parametrize("kind", COLLATORS)
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(TEXTS, TEXTS).filter(lambda t: all(map(str.strip, t))), min_size=1, max_size=3))
+@given(st.lists(st.tuples(TEXTS, TEXTS).filter(lambda texts: all(map(plain, texts))), min_size=1, max_size=3))
 def test_labels_spell_the_answers(kind, exchanges):
     collate = COLLATORS[kind]
     messages = []
