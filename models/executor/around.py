@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -24,6 +25,7 @@ class Around:
         self._removed = False
         setattr(module, name, self)
 
+    @torch.compiler.disable(recursive=False)  # dynamo takes the stock method for this one
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
             return self._stock(*args, **kwargs)

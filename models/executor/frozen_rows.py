@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from latefusion.models.executor.attention import Attention
 from latefusion.models.executor.layout import Layout
+from latefusion.models.executor.threads import PerThread
 
 TEXT_ROWS = "latefusion_text_rows"  # the layer hands it to its attention with its other keyword arguments
 SILENT_ROWS = (
@@ -30,7 +31,7 @@ class ReadingLayer:
 
     def __init__(self, layer: nn.Module):
         self.attention: nn.Module = layer.get_submodule("self_attn")
-        self._call = _Call()
+        self._calls = PerThread(_Call)
         mlp = layer.get_submodule("mlp")
         self._handles: list[RemovableHandle] = [
             self.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
@@ -52,13 +53,14 @@ class ReadingLayer:
 
     def forget(self) -> None:
         """Forget the call that this thread is in; after a forward that was interrupted."""
-        self._call.rows = self._call.silent = None
+        call = self._calls.get()
+        call.rows = call.silent = None
 
     def attend(
         self, attention: Attention, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """The stock attention, only for the text rows of the call."""
-        rows = self._call.rows
+        rows = self._calls.get().rows
         if rows is None:
             return attention(module, query, *args, **kwargs)
         index = rows.index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, n, D]
@@ -67,7 +69,7 @@ class ReadingLayer:
         return rows.put(_zeros(rows, flat), flat).unflatten(2, output.shape[2:]), weights
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        call = self._call
+        call = self._calls.get()
         call.rows, call.silent = kwargs.get(TEXT_ROWS), kwargs.get(SILENT_ROWS)
         if call.rows is None and call.silent is None:
             return None
@@ -92,16 +94,16 @@ class ReadingLayer:
                         handle.remove()
 
     def _take(self, module: nn.Module, args: tuple) -> tuple | None:
-        rows = self._call.rows
+        rows = self._calls.get().rows
         return None if rows is None else (rows.take(args[0]), *args[1:])
 
     def _take_loud(self, module: nn.Module, args: tuple) -> tuple | None:
         """What o_proj gets: the attention output of the text rows, zero where they are silent."""
-        args, silent = self._take(module, args) or args, self._call.silent
+        args, silent = self._take(module, args) or args, self._calls.get().silent
         return args if silent is None else (args[0].masked_fill(silent[..., None], 0), *args[1:])
 
     def _put(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        rows = self._call.rows
+        rows = self._calls.get().rows
         return None if rows is None else rows.put(_zeros(rows, output), output)
 
     def _after_mlp(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -119,14 +121,12 @@ class ReadingLayer:
         return None if rows is None else rows.put(args[0], rows.take(output))
 
 
-class _Call(threading.local):
-    """The call of a layer that this thread is in."""
+class _Call:
+    """The call of a layer that a thread is in."""
 
-    rows: Layout | None = None
-    silent: Tensor | None = None
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy of the model is in no call
+    def __init__(self) -> None:
+        self.rows: Layout | None = None  # the text rows, where others are frozen
+        self.silent: Tensor | None = None  # bool, the rows that attend whose output is zero
 
 
 def check_parts(layer: nn.Module) -> None:

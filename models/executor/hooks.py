@@ -1,6 +1,6 @@
 """The hooks through which a policy reaches a model; the model's own forward runs untouched.
 
-Everything that belongs to one forward is held in `Running`, apart for every thread, and dropped when the forward ends,
+Everything that belongs to one forward is held in `Running`, one for every thread, and dropped when the forward ends,
 also where it is interrupted: one attached model can serve several threads.
 """
 
@@ -26,6 +26,7 @@ from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import PromptEnd, padding_of, read_prompt, real_tokens
 from latefusion.models.executor.recorded import Recorded
+from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
 from latefusion.models.policies.base import Policy
@@ -34,16 +35,14 @@ from latefusion.models.student.entry import entry_of
 _LOCK = threading.Lock()
 
 
-class Running(threading.local):
-    """The forward that the calling thread is in: what its hooks hand to each other."""
+class Running:
+    """The forward that a thread is in: what its hooks hand to each other."""
 
-    vision: Tensor | None = None  # bool [B, T]
-    padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns
-    forward: Forward | None = None
-    last: PrefillTrace | TextTrace | None = None  # the thread's last prefill
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy of the model runs nothing
+    def __init__(self) -> None:
+        self.vision: Tensor | None = None  # bool [B, T]
+        self.padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns
+        self.forward: Forward | None = None
+        self.last: PrefillTrace | TextTrace | None = None  # the thread's last prefill
 
 
 class Hooks:
@@ -67,12 +66,16 @@ class Hooks:
         self.model, self.decoder, self.multimodal = model, decoder, multimodal
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.vision_mask = vision_mask
-        self._running = Running()
+        self._threads = PerThread(Running)
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: list[ReadingLayer] = []  # once a policy freezes
         self._takes_ids = any("position_ids" in _parameters(layer.self_attn) for layer in self.layers)
         let_modules_watch()
         self._handles = list(self._install())
+
+    @property
+    def _running(self) -> Running:
+        return self._threads.get()
 
     @property
     def policy(self) -> Policy:
