@@ -14,7 +14,18 @@ import numpy as np
 
 from latefusion.eval.fusion.effects import interval, upper_limit
 from latefusion.eval.fusion.measure import Measurer
-from latefusion.eval.fusion.plan import KEEP_LAYERS, KEEP_SHARES, NEAR, PROBES, SINGLES, SPREAD, STEPS, TRIES
+from latefusion.eval.fusion.plan import (
+    APART,
+    KEEP_LAYERS,
+    KEEP_SHARES,
+    NEAR,
+    PROBES,
+    SINGLES,
+    SPREAD,
+    START,
+    STEPS,
+    TRIES,
+)
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import Calibration, TooFew
@@ -234,10 +245,10 @@ class Study:
 
     def _keeps(
         self, band: tuple[int, int], entry: CalibratedEntry | None, base: float
-    ) -> tuple[list[Point], list[dict[int, int]]]:
-        """Measure single keeps, and some of the pyramids that they promise; returns the points and the pyramids.
+    ) -> tuple[list[Point], list[tuple[float, dict[int, int]]]]:
+        """Measure single keeps and some of the pyramids that they promise; the points, and the pyramids with their KL.
 
-        The pyramids are those that no other beats in both FLOPs and expected KL, cheapest first.
+        The pyramids are the `ladder` of those that no other beats in both FLOPs and expected KL.
         """
         layers, goal = self.measurer.layers, self.goal
         sizes = keep_sizes(round(self.vision))
@@ -264,19 +275,25 @@ class Study:
                 table[layer, k] = cost
                 if cost > 4 * goal.bound and goal.budget is None:
                     break
-        front = [keep for _, _, keep in pyramids(table, lambda keep: self.flops(schedule(keep)))]
-        for i in spread(len(front)):
-            if len(front[i]) > 1:
-                measure(front[i])
-        return points, front
+        rungs = ladder(pyramids(table, lambda keep: self.flops(schedule(keep))))
+        for i in spread(len(rungs)):
+            if len(rungs[i][1]) > 1:
+                measure(rungs[i][1])
+        return points, [(base + cost, keep) for cost, keep in rungs]
 
     def _confirmed(
-        self, band: tuple[int, int], entry: CalibratedEntry | None, front: Sequence[Mapping[int, int]]
+        self,
+        band: tuple[int, int],
+        entry: CalibratedEntry | None,
+        front: Sequence[tuple[float, dict[int, int]]],
     ) -> list[Rung]:
-        """The band, and some of the pyramids `front` in it, on the confirming prompts: the best of them last.
+        """The band, and some of the pyramids in it, on the confirming prompts: the best of them last.
 
-        Without a budget the cheapest whose limit stays within the bound is looked for by bisection; with one, those
-        below it that cost most FLOPs are measured.
+        Without a budget the cheapest whose limit stays within the bound is looked for; with one, those below it that
+        cost most FLOPs are measured.
+
+        Args:
+            front: expected KL and pyramid, cheapest first.
         """
         layers, goal = self.measurer.layers, self.goal
         confirmer = self.confirmer or self.measurer
@@ -292,18 +309,18 @@ class Study:
         if goal.budget is not None:
             affordable = [
                 i
-                for i, keep in enumerate(front)
+                for i, (_, keep) in enumerate(front)
                 if self.flops(band_schedule(*band, layers, keep)) <= goal.budget
             ]
             for i in affordable[-PROBES:]:
-                rungs[i] = rung(front[i], alone.limit)
+                rungs[i] = rung(front[i][1], alone.limit)
         elif alone.limit <= goal.bound:
 
             def within(i: int) -> bool:
-                rungs[i] = rung(front[i], alone.limit)
+                rungs[i] = rung(front[i][1], alone.limit)
                 return rungs[i].limit <= goal.bound
 
-            bisect(len(front), len(front) // 2, within)
+            descend(len(front), sum(expected > START * goal.bound for expected, _ in front), within)
         return sorted([alone, *rungs.values()], key=lambda one: (one.limit <= goal.bound, -one.flops))
 
     def _confirmation(self, rung: Rung) -> dict[str, Any]:
@@ -445,21 +462,40 @@ def pyramids(
     return front
 
 
+def ladder(front: Sequence[tuple[float, float, dict[int, int]]]) -> list[tuple[float, dict[int, int]]]:
+    """Expected cost and pyramid of those of the front that are at least APART in FLOPs, cheapest first."""
+    rungs: list[tuple[float, float, dict[int, int]]] = []
+    for rung in front:
+        if not rungs or rung[0] >= APART * rungs[-1][0]:
+            rungs.append(rung)
+    return [(cost, keep) for _, cost, keep in rungs]
+
+
 def spread(n: int, most: int = SPREAD) -> list[int]:
     """At most `most` indices of `range(n)`, evenly spread, both ends included."""
     most = min(most, n)
     return sorted({round(i * (n - 1) / max(most - 1, 1)) for i in range(most)})
 
 
-def bisect(n: int, guess: int, within: Callable[[int], bool]) -> int:
-    """The least index of `range(n)` that is within, if all after it are too, or n; at most PROBES tries."""
-    low, high, at = -1, n, min(guess, n - 1)
-    for _ in range(PROBES):
-        if high - low <= 1:
-            break
-        low, high = (low, at) if within(at) else (at, high)
-        at = (low + high) // 2
-    return high
+def descend(n: int, start: int, within: Callable[[int], bool]) -> None:
+    """Look for the cheapest of the rungs 0 to n-1 that is within, near `start`; at most PROBES tries.
+
+    If the rung tried first is within, the next cheaper ones are tried until one is not; else dearer ones, in steps that
+    double, until one is. What is expected of a rung is noisy, so far ones say little about it.
+    """
+    at, step = min(start, n - 1), 1
+    first = n > 0 and within(at)
+    for _ in range(PROBES - 1):
+        if first:
+            at -= 1
+            if at < 0 or not within(at):
+                return
+        else:
+            if at >= n - 1:
+                return
+            at, step = min(at + step, n - 1), 2 * step
+            if within(at):
+                return
 
 
 # ---------------------------------------------------------------- the choice

@@ -23,7 +23,9 @@ SINGLES = 11.2  # prefills a sample that measuring single keeps may take
 ONCE = 7  # dense answers, two bands for confirmation, raw entry, two schedules beside, tokens the chosen one keeps
 SEARCH = SINGLES + TRIES + SPREAD + ONCE  # prefills a sample for schedules at most
 SCHEDULES = KEEP_LAYERS * len(KEEP_SHARES) + TRIES + SPREAD + ONCE  # schedules at most
-PROBES = 6  # pyramids confirmed in a band at most
+APART = 1.05  # of a ladder's rungs each has this many times the FLOPs of the one below it, or more
+START = 0.7  # of the bound: the first rung that is confirmed is expected to cost no more
+PROBES = 5  # pyramids confirmed in a band at most
 CONFIRM = 1 + 2 * (
     1 + PROBES
 )  # prefills a confirming prompt: its dense answers, two bands with their pyramids at most

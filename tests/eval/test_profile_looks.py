@@ -227,22 +227,24 @@ def test_pyramids_are_those_that_no_other_beats() -> None:
     assert [f for f, *_ in front] == sorted(f for f, *_ in front)
 
 
-def test_the_cheapest_within_the_bound_is_found_by_few_probes() -> None:
-    for n, border in itertools.product((1, 2, 7, 40), range(41)):
-        for guess in {0, n // 3, border, n}:
-            probed: list[int] = []
+def test_the_cheapest_rung_within_the_bound_is_looked_for_near_the_expected_one() -> None:
+    def tried(n: int, start: int, held: set[int]) -> list[int]:
+        probes: list[int] = []
+        decide.descend(n, start, lambda i: (probes.append(i), i in held)[1])
+        return probes
 
-            def within(i: int, probed=probed, border=border) -> bool:
-                probed.append(i)
-                return i >= border
-
-            cheapest = decide.bisect(n, guess, within)
-            assert (
-                len(probed) <= plan.PROBES and len(probed) == len(set(probed)) and cheapest >= min(border, n)
-            )
-            if n <= 32 or guess == border:
-                assert cheapest == min(border, n)
+    assert tried(9, 4, set(range(3, 9))) == [4, 3, 2]
+    assert tried(9, 4, {7, 8}) == [4, 5, 7]
+    assert tried(30, 9, set(range(30))) == [9, 8, 7, 6, 5], "PROBES at most"
+    assert tried(9, 2, set()) == [2, 3, 5, 8]
+    assert tried(3, 7, {2}) == [2, 1] and tried(2, 0, {0, 1}) == [0] and tried(0, 0, set()) == []
     assert decide.spread(0) == [] and decide.spread(1) == [0] and decide.spread(30) == [0, 10, 19, 29]
+
+
+def test_rungs_of_a_ladder_are_apart_in_flops() -> None:
+    front = [(flops, 0.0, {1: int(1000 * flops)}) for flops in (0.1, 0.104, 0.1049, 0.12, 0.1259, 0.2)]
+    assert decide.ladder(front) == [(0.0, {1: 100}), (0.0, {1: 120}), (0.0, {1: 200})]
+    assert decide.ladder([]) == []
 
 
 def test_the_front() -> None:
