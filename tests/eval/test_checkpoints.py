@@ -21,6 +21,7 @@ from latefusion.models.student.save import load_student, merge, save_student
 
 SCHEDULES = (VisionSchedule(enter=1, exit=5, keep={3: 2}), VisionSchedule(enter=2, exit=4))
 REST = {"data": {"source": "scenes"}, "engine": {"trainer": "accelerate"}, "output_dir": "outputs/whole"}
+REST["train"] = {"learning_rate": 1e-4, "batch_size": 8}
 ROW = {"question": "what colour is the red circle ?", "images": []}
 
 

@@ -16,7 +16,7 @@ from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval.comparison import cost
 from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import System, running
-from latefusion.eval.evaluate import main
+from latefusion.eval.evaluate import config_of, main
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images
 from latefusion.models.schedule import VisionSchedule
@@ -134,7 +134,9 @@ def test_encoded_images_leave_what_positions_are_made_of():
         def get_image_features(self, pixel_values, image_grid_thw=None, **options):
             return pixel_values + image_grid_thw.sum()
 
-    model = SimpleNamespace(base_model=Tower())
+    tower = Tower()
+    tower.base_model = tower  # as of a model without a head
+    model = SimpleNamespace(base_model=tower)
     inputs = {"input_ids": 1, "pixel_values": torch.ones(2), "image_grid_thw": torch.ones(1, 3)}
     encoded = encode_images(model, inputs)
     assert sorted(encoded) == ["image_grid_thw", "input_ids", "mm_encoder_outputs"]
@@ -219,6 +221,24 @@ def test_bad_input_is_one_sentence_before_any_compute(questions, tmp_path):
     attach(plain, VisionSchedule())
     assert "adapters" in refused(folder, model=plain)
     assert not folder.exists()
+
+
+FOREIGN = r"""
+name: 'run of ${oc.env:SECRET} \${oc.env:SECRET}'
+model: {path: embedded, visipruner: {boundary: 1}}
+data: {source: scenes}
+engine: {trainer: accelerate}
+train: {learning_rate: 0.1, batch_size: 1}
+output_dir: '${oc.env:SECRET}'
+"""
+
+
+def test_a_foreign_configuration_resolves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text(FOREIGN)
+    config = config_of(tmp_path)
+    assert "hunter2" not in repr(config) and config.output_dir == "${oc.env:SECRET}"
+    assert config.name == r"run of ${oc.env:SECRET} \${oc.env:SECRET}"
 
 
 def test_a_broken_configuration_is_named(tmp_path):
