@@ -68,7 +68,7 @@ print("together", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "message"), [("works", "{'enter': 2}"), ("fails", "error: it cannot be.")])
-def test_all_hear_what_the_from_first_process_where_no_launcher_keeps_the_store(
+def test_all_read_what_the_first_process_sent_where_no_launcher_keeps_the_store(
     way: str, message: str
 ) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
