@@ -69,7 +69,7 @@ class Hooks:
         self._threads = PerThread(Running)
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: list[ReadingLayer] = []  # once a policy freezes
-        self._takes_ids = any("position_ids" in _parameters(layer.self_attn) for layer in self.layers)
+        self._takes_ids = any(map(_needs_positions, self.layers))
         let_modules_watch()
         self._handles = list(self._install())
 
@@ -268,6 +268,12 @@ class Hooks:
 
     def _after_multimodal(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._running.vision = self._running.padding = None
+
+
+def _needs_positions(layer: Any) -> bool:
+    """Whether attention computes with position_ids: others take them for flash attention alone, and do without."""
+    ids = _parameters(layer.self_attn).get("position_ids")
+    return ids is not None and ids.default is inspect.Parameter.empty
 
 
 def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:

@@ -138,6 +138,19 @@ def test_the_policy_is_shown_the_attention_weights_of_the_model(name: str) -> No
     assert ("sinks" in name) == bool((shown[0].sum(-1) < 0.99).any())
 
 
+def test_attention_that_needs_positions_is_refused_under_flash_attention() -> None:
+    """Where ids with gaps look like packed rows."""
+    model = build("attention scaled by position_ids")
+    model.config._attn_implementation = "flash_attention_2"
+    with (
+        attach(model, VisionSchedule(enter=1), vision_mask=VISION),
+        pytest.raises(
+            ValueError, match=r"^Ministral3Attention computes with position_ids, which flash attention"
+        ),
+    ):
+        logits(model, use_cache=False)
+
+
 def test_what_cannot_be_frozen_is_refused_at_attach() -> None:
     for name, missing in (("fused projections", "q_proj"), ("complex rope, latent keys", "q_proj")):
         model = build(name)
