@@ -1,0 +1,227 @@
+"""Stage 2: LoRA and projector on boards. Words first, then few tokens, then all of them.
+
+    python -m latefusion.training.smollm_icons.train --folder FOLDER          # and again after an interruption
+    python -m latefusion.training.smollm_icons.train --folder OTHER --blind   # the control that sees no picture
+
+FOLDER keeps features (1 GB), checkpoints and `run.json`, the record that the model card is written from. Every step
+is seeded by its number, so an interrupted run goes on as if it had not been. `--export` writes the weights that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from latefusion.data.icons.boards import SIDE, Board, draw_layout, split_layouts_of
+from latefusion.data.icons.questions import ask
+from latefusion.models.smollm_icons import WEIGHTS
+from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
+from latefusion.training.smollm_icons.features import Composer, board_features, sheet_squares
+from latefusion.training.smollm_icons.learner import Learner, tokens_that_matter
+from latefusion.training.smollm_icons.measure import answer_boards, percent
+from latefusion.training.smollm_icons.projector import Projector, fit_projector, token_accuracy
+from latefusion.training.smollm_icons.targets import Targets
+
+
+@dataclass
+class Recipe:
+    """All numbers of the run."""
+
+    seed: int = 0
+    blind: bool = False
+    word_steps: int = 700  # boards of word embeddings; windows grow from 2 x 2 squares to 6 x 6
+    few_steps: int = 900  # composed pictures, the tokens of things and 12 others
+    all_steps: int = 1300  # all 144 tokens, half of the boards rendered whole
+    decay_steps: int = 1200  # the last ones: the rate falls linearly to 3%
+    learning_rate: float = 1e-3
+    projector_rate: float = 1e-4
+    rounds: int = 3  # of questions a board; about 24 questions
+    few_empty: int = 12
+    train_boards: int = 400
+    measure_every: int = 300
+    measure_boards: int = 20
+    save_every: int = 200
+
+    @property
+    def steps(self) -> int:
+        return self.word_steps + self.few_steps + self.all_steps
+
+    def phase(self, step: int) -> str:
+        if step < self.word_steps:
+            return "words"
+        return "few" if step < self.word_steps + self.few_steps else "all"
+
+    def rate(self, step: int) -> float:
+        """Fraction of the peak learning rate."""
+        return min(1, (step + 1) / 20) * max(0.03, min(1, (self.steps - step) / self.decay_steps))
+
+
+class Trainer:
+    """A run: its folder, data, learner, optimiser and record."""
+
+    def __init__(self, recipe: Recipe, folder: Path, features: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        squares = sheet_squares(features)
+        self.composer = Composer(squares)
+        self.train_boards = board_features(features, "train", recipe.train_boards)
+        self.validation = board_features(features, "validation", recipe.measure_boards)
+        embeddings = load_language_model().get_input_embeddings().weight.detach()
+        self.targets = Targets(embeddings, load_tokenizer())
+        self.record: dict[str, Any] = {"recipe": asdict(recipe), "log": [], "cpu_seconds": {}}
+        self.step = 0
+        state = self._saved()
+        if state is None:
+            projector, seconds = fit_projector(squares, self.targets, seed=recipe.seed)
+            self.record["cpu_seconds"]["projector"] = round(seconds)
+            self.record["projector"] = token_accuracy(projector, self.targets, self.validation)
+            print("projector", self.record["projector"], f"{seconds:.0f} CPU seconds", flush=True)
+        else:
+            projector = Projector(self.targets.words.shape[1])
+        self.learner = Learner(projector, blind=recipe.blind, seed=recipe.seed)
+        groups = [
+            {"params": list(self.learner.masters.values()), "lr": recipe.learning_rate},
+            {"params": list(projector.parameters()), "lr": recipe.projector_rate},
+        ]
+        self.peaks = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+        if state is not None:
+            self.learner.load_state(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.record = state["step"], state["record"]
+            self.record["recipe"] = asdict(recipe)
+            print(f"going on at step {self.step}", flush=True)
+
+    def _saved(self) -> dict[str, Any] | None:
+        path = self.folder / "checkpoint.pt"
+        return torch.load(path, weights_only=False) if path.is_file() else None
+
+    def save(self) -> None:
+        """Write the checkpoint and the record, each in place of the last one at once."""
+        state = {
+            "learner": self.learner.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "record": self.record,
+        }
+        torch.save(state, self.folder / "checkpoint.new")
+        os.replace(self.folder / "checkpoint.new", self.folder / "checkpoint.pt")
+        (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def draw(self, rng: random.Random) -> Board:
+        """A board of train; at first the windows are small."""
+        windows = min(SIDE, 2 + self.step * (SIDE - 1) // max(1, self.recipe.word_steps // 2))
+        while True:
+            board = draw_layout(rng, "train", rng.randint(2, windows) if windows < SIDE else None)
+            if split_layouts_of(board) == "train":
+                return board
+
+    def loss(self) -> torch.Tensor:
+        """The loss of this step's board, which depends on the step's number alone."""
+        recipe, phase = self.recipe, self.recipe.phase(self.step)
+        rng = random.Random(f"icons/train/{recipe.seed}/{self.step}")
+        board, features = self.draw(rng), None
+        if phase == "words":
+            vision, places = self.targets.word_board(board, rng)
+        else:
+            if phase == "all" and self.step % 2:
+                board, features = self.train_boards[rng.randrange(len(self.train_boards))]
+            while features is None:
+                features = self.composer.compose(board, rng)
+                board = board if features is not None else self.draw(rng)
+            places = list(range(144)) if phase == "all" else tokens_that_matter(board, rng, recipe.few_empty)
+            vision = self.learner.see(features, places)
+        return self.learner.loss(vision, places, ask(board, rng, recipe.rounds))
+
+    def update(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        masters = self.learner.masters
+        for name, parameter in self.learner.lora.items():
+            masters[name].grad = parameter.grad.float() if parameter.grad is not None else None
+            parameter.grad = None
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.recipe.rate(self.step)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self.learner.lora.items():
+                parameter.copy_(masters[name])
+
+    def run(self, until: float) -> None:
+        """Train to the end of the recipe, or until the clock says `until`."""
+        recipe = self.recipe
+        average, began, began_wall = None, time.process_time(), time.time()
+        seconds = self.record["cpu_seconds"]
+        while self.step < recipe.steps and time.time() < until:
+            phase = recipe.phase(self.step)
+            loss = self.loss()
+            self.update(loss)
+            self.step += 1
+            average = loss.item() if average is None else 0.97 * average + 0.03 * loss.item()
+            seconds[phase] = seconds.get(phase, 0) + time.process_time() - began
+            began = time.process_time()
+            if self.step % 50 == 0:
+                wall = time.time() - began_wall
+                print(f"{self.step} {phase} loss {average:.3f} wall {wall:.0f} s", flush=True)
+            if self.step % recipe.measure_every == 0 or self.step == recipe.steps:
+                entry = {
+                    "step": self.step,
+                    "phase": phase,
+                    "cpu_seconds": round(sum(seconds.values())),
+                    "loss": round(average, 3),
+                    **percent(answer_boards(self.learner, self.validation, "validation")),
+                }
+                self.record["log"].append(entry)
+                print(entry, flush=True)
+                seconds["measuring"] = seconds.get("measuring", 0) + time.process_time() - began
+                began = time.process_time()
+            if self.step % recipe.save_every == 0:
+                self.save()
+        self.save()
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Write the weights that ship: LoRA and projector in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"lora.{name}": p for name, p in trainer.learner.masters.items()}
+    tensors |= {f"projector.{name}": p for name, p in trainer.learner.projector.state_dict().items()}
+    save_file({name: p.detach().bfloat16().contiguous() for name, p in tensors.items()}, folder / "model.safetensors")
+    (folder / "run.json").write_text(json.dumps(trainer.record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and run.json")
+    parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after this time")
+    parser.add_argument("--export", action="store_true", help="write the weights that ship at the end")
+    for name, value in asdict(Recipe()).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=type(value), default=value)
+    options = vars(parser.parse_args())
+    folder, features = options.pop("folder"), options.pop("features")
+    minutes, exported = options.pop("minutes"), options.pop("export")
+    torch.set_num_threads(1)
+    until = time.time() + 60 * minutes
+    trainer = Trainer(Recipe(**options), folder, features or folder / "features")
+    trainer.run(until)
+    if exported:
+        export(trainer, WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()
