@@ -10,7 +10,10 @@ from latefusion.data.icons.boards import SIDE, SPLITS, Board, Thing, address, ma
 from latefusion.data.icons.pictures import CATEGORY_OF, NAMES, Drawing, drawings, held_out_style
 from latefusion.data.icons.questions import STEPS, TYPES, Question, ask, board_questions
 
-PINNED = ("11 yellow hat;12 white wrench;13 green spider;21 purple cake;22 purple hammer;23 purple boot;42 white ;44 red ", Question(type="existence", question="Is there a spider?", answer="yes"))
+PINNED = (
+    "11 yellow hat;12 white wrench;13 green spider;21 purple cake;22 purple hammer;23 purple boot;42 white ;44 red ",
+    Question(type="existence", question="Is there a spider?", answer="yes"),
+)
 SMALL = {"existence", "where", "square", "color", "category", "neighbor"}  # about one small thing
 
 

@@ -32,7 +32,9 @@ IMAGE = "<file_sep>"  # a special token that SmolLM2 never used: no embedding ha
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% if message['content'] is string %}{{ '\\n' + message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}Image:" + IMAGE + "{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}Image:"
+    + IMAGE
+    + "{% endif %}{% endfor %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ '\\n' + part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% elif message['content'] is string %}"

@@ -52,5 +52,7 @@ def _some(keep: int, seed: str) -> list[int]:
 def percent(outcomes: Outcomes) -> dict[str, float]:
     """Accuracy in percent by type and over all, and the number of questions."""
     rights = [right for values in outcomes.values() for right in values]
-    table = {kind: round(100 * sum(outcomes[kind]) / len(outcomes[kind]), 1) for kind in TYPES if kind in outcomes}
+    table = {
+        kind: round(100 * sum(outcomes[kind]) / len(outcomes[kind]), 1) for kind in TYPES if kind in outcomes
+    }
     return {**table, "all": round(100 * sum(rights) / len(rights), 1), "questions": len(rights)}

@@ -45,13 +45,17 @@ def fit_projector(
     projector = Projector(targets.words.shape[1])
     shown = [square for square in squares if square.thing is not None]
     empty = [square for square in squares if square.thing is None]
-    everything = torch.stack([s.tokens for s in rng.sample(shown, min(2000, len(shown)))]).float().flatten(0, 1)
+    everything = (
+        torch.stack([s.tokens for s in rng.sample(shown, min(2000, len(shown)))]).float().flatten(0, 1)
+    )
     projector.mean.copy_(everything.mean(0))
     projector.std.copy_(everything.std(0) + 1e-3)
     center = targets.words[:-1].mean(0)
     directions = F.normalize(targets.words - center, dim=1)
     scale = targets.words.pow(2).sum(-1).mean()
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        projector.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98)
+    )
     for step in range(steps):
         factor = min(1, step / 30) * (1 - max(0, step / steps - 0.3) / 0.7)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
@@ -73,7 +77,9 @@ def fit_projector(
 
 
 @torch.no_grad()
-def token_accuracy(projector: Projector, targets: Targets, boards: list[tuple[Board, Tensor]]) -> dict[str, float]:
+def token_accuracy(
+    projector: Projector, targets: Targets, boards: list[tuple[Board, Tensor]]
+) -> dict[str, float]:
     """Percent of the name, colour and empty tokens that are nearest to the word they should say."""
     center = targets.words[:-1].mean(0)
     directions = F.normalize(targets.words - center, dim=1)

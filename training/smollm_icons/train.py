@@ -4,7 +4,7 @@
     python -m latefusion.training.smollm_icons.train --folder OTHER --blind   # the control that sees no picture
 
 FOLDER keeps features (1 GB), checkpoints and `run.json`, the record that the model card is written from. Every step
-is seeded by its number, so an interrupted run goes on as if it had not been. `--export` writes the weights that ship.
+is seeded by its number, so an interrupted run goes on as if it had not been. `record.py` writes what ships.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from latefusion.data.icons.boards import SIDE, Board, draw_layout, split_layouts_of
 from latefusion.data.icons.questions import ask
-from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
 from latefusion.training.smollm_icons.features import Composer, board_features, sheet_squares
 from latefusion.training.smollm_icons.learner import Learner, tokens_that_matter
@@ -178,7 +176,7 @@ class Trainer:
                 entry = {
                     "step": self.step,
                     "phase": phase,
-                    "cpu_seconds": round(sum(seconds.values())),
+                    "cpu_seconds": round(sum(s for name, s in seconds.items() if name != "measuring")),
                     "loss": round(average, 3),
                     **percent(answer_boards(self.learner, self.validation, "validation")),
                 }
@@ -191,21 +189,13 @@ class Trainer:
         self.save()
 
 
-def export(trainer: Trainer, folder: Path) -> None:
-    """Write the weights that ship: LoRA and projector in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"lora.{name}": p for name, p in trainer.learner.masters.items()}
-    tensors |= {f"projector.{name}": p for name, p in trainer.learner.projector.state_dict().items()}
-    save_file({name: p.detach().bfloat16().contiguous() for name, p in tensors.items()}, folder / "model.safetensors")
-    (folder / "run.json").write_text(json.dumps(trainer.record, indent=1) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and run.json")
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after this time")
-    parser.add_argument("--export", action="store_true", help="write the weights that ship at the end")
     for name, value in asdict(Recipe()).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -214,13 +204,10 @@ def main() -> None:
             parser.add_argument(flag, type=type(value), default=value)
     options = vars(parser.parse_args())
     folder, features = options.pop("folder"), options.pop("features")
-    minutes, exported = options.pop("minutes"), options.pop("export")
+    until = time.time() + 60 * options.pop("minutes")
     torch.set_num_threads(1)
-    until = time.time() + 60 * minutes
     trainer = Trainer(Recipe(**options), folder, features or folder / "features")
     trainer.run(until)
-    if exported:
-        export(trainer, WEIGHTS)
 
 
 if __name__ == "__main__":
