@@ -103,7 +103,8 @@ def _training(record: dict[str, Any]) -> str:
         "## How it was trained\n",
         f"Seed {recipe['seed']}, one CPU thread, bfloat16 with float32 masters, AdamW. The projector starts as a "
         f"regression onto SmolLM2's own word embeddings, without the language model "
-        f"({seconds.get('projector')} CPU seconds). Then one board a step, all its questions in one pass: {recipe['word_steps']} steps on boards of word embeddings, "
+        f"({seconds.get('projector')} CPU seconds). Then one board a step, all its questions in one pass: "
+        f"{recipe['word_steps']} steps on boards of word embeddings, "
         f"{recipe['few_steps']} on pictures with most empty tokens left out, {recipe['all_steps']} on all 144 tokens "
         f"({record['steps_done']} steps done); LoRA at {recipe['learning_rate']:g}, projector at "
         f"{recipe['projector_rate']:g}, linear decay over the last {recipe['decay_steps']} steps.\n",
