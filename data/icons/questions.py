@@ -7,6 +7,7 @@ thing, `relation` about two, `counting` about all.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from latefusion.data.icons.boards import VERSION, Board, address, make_board
@@ -24,13 +25,13 @@ class Question(NamedTuple):
     answer: str
 
 
-def ask(board: Board, rng: random.Random, rounds: int = 1) -> list[Question]:
-    """About 11 different questions a round on a board, grouped by type."""
+def ask(board: Board, rng: random.Random, rounds: Mapping[str, int] | None = None) -> list[Question]:
+    """About 11 different questions on a board, grouped by type; `rounds` of a type gives more of it."""
     asked = [
         question
-        for kind in (_existence, _where, _square, _color, _category, _neighbor, _relation, _counting)
-        for _ in range(rounds)
-        for question in kind(board, rng)
+        for kind in TYPES
+        for _ in range((rounds or {}).get(kind, 1))
+        for question in _ASK[kind](board, rng)
     ]
     return list({question.question: question for question in asked}.values())
 
@@ -104,10 +105,20 @@ def _relation(board: Board, rng: random.Random) -> list[Question]:
 def _counting(board: Board, rng: random.Random) -> list[Question]:
     categories = [CATEGORY_OF[thing.name] for thing in board.things]
     category = rng.choice(list(CATEGORIES) if rng.random() < 0.3 else categories)
-    plural = category if category == "food" else f"{category}s"
-    verb = "is" if category == "food" else "are"
-    return [Question("counting", f"How many {plural} {verb} there?", str(categories.count(category)))]
+    return [Question("counting", f"How many {category}s are there?", str(categories.count(category)))]
 
 
 def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+_ASK = {
+    "existence": _existence,
+    "where": _where,
+    "square": _square,
+    "color": _color,
+    "category": _category,
+    "neighbor": _neighbor,
+    "relation": _relation,
+    "counting": _counting,
+}

@@ -29,6 +29,10 @@ from latefusion.training.smollm_icons.measure import answer_boards, percent
 from latefusion.training.smollm_icons.projector import Projector, fit_projector, token_accuracy
 from latefusion.training.smollm_icons.targets import Targets
 
+ROUNDS = {  # of questions a board: more of what is learned last
+    "existence": 2, "where": 2, "square": 2, "color": 4, "category": 2, "neighbor": 6, "relation": 4, "counting": 3,
+}  # fmt: skip
+
 
 @dataclass
 class Recipe:
@@ -36,13 +40,12 @@ class Recipe:
 
     seed: int = 0
     blind: bool = False
-    word_steps: int = 700  # boards of word embeddings; windows grow from 2 x 2 squares to 6 x 6
+    word_steps: int = 500  # boards of word embeddings; windows grow from 2 x 2 squares to 6 x 6
     few_steps: int = 900  # composed pictures, the tokens of things and 12 others
     all_steps: int = 1300  # all 144 tokens, half of the boards rendered whole
     decay_steps: int = 1200  # the last ones: the rate falls linearly to 3%
     learning_rate: float = 1e-3
     projector_rate: float = 1e-4
-    rounds: int = 3  # of questions a board; about 24 questions
     few_empty: int = 12
     train_boards: int = 400
     measure_every: int = 300
@@ -75,7 +78,12 @@ class Trainer:
         self.validation = board_features(features, "validation", recipe.measure_boards)
         embeddings = load_language_model().get_input_embeddings().weight.detach()
         self.targets = Targets(embeddings, load_tokenizer())
-        self.record: dict[str, Any] = {"recipe": asdict(recipe), "log": [], "cpu_seconds": {}}
+        self.record: dict[str, Any] = {
+            "recipe": asdict(recipe),
+            "rounds": ROUNDS,
+            "log": [],
+            "cpu_seconds": {},
+        }
         self.step = 0
         state = self._saved()
         if state is None:
@@ -138,7 +146,7 @@ class Trainer:
                 board = board if features is not None else self.draw(rng)
             places = list(range(144)) if phase == "all" else tokens_that_matter(board, rng, recipe.few_empty)
             vision = self.learner.see(features, places)
-        return self.learner.loss(vision, places, ask(board, rng, recipe.rounds))
+        return self.learner.loss(vision, places, ask(board, rng, ROUNDS))
 
     def update(self, loss: torch.Tensor) -> None:
         loss.backward()
