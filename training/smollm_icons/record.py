@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 
+from latefusion.data.icons.boards import SPLITS
 from latefusion.data.icons.questions import TYPES
 from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import PACKAGES
@@ -27,8 +27,8 @@ from latefusion.training.smollm_icons.measure import Outcomes, answer_boards
 from latefusion.training.smollm_icons.projector import Projector
 
 DATA_SEEDS = (0, 1, 2)
-BOARDS, CURVE_BOARDS = 60, 40  # of each split and data seed; of the curve
-KEEPS = (1, 2, 4, 8, 18, 36, 72, 108, 144)
+BOARDS, CURVE_BOARDS = 60, 30  # of each split and data seed; of the curve
+KEEPS = (4, 18, 36, 72, 108, 144)
 
 
 def load_learner(folder: Path) -> tuple[Learner, dict[str, Any]]:
@@ -65,28 +65,43 @@ def pooled(parts: list[Outcomes]) -> Outcomes:
     return together
 
 
-def measure_base(learner: Learner, features: Path, seeds: tuple[int, ...], n_boards: int) -> dict[str, Any]:
-    """Tables of both test splits, of another board's picture, and the curve of random tokens."""
-    tables: dict[str, Any] = {}
-    for split in ("test", "new_drawings"):
-        by_seed = []
-        for seed in seeds:
-            boards = board_features(features, split, n_boards, seed)
-            by_seed.append(answer_boards(learner, boards, split, seed=seed))
-        tables[split] = summary(pooled(by_seed))
-        tables[f"{split}_by_seed"] = {
-            seed: summary(one)["all"] for seed, one in zip(seeds, by_seed, strict=True)
-        }
-        print(split, {kind: row["accuracy"] for kind, row in tables[split].items()}, flush=True)
-    boards = board_features(features, "test", n_boards)
-    tables["other_picture"] = summary(answer_boards(learner, boards, "test", other_picture=True))
-    print("other picture", tables["other_picture"]["all"], flush=True)
-    boards = boards[:CURVE_BOARDS]
-    tables["random_tokens"] = {
-        k: summary(answer_boards(learner, boards, "test", keep=k))["all"] for k in KEEPS
-    }
-    print("random tokens", {k: row["accuracy"] for k, row in tables["random_tokens"].items()}, flush=True)
-    return tables
+def answers(learner: Learner, part: str, features: Path, n_boards: int) -> Outcomes:
+    """Outcomes of one part: `SPLIT/SEED`, `other_picture/SEED`, `blind/SEED` or `random_tokens/K`."""
+    kind, number = part.split("/")
+    split = kind if kind in SPLITS else "test"
+    if kind == "random_tokens":
+        boards = board_features(features, split, min(n_boards, CURVE_BOARDS))
+        return answer_boards(learner, boards, split, keep=int(number))
+    boards = board_features(features, split, n_boards, int(number))
+    return answer_boards(learner, boards, split, other_picture=kind == "other_picture", seed=int(number))
+
+
+def measure_part(folder: Path, part: str, load: Any, features: Path, n_boards: int) -> Outcomes:
+    """`answers` of the learner that `load` gives, kept in the run's folder until it trains on."""
+    learner, record = load(folder)
+    path = folder / "measured" / f"{part.replace('/', '-')}-step{record['steps_done']}-{n_boards}.json"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(answers(learner, part, features, n_boards)))
+    outcomes: Outcomes = json.loads(path.read_text())
+    print(part, {kind: row["accuracy"] for kind, row in summary(outcomes).items()}, flush=True)
+    return outcomes
+
+
+def tables(measured: dict[str, Outcomes]) -> dict[str, Any]:
+    """The parts as the card shows them: accuracy with intervals, pooled over seeds."""
+    by_kind: dict[str, dict[str, Outcomes]] = defaultdict(dict)
+    for part, outcomes in measured.items():
+        kind, number = part.split("/")
+        by_kind[kind][number] = outcomes
+    result: dict[str, Any] = {}
+    for kind, parts in by_kind.items():
+        each = {number: summary(outcomes)["all"] for number, outcomes in parts.items()}
+        if kind == "random_tokens":
+            result[kind] = each
+        else:
+            result[kind], result[f"{kind}_by_seed"] = summary(pooled(list(parts.values()))), each
+    return result
 
 
 def save_weights(learner: Learner, folder: Path) -> None:
@@ -114,21 +129,27 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
     parser.add_argument("--seeds", type=int, nargs="+", default=DATA_SEEDS)
     parser.add_argument("--boards", type=int, default=BOARDS)
+    parser.add_argument("--parts", nargs="+", help="measure these alone, for a later call; write no card")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    features, seeds = options.features or options.folder / "features", tuple(options.seeds)
-    began = time.process_time()
-    learner, record = load_learner(options.folder)
-    save_weights(learner, options.output)
-    record["measured"] = measure_base(learner, features, seeds, options.boards)
+    torch.set_num_threads(1)
+    features = options.features or options.folder / "features"
+    load = cache(load_learner)
+    parts = options.parts or [
+        *(f"{split}/{seed}" for split in ("test", "new_drawings", "other_picture") for seed in options.seeds),
+        *(f"random_tokens/{keep}" for keep in KEEPS),
+    ]
+    measured = {part: measure_part(options.folder, part, load, features, options.boards) for part in parts}
+    if options.parts:
+        return
+    learner, record = load(options.folder)
     if options.blind_folder:
-        blind, blind_record = load_learner(options.blind_folder)
-        boards = board_features(features, "test", options.boards)
-        record["measured"]["blind"] = summary(answer_boards(blind, boards, "test"))
-        record["blind_steps"] = blind_record["steps_done"]
-    record["versions"] = versions()
-    record["cpu_seconds"]["record"] = time.process_time() - began
+        for seed in options.seeds:
+            part = f"blind/{seed}"
+            measured[part] = measure_part(options.blind_folder, part, load, features, options.boards)
+        record["blind_steps"] = load(options.blind_folder)[1]["steps_done"]
+    record["measured"], record["versions"] = tables(measured), versions()
+    save_weights(learner, options.output)
     (options.output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.output / "README.md").write_text(model_card(record))
 

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from latefusion.data.icons.boards import SIDE, Board, draw_layout, split_layouts_of
 from latefusion.data.icons.questions import ask
+from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
 from latefusion.training.smollm_icons.features import Composer, board_features, sheet_squares
 from latefusion.training.smollm_icons.learner import Learner, tokens_that_matter
@@ -61,15 +63,26 @@ class Recipe:
             return "words"
         return "few" if step < self.word_steps + self.few_steps else "all"
 
-    def rate(self, step: int) -> float:
-        """Fraction of the peak learning rate."""
-        return min(1, (step + 1) / 20) * max(0.03, min(1, (self.steps - step) / self.decay_steps))
+    def rate(self, step: int, started: int = 0) -> float:
+        """Fraction of the peak learning rate; `started`: the step at which the optimiser was new."""
+        return min(1, (step - started + 1) / 20) * max(0.03, min(1, (self.steps - step) / self.decay_steps))
+
+
+def shipped_state(folder: Path) -> dict[str, Any]:
+    """The state of a run whose checkpoint is gone, from the weights that ship: all but the optimiser's."""
+    tensors = load_file(folder / "model.safetensors")
+    parts: dict[str, dict[str, torch.Tensor]] = {"lora": {}, "projector": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor.float()
+    record = json.loads((folder / "record.json").read_text())
+    return {"learner": parts, "optimizer": None, "step": record["steps_done"], "record": record}
 
 
 class Trainer:
     """A run: its folder, data, learner, optimiser and record."""
 
-    def __init__(self, recipe: Recipe, folder: Path, features: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, features: Path, shipped: bool = False) -> None:
         self.recipe, self.folder = recipe, folder
         folder.mkdir(parents=True, exist_ok=True)
         squares = sheet_squares(features)
@@ -84,8 +97,8 @@ class Trainer:
             "log": [],
             "cpu_seconds": {},
         }
-        self.step = 0
-        state = self._saved()
+        self.step = self.started = 0
+        state = self._saved(shipped)
         if state is None:
             projector, seconds = fit_projector(squares, self.targets, seed=recipe.seed)
             self.record["cpu_seconds"]["projector"] = round(seconds)
@@ -102,14 +115,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
         if state is not None:
             self.learner.load_state(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.record = state["step"], state["record"]
-            self.record["recipe"] = asdict(recipe)
+            if state["optimizer"] is None:
+                self.started = self.step
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.started = state.get("started", 0)
             print(f"going on at step {self.step}", flush=True)
+        if self.record.get("recipe") != asdict(recipe):  # a recipe that was changed on the way is told
+            self.record.setdefault("changes", []).append({"step": self.step, **asdict(recipe)})
+            self.record["recipe"] = asdict(recipe)
 
-    def _saved(self) -> dict[str, Any] | None:
+    def _saved(self, shipped: bool) -> dict[str, Any] | None:
         path = self.folder / "checkpoint.pt"
-        return torch.load(path, weights_only=False) if path.is_file() else None
+        if path.is_file():
+            return torch.load(path, weights_only=False)
+        return shipped_state(WEIGHTS) if shipped else None
 
     def save(self) -> None:
         """Write the checkpoint and the record, each in place of the last one at once."""
@@ -117,6 +138,7 @@ class Trainer:
             "learner": self.learner.state(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "started": self.started,
             "record": self.record,
         }
         torch.save(state, self.folder / "checkpoint.new")
@@ -155,7 +177,7 @@ class Trainer:
             masters[name].grad = parameter.grad.float() if parameter.grad is not None else None
             parameter.grad = None
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.recipe.rate(self.step)
+            group["lr"] = peak * self.recipe.rate(self.step, self.started)
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
@@ -203,6 +225,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and run.json")
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
+    parser.add_argument("--shipped", action="store_true", help="without a checkpoint, go on from weights/")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after this time")
     for name, value in asdict(Recipe()).items():
         flag = f"--{name.replace('_', '-')}"
@@ -211,10 +234,10 @@ def main() -> None:
         else:
             parser.add_argument(flag, type=type(value), default=value)
     options = vars(parser.parse_args())
-    folder, features = options.pop("folder"), options.pop("features")
+    folder, features, shipped = (options.pop(name) for name in ("folder", "features", "shipped"))
     until = time.time() + 60 * options.pop("minutes")
     torch.set_num_threads(1)
-    trainer = Trainer(Recipe(**options), folder, features or folder / "features")
+    trainer = Trainer(Recipe(**options), folder, features or folder / "features", shipped)
     trainer.run(until)
 
 
