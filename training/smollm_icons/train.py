@@ -43,16 +43,16 @@ class Recipe:
     seed: int = 0
     blind: bool = False
     word_steps: int = 500  # boards of word embeddings; windows grow from 2 x 2 squares to 6 x 6
-    few_steps: int = 750  # composed pictures, the tokens of things and 12 others
-    all_steps: int = 330  # all 144 tokens, half of the boards rendered whole
-    decay_steps: int = 620  # the last ones: the rate falls linearly to 3%
+    few_steps: int = 700  # composed pictures, the tokens of things and 12 others
+    all_steps: int = 220  # all 144 tokens, half of the boards rendered whole
+    decay_steps: int = 360  # the last ones: the rate falls linearly to 3%
     learning_rate: float = 1e-3
     projector_rate: float = 1e-4
     few_empty: int = 12
     train_boards: int = 400
-    measure_every: int = 300
+    measure_every: int = 1000
     measure_boards: int = 20
-    save_every: int = 200
+    save_every: int = 50
 
     @property
     def steps(self) -> int:
