@@ -57,10 +57,10 @@ def _accuracy(record: dict[str, Any]) -> str:
     lines = [
         "## Accuracy\n",
         f"Percent of questions whose whole answer is right under greedy decoding, on boards whose layouts training "
-        f"never drew, {len(seeds)} data seeds; 95% intervals in brackets (Wilson, questions taken as independent). "
-        "*New drawings*: each object in an art style in which training never showed it. *Other picture*: the questions "
-        "with another board's picture. *Blind*: the same LoRA, trained as long on the same questions without a "
-        "picture.\n",
+        f"never drew, {len(seeds)} data seed{'s' * (len(seeds) > 1)}; 95% intervals in brackets (Wilson, questions taken as independent). "
+        "*New drawings*: each object in an art style in which training never showed it (styles resemble each other, "
+        "Twemoji and EmojiOne most). *Other picture*: the questions "
+        "with another board's picture. *Blind*: the same LoRA, trained on the same questions without a picture.\n",
         "| type | questions | test | new drawings | other picture | blind |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -76,7 +76,11 @@ def _accuracy(record: dict[str, Any]) -> str:
     )
     if blind and record["blind_steps"] != record["steps_done"]:
         by_seed += f". Blind was trained for {record['blind_steps']} of {record['steps_done']} steps"
-    return "\n".join([*lines, f"\nAll, test and new drawings, by data seed: {by_seed}.\n"])
+    lines.append(f"\nAll, test and new drawings, by data seed: {by_seed}.\n")
+    short = [kind for kind in TYPES if test[kind]["accuracy"] < 80 or new[kind]["accuracy"] < 60]
+    if short:
+        lines.append(f"Weak, below 80% on test or 60% on new drawings: {', '.join(short)}.\n")
+    return "\n".join(lines)
 
 
 def _cell(row: dict[str, float]) -> str:
@@ -117,5 +121,11 @@ def _training(record: dict[str, Any]) -> str:
             + " | ".join(str(entry.get(kind, "")) for kind in TYPES)
             + " |"
         )
+    if changes := record.get("changes", [])[1:]:
+        lines.append("\nThe recipe was changed on the way; the text above tells the last one:\n")
+        keys = ("word_steps", "few_steps", "all_steps", "decay_steps")
+        for change in changes:
+            told = ", ".join(f"{key} {change[key]}" for key in keys)
+            lines.append(f"- from step {change['step']}: {told}")
     known = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
     return "\n".join([*lines, f"\nVersions: {known}.\n"])
