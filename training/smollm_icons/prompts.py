@@ -1,0 +1,75 @@
+"""All questions of a board in one forward pass: a tree of tokens behind one picture.
+
+Questions that begin alike share their beginning. A token sees the picture and the tokens on its own path, at
+the position that it would have alone, so every answer is what it would be alone; a board's 40 questions cost about
+160 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latefusion.data.icons.questions import Question
+from latefusion.models.smollm_icons.tower import SIDE
+
+VISION = SIDE * SIDE
+OPENING = "Image:"
+
+
+class Tree(NamedTuple):
+    """Tokens with the depth and label (-100: none) of each, who sees whom, and where each answer lies."""
+
+    ids: list[int]
+    depths: list[int]
+    labels: list[int]
+    sees: Tensor  # [T, T], bool
+    answers: list[list[int]]  # of each question, the tokens that must predict its answer
+
+
+def question_tree(questions: list[Question], tokenizer) -> Tree:
+    """The questions and answers of a board as one tree; each path is `\\n`, the question, a space, the answer."""
+    ids: list[int] = []
+    depths: list[int] = []
+    labels: list[int] = []
+    parents: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+    answers = []
+    for question in questions:
+        asked = tokenizer(f"\n{question.question}", add_special_tokens=False).input_ids
+        answer = tokenizer(f" {question.answer}", add_special_tokens=False).input_ids
+        node, path = -1, []
+        for token in asked + answer:
+            child = children.get((node, token))
+            if child is None:
+                child = children[node, token] = len(ids)
+                ids.append(token)
+                parents.append(node)
+                depths.append(depths[node] + 1 if node >= 0 else 0)
+                labels.append(-100)
+            node = child
+            path.append(node)
+        ends = path[len(asked) - 1 :]
+        for end, label in zip(ends, [*answer, tokenizer.eos_token_id], strict=True):
+            labels[end] = label
+        answers.append(ends)
+    sees = torch.eye(len(ids), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    return Tree(ids, depths, labels, sees, answers)
+
+
+def attention(tree: Tree, before: int, dtype: torch.dtype, blind: bool = False) -> Tensor:
+    """Additive mask [1, 1, S, S] of `before` tokens (opening and picture, causal) and a tree.
+
+    With `blind`, the tree sees the opening alone.
+    """
+    size = before + len(tree.ids)
+    sees = torch.zeros(size, size, dtype=torch.bool)
+    sees[:before, :before] = torch.ones(before, before, dtype=torch.bool).tril()
+    sees[before:, : 2 if blind else before] = True
+    sees[before:, before:] = tree.sees
+    return torch.zeros(1, 1, size, size, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
