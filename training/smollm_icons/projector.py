@@ -21,6 +21,10 @@ STEPS, BATCH, LEARNING_RATE = 1500, 96, 2e-3
 class Projector(nn.Module):
     """LLaVA's two-layer projector behind the standardisation that the tower does once assembled."""
 
+    mean: Tensor
+    std: Tensor
+    places: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(CHANNELS))
@@ -65,11 +69,13 @@ def fit_projector(
         features = features + 0.15 * projector.std * torch.randn(features.shape)
         places = projector.places[[square_tokens(*divmod(k, SIDE)) for k in at]]
         words = torch.tensor([targets.token_words(square.thing) for square in batch])
-        wanted = torch.stack([targets.square(s.thing, k) for s, k in zip(batch, at, strict=True)])
-        found = projector(features, places)
-        error = (found - wanted).pow(2).sum(-1).mean() / scale
-        said = F.normalize(found - (wanted - targets.words[words]) - center, dim=-1) @ directions.T
-        loss = error + 0.3 * F.cross_entropy(12 * said.flatten(0, 1), words.flatten(), label_smoothing=0.05)
+        aims = torch.stack([targets.square(s.thing, k) for s, k in zip(batch, at, strict=True)])
+        projected = projector(features, places)
+        error = (projected - aims).pow(2).sum(-1).mean() / scale
+        similarity = F.normalize(projected - (aims - targets.words[words]) - center, dim=-1) @ directions.T
+        loss = error + 0.3 * F.cross_entropy(
+            12 * similarity.flatten(0, 1), words.flatten(), label_smoothing=0.05
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 
+from latefusion.data.icons.board_questions import TYPES
 from latefusion.data.icons.boards import SPLITS
-from latefusion.data.icons.questions import TYPES
 from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import PACKAGES
+from latefusion.training.smollm_icons.accuracy import Outcomes, answer_boards
 from latefusion.training.smollm_icons.card import model_card
 from latefusion.training.smollm_icons.features import board_features
 from latefusion.training.smollm_icons.learner import Learner
-from latefusion.training.smollm_icons.measure import Outcomes, answer_boards
 from latefusion.training.smollm_icons.projector import Projector
 
 DATA_SEEDS = (0, 1, 2)

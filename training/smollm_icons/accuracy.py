@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latefusion.data.icons.board_questions import TYPES, board_questions
 from latefusion.data.icons.boards import Board
-from latefusion.data.icons.questions import TYPES, board_questions
 from latefusion.training.smollm_icons.learner import Learner
-from latefusion.training.smollm_icons.prompts import VISION
+from latefusion.training.smollm_icons.question_tree import VISION
 
 Outcomes = dict[str, list[bool]]
 

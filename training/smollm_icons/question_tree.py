@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latefusion.data.icons.questions import Question
+from latefusion.data.icons.board_questions import Question
 from latefusion.models.smollm_icons.tower import SIDE
 
 VISION = SIDE * SIDE

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from latefusion.data.icons import boards, pictures
+from latefusion.data.icons.board_questions import STEPS, TYPES, Question, ask, board_questions
 from latefusion.data.icons.boards import SIDE, SPLITS, Board, Thing, address, make_board, split_layouts_of
 from latefusion.data.icons.pictures import CATEGORY_OF, NAMES, Drawing, drawings, held_out_style
-from latefusion.data.icons.questions import STEPS, TYPES, Question, ask, board_questions
 
 PINNED = (
     "11 yellow hat;12 white wrench;13 green spider;21 purple cake;22 purple hammer;23 purple boot;42 white ;44 red ",

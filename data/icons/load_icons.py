@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 
+from latefusion.data.icons.board_questions import board_questions
 from latefusion.data.icons.boards import SPLITS, VERSION, make_board, render
-from latefusion.data.icons.questions import board_questions
 
 N_BOARDS = {"train": 1000, "validation": 150, "test": 300, "new_drawings": 300}
 

@@ -1,7 +1,7 @@
 """Stage 2: LoRA and projector on boards. Words first, then few tokens, then all of them.
 
-    python -m latefusion.training.smollm_icons.train --folder FOLDER          # and again after an interruption
-    python -m latefusion.training.smollm_icons.train --folder OTHER --blind   # the control that sees no picture
+    python -m latefusion.training.smollm_icons.train_base --folder FOLDER          # and again after an interruption
+    python -m latefusion.training.smollm_icons.train_base --folder OTHER --blind   # the control that sees no picture
 
 FOLDER keeps features (1 GB), checkpoints and `run.json`, the record that the model card is written from. Every step
 is seeded by its number, so an interrupted run goes on as if it had not been. `record.py` writes what ships.
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from latefusion.data.icons.board_questions import ask
 from latefusion.data.icons.boards import SIDE, Board, draw_layout, split_layouts_of
-from latefusion.data.icons.questions import ask
 from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
+from latefusion.training.smollm_icons.accuracy import answer_boards, percent
 from latefusion.training.smollm_icons.features import Composer, board_features, sheet_squares
 from latefusion.training.smollm_icons.learner import Learner, tokens_that_matter
-from latefusion.training.smollm_icons.measure import answer_boards, percent
 from latefusion.training.smollm_icons.projector import Projector, fit_projector, token_accuracy
 from latefusion.training.smollm_icons.targets import Targets
 
@@ -111,7 +111,7 @@ class Trainer:
             {"params": list(self.learner.masters.values()), "lr": recipe.learning_rate},
             {"params": list(projector.parameters()), "lr": recipe.projector_rate},
         ]
-        self.peaks = [group["lr"] for group in groups]
+        self.peaks: list[Any] = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
         if state is not None:
             self.learner.load_state(state["learner"])
