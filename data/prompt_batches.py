@@ -104,13 +104,15 @@ def collated(
     labels, queries = inputs.pop("labels"), inputs.pop("queries")
     tokens = torch.tensor(sorted(set(vision_token_ids(model.base_model.config).values())))
     vision = torch.isin(inputs["input_ids"], tokens.to(model.device)) & inputs["attention_mask"].bool()
-    return Batch(tuple(names), encode_images(model, inputs), labels, queries, vision)
+    with torch.no_grad():  # the tower's graph would stay in memory as long as the batch
+        encoded = encode_images(model, inputs)
+    return Batch(tuple(names), encoded, labels, queries, vision)
 
 
 def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], size: int) -> list[Group]:
     """Batches of at most `size` samples.
 
-    Samples whose images stand at the same places share a batch (`causal.Continued` runs on such), like lengths
+    Samples whose images stand at the same places share a batch (`blind.CachedRuns` works on such), like lengths
     together.
     """
     vision_ids = set(vision_token_ids(model.base_model.config).values())

@@ -146,3 +146,10 @@ def test_vision_tokens_that_are_all_alike_are_refused() -> None:
     ):
         fit_entry(attachment, [(inputs, vision_tokens(inputs))], 1)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_holds_no_graph_of_the_vision_tower() -> None:
+    model = model_and_processor("qwen2_5_vl")[0]
+    batch = collated(model, collator_of("qwen2_5_vl"), samples(2), ["0", "1"])
+    features = batch.inputs["mm_encoder_outputs"]["image"].pooler_output
+    assert not any(rows.requires_grad for rows in features)
