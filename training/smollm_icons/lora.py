@@ -50,6 +50,6 @@ def add_lora(model: nn.Module) -> dict[str, nn.Parameter]:
     model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if name in PARTS:
+            if name in PARTS and isinstance(child, nn.Linear):
                 setattr(module, name, LoraLinear(child))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

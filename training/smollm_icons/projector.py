@@ -21,6 +21,10 @@ STEPS, BATCH, LEARNING_RATE = 1500, 96, 2e-3
 class Projector(nn.Module):
     """LLaVA's two-layer projector behind the standardisation that the tower does once assembled."""
 
+    mean: Tensor
+    std: Tensor
+    places: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(CHANNELS))
