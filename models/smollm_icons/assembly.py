@@ -27,6 +27,7 @@ from latefusion.models.smollm_icons.packages import (
 )
 from latefusion.models.smollm_icons.tower import SIDE, STRIDE, IconsTowerConfig
 
+FORMAT = 1  # raise it when the assembled folder changes though weights and packages do not
 LORA_SCALE = 2.0
 IMAGE = "<file_sep>"  # a special token that SmolLM2 never used: no embedding has to be added
 CHAT_TEMPLATE = (
@@ -48,7 +49,7 @@ CHAT_TEMPLATE = (
 def assembled_folder(weights: Path) -> Path:
     """Where the assembled base is kept: a folder that changes with the weights and the packages."""
     digest = hashlib.blake2b((weights / "model.safetensors").read_bytes(), digest_size=6)
-    digest.update(repr(sorted(PACKAGES.values())).encode() + CHAT_TEMPLATE.encode())
+    digest.update(repr((FORMAT, sorted(PACKAGES.values()), CHAT_TEMPLATE)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "latefusion" / f"smollm_icons-{digest.hexdigest()}"
 
@@ -114,7 +115,6 @@ def build(weights: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
 def build_processor(tokenizer) -> LlavaProcessor:
     """Pictures to 768 x 768 pixels and 144 image tokens; questions on lines of their own."""
-    tokenizer.padding_side = "left"
     size = {"height": SIDE * STRIDE, "width": SIDE * STRIDE}
     images = CLIPImageProcessor(
         size=size, crop_size=size, do_center_crop=False, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3

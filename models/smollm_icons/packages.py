@@ -54,8 +54,8 @@ def load_language_model(dtype: torch.dtype = torch.bfloat16, **options: Any) -> 
 
 
 def load_tokenizer() -> Any:
-    """SmolLM2's tokenizer."""
-    return AutoTokenizer.from_pretrained(_language_folder(), gguf_file=GGUF)
+    """SmolLM2's tokenizer, padding on the left as generation needs it."""
+    return AutoTokenizer.from_pretrained(_language_folder(), gguf_file=GGUF, padding_side="left")
 
 
 def empty_network() -> nn.Module:

@@ -57,8 +57,8 @@ def _accuracy(record: dict[str, Any]) -> str:
     lines = [
         "## Accuracy\n",
         f"Percent of questions whose whole answer is right under greedy decoding, on boards whose layouts training "
-        f"never drew, {len(seeds)} data seed{'s' * (len(seeds) > 1)}; 95% intervals in brackets (Wilson, questions "
-        "taken as independent). "
+        f"never drew, {len(seeds)} data seed{'s' * (len(seeds) > 1)}; "
+        "95% intervals in brackets (Wilson, questions taken as independent). "
         "*New drawings*: each object in an art style in which training never showed it (styles resemble each other, "
         "Twemoji and EmojiOne most). *Other picture*: the questions "
         "with another board's picture. *Blind*: the same LoRA, trained on the same questions without a picture.\n",

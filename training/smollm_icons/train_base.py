@@ -107,7 +107,7 @@ class Trainer:
         else:
             projector = Projector(self.targets.words.shape[1])
         self.learner = Learner(projector, blind=recipe.blind, seed=recipe.seed)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(self.learner.masters.values()), "lr": recipe.learning_rate},
             {"params": list(projector.parameters()), "lr": recipe.projector_rate},
         ]
