@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -99,7 +100,8 @@ class Stream(Dataset):
 
         A file's contents count; of a folder's files the names and sizes.
         """
-        rows = [[row.place, _stored(row.record)] for row in self.first(HASHED)]
+        apart = copy.copy(self)  # with a reader of its own: what this stream has read, it does not mark later
+        rows = [[row.place, _stored(row.record)] for row in apart.first(HASHED)]
         return fingerprint(
             list(self.weights), self.seed, self.buffer, [_content(Path(path)) for path in self.paths], rows
         )
