@@ -148,7 +148,7 @@ class Forward:
             self.segment = Segment()
             return full
         self._check_choice(i, selection)
-        # Here tokens leave (are removed): a layer of this segment gets the rows of the active tokens alone.
+        # Tokens that are not active leave: they are removed by `layout.take` at the end.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
         n_text = [real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)]
         layout = Layout.build(active, [text + count for text, count in zip(n_text, counts, strict=True)])
@@ -161,7 +161,7 @@ class Forward:
             silent = silent.gather(1, layout.index)  # [B, n]
             silent = silent if text is None else silent.gather(1, text.index)
         self.segment = Segment(layout, full, text, silent)
-        return layout.take(full)
+        return layout.take(full)  # here they are removed: the segment's layers get the active rows alone
 
     def _check_choice(self, i: int, selection: Selection) -> None:
         """Raise ValueError if the policy cannot have chosen rightly.
