@@ -199,7 +199,7 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     if isinstance(value, str):
-        return INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
+        return INTERPOLATION.sub(lambda match: 2 * match[1] + "\\${", value)
     return value
 
 

@@ -27,13 +27,13 @@ class Question(NamedTuple):
 
 def ask(board: Board, rng: random.Random, rounds: Mapping[str, int] | None = None) -> list[Question]:
     """About 11 different questions on a board, grouped by type; `rounds` of a type gives more of it."""
-    asked = [
+    questions = [
         question
         for kind in TYPES
         for _ in range((rounds or {}).get(kind, 1))
         for question in _ASK[kind](board, rng)
     ]
-    return list({question.question: question for question in asked}.values())
+    return list({question.question: question for question in questions}.values())
 
 
 def board_questions(split: str, index: int, seed: int = 0) -> list[Question]:

@@ -95,12 +95,12 @@ def test_answers_follow_from_the_board(split):
 
 
 def test_most_questions_are_about_one_small_thing_and_yes_is_no_better_than_no():
-    asked = [question for index in range(300) for question in board_questions("train", index)]
-    kinds = Counter(question.type for question in asked)
+    questions = [question for index in range(300) for question in board_questions("train", index)]
+    kinds = Counter(question.type for question in questions)
     assert set(kinds) == set(TYPES)
-    assert sum(kinds[kind] for kind in SMALL) > 0.75 * len(asked)
+    assert sum(kinds[kind] for kind in SMALL) > 0.75 * len(questions)
     for kind in ("existence", "relation"):
-        answers = Counter(question.answer for question in asked if question.type == kind)
+        answers = Counter(question.answer for question in questions if question.type == kind)
         assert 0.4 < answers["yes"] / answers.total() < 0.6
 
 

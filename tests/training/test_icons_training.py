@@ -51,9 +51,9 @@ def test_a_tree_of_questions_gives_the_logits_of_each_question_alone():
     together = run(tree.ids, tree.depths, prompts.attention(tree, 9, torch.float32))
     assert len(tree.ids) < sum(len(f"\n{q.question} {q.answer}") for q in questions)
     for question, path in zip(questions, tree.answers, strict=True):
-        asked = tokenizer(f"\n{question.question}").input_ids
+        question_ids = tokenizer(f"\n{question.question}").input_ids
         answer = tokenizer(f" {question.answer}").input_ids
-        alone = run(asked + answer, range(len(asked + answer)), None)[len(asked) - 1 :]
+        alone = run(question_ids + answer, range(len(question_ids + answer)), None)[len(question_ids) - 1 :]
         torch.testing.assert_close(together[path], alone, atol=1e-5, rtol=1e-4)
         assert [tree.labels[node] for node in path] == [*answer, tokenizer.eos_token_id]
 

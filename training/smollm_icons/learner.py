@@ -52,8 +52,8 @@ class Learner:
             inputs_embeds=inputs[None], attention_mask=mask, position_ids=positions[None], use_cache=False
         ).last_hidden_state[0, opening + len(vision) :]
         labels = torch.tensor(tree.labels)
-        asked = labels != -100
-        return self.model.lm_head(hidden[asked]).float(), labels[asked]
+        learnt = labels != -100
+        return self.model.lm_head(hidden[learnt]).float(), labels[learnt]
 
     def loss(self, vision: Tensor, places: list[int] | Tensor, questions: list[Question]) -> Tensor:
         """Cross-entropy of all answers."""

@@ -38,10 +38,10 @@ def question_tree(questions: list[Question], tokenizer) -> Tree:
     children: dict[tuple[int, int], int] = {}
     answers = []
     for question in questions:
-        asked = tokenizer(f"\n{question.question}", add_special_tokens=False).input_ids
+        question_ids = tokenizer(f"\n{question.question}", add_special_tokens=False).input_ids
         answer = tokenizer(f" {question.answer}", add_special_tokens=False).input_ids
         node, path = -1, []
-        for token in asked + answer:
+        for token in question_ids + answer:
             child = children.get((node, token))
             if child is None:
                 child = children[node, token] = len(ids)
@@ -51,7 +51,7 @@ def question_tree(questions: list[Question], tokenizer) -> Tree:
                 labels.append(-100)
             node = child
             path.append(node)
-        ends = path[len(asked) - 1 :]
+        ends = path[len(question_ids) - 1 :]
         for end, label in zip(ends, [*answer, tokenizer.eos_token_id], strict=True):
             labels[end] = label
         answers.append(ends)
