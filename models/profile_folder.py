@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latefusion.models.schedule import VisionSchedule
@@ -27,7 +27,11 @@ def read_schedule(path: str | Path) -> VisionSchedule:
         raise FileNotFoundError(
             f"no {SCHEDULE} at {path}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
         )
-    values = yaml.safe_load(file.read_text())
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].strip()
+        raise ValueError(f"{file} is not a schedule in YAML ({reason}); profile the model again.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
     return VisionSchedule.from_dict(values)
@@ -49,20 +53,29 @@ def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
         weights: the `identity` of the model that it is for.
 
     Raises:
-        ValueError: it was fitted to other weights.
+        ValueError: it was fitted to other weights, or is damaged.
     """
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as held:
-        fitted = (held.metadata() or {}).get("weights")
+    damaged = ValueError(
+        f"the entry in {file} is damaged; profile the model again, or use entry.init=identity."
+    )
+    try:
+        with safe_open(file, "pt") as weights_file:
+            fitted = (weights_file.metadata() or {}).get("weights")
+    except SafetensorError:
+        raise damaged from None
     if fitted and fitted != weights:
         raise ValueError(
             f"the entry in {file} was fitted to other weights than this model's ({fitted}, not {weights}); profile "
             "this model, or use entry.init=identity."
         )
     values = load_file(file)
-    places, width = values["bias"].shape
-    entry = CalibratedEntry(hidden_size=width, places=places)
-    entry.load_state_dict(values)
+    try:
+        places, width = values["bias"].shape
+        entry = CalibratedEntry(hidden_size=width, places=places)
+        entry.load_state_dict(values)
+    except (KeyError, ValueError, RuntimeError):  # other names, dimensions or shapes
+        raise damaged from None
     return entry
