@@ -69,6 +69,10 @@ def check_config(cfg: DictConfig) -> Config:
     ):
         if not 0 < number < inf:
             raise ValueError(f"{key}={number} must be positive and finite.")
+    if not 0 < kl.share <= 1:
+        raise ValueError(
+            f"kl.share={kl.share} must be above 0 and at most 1; teacher=none trains without a teacher."
+        )
     for key, number in (
         ("train.weight_decay", train.weight_decay),
         ("train.workers", train.workers),

@@ -384,6 +384,8 @@ class KLConfig:
 
     Attributes:
         trust: how far the teacher is trusted.
+        share: of the steps that the teacher runs in, evenly spaced; there the KL counts `1 / share` times, so that the
+            sum over a run is expected to be that of a teacher in every step.
         model: another model as the teacher, a hub id or folder. It is frozen, and has the student's tokenizer and
             number of vision tokens per image. None: the student's own base.
         revision: of `model`.
@@ -395,6 +397,7 @@ class KLConfig:
     weight: float = 1.0
     temperature: float = 1.0
     trust: Trust = Trust.auto
+    share: float = 1.0
     model: str | None = None
     revision: str | None = None
     visipruner: VisiPrunerConfig = field(default_factory=VisiPrunerConfig)

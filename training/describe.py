@@ -34,7 +34,7 @@ ALWAYS = {  # shown also where a run keeps the default
     *("model.path", "data.source", "teacher", "tune", "schedule.enter", "schedule.exit", "engine.trainer"),
     *("train.steps", "train.batch_size", "train.accumulation", "train.learning_rate", "train.scheduler"),
     *("train.warmup", "train.seed", "train.dtype", "lora.r", "lora.alpha", "lora.layers", "entry.init"),
-    *("kl.weight", "kl.temperature", "kl.trust", "eval.split", "eval.samples"),
+    *("kl.weight", "kl.temperature", "kl.trust", "kl.share", "eval.split", "eval.samples"),
 }
 NEVER = {
     "model.schedule",
@@ -128,8 +128,7 @@ def describe(
             *unknown_words(batch["labels"], student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.total_steps} steps of {train.batch_size} x {train.accumulation} samples in "
-            f"{world_size()} process(es){passes}, teacher {config.teacher.value}"
-            f"{f' of {config.kl.model}' if config.kl.model else ''}{' (offline)' if config.kl.cache else ''}, {dtype}",
+            f"{world_size()} process(es){passes}, {teacher_in_words(config)}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross is not None else ''}",
             f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
@@ -169,8 +168,17 @@ def borrowed(model: ModelConfig) -> list[str]:
     ]
 
 
+def teacher_in_words(config: Config) -> str:
+    """Who teaches, and in how many of the steps."""
+    if config.teacher is Teacher.none or config.kl.weight == 0:
+        return "no teacher"
+    whose = f" of {config.kl.model}" if config.kl.model else ""
+    share = "" if config.kl.share == 1 else f" in {config.kl.share:.3g} of the steps"
+    return f"teacher {config.teacher.value}{whose}{' (offline)' if config.kl.cache else ''}{share}"
+
+
 def online_teacher(config: Config, model: Any, other: OtherTeacher | None) -> Any:
-    """The model that teaches in every step; None: no teacher, or an offline one."""
+    """The model that teaches online; None: no teacher, or an offline one."""
     if config.teacher is Teacher.none or config.kl.weight == 0 or config.kl.cache is not None:
         return None
     return model if other is None else other.model
@@ -199,7 +207,7 @@ def estimate(
         config: of the run.
         model: the student's.
         shape: number of text, vision and answer tokens of a sample.
-        teacher: the model that teaches in every step (`model` itself, or another one); None: no online teacher.
+        teacher: the model that teaches online (`model` itself, or another one); None: no online teacher.
     """
     n_text, n_vision, answers = shape
     train, model_config = config.train, model.config
@@ -225,6 +233,7 @@ def estimate(
             n_vision,
             answers=answers,
             teacher=None if teacher is None else teacher.config,
+            share=config.kl.share,
             first=first,
         )
     )

@@ -154,10 +154,16 @@ class Monitor:
 
 
 def per_token(sums: dict[str, float]) -> dict[str, float]:
-    """The means over label tokens that a run logs, from the sums of the objective's terms."""
-    means = {name: sums[name] / sums["tokens"] for name in ("ce", "kl")}
-    if "known" in sums:
-        means["teacher_right"] = _significant(sums["known"] / sums["tokens"])
+    """The means over label tokens that a run logs, from the sums of the objective's terms.
+
+    Those of the teacher are over the tokens of steps that it ran in; without such a step there are none.
+    """
+    means = {"ce": sums["ce"] / sums["tokens"]}
+    taught = sums.get("taught", sums["tokens"])  # without a teacher, kl is 0
+    if taught:
+        means["kl"] = sums["kl"] / taught
+    if taught and "known" in sums:
+        means["teacher_right"] = _significant(sums["known"] / taught)
     return means
 
 

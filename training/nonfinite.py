@@ -171,11 +171,12 @@ def replay(folder: str | Path) -> Sequence[float]:
     if (decision := read(path.parent)) is not None:
         objective.by_label = decision.trust == "labels"
     saved = torch.load(path / BATCHES, weights_only=True)
-    count = json.loads((path / ROWS).read_text())["count"]
+    facts = json.loads((path / ROWS).read_text())
+    objective.at(facts["step"] - 1, config.train.total_steps)
     student.model.train()
     torch.set_rng_state(saved["random"])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype_of(config) is torch.bfloat16):
-        return [objective(student.model, batch, count=count)[0].item() for batch in saved["batches"]]
+        return [objective(student.model, batch, count=facts["count"])[0].item() for batch in saved["batches"]]
 
 
 if __name__ == "__main__":

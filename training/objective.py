@@ -15,6 +15,7 @@ from latefusion.data.collate import IGNORE, label_columns
 from latefusion.models.attach import Attachment
 from latefusion.models.inputs import fresh_inputs
 from latefusion.models.policies.base import Policy
+from latefusion.training.order import teacher_runs
 from latefusion.training.step_cost import backward_ends, computed_flops
 from latefusion.training.teacher import OtherTeacher
 from latefusion.training.vision_tower import VisionTower
@@ -22,6 +23,10 @@ from latefusion.training.vision_tower import VisionTower
 
 class Objective:
     """`(sum of cross-entropies + weight * temperature^2 * sum of KL(teacher || student)) / count`.
+
+    With a `share` below 1 the teacher runs in some steps alone, and there its KL counts `1 / share` times. Whole steps,
+    not samples: all processes and micro-batches of a step do the same, so the loss does not depend on how a step is
+    divided, and a teacher in shards needs no agreement.
 
     The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass, no second
     copy of any weight. Or it is `other`, a frozen model. `count` is the number of label tokens of the whole optimizer
@@ -32,6 +37,7 @@ class Objective:
         attachment: of `model`, with the student's policy.
         teacher: the teacher's policy; None: cross-entropy alone.
         weight, temperature: of the KL term (Hinton et al., arXiv 1503.02531).
+        share, seed: of the steps with a teacher (`order.teacher_runs`).
         share_images: encode images once for teacher and student; right if everything that trains comes after the
             projector.
         blank, sharded: as `VisionTower` has them.
@@ -40,6 +46,7 @@ class Objective:
         vocabulary: number of token ids that `other` scores too; None: all.
 
     Attributes:
+        taught: the teacher runs in the step that `at` has set.
         by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
         counts: report the FLOPs of each call among its terms.
     """
@@ -56,6 +63,8 @@ class Objective:
         weight: float,
         temperature: float,
         share_images: bool,
+        share: float = 1.0,
+        seed: int = 0,
         blank: Mapping[str, Any] | None = None,
         narrowing: Callable[[float], Policy] | None = None,
         other: OtherTeacher | None = None,
@@ -67,6 +76,8 @@ class Objective:
         self.narrowing = narrowing
         self.teacher = teacher if weight > 0 else None
         self.weight, self.temperature, self.share_images = weight, temperature, share_images
+        self.share, self.seed = share, seed
+        self.taught = teacher_runs(0, share=share, seed=seed)
         self.tower = VisionTower(model, blank=blank, sharded=sharded)
         self.other = other if self.teacher is not None else None
         self.vocabulary = vocabulary
@@ -83,8 +94,9 @@ class Objective:
             count: label tokens in the whole optimizer step, over accumulation and processes.
 
         Returns:
-            The loss, and sums over tokens: of its two terms, `ce` and `kl`, the number of `tokens`, and with a teacher
-            how many labels are its first choice, `known`.
+            The loss, and sums over tokens: of its two terms, `ce` and `kl` (as of a teacher in every step), and the
+            number of `tokens`; with a teacher also how many of them it scored, `taught`, and how many of these labels
+            are its first choice, `known`.
         """
         inputs = dict(batch)
         offline_tokens, offline_logprobs = (
@@ -105,7 +117,7 @@ class Objective:
 
         with self.prompts_end(queries, labels != IGNORE):
             teacher_logits = None  # [N, V]
-            if self.teacher is not None:
+            if self.teacher is not None and self.taught:
                 teacher_logits = self.teacher_logits(inputs if self.other is None else raw, learnt)
             teacher_flops = 0.0 if teacher_logits is None else self._teacher_flops(learnt.numel())
             zero = None
@@ -124,25 +136,27 @@ class Objective:
                 logprobs = (teacher_logits / self.temperature).log_softmax(-1)  # [N, V]
                 weights = logprobs.gather(1, label[:, None])[:, 0].exp()
             kl = distillation(shared, teacher_logits, self.temperature, weights)
-        elif self.weight > 0 and offline_tokens is not None:
+        elif self.weight > 0 and self.taught and offline_tokens is not None:
             choices = offline_tokens[:, 0]
             if self.by_label:  # 0 if the label is not among the kept tokens
                 weights = (offline_logprobs.exp() * (offline_tokens == label[:, None])).sum(-1)
             kl = distillation_from(shared, offline_tokens, offline_logprobs, self.temperature, weights)
-        loss = ce + self.weight * kl
+        loss = ce + self.weight / self.share * kl
         terms = {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
-        if choices is not None:
-            terms["known"] = (choices == label).sum()
+        if self.teacher is not None or (self.weight > 0 and offline_tokens is not None):
+            right = choices == label if choices is not None else torch.zeros_like(label)
+            terms |= {"taught": self.taught * learnt.sum(), "known": right.sum()}
         if self.counts:
             terms["flops"] = torch.tensor(
                 teacher_flops + self._student_flops(learnt.numel()), device=ce.device
             )
         return loss / count, terms
 
-    def at(self, moment: float) -> None:
-        """Set the student's policy for this moment of the run (0 to 1), where it changes."""
+    def at(self, step: int, steps: int) -> None:
+        """Set what changes from step to step (from 0) of a run: whether the teacher runs, and the student's policy."""
+        self.taught = teacher_runs(step, share=self.share, seed=self.seed)
         if self.narrowing is not None:
-            self.attachment.policy = self.narrowing(moment)
+            self.attachment.policy = self.narrowing(step / steps)
 
     @torch.no_grad()
     def answers(self, batch: dict[str, Any]) -> Tensor:

@@ -1,7 +1,9 @@
-"""Which samples a step takes: it depends on the seed and the step alone, under every engine."""
+"""Which samples a step takes, and whether its teacher runs: by the seed and the step alone, under every engine."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -122,6 +124,15 @@ def epoch_seed(seed: int, epoch: int) -> int:
     if epoch == 0:
         return seed
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+
+
+def teacher_runs(step: int, *, share: float, seed: int) -> bool:
+    """Whether the teacher runs in this step (from 0): in a share of all steps, as evenly spaced as can be.
+
+    The seed draws where the first one lies, so over seeds each step is as likely as any other.
+    """
+    start = random.Random(f"teacher {seed}").random()
+    return math.floor(share * (step + 1) + start) > math.floor(share * step + start)
 
 
 def order_of(train: TrainConfig, dataset: Any, world: int) -> Order:

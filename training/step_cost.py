@@ -26,6 +26,7 @@ def training_flops(
     *,
     answers: int = 0,
     teacher: PretrainedConfig | None = None,
+    share: float = 1.0,
     first: int = 0,
 ) -> int:
     """FLOPs of decoder and output head for one sample's step of LoRA training.
@@ -37,14 +38,17 @@ def training_flops(
         config: the model's.
         n_text, n_vision: tokens of the sample.
         answers: tokens that the output head scores.
-        teacher: configuration of the model that teaches in every step; None: no online teacher.
+        teacher: configuration of the model that teaches; None: no online teacher.
+        share: of the steps that it teaches in; the FLOPs are the mean over steps.
         first: the layer at which the backward pass ends (`backward_ends`).
     """
     vision = schedule.vision_tokens(config.get_text_config().num_hidden_layers, n_vision)[:first]
     spared = decoder_flops(config, [n_text + n for n in vision], () if schedule.cross is None else vision)
     step = 2 * (schedule.flops(config, n_text, n_vision) + head_flops(config, answers)) - spared
     if teacher is not None:
-        step += VisionSchedule().flops(teacher, n_text, n_vision) + head_flops(teacher, answers)
+        step += round(
+            share * (VisionSchedule().flops(teacher, n_text, n_vision) + head_flops(teacher, answers))
+        )
     return step
 
 

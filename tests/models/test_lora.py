@@ -230,11 +230,11 @@ def test_the_band_narrows_from_all_layers_to_the_schedule():
     objective = assemble.objective_of(config, student)
     seen = []
     for moment in (0.0, 0.25, 0.5, 0.9):
-        objective.at(moment)
+        objective.at(round(100 * moment), 100)
         seen.append(student.attachment.policy.vision_tokens(6, 4))
     assert seen == [[4] * 6, [0, 4, 4, 4, 4, 4], [0, 0, 4, 4, 2, 0], [0, 0, 4, 4, 2, 0]]
     config, student = tiny_student()
-    assemble.objective_of(config, student).at(0.0)
+    assemble.objective_of(config, student).at(0, 100)
     assert student.attachment.policy is student.schedule
 
 

@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 STEPS = 12
 # 13 rows, so that epochs end inside steps; dropout, so that the state of every generator matters
-RUN = (f"train.steps={STEPS}", "train.save_every=3", "train.keep_checkpoints=2", "lora.dropout=0.2")
+RUN = (
+    *(f"train.steps={STEPS}", "train.save_every=3", "train.keep_checkpoints=2", "lora.dropout=0.2"),
+    "kl.share=0.4",  # the teacher runs in the same steps
+)
 KINDS = {
     "alone": ("alone", "train.batch_size=4"),
     "lightning": ("alone", "train.batch_size=4", "engine=lightning"),

@@ -64,7 +64,7 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
     assert f"{recipe}: 0.0" in printed and "vision tokens by layer: 0-" in printed
     assert "are those of model=embedded, chosen for it; for " in printed  # the base is another
     assert (tmp_path / "README.md").read_text().count("## Schedule") == 1  # our card, not PEFT's template
-    assert ("teacher none" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
+    assert ("no teacher" in printed) == (recipe in ("late_fusion_no_teacher", "align"))
     schedule = load_student(tmp_path).schedule
     tokens = {"dense": [4] * 6, "cross_only": [0, 0, 4, 0, 4, 0]}.get(recipe, [0, 0, 4, 4, 2, 0])
     assert schedule.vision_tokens(6, 4) == tokens

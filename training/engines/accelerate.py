@@ -185,7 +185,7 @@ class StudentTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         assert num_items_in_batch is not None
-        self.objective.at(self.state.global_step / self.args.max_steps)
+        self.objective.at(self.state.global_step, self.args.max_steps)
         with sharding.autocast(self):
             loss, terms = self.objective(model, inputs, count=num_items_in_batch)
         self.watch.saw(inputs, loss, num_items_in_batch)

@@ -247,7 +247,7 @@ class StudentModule(pl.LightningModule):
         train, step, strategy = self.config.train, self.global_step, self.trainer.strategy
         torch.manual_seed(hash((train.seed, step, self.global_rank)) % 2**63)
         self.watch.begin()
-        self.objective.at(step / train.total_steps)
+        self.objective.at(step, train.total_steps)
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum()
         count = strategy.reduce(count, reduce_op="sum")
         optimizer.zero_grad()

@@ -1,0 +1,295 @@
+"""What a teacher gives: accuracy with and without one, on data that it knows, does not know, or knows better than.
+
+    python eval/bench/distillation.py --data noise --arm auto --seed 0 --output outputs/teacher
+    python eval/bench/distillation.py --merge outputs/teacher --json outputs/teacher.json
+
+The first command trains one cell of the table, `recipe=late_fusion` on the model that ships here, answers clean test
+questions with it, and writes a small JSON file. The second merges all cells of a folder, with t intervals over seeds.
+
+Data: `easy_vqa` (a third party's pictures and questions, most of whose answers the base does not know), `scenes` (it
+knows nearly all), `mix` (half of each), `noise` (`scenes`, a fifth of whose training answers are wrong). A training row
+is one question. Its seed draws the rows, the wrong answers and all that training draws; test questions are always the
+same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve other processes
+
+import datasets
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from latefusion.data.easy_vqa import load_easy_vqa
+from latefusion.data.scenes import load_scenes
+from latefusion.eval.bench.timing import write_json
+from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.systems import Students, System
+from latefusion.eval.tasks.base import Task
+from latefusion.models.attach import attach
+from latefusion.models.base_model import load_base
+from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.compose import compose_tree
+from latefusion.training.monitor import METRICS
+from latefusion.training.offline import write_answers
+from latefusion.training.preflight import checked, checked_teaching
+from latefusion.training.run import train
+from latefusion.training.trust import FILE as TRUST
+
+DATA = ("easy_vqa", "scenes", "mix", "noise")
+ARMS = {  # what the teacher does in a run
+    "none": ["teacher=none"],
+    "all": ["kl.trust=all"],
+    "labels": ["kl.trust=labels"],
+    "auto": ["kl.trust=auto"],
+    "offline": ["kl.trust=auto"],  # its answers read from `kl.cache`
+}
+BASE = "base"  # the arm that trains nothing
+WRONG = 0.2  # share of wrong training answers in `noise`
+PER_IMAGE = 10  # questions
+QUESTIONS = 1000  # of the test
+
+
+def questions(source: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Questions of a source, about images drawn by the seed."""
+    images = -(-count // (PER_IMAGE - 2))  # some have fewer
+    if source == "scenes":
+        rows = load_scenes(split, n_scenes=images, seed=seed)
+    else:
+        rows = load_easy_vqa(split, n_images=images, seed=seed, per_image=PER_IMAGE)
+    stored = rows.cast_column("image", datasets.Image(decode=False))
+    return [dict(row) for row in stored.select(range(count))]
+
+
+def with_wrong_answers(rows: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
+    """The rows, a share of them with another answer to a question of the same type."""
+    rng = random.Random(f"wrong {seed}")
+    answers = defaultdict(set)
+    for row in rows:
+        answers[row["type"]].add(row["answer"])
+    wrong = set(rng.sample(range(len(rows)), round(share * len(rows))))
+    return [
+        {**row, "answer": rng.choice(sorted(answers[row["type"]] - {row["answer"]}))} if i in wrong else row
+        for i, row in enumerate(rows)
+    ]
+
+
+def rows_of(data: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """The questions of a data set; wrong answers are in the training rows of `noise` alone."""
+    if data == "mix":
+        half = count // 2
+        return [
+            *questions("scenes", split, count - half, seed),
+            *questions("easy_vqa", split, half, seed),
+        ]
+    rows = questions("easy_vqa" if data == "easy_vqa" else "scenes", split, count, seed)
+    return with_wrong_answers(rows, WRONG, seed) if data == "noise" and split == "train" else rows
+
+
+def write_conversations(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    """A conversation of one question a row, as `data=dataset` reads them."""
+    table = [
+        {
+            "id": row["id"],
+            "images": [row["image"]],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]},
+                {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]},
+            ],
+        }
+        for row in rows
+    ]
+    datasets.Dataset.from_list(table).cast_column("images", datasets.List(datasets.Image())).to_parquet(file)
+
+
+def run_cell(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a cell and test it."""
+    tested = datasets.Dataset.from_list(rows_of(args.data, "test", args.questions, seed=0))
+    tested = tested.cast_column("image", datasets.Image(decode=False))
+    cell = {
+        "data": args.data,
+        "arm": args.arm,
+        "seed": args.seed,
+        "rows": args.rows,
+        "steps": args.steps,
+        "settings": args.settings,
+    }
+    begun = time.process_time()
+    if args.arm == BASE:
+        model, processor = load_base("embedded")
+        with attach(model, VisionSchedule()) as attachment:
+            system = System(name="Dense base", policy=VisionSchedule())
+            return cell | scores(tested, model, processor, attachment, system)
+    with TemporaryDirectory() as folder:
+        trained = train_cell(args, Path(folder))
+        seconds = time.process_time() - begun
+        student = Students().load(Path(folder) / "run")
+        system = System(name="Student", policy=student.schedule, adapters=True, student=student)
+        right = scores(tested, student.model, student.processor, student.attachment, system)
+    return cell | trained | {"cpu_seconds": {"training": seconds, "all": time.process_time() - begun}} | right
+
+
+def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train in `folder / "run"`; returns what the run decided about its teacher, and the means of its log."""
+    write_conversations(rows_of(args.data, "train", args.rows, args.seed), folder / "train.parquet")
+    words = [
+        *("model=embedded", "data=dataset", f"data.path={folder / 'train.parquet'}", "recipe=late_fusion"),
+        *(f"train.steps={args.steps}", f"train.seed={args.seed}", "train.trackers=[]", "eval.enabled=false"),
+        *("train.dtype=float32", f"train.save_every={args.steps}", f"output_dir={folder / 'run'}"),
+        *(ARMS[args.arm]),
+        *args.settings,
+    ]
+    if args.arm == "offline":
+        words.append(f"kl.cache={folder / 'cache'}")
+        write_answers(checked_teaching(compose_tree(words)))
+    tree = compose_tree(words)
+    train(tree, *checked(tree))
+    lines = [json.loads(line) for line in (folder / "run" / METRICS).read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    decided = folder / "run" / TRUST
+    return {
+        "decided": json.loads(decided.read_text()) if decided.is_file() else None,
+        "log": {
+            name: fmean(line[name] for line in logged if name in line)
+            for name in ("ce", "kl", "teacher_right")
+            if any(name in line for line in logged)
+        },
+    }
+
+
+def scores(rows: Any, model: Any, processor: Any, attachment: Any, system: System) -> dict[str, Any]:
+    """The share of test questions answered right, of all and of each type."""
+    answers = answer_questions(
+        model=model,
+        processor=processor,
+        attachment=attachment,
+        systems={"system": system},
+        task=Task(name="test", rows=rows),
+        batch_size=96,
+    )["system"]
+    types: dict[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        types[answer.type].append(answer.score)
+    return {
+        "questions": len(answers),
+        "accuracy": fmean(answer.score for answer in answers),
+        "types": {name: fmean(values) for name, values in sorted(types.items())},
+    }
+
+
+# --- all cells ---
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean with its 95% t interval over seeds; no interval of one seed."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "seeds": len(values)}
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
+
+
+def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each arm's accuracy on each data set, and its difference to both controls in the same seeds."""
+    settings: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    for cell in cells:
+        name = " ".join([cell["arm"], *cell["settings"]])
+        settings[cell["data"], cell["rows"], cell["steps"]].setdefault(name, {})[cell["seed"]] = cell
+    tables = []
+    for (data, rows, steps), arms in sorted(settings.items()):
+        table: dict[str, Any] = {"data": data, "rows": rows, "steps": steps, "arms": {}}
+        for arm, seeds in sorted(arms.items()):
+            row: dict[str, Any] = {"accuracy": interval([cell["accuracy"] for cell in seeds.values()])}
+            row["of_seeds"] = {str(seed): seeds[seed]["accuracy"] for seed in sorted(seeds)}
+            decided = [seeds[seed]["decided"] for seed in sorted(seeds) if seeds[seed].get("decided")]
+            if decided:
+                row["decided"] = decided
+            for control in ("none", "all"):
+                common = sorted(seeds.keys() & arms.get(control, {}).keys())
+                if common and arm not in (control, BASE):
+                    row[f"to_{control}"] = interval(
+                        [seeds[s]["accuracy"] - arms[control][s]["accuracy"] for s in common]
+                    )
+            table["arms"][arm] = row
+        tables.append(table)
+    return {"tables": tables, "cells": list(cells)}
+
+
+def print_merged(result: dict[str, Any]) -> None:
+    table = Table("data", "rows", "steps", "arm", "right, %", "to none", "to all", "decided")
+    for part in result["tables"]:
+        for arm, row in part["arms"].items():
+            table.add_row(
+                part["data"],
+                str(part["rows"]),
+                str(part["steps"]),
+                arm,
+                *(_percent(row.get(key)) for key in ("accuracy", "to_none", "to_all")),
+                " ".join(sorted({each["trust"] for each in row.get("decided", [])})),
+            )
+    Console(width=140).print(table)
+
+
+def _percent(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    ends = f" ({100 * value['low']:.1f} to {100 * value['high']:.1f})" if "low" in value else ""
+    return f"{100 * value['mean']:.1f}{ends}"
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--data", choices=DATA, help="of one cell")
+    options.add_argument("--arm", choices=[BASE, *ARMS], help="what the teacher does; base: no training")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--rows", type=int, default=2400, help="training questions")
+    options.add_argument("--steps", type=int, default=150, help="of 12 questions")
+    options.add_argument("--questions", type=int, default=QUESTIONS, help="test questions")
+    options.add_argument("--output", default="outputs/teacher", help="folder for the cell's file")
+    options.add_argument("--merge", metavar="FOLDER", help="of cells, instead of running one")
+    options.add_argument("--json", type=Path, help="the merged file")
+    options.add_argument("settings", nargs="*", help="key=value of the run, such as kl.share=0.125")
+    args = options.parse_args(words)
+    if args.merge is None and None in (args.data, args.arm):
+        options.error("name a cell with --data and --arm, or a folder of cells with --merge")
+    return args
+
+
+def main(words: Sequence[str]) -> None:
+    args = arguments(words)
+    if args.merge is None:
+        name = "-".join(
+            [args.data, args.arm, *args.settings, f"{args.rows}x{args.steps}", f"seed{args.seed}"]
+        )
+        file = Path(args.output) / f"{name.replace('/', '_')}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cell = run_cell(args)
+        file.write_text(json.dumps(cell, indent=1) + "\n")
+        print(f"{cell['accuracy']:.1%} of {cell['questions']} right: {file}")
+        return
+    cells = [json.loads(file.read_text()) for file in sorted(Path(args.merge).glob("*.json"))]
+    if not cells:
+        raise SystemExit(f"error: no cell in {args.merge}; run some first.")
+    result = merged(cells)
+    print_merged(result)
+    write_json(result, args.json)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
