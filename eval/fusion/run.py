@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from latefusion.data.collate import Collator, build_collator
 from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
-from latefusion.eval.fusion.decide import Goal, Study
+from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
 from latefusion.eval.fusion.plan import Cost, Shape, fits_on_host, make_plan
+from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import summarise, write
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach

@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from transformers import LlamaConfig
 
-from latefusion.eval.fusion.decide import Goal, Study
+from latefusion.eval.fusion.decide import Goal
+from latefusion.eval.fusion.study import Study
 from latefusion.models.schedule import VisionSchedule
 
 LAYERS, TEXT, VISION, BOUND = 16, 12, 144, 0.05

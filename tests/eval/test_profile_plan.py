@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from latefusion.data.prompt_batches import Group, counts
 from latefusion.eval.fusion import plan
 from latefusion.eval.fusion.blind import Runner
-from latefusion.eval.fusion.decide import Goal, Study, near_bands
+from latefusion.eval.fusion.decide import Goal, near_bands
 from latefusion.eval.fusion.knockouts import effects, knock_outs
 from latefusion.eval.fusion.plan import OPTIONAL, Shape
 from latefusion.eval.fusion.run import shapes
+from latefusion.eval.fusion.study import Study
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule

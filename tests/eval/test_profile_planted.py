@@ -15,10 +15,11 @@ from helpers.planted_models import BOUND, NO_PLAN, grouped, measurer, planted, p
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.data.prompt_batches import Batch, counts
-from latefusion.eval.fusion.decide import Goal, Study
+from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.effects import Answers
 from latefusion.eval.fusion.knockouts import knock_outs
 from latefusion.eval.fusion.measure import Measurer
+from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import schedule_yaml
 from latefusion.eval.ledger import Ledger
 from latefusion.models import profile_folder
