@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 
-PROFILE, SCHEDULE, ENTRY = "profile.json", "schedule.yaml", "entry.safetensors"
+PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", "schedule.yaml", "entry.safetensors"
 
 
 def read_schedule(path: str | Path) -> VisionSchedule:
@@ -20,12 +20,12 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     Raises:
         FileNotFoundError, ValueError: there is none, in one sentence.
     """
-    file = Path(path) / SCHEDULE if Path(path).is_dir() else Path(path)
-    if file.name == PROFILE:
-        file = file.with_name(SCHEDULE)
+    file = Path(path) / SCHEDULE_FILE if Path(path).is_dir() else Path(path)
+    if file.name == PROFILE_FILE:
+        file = file.with_name(SCHEDULE_FILE)
     if not file.is_file():
         raise FileNotFoundError(
-            f"no {SCHEDULE} at {path}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
+            f"no {SCHEDULE_FILE} at {path}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
         )
     try:
         values = yaml.safe_load(file.read_text())
@@ -40,10 +40,10 @@ def read_schedule(path: str | Path) -> VisionSchedule:
 def write_entry(folder: Path, entry: CalibratedEntry, weights: str) -> None:
     """Under its name only when it is whole; `weights`: the `identity` of the model that it was fitted to."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{ENTRY}.unfinished"
+    unfinished = folder / f"{ENTRY_FILE}.unfinished"
     values = {name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}
     save_file(values, unfinished, metadata={"weights": weights})
-    unfinished.replace(folder / ENTRY)
+    unfinished.replace(folder / ENTRY_FILE)
 
 
 def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
@@ -55,7 +55,7 @@ def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
     Raises:
         ValueError: it was fitted to other weights, or is damaged.
     """
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY_FILE
     if not file.is_file():
         return None
     damaged = ValueError(

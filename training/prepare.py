@@ -30,14 +30,14 @@ from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
 from latefusion.models.fingerprint import model_fingerprint, model_identity
 from latefusion.models.policies.configured import schedule_of
-from latefusion.models.profile_folder import ENTRY, SCHEDULE, read_entry, read_schedule, write_entry
+from latefusion.models.profile_folder import ENTRY_FILE, SCHEDULE_FILE, read_entry, read_schedule, write_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
 from latefusion.recipes.launcher import local_world_size, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
 
-PROFILE = "profile"  # the profile of schedule=auto, in the run's folder
+PROFILE_FOLDER = "profile"  # the profile of schedule=auto, in the run's folder
 FITTED = "entry"  # the calibrated entry, in the run's folder
 IMAGES_AT_ONCE = 32  # in a forward of the calibration
 IDENTITY = "identity.json"  # hashes of what the run reads, in the run's folder
@@ -140,11 +140,11 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
     options = config.schedule
     written = None
     if options.auto and options.profile is None:
-        folder = Path(config.output_dir) / PROFILE
+        folder = Path(config.output_dir) / PROFILE_FOLDER
         options.profile = str(folder)
 
         def make() -> dict[str, Any]:
-            if resumed is None or not (folder / SCHEDULE).is_file():
+            if resumed is None or not (folder / SCHEDULE_FILE).is_file():
                 profile(config)
             return read_schedule(folder).to_dict()
 
@@ -233,7 +233,7 @@ def settle_entry(
     folder = Path(config.output_dir) / FITTED
 
     def fit() -> str:
-        if resumed is None or not (folder / ENTRY).is_file():
+        if resumed is None or not (folder / ENTRY_FILE).is_file():
             try:
                 write_entry(folder, _fit(config, collator, load(), rows()), _weights(config))
             finally:

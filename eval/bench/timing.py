@@ -13,6 +13,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from latefusion.eval.comparison import cost
 from latefusion.eval.metrics import spread
 
 IMAGE_TOKEN = 1
@@ -80,19 +81,9 @@ def prompt(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Time of one run: between two events of the stream on a GPU, by `args.clock` on a CPU."""
-    if args.device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+    """Time of one run on the device and by the clock of the options."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    begin = clock()
-    work()
-    return clock() - begin
+    return cost.seconds(work, torch.device(args.device), clock)
 
 
 def interleaved(

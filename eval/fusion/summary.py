@@ -16,7 +16,7 @@ from latefusion.eval.fusion.decide import earliest, latest, measured
 from latefusion.eval.fusion.effects import interval
 from latefusion.eval.fusion.knockouts import KINDS
 from latefusion.eval.fusion.looks import Look, fusion_layer
-from latefusion.models.profile_folder import ENTRY, PROFILE, SCHEDULE, write_entry
+from latefusion.models.profile_folder import ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
 from latefusion.models.student.entry_fit import Calibration
 
 if TYPE_CHECKING:
@@ -186,9 +186,9 @@ def write(
     """Write all files, the report last; `shown`: the images of the first few samples."""
     from latefusion.eval.fusion.page import write_report  # lazy: drawing libraries take seconds
 
-    (folder / PROFILE).write_text(json.dumps(results, indent=1, allow_nan=False, default=_plain) + "\n")
-    (folder / SCHEDULE).write_text(schedule_yaml(results))
-    (folder / ENTRY).unlink(missing_ok=True)
+    (folder / PROFILE_FILE).write_text(json.dumps(results, indent=1, allow_nan=False, default=_plain) + "\n")
+    (folder / SCHEDULE_FILE).write_text(schedule_yaml(results))
+    (folder / ENTRY_FILE).unlink(missing_ok=True)
     if calibration is not None:
         write_entry(folder, calibration.entry, results["about"].get("weights", ""))
     tables(folder, results)

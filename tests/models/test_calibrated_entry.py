@@ -15,7 +15,7 @@ from latefusion.data.collate import collator_without_weights
 from latefusion.data.load import training_data
 from latefusion.data.scenes import load_scenes
 from latefusion.models.attach import attach
-from latefusion.models.profile_folder import ENTRY
+from latefusion.models.profile_folder import ENTRY_FILE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
@@ -206,7 +206,7 @@ def made(config, rows=None, resumed=None) -> Path:
     settle_entry(
         config, collator_without_weights(config), lambda: assemble.base_of(config)[0], lambda: rows, resumed
     )
-    return Path(config.output_dir) / FITTED / ENTRY
+    return Path(config.output_dir) / FITTED / ENTRY_FILE
 
 
 def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, capsys) -> None:
