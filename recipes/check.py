@@ -93,8 +93,11 @@ def check_config(cfg: DictConfig) -> Config:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
     if train.steps is not None and train.epochs is not None:
         raise ValueError(
-            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train; add "
-            "train.steps=null, or leave train.epochs out."
+            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train; leave one out."
+        )
+    if train.steps is None and train.epochs is None:
+        raise ValueError(
+            "neither train.steps nor train.epochs says how long to train; add train.epochs=1 or train.steps=N."
         )
     if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
         raise ValueError(

@@ -48,7 +48,7 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
     """
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
         try:
-            return compose("config", list(overrides))
+            return compose("config", with_one_length(overrides))
         except OverrideParseException as error:
             raise ValueError(
                 f"{error.override} is not read as key=value; in a shell, quote what has brackets or spaces: "
@@ -73,6 +73,19 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
                 raise ValueError(_unknown_config_key(str(cause.full_key))) from None
             override = str(error).splitlines()[0].removeprefix("Error merging override ")
             raise ValueError(wrong_value(override, str(cause or error))) from None
+
+
+def with_one_length(words: Sequence[str]) -> list[str]:
+    """The words of a command line, in which `train.steps=N` puts a recipe's epochs aside, `train.epochs=N` its steps."""
+    named = {word.lstrip("+").partition("=")[0] for word in words}
+    other = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
+    result: list[str] = []
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        result.append(word)
+        if key in other and other[key] not in named and value not in ("null", ""):
+            result.append(f"{other[key]}=null")
+    return result
 
 
 def refuse_typos(arguments: Sequence[str]) -> None:

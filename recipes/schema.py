@@ -309,7 +309,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps; None: as many as `epochs` take.
-        epochs: passes over the training set, if `steps` does not say how long the run is; None: one.
+        epochs: passes over the training set; None: `steps` says how long the run is. A command line that sets one of
+            the two puts the other aside.
         learning_rate: its peak, after the warm-up.
         batch_size: samples per device and micro-batch.
         accumulation: micro-batches per device and step.
@@ -321,7 +322,7 @@ class TrainConfig:
     """
 
     steps: int | None = None
-    epochs: float | None = None
+    epochs: float | None = 1.0
     learning_rate: float = MISSING
     batch_size: int = MISSING
     accumulation: int = 1

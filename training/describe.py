@@ -36,12 +36,9 @@ ALWAYS = {  # shown also where a run keeps the default
     *("train.warmup", "train.seed", "train.dtype", "lora.r", "lora.alpha", "lora.layers", "entry.init"),
     *("kl.weight", "kl.temperature", "kl.trust", "kl.share", "eval.split", "eval.samples"),
 }
-NEVER = {
-    "model.schedule",
-    "model.pyramid",
-    "model.cross",
-    "model.teacher",
-}  # what `schedule` and `teacher` took
+NEVER = {  # what `schedule`, `teacher` and `train.steps` were made of
+    *("model.schedule", "model.pyramid", "model.cross", "model.teacher", "train.epochs"),
+}
 
 
 def composed_tree(cfg: DictConfig) -> str:

@@ -69,8 +69,8 @@ def settle_steps(config: Config, cfg: DictConfig, dataset: Any) -> None:
     train = config.train
     if train.steps is None:
         samples = train.batch_size * train.accumulation * world_size()
-        epochs = 1.0 if train.epochs is None else train.epochs
-        train.steps = max(1, math.ceil(round(epochs * len(dataset) / samples, 6)))
+        assert train.epochs is not None
+        train.steps = max(1, math.ceil(round(train.epochs * len(dataset) / samples, 6)))
         train.epochs = None
         cfg.train.steps, cfg.train.epochs = train.steps, None
 

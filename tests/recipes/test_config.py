@@ -60,6 +60,11 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            ["train.steps=5", "train.epochs=2"],
+            r"train.steps=5 and train.epochs=2.0 both say .*; leave one out",
+        ),
+        (["train.steps=null"], "neither train.steps nor train.epochs says how long to train"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["train.learning_rate=-1"], "train.learning_rate=-1.0 must be positive"),
         (
@@ -241,6 +246,27 @@ def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
     assert band("schedule.keep={12: 7}", "schedule.enter=9") == (9, 24, {12: 7})
     assert band("recipe=dense") == (0, None, None)
     assert configured("model=llava_1_5_7b", "recipe=dense").output_dir == "outputs/dense"
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs"),
+    [
+        ([], 90, None),
+        (["train=epochs"], None, 1),
+        (["model=llava_1_5_7b"], None, 1),
+        (["train=epochs", "train.steps=7"], 7, None),
+        (["train.epochs=2"], None, 2),
+        (["++train.epochs=2"], None, 2),
+    ],
+)
+def test_the_length_of_a_run_is_its_steps_or_its_epochs(words, steps, epochs):
+    """One pass is written as 1, and what the command line says puts the recipe's other number aside."""
+    train = compose_tree(words).train
+    assert (train.steps, train.epochs) == (steps, epochs)
+
+
+def test_what_the_data_are_says_nothing_about_the_evaluation():
+    assert compose_tree(["train=epochs"]).eval == compose_tree(["train=epochs", "data=dataset"]).eval
 
 
 def test_settings_of_the_processor_are_added_to_the_model_s():
