@@ -54,10 +54,10 @@ def load_easy_vqa(
         name: [] for name in ("id", "question", "answer", "type", "scene", "image")
     }
     for image in images[:n_images]:
-        asked = questions[image]
+        chosen = questions[image]
         if per_image is not None:
-            asked = rng.sample(asked, min(per_image, len(asked)))
-        for k, (question, answer) in enumerate(asked):
+            chosen = rng.sample(chosen, min(per_image, len(chosen)))
+        for k, (question, answer) in enumerate(chosen):
             row = (
                 f"{split}-{image:05d}-{k:02d}",
                 question,

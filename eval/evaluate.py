@@ -306,10 +306,10 @@ def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:
     from latefusion.data.load import evaluation_questions  # lazy: keeps argument errors fast
     from latefusion.eval.tasks import load_task
     from latefusion.eval.tasks.base import Task
-    from latefusion.eval.tasks.exact import own
+    from latefusion.eval.tasks.exact import questions_of_file
 
     if arguments.data is not None:
-        tasks = [own(arguments.data)]
+        tasks = [questions_of_file(arguments.data)]
     elif arguments.tasks or config is None:
         home = os.path.join(".", arguments.data_dir)  # what begins with a full stop is no hub id
         names = arguments.tasks or ["scenes"]

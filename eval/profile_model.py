@@ -83,17 +83,17 @@ def main(words: Sequence[str]) -> None:
 
 def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
     """The arguments of this command, and the keys of `model` and `data` as a configuration of training."""
-    own, rest = [], []
+    profiling, rest = [], []
     for word in words:
         key = word.partition("=")[0]
         if key in NAMES:
-            own.append(word)
+            profiling.append(word)
         elif key.lstrip("+").partition(".")[0] in ("model", "data"):
             rest += expanded(word)
         else:
             raise ValueError(unknown_key(key.lstrip("+"), KEYS))
     arguments: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(own))
+        OmegaConf.merge(OmegaConf.structured(Arguments), OmegaConf.from_cli(profiling))
     )
     for name in ("samples", "confirm", "images", "batch_size", "new_tokens"):
         if getattr(arguments, name) < 1:
@@ -164,7 +164,7 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
             f"The data have no answers: the model writes its own first, up to {arguments.new_tokens} tokens to each of "
             f"{len(samples)} prompts."
         )
-        samples = own_answers(model, processor, samples, arguments.new_tokens, console)
+        samples = model_answers(model, processor, samples, arguments.new_tokens, console)
     about = {
         "model": source.path,
         **model_identity(source.path, source.revision, processor=processor, dtype=dtype),
@@ -283,7 +283,7 @@ def first_samples(candidates: Sequence[ImageRow], samples: int) -> list[ImageRow
     return list(candidates[:samples])
 
 
-def own_answers(
+def model_answers(
     model: Any, processor: Any, samples: list[dict[str, Any]], new_tokens: int, console: Console
 ) -> list[dict[str, Any]]:
     """The samples with the model's own greedy answer at their end, which replaces one that a sample may have."""

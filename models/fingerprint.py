@@ -49,7 +49,7 @@ PART_KEYS = ("image", "path", "url", "image_url")
 BLOCK = 128  # rows
 READ_BLOCKS = 80  # `whole=False` reads the images of the first 10,240 rows ...
 EVERY = 64  # ... and of every 64th block after them
-UNSAID = (
+NOT_COMPARED = (
     "processor_class",
     "auto_map",
     "transformers_version",
@@ -127,7 +127,7 @@ def processor_fingerprint(processor: Any) -> str:
         rules = tokenizer.get_vocab()
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return fingerprint(_said(processor.to_dict()), template, special, rules)
+    return fingerprint(_comparable(processor.to_dict()), template, special, rules)
 
 
 def image_fingerprint(image: Any, folder: Path | None = None) -> str:
@@ -242,12 +242,12 @@ def _short(digest: hashlib._Hash) -> str:
     return digest.hexdigest()[:16]
 
 
-def _said(settings: Any) -> Any:
+def _comparable(settings: Any) -> Any:
     """Settings without what names a class, a place or a version, and without arrays that are derived from others."""
     if isinstance(settings, Mapping):
-        return {name: _said(value) for name, value in settings.items() if name not in UNSAID}
+        return {name: _comparable(value) for name, value in settings.items() if name not in NOT_COMPARED}
     if isinstance(settings, list | tuple):
-        return [_said(value) for value in settings]
+        return [_comparable(value) for value in settings]
     return settings.tolist() if hasattr(settings, "tolist") else settings
 
 

@@ -116,7 +116,7 @@ def adapter_settings(student: str | Path) -> dict[str, Any]:
     )
 
 
-def known_layers(path: str, revision: str | None = None) -> int | None:
+def decoder_layers(path: str, revision: str | None = None) -> int | None:
     """Number of decoder layers in a model's config.json; None if it is not stated there or the file is not here.
 
     Raises:

@@ -76,7 +76,7 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
 
 
 def with_one_length(words: Sequence[str]) -> list[str]:
-    """The words of a command line, in which `train.steps=N` puts a recipe's epochs aside, `train.epochs=N` its steps."""
+    """The words, in which `train.steps=N` puts a recipe's epochs aside, and `train.epochs=N` its steps."""
     named = {word.lstrip("+").partition("=")[0] for word in words}
     other = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
     result: list[str] = []

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.local_files import check_local_files
-from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, known_layers
-from latefusion.models.policies.configured import check_depths, check_known, schedule_of
+from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, decoder_layers
+from latefusion.models.policies.configured import check_depths, check_schedule_set, schedule_of
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
@@ -91,7 +91,7 @@ def check(config: Config) -> Path | None:
             "data.streaming=true reads rows without counting them, so epochs have no length; say train.steps=N."
         )
     if not config.schedule.auto and config.schedule.profile is None:
-        check_known(config)
+        check_schedule_set(config)
     if config.init is not None:
         check_init(config, config.init)
     return check_output(config)
@@ -129,8 +129,8 @@ def check_inputs(config: Config) -> None:
             "schedule.profile=FOLDER."
         )
     schedule_of(schedule)
-    teachers = None if other is None else known_layers(other, config.kl.revision)
-    check_depths(config, known_layers(path, config.model.revision), teachers)
+    teachers = None if other is None else decoder_layers(other, config.kl.revision)
+    check_depths(config, decoder_layers(path, config.model.revision), teachers)
 
 
 def check_init(config: Config, folder: str) -> None:

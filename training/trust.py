@@ -144,8 +144,8 @@ def measure(
     right = answers = 0
     for samples in _draw(dataset, config.train.seed, config.train.batch_size):
         batch = guard(samples)
-        known, total = answers_known(batch["labels"], choose(batch))
-        right, answers = right + known, answers + total
+        right_here, total = answers_known(batch["labels"], choose(batch))
+        right, answers = right + right_here, answers + total
         if answers >= ANSWERS:
             break
     return right, answers

@@ -192,10 +192,10 @@ def decision_cost(bench: Bench, chosen: dict[str, Variant]) -> list[str]:
                 bench.prefill()
         events = {event.key: event for event in record.key_averages()}
         whole = sum(event.self_cpu_time_total for event in events.values())
-        own = [events[key].cpu_time_total for key in (SELECT, LOOKED) if key in events]
+        deciding = [events[key].cpu_time_total for key in (SELECT, LOOKED) if key in events]
         waits = sum(e.count for key, e in events.items() if "Synchronize" in key)
         lines.append(
-            f"{name}: looking and deciding take {sum(own) / whole:.1%} of the host's time"
+            f"{name}: looking and deciding take {sum(deciding) / whole:.1%} of the host's time"
             + (f"; {waits} waits for the device." if bench.args.device == "cuda" else ".")
         )
     return lines

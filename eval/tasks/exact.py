@@ -73,7 +73,7 @@ def gqa(where: str, split: str) -> Task:
     return Task(name="gqa", rows=rows, max_new_tokens=16, split=part, source=files.where)
 
 
-def own(path: str) -> Task:
+def questions_of_file(path: str) -> Task:
     """Questions of a user's file (JSON lines, JSON, parquet, arrow, CSV), read as training reads its rows.
 
     A row is `{"image", "question", "answers"}`: `image` is a file's name, relative to the file, a data URL, a list of
@@ -94,7 +94,7 @@ def own(path: str) -> Task:
         try:
             if isinstance(record, Broken):
                 raise BadSample(record)
-            questions.append(_own_question(record, place, file.parent, opened))
+            questions.append(_question_of_row(record, place, file.parent, opened))
         except ValueError as error:
             bad.append(f"{place} ({error})")
     names = [q["id"] for q in questions]
@@ -109,7 +109,7 @@ def own(path: str) -> Task:
     return Task(name=file.stem, rows=rows_of(questions), split=file.name, source=path, max_new_tokens=None)
 
 
-def _own_question(record: dict[str, Any], place: str, folder: Path, opened: set[str]) -> dict[str, Any]:
+def _question_of_row(record: dict[str, Any], place: str, folder: Path, opened: set[str]) -> dict[str, Any]:
     """A question; `opened` collects the names of the images that were opened, which is done once each."""
     conversation = any(record.get(name) is not None for name in CONVERSATIONS)
     fields, sources = (_from_conversation if conversation else _from_question)(record)

@@ -170,8 +170,8 @@ def resume(
 def judge(batch: Batch, attachment: Attachment, logits: Tensor, dense: Tensor) -> Outcome:
     """Distance of `logits` from the dense ones, and what the last prefill of `attachment` computed."""
     real = batch.real
-    ours, theirs = logits.log_softmax(-1), dense.log_softmax(-1)  # [B, A, V]
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).masked_fill(~real, 0).sum(1) / real.sum(1)
+    pruned, stock = logits.log_softmax(-1), dense.log_softmax(-1)  # [B, A, V]
+    kl = (stock.exp() * (stock - pruned)).sum(-1).masked_fill(~real, 0).sum(1) / real.sum(1)
     same = ((logits.argmax(-1) == batch.answers) | ~real).all(1)
     trace, answers = attachment.trace, real.sum(1).tolist()
     prompts = [

@@ -42,7 +42,7 @@ class Forward:
         past: tokens that the cache has seen before.
         plain: the stock mask holds nothing but causal order and padding.
         prompt, decision: the vision tokens and what the policy says of them; None if the forward brings none.
-        told_apart: `queries` names where the prompts of a row end.
+        prompt_marked: `queries` names where the prompts of a row end.
         entry: the entry adapter, if the model has one.
         enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
         deepstack: the number of first layers after each of which the model itself adds to the full hidden states.
@@ -59,7 +59,7 @@ class Forward:
         plain: bool,
         prompt: Prompt | None,
         decision: Decision | None,
-        told_apart: bool,
+        prompt_marked: bool,
         entry: nn.Module | None,
         enters: int,
         deepstack: int,
@@ -67,7 +67,7 @@ class Forward:
         replayed: bool,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
-        self.prompt, self.decision, self.told_apart = prompt, decision, told_apart
+        self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
         self.entering = None if entry is None else Entering(entry, prompt)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
         self.selections = None if prompt is None else Selections(prompt)
@@ -186,7 +186,7 @@ class Forward:
                 "would let them see each other once vision tokens leave: put them into rows of their own, or load the "
                 'model with attn_implementation="sdpa".'
             )
-        if some and not self.told_apart:
+        if some and not self.prompt_marked:
             raise ValueError(
                 f"the policy chooses among the vision tokens of a row in layer {i}, but several samples are packed "
                 "into the row (position_ids begin again): put them into rows of their own, or use a policy that keeps "

@@ -200,7 +200,7 @@ class Hooks:
             plain=past == 0 and not local and isinstance(mask, Tensor) and mask.dim() == 2,
             prompt=prompt,
             decision=decision,
-            told_apart=self.prompt_end.queries is not None,
+            prompt_marked=self.prompt_end.queries is not None,
             entry=entry,
             enters=getattr(policy, "enter", 0),
             deepstack=len(arguments.get("deepstack_visual_embeds") or ()),

@@ -61,7 +61,7 @@ def teacher(config: Config) -> Policy | None:
     return VisionSchedule() if config.teacher is Teacher.dense else visipruner(thresholds)
 
 
-def check_known(config: Config) -> None:
+def check_schedule_set(config: Config) -> None:
     """Raise ValueError if the recipe does not say where vision tokens enter (a model without a recipe)."""
     schedule = config.schedule
     if schedule.enter is None and schedule.cross is None:

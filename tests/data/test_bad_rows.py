@@ -157,7 +157,7 @@ def configuration(path, **options):
     return configured("data=dataset", f"data.path={path}", *(f"data.{k}={v}" for k, v in options.items()))
 
 
-def found_by_validate(data) -> list[tuple[str, str | None]]:
+def reasons_of_validate(data) -> list[tuple[str, str | None]]:
     (part,) = parts_of(data)
     checked = validate.part_findings(part, small_collator(), workers=0, streaming=data.streaming)
     return [(finding.id, finding.reason) for finding in checked]
@@ -171,7 +171,7 @@ def agree(path, lines: list[bytes], bad: list[bool], *, streaming: bool, out) ->
     """`validate` lists the rows that are bad, and training leaves out these, or stops at each, for the same reasons."""
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     data = configuration(path, streaming=streaming).data
-    listed = found_by_validate(data)
+    listed = reasons_of_validate(data)
     assert [reason is not None for _, reason in listed] == bad
     assert all(len((name + str(reason)).splitlines()) == 1 for name, reason in listed)
 

@@ -78,7 +78,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def found_in(chromium: str, page: Path, *arguments: str, width: int = 1280) -> dict:
+def measured_in(chromium: str, page: Path, *arguments: str, width: int = 1280) -> dict:
     """What a script that uses the page as a reader would finds."""
     used = page.with_name("used.html")
     used.write_text(page.read_text().replace("</body>", AFTERWARDS))
@@ -89,7 +89,7 @@ def found_in(chromium: str, page: Path, *arguments: str, width: int = 1280) -> d
 
 
 def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
-    shown = found_in(chromium, page)
+    shown = measured_in(chromium, page)
     systems = evaluated_student.full_run()[1]["systems"]
     assert shown["before"] == shown["back"] == list(systems)
     by_flops = sorted(systems, key=lambda key: systems[key]["flops"]["mean"])
@@ -108,7 +108,7 @@ def test_table_sorts_and_gallery_filters(chromium: str, page: Path) -> None:
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_sticks_out_at_any_width(chromium: str, page: Path, width: int, tmp_path: Path) -> None:
-    assert found_in(chromium, page, width=width)["wide"] <= 0
+    assert measured_in(chromium, page, width=width)["wide"] <= 0
     picture = tmp_path / "page.png"
     browse(chromium, page, f"--screenshot={picture}", "--hide-scrollbars", width=width)
     image = Image.open(picture).convert("L")
@@ -116,13 +116,13 @@ def test_nothing_sticks_out_at_any_width(chromium: str, page: Path, width: int, 
 
 
 def test_light_and_dark(chromium: str, page: Path) -> None:
-    dark = found_in(chromium, page, "--blink-settings=preferredColorScheme=0")
-    light = found_in(chromium, page, "--blink-settings=preferredColorScheme=1")
+    dark = measured_in(chromium, page, "--blink-settings=preferredColorScheme=0")
+    light = measured_in(chromium, page, "--blink-settings=preferredColorScheme=1")
     assert (dark["background"], light["background"]) == ("rgb(18, 21, 28)", "rgb(255, 255, 255)")
 
 
 def test_prints_and_asks_nothing_of_the_network(chromium: str, page: Path, tmp_path: Path) -> None:
-    assert found_in(chromium, page)["fetched"] == []
+    assert measured_in(chromium, page)["fetched"] == []
     paper = tmp_path / "report.pdf"
     browse(chromium, page, f"--print-to-pdf={paper}")
     assert paper.read_bytes().startswith(b"%PDF") and paper.stat().st_size > 20_000

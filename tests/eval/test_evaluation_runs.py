@@ -29,7 +29,7 @@ from latefusion.eval.metrics import Measure
 from latefusion.eval.tasks.base import Task, rows_of
 from latefusion.eval.tasks.choice import circular
 from latefusion.eval.tasks.clusters import with_clusters
-from latefusion.eval.tasks.exact import own
+from latefusion.eval.tasks.exact import questions_of_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,14 +133,14 @@ def test_a_reference_of_another_model_or_processor_is_refused(tmp_path: Path) ->
             evaluated_student.evaluate(tmp_path, stored=other)
 
 
-def own_task(folder: Path, colours: Sequence[str]) -> Task:
+def colour_task(folder: Path, colours: Sequence[str]) -> Task:
     """Questions about one picture each; the file of the questions never changes."""
     lines = []
     for i, colour in enumerate(colours):
         Image.new("RGB", (96, 96), colour).save(folder / f"{i}.png")
         lines.append({"image": f"{i}.png", "question": "is it red ?", "answers": ["yes"]})
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return own(str(folder / "my.jsonl"))
+    return questions_of_file(str(folder / "my.jsonl"))
 
 
 def test_swapped_images_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,15 +153,15 @@ def test_swapped_images_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as stop:
         stop.setattr(run, "measure_costs", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            evaluated_student.evaluate(tmp_path / "out", tasks=[own_task(tmp_path, colours)])
+            evaluated_student.evaluate(tmp_path / "out", tasks=[colour_task(tmp_path, colours)])
     assert (tmp_path / "out/unfinished.jsonl").read_text().count("\n") > len(colours)
-    swapped = own_task(tmp_path, colours[::-1])
+    swapped = colour_task(tmp_path, colours[::-1])
     evaluated_student.evaluate(tmp_path / "out", tasks=[swapped])
     evaluated_student.evaluate(tmp_path / "fresh", tasks=[swapped])
     kept, fresh = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("out", "fresh"))
     assert kept == fresh
     same = results.describe_data([swapped])["fingerprint"]
-    assert results.describe_data([own_task(tmp_path, colours)])["fingerprint"] != same
+    assert results.describe_data([colour_task(tmp_path, colours)])["fingerprint"] != same
 
 
 def test_other_generation_settings_and_processors_start_over() -> None:
@@ -200,13 +200,13 @@ def test_several_tasks_count_alike_and_reading_stands_apart(tmp_path: Path) -> N
     rotated = evaluated_student.task(
         rows_of(bare),
         name="circles",
-        score=lambda said, row: float(row["id"].endswith("-1")),  # one rotation of each is right
+        score=lambda answer, row: float(row["id"].endswith("-1")),  # one rotation of each is right
         units=circular,
         measures=lambda answers: {"half": Measure(terms=[(right, [1.0] * len(answers))])},
         max_new_tokens=2,
     )
     always = evaluated_student.task(
-        rows.select(range(3)), name="signs", ocr=True, score=lambda said, row: 0.6
+        rows.select(range(3)), name="signs", ocr=True, score=lambda answer, row: 0.6
     )
     results = evaluated_student.evaluate(tmp_path, tasks=[rotated, always])
     assert results is not None

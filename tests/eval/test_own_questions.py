@@ -16,7 +16,7 @@ from PIL import Image
 
 from latefusion.data.images import BadImage
 from latefusion.data.prompts import images_of, prompt_of, undecoded
-from latefusion.eval.tasks.exact import own
+from latefusion.eval.tasks.exact import questions_of_file
 
 
 def test_own_questions(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_own_questions(tmp_path: Path) -> None:
         {"image": None, "question": "Why?", "answers": "z"},
     ]
     write(tmp_path / "my.jsonl", "\n".join(map(json.dumps, lines)))
-    task = own(str(tmp_path / "my.jsonl"))
+    task = questions_of_file(str(tmp_path / "my.jsonl"))
     assert [(r["answer"], r["answers"], r["type"], len(r["images"])) for r in task.rows] == [
         ("x", ["x", "y"], "easy", 1),
         ("z", ["z"], "all", 0),
@@ -43,7 +43,7 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
     lines = [good, *bad]
     write(tmp_path / "my.jsonl", "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     with pytest.raises(ValueError) as error:
-        own(str(tmp_path / "my.jsonl"))
+        questions_of_file(str(tmp_path / "my.jsonl"))
     text = str(error.value)
     assert (
         "7 rows" in text
@@ -53,10 +53,10 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
     )
     write(tmp_path / "my.jsonl", "\n".join(json.dumps({**good, "id": 1}) for _ in range(2)))
     with pytest.raises(ValueError, match="id '1' twice"):
-        own(str(tmp_path / "my.jsonl"))
+        questions_of_file(str(tmp_path / "my.jsonl"))
     write(tmp_path / "my.jsonl", json.dumps({**good, "image": "broken.png"}))
     with pytest.raises(ValueError, match=r"line 1 \(broken\.png is no image"):
-        own(str(tmp_path / "my.jsonl"))
+        questions_of_file(str(tmp_path / "my.jsonl"))
 
 
 QUESTION = {"image": "a.png", "question": "What\u2028is it?", "answers": ["x"]}
@@ -72,33 +72,33 @@ def file_of(folder: Path, *rows: Any, name: str = "my.jsonl", bom: bytes = b"") 
 
 
 def test_a_byte_order_mark_and_line_separators_inside_texts_are_read(tmp_path: Path) -> None:
-    task = own(file_of(tmp_path, QUESTION, QUESTION, bom=b"\xef\xbb\xbf"))
+    task = questions_of_file(file_of(tmp_path, QUESTION, QUESTION, bom=b"\xef\xbb\xbf"))
     assert task.rows["question"] == ["What\u2028is it?"] * 2
 
 
 def test_a_json_list_and_a_table_are_read_like_lines(tmp_path: Path) -> None:
-    lines = own(file_of(tmp_path, QUESTION, {**QUESTION, "id": "7"})).rows
+    lines = questions_of_file(file_of(tmp_path, QUESTION, {**QUESTION, "id": "7"})).rows
     (tmp_path / "list.json").write_text(json.dumps([QUESTION, {**QUESTION, "id": "7"}]))
     rows = [{**QUESTION, "id": "1"}, {**QUESTION, "id": "7"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
     for name in ("list.json", "table.parquet"):
-        rows = own(str(tmp_path / name)).rows
+        rows = questions_of_file(str(tmp_path / name)).rows
         assert [{**row, "id": 0} for row in rows] == [{**row, "id": 0} for row in lines]
 
 
 def test_a_question_about_a_video_is_not_asked_without_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 1 \(has video in its column 'video'"):
-        own(file_of(tmp_path, {**QUESTION, "image": None, "video": "a.mp4"}))
+        questions_of_file(file_of(tmp_path, {**QUESTION, "image": None, "video": "a.mp4"}))
 
 
 def test_a_byte_that_is_not_utf8_is_named_with_file_and_line(tmp_path: Path) -> None:
     latin = json.dumps({**QUESTION, "question": "caf\xe9?"}, ensure_ascii=False).encode("latin-1")
     path = file_of(tmp_path, QUESTION, latin)
     with pytest.raises(ValueError, match=r"my\.jsonl has 1 rows .* line 2 \(has broken UTF-8"):
-        own(path)
+        questions_of_file(path)
     (tmp_path / "wide.jsonl").write_text(json.dumps(QUESTION), encoding="utf-16")
     with pytest.raises(ValueError, match=r"wide\.jsonl is UTF-16; save it as UTF-8"):
-        own(str(tmp_path / "wide.jsonl"))
+        questions_of_file(str(tmp_path / "wide.jsonl"))
 
 
 @pytest.mark.parametrize("image", ["a.png", URL])
@@ -114,7 +114,7 @@ def test_conversations_are_asked_up_to_their_last_answer(tmp_path: Path, image: 
         "messages": [{"role": "user", "content": "and now?"}, {"role": "assistant", "content": "3"}],
     }
     turns = [{"from": "human", "value": "<image>\nand now?"}, {"from": "gpt", "value": "3"}]
-    task = own(
+    task = questions_of_file(
         file_of(tmp_path, qwen, trl, {"image": image, "conversations": turns}, {**QUESTION, "image": image})
     )
     for row in list(task.rows)[:3]:
@@ -141,7 +141,7 @@ def test_what_the_model_sees_is_what_training_sees(tmp_path: Path, kind: str) ->
         (tmp_path / file).write_bytes(data)
     rows = [{"id": file, "image": file, "question": "?", "answers": ["x"]} for file in pictures]
     if kind == "own":
-        seen = own(file_of(tmp_path, *rows)).rows
+        seen = questions_of_file(file_of(tmp_path, *rows)).rows
     else:
         table = [{**row, "image": {"bytes": pictures[row["image"]][0], "path": None}} for row in rows]
         stored = datasets.Dataset.from_list(table).cast_column("image", datasets.Image())
@@ -152,7 +152,7 @@ def test_what_the_model_sees_is_what_training_sees(tmp_path: Path, kind: str) ->
         assert image.mode == "RGB" and image.size == size and image.getpixel((1, 1)) == (grey,) * 3
     (tmp_path / "cut.png").write_bytes(JPEG[: len(JPEG) // 2])
     with pytest.raises(ValueError, match=r"line 1 \(cut\.png cannot be decoded \(.*truncated"):
-        own(file_of(tmp_path, {**QUESTION, "image": "cut.png"}))
+        questions_of_file(file_of(tmp_path, {**QUESTION, "image": "cut.png"}))
     with pytest.raises(
         BadImage, match=r"^question 9 has a bad image: an image cannot be decoded \(.*truncated"
     ):

@@ -158,7 +158,7 @@ def test_rows_without_an_answer_get_the_models_own(base: Path, folder: Path) -> 
     bare = profile_model.draw(config.data, arguments).measured
     stored_answer = {"role": "assistant", "content": [{"type": "text", "text": "what the data say"}]}
     mixed = [{**bare[0], "messages": [*bare[0]["messages"], stored_answer]}, *bare[1:]]
-    answered = profile_model.own_answers(model, processor, mixed, 2, Console(quiet=True))
+    answered = profile_model.model_answers(model, processor, mixed, 2, Console(quiet=True))
     for row, prompt in zip(answered, bare, strict=True):
         text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
         inputs = processor(text=text, images=prompt["images"], return_tensors="pt")

@@ -86,11 +86,11 @@ def benchmark(name: str, folder: Path) -> None:
         picture(folder / "val2014/i.jpg")
     elif name == "mme":
         for kind in (*yes_no.PERCEPTION, *yes_no.COGNITION):
-            own_folders = kind == "artwork"  # some subtasks keep texts and images apart
-            texts = folder / kind / "questions_answers_YN" if own_folders else folder / kind
+            separate = kind == "artwork"  # some subtasks keep texts and images apart
+            texts = folder / kind / "questions_answers_YN" if separate else folder / kind
             lines = ["Is it red? Please answer yes or no.\tYes", "Is it blue? Please answer yes or no.\tNo"]
             write(texts / "1.txt", "\n".join(lines))
-            picture((folder / kind / "images" if own_folders else folder / kind) / "1.jpg")
+            picture((folder / kind / "images" if separate else folder / kind) / "1.jpg")
     elif name == "mmbench":
         data = io.BytesIO()
         Pillow.new("RGB", (64, 64), (9, 9, 9)).save(data, "PNG")

@@ -202,11 +202,11 @@ def test_a_layer_that_attends_in_its_own_way_is_an_error_not_dense() -> None:
     attention = model.model.layers[1].self_attn
     plain = attention.forward
 
-    def own(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def other_attention(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         del kwargs  # no call of transformers' attention interface
         return torch.zeros_like(hidden_states), None
 
-    attention.forward = own
+    attention.forward = other_attention
     with attach(model, VisionSchedule(keep={2: 2}), vision_mask=VISION):
         with pytest.raises(
             ValueError, match=r"^the policy looks at the attention of layer 1, but Phi3Attention"

@@ -72,8 +72,8 @@ def test_the_lora_layer_has_the_output_and_the_gradients_of_lora():
     plain = x @ layer.weight.T + SCALE * (x @ layer.down.T) @ layer.up.T
     torch.testing.assert_close(layer(x), plain)
     (plain * weights).sum().backward()
-    for found, expected in zip(grads, [x.grad, layer.down.grad, layer.up.grad], strict=True):
-        torch.testing.assert_close(found, expected)
+    for gradient, expected in zip(grads, [x.grad, layer.down.grad, layer.up.grad], strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 @needs_packages

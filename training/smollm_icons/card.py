@@ -126,7 +126,7 @@ def _training(record: dict[str, Any]) -> str:
         lines.append("\nThe recipe was changed on the way; the text above tells the last one:\n")
         keys = ("word_steps", "few_steps", "all_steps", "decay_steps")
         for change in changes:
-            told = ", ".join(f"{key} {change[key]}" for key in keys)
-            lines.append(f"- from step {change['step']}: {told}")
-    known = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
-    return "\n".join([*lines, f"\nVersions: {known}.\n"])
+            numbers = ", ".join(f"{key} {change[key]}" for key in keys)
+            lines.append(f"- from step {change['step']}: {numbers}")
+    versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+    return "\n".join([*lines, f"\nVersions: {versions}.\n"])

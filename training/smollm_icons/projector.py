@@ -91,12 +91,12 @@ def token_accuracy(
     directions = F.normalize(targets.words - center, dim=1)
     right: dict[str, list[bool]] = {"name": [], "color": [], "empty": []}
     for board, features in boards:
-        found = projector(features[None].float())[0]
+        output = projector(features[None].float())[0]
         at = {(thing.row, thing.column): thing for thing in board.things + board.blanks}
         for square in range(SIDE * SIDE):
             thing = at.get(divmod(square, SIDE))
             words = targets.token_words(thing)
-            tokens = found[square_tokens(*divmod(square, SIDE))] - (targets.places[square] if thing else 0)
+            tokens = output[square_tokens(*divmod(square, SIDE))] - (targets.places[square] if thing else 0)
             nearest = (F.normalize(tokens - center, dim=-1) @ directions.T).argmax(-1).tolist()
             for word, near in zip(words, nearest, strict=True):
                 kind = (
