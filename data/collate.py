@@ -18,7 +18,7 @@ from latefusion.data.turns import isolate_turns
 from latefusion.models.base_model import load_processor
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
-from latefusion.models.locate import check_base, location
+from latefusion.models.locate import check_base, readable
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.schema import Config, Teacher
 
@@ -280,7 +280,7 @@ def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float
     """
     model = config.model
     check_base(model.path)
-    path = str(location(model.path))
+    path = str(readable(model.path))
     where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     processor = load_processor(model.path, settings=model.processor, **where)
     model_config = AutoConfig.from_pretrained(path, **where)

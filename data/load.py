@@ -15,24 +15,24 @@ from torch.utils.data import Dataset
 from latefusion.data import sources
 from latefusion.data.bad_rows import Checked
 from latefusion.data.prompts import undecoded
+from latefusion.data.question_sets import load_questions, samples
 from latefusion.data.samples import sample_of
-from latefusion.data.scenes import load_scenes
 from latefusion.data.streaming import Stream
 from latefusion.data.turns import Conversations
 from latefusion.models.fingerprint import fingerprint, rows_fingerprint
-from latefusion.recipes.schema import Config, DataConfig, PartConfig, Source
+from latefusion.recipes.schema import QUESTION_SETS, Config, DataConfig, PartConfig, Source
 
 QUESTION_COLUMNS = ("id", "question", "answer", "type", "scene")
 
 
 def training_data(data: DataConfig) -> Any:
-    """Samples by index (`Checked`; of `scenes`, a `datasets.Dataset` or `Conversations`), or a `Stream` of them.
+    """Samples by index (`Checked`; of a question set, a `datasets.Dataset` or `Conversations`), or a `Stream` of them.
 
     Raises:
         FileNotFoundError, ValueError: the data are not there, or cannot be read.
     """
-    if data.source is Source.scenes:
-        rows = sources.scenes(data.split, n_scenes=data.scenes, seed=data.seed)
+    if data.source in QUESTION_SETS:
+        rows = samples(data.source, data.split, n_images=data.scenes, seed=data.seed, noise=data.noise)
         return rows if data.turns == 1 else Conversations(rows, rows.with_format(None)["scene"], data.turns)
     parts = parts_of(data)
     weights = [part.weight for part in parts]
@@ -163,8 +163,8 @@ def evaluation_questions(config: Config) -> Any:
     data, options = config.data, config.eval
     if data.eval_path is not None:
         questions = undecoded(sources.read(data.eval_path, split=options.split))
-    elif data.source is Source.scenes:
-        questions = load_scenes(options.split, seed=data.seed)
+    elif data.source in QUESTION_SETS:
+        questions = load_questions(data.source, options.split, seed=data.seed)
     else:
         return None
     if options.samples is not None and options.samples < len(questions):

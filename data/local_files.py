@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latefusion.recipes.schema import DataConfig, Source
+from latefusion.data.easy_vqa import package_folder
+from latefusion.data.icons.pictures import check_drawings
+from latefusion.recipes.schema import QUESTION_SETS, DataConfig, Source
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 JSON = (".json", ".jsonl")
@@ -22,8 +24,12 @@ def check_local_files(data: DataConfig) -> None:
                 f"data.eval_path={data.eval_path} is JSON, and takes a saved data set, parquet or arrow; leave it out "
                 f"and run python eval/evaluate.py checkpoint=FOLDER data={data.eval_path} after training."
             )
+    if data.source is Source.icons:
+        check_drawings()
+    if data.source is Source.easy_vqa:
+        package_folder()
     for part in data.parts if data.source is Source.mixture else [data]:
-        if part.source is Source.scenes or part.path is None:
+        if part.source in QUESTION_SETS or part.path is None:
             continue
         if part.source is Source.llava:
             check_conversations(part.path)

@@ -30,7 +30,7 @@ PROBED = 20  # images whose absence, all of them, means that the folder is wrong
 
 def scenes(split: str, *, n_scenes: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The procedural set: a row is one question about one image."""
-    return load_scenes(split, n_scenes, seed).with_transform(_scene_samples)
+    return load_scenes(split, n_scenes, seed).with_transform(question_samples)
 
 
 class Rows(Dataset):
@@ -281,7 +281,8 @@ def _image_counts(table: datasets.Dataset) -> list[int]:
     return pc.cast(pc.is_valid(column), "int64").to_pylist()
 
 
-def _scene_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def question_samples(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Rows of a question and an answer as samples, with their columns."""
     messages = [
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},

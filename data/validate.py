@@ -17,7 +17,7 @@ from rich.console import Console
 
 from latefusion.data.local_files import check_local_files
 from latefusion.recipes.compose import compose_config, compose_tree, print_and_exit, without_cfg
-from latefusion.recipes.schema import Config, PartConfig, Source
+from latefusion.recipes.schema import QUESTION_SETS, Config, PartConfig
 
 if TYPE_CHECKING:
     from latefusion.data.bad_rows import Finding
@@ -30,9 +30,9 @@ def main(overrides: list[str]) -> None:
         print_and_exit(lambda: compose_tree(overrides))
     try:
         config = compose_config(overrides)
-        if config.data.source is Source.scenes:
+        if config.data.source in QUESTION_SETS:
             raise ValueError(
-                "scenes are rendered here and need no check; name data with data=dataset data.path=PATH."
+                f"{config.data.source.value} needs no check; name data of your own with data=dataset data.path=PATH."
             )
         check_local_files(config.data)
         bad = validate(config, console=Console(stderr=True))

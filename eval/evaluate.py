@@ -47,7 +47,8 @@ class Arguments:
         checkpoint: folder that `training/train.py` wrote; or model: a base alone (`embedded`, a hub id, a folder).
         checkpoints: further folders to compare; those of one base share its weights in memory.
         policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
-        tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`.
+        tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`
+            (`icons` for model=smollm_icons).
         data: a file of {"image", "question", "answers"}, or of conversations, to ask instead (docs/evaluation.md).
         data_dir: folder with a folder of files for each benchmark.
         sources: folder or hub id of single benchmarks: `sources.pope=lmms-lab/POPE`.
@@ -304,6 +305,7 @@ def note_on(config: Config) -> str:
 def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:
     """The questions: a user's, benchmarks, or those of the checkpoint's own run."""
     from latefusion.data.load import evaluation_questions  # lazy: keeps argument errors fast
+    from latefusion.data.question_sets import usual_set
     from latefusion.eval.tasks import load_task
     from latefusion.eval.tasks.base import Task
     from latefusion.eval.tasks.exact import questions_of_file
@@ -312,7 +314,7 @@ def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:
         tasks = [questions_of_file(arguments.data)]
     elif arguments.tasks or config is None:
         home = os.path.join(".", arguments.data_dir)  # what begins with a full stop is no hub id
-        names = arguments.tasks or ["scenes"]
+        names = arguments.tasks or [usual_set(arguments.model or "")]
         places = {name: arguments.sources.get(name, f"{home}/{name}") for name in names}
         tasks = [load_task(name, where, arguments.split) for name, where in places.items()]
     else:

@@ -3,7 +3,7 @@
     python eval/generate.py model=embedded image=photo.png prompt="what is at the top left?" policy=visipruner
     python eval/generate.py policy=dense,visipruner,fastv fastv.layer=4 picture=kept.svg
 
-Without an image it takes a scene of the test split, and its question.
+Without an image it takes a test image of `scenes` (`icons` for model=smollm_icons), and its question.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any])
 def question_of(arguments: Arguments) -> dict[str, Any]:
     """The prompt as a row of `messages` and `images`."""
     from latefusion.data.images import load_image  # lazy: keeps argument errors fast
-    from latefusion.data.scenes import load_scenes
+    from latefusion.data.question_sets import load_questions, usual_set
 
     if arguments.image is None:
-        row = load_scenes("test", n_scenes=1)[0]
+        row = load_questions(usual_set(arguments.model), "test", n_images=1)[0]
         images, text = [row["image"]], arguments.prompt or row["question"]
     else:
         files = [name.strip() for name in arguments.image.split(",")]

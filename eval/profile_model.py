@@ -23,7 +23,7 @@ from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import compose_config, print_and_exit, refusal, unknown_key, without_cfg
-from latefusion.recipes.schema import RECIPES, Config, DataConfig, Dtype, Source
+from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig, Dtype
 
 if TYPE_CHECKING:
     from latefusion.data.draw import ImageRow
@@ -36,7 +36,7 @@ class Arguments:
     Attributes:
         samples: prompts to measure on, about as many different images as the data has.
         confirm: other prompts to accept the schedule on, as many of them as the data has.
-        split: of the data; null: validation of scenes, the data's own otherwise.
+        split: of the data; null: validation of scenes, icons and easy_vqa, the data's own otherwise.
         bound: nats of KL per answer token that the schedule may cost, its entry and keeps included: the upper limit of
             the mean over the confirming prompts stays within it.
         budget: decoder FLOPs to stay below, as a share of dense; null: as few as the bound allows.
@@ -220,7 +220,6 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
     Raises:
         FileNotFoundError, ValueError: the data are missing, or have fewer samples than `samples`.
     """
-    from latefusion.data import sources
     from latefusion.data.draw import (
         distinct_images,
         left_out,
@@ -229,14 +228,15 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
         with_images,
         with_other_images,
     )
+    from latefusion.data.question_sets import samples
 
     needed = arguments.samples + arguments.confirm
-    if data.source is Source.scenes:
-        scenes: Any = sources.scenes(arguments.split or "validation", seed=data.seed)
+    if data.source in QUESTION_SETS:
+        scenes: Any = samples(data.source, arguments.split or "validation", seed=data.seed)
         candidates, _ = with_images(scenes, needed=needed, seed=arguments.seed)
         chosen = first_samples(candidates, arguments.samples)
         others = candidates[arguments.samples :][: arguments.confirm]
-        train: Any = sources.scenes("train", seed=data.seed)
+        train: Any = samples(data.source, "train", seed=data.seed)
         calibrating = distinct_images(train, arguments.images)
         return Prompts(opened(scenes, chosen), opened(scenes, others), calibrating, few(others, arguments))
     needed += arguments.images

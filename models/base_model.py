@@ -1,4 +1,4 @@
-"""Load the model to start from (`embedded`, a local folder, or a hub id) and its processor."""
+"""Load the model to start from (`embedded`, `smollm_icons`, a local folder, or a hub id) and its processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from latefusion.models.locate import check_base, check_four_bits, check_not_a_student, location
+from latefusion.models.locate import check_base, check_four_bits, check_not_a_student, readable
+from latefusion.models.smollm_icons import tower as tower  # registers it
 
 
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -43,7 +44,7 @@ def load_base(
     """Load a base model in eval mode, and its processor.
 
     Args:
-        path: `embedded`, a local folder, or a hub id.
+        path: `embedded`, `smollm_icons`, a local folder, or a hub id.
         dtype: of the weights; with `four_bits`, of what is computed with them.
         revision: branch, tag or commit of a hub id; None: its main branch.
         processor: settings that the processor is loaded with (`max_pixels`, ...).
@@ -92,7 +93,7 @@ def load_checkpoint(
 
 def _load_model(kind: Any, path: str, **settings: Any) -> PreTrainedModel:
     try:
-        return kind.from_pretrained(location(path), **settings).eval()
+        return kind.from_pretrained(readable(path), **settings).eval()
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise FileNotFoundError(
@@ -115,7 +116,7 @@ def load_processor(
     """
     place = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = AutoProcessor.from_pretrained(location(path), **place, **(settings or {}))
+        processor = AutoProcessor.from_pretrained(readable(path), **place, **(settings or {}))
     except ImportError as error:  # SmolVLM's needs num2words, PIL's relatives need torchvision
         reason = " ".join(str(error).split())
         raise ValueError(f"the processor of {path} needs a package that is not here: {reason}") from None
@@ -147,7 +148,7 @@ def beside_the_decoder(model: PreTrainedModel) -> list[nn.Module]:
 def _nf4(path: str, dtype: torch.dtype, place: dict[str, Any]) -> BitsAndBytesConfig:
     """Settings for 4 bits in the decoder's layers alone: a part that trains in full cannot be quantised."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(location(path), **place))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(readable(path), **place))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

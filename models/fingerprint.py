@@ -30,7 +30,7 @@ from typing import Any
 import huggingface_hub
 from PIL import Image
 
-from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, location
+from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, readable
 
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.index.json", "*.py"),
@@ -79,13 +79,13 @@ def model_fingerprint(path: str | Path, revision: str | None = None) -> str:
     name of its commit.
 
     Args:
-        path: `embedded`, a folder, or a hub id.
+        path: `embedded`, `smollm_icons`, a folder, or a hub id.
         revision: branch, tag or commit of a hub id; None: its main branch.
 
     Raises:
         FileNotFoundError: there is no such model.
     """
-    folder = Path(location(str(path)))
+    folder = Path(readable(str(path)))
     if not folder.is_dir():
         return _commit(str(path), revision)
     digest = hashlib.sha256()

@@ -9,16 +9,34 @@ from typing import Any
 
 import huggingface_hub
 
+from latefusion.models.smollm_icons import folder as smollm_icons
+
 EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
+SMOLLM_ICONS = "smollm_icons"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
 SCHEDULE_KEY = "vision_schedule"  # in a merged student's config.json
 BASE = "base_model_name_or_path"  # in it: the path or hub id of the base
 
 
 def location(path: str) -> str | Path:
-    """The folder or hub id that `path` names; `embedded` is the model that ships here."""
+    """The folder or hub id that `path` names; `embedded` ships here, `smollm_icons` may not have been assembled yet."""
+    if path == SMOLLM_ICONS:
+        return smollm_icons.assembled_folder()
     return EMBEDDED_WEIGHTS if path == EMBEDDED else path
+
+
+def readable(path: str) -> str | Path:
+    """As `location`; `smollm_icons` is assembled from its packages first, if it was not before.
+
+    Raises:
+        FileNotFoundError: a package of `smollm_icons` is missing.
+    """
+    if path == SMOLLM_ICONS:
+        from latefusion.models.smollm_icons.assembly import assemble  # lazy: it needs torch
+
+        return assemble()
+    return location(path)
 
 
 def check_base(path: str, fix: str = "with model.path=PATH") -> None:
@@ -32,6 +50,9 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
             f"no weights in {EMBEDDED_WEIGHTS}; check out models/embedded/weights, or train them with "
             "`python -m latefusion.training.embedded.train_base`."
         )
+    if path == SMOLLM_ICONS:
+        smollm_icons.check_parts()
+        return
     config = Path(location(path)) / "config.json"
     if config.is_file():
         check_not_a_student(read_config(config), path)
@@ -122,6 +143,8 @@ def decoder_layers(path: str, revision: str | None = None) -> int | None:
     Raises:
         ValueError: the file is not JSON.
     """
+    if path == SMOLLM_ICONS:
+        return smollm_icons.LAYERS
     file: object = Path(location(path)) / "config.json"
     if not Path(location(path)).is_dir():
         file = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
@@ -134,8 +157,8 @@ def decoder_layers(path: str, revision: str | None = None) -> int | None:
 
 def check_four_bits(path: str) -> None:
     """Raise ValueError, in one sentence, if the weights of `path` cannot be held in 4 bits."""
-    if path == EMBEDDED:
-        raise ValueError("model.load_in_4bit=true is for large models; model=embedded has 5 million weights.")
+    if path in (EMBEDDED, SMOLLM_ICONS):
+        raise ValueError(f"model.load_in_4bit=true is for large models; model={path} is small.")
     if find_spec("bitsandbytes") is None:
         raise ValueError("model.load_in_4bit=true needs bitsandbytes: pip install bitsandbytes.")
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latefusion.recipes.schema import (
+    QUESTION_SETS,
     TRACKERS,
     Config,
     EntryInit,
@@ -87,6 +88,7 @@ def check_config(cfg: DictConfig) -> Config:
         ("train.warmup", train.warmup),
         ("train.adam_beta2", train.adam_beta2),
         ("lora.dropout", lora.dropout),
+        ("data.noise", config.data.noise),
         ("train.narrow", 0.0 if train.narrow == 1 else train.narrow),
     ):
         if not 0 <= number < 1:
@@ -186,9 +188,13 @@ def _check_data(config: Config) -> None:
         )
     if data.pack and data.isolate:
         raise ValueError("data.pack=true and data.isolate=true both lay out rows; set one of them to false.")
-    if data.streaming and data.source is Source.scenes:
+    if data.noise and data.source not in QUESTION_SETS:
+        raise ValueError(
+            f"data.noise={data.noise} is for data=scenes, icons or easy_vqa; change the answers in your own data."
+        )
+    if data.streaming and data.source in QUESTION_SETS:
         raise ValueError("data.streaming=true needs data to read: data=dataset or data=mixture.")
-    if data.group is not Group.none and (data.streaming or data.source is Source.scenes):
+    if data.group is not Group.none and (data.streaming or data.source in QUESTION_SETS):
         raise ValueError(
             f"data.group={data.group.value} needs rows that can be measured: data=llava, dataset or mixture, "
             "and data.streaming=false."

@@ -117,15 +117,20 @@ class NonFiniteStep(Enum):
 class Source(Enum):
     """Kind of data.
 
-    `scenes`: rendered on this machine; `llava`: a LLaVA conversation JSON; `dataset`: columns messages and images;
-    `mixture`: several of the last two, by weight.
+    `scenes`, `icons`: rendered on this machine; `easy_vqa`: of a package; `llava`: a LLaVA conversation JSON;
+    `dataset`: columns messages and images; `mixture`: several of the last two, by weight.
     """
 
     scenes = "scenes"
+    icons = "icons"
+    easy_vqa = "easy_vqa"
     llava = "llava"
     dataset = "dataset"
     mixture = "mixture"
 
+
+QUESTION_SETS = (Source.scenes, Source.icons, Source.easy_vqa)
+"""Those that need no `data.path`: questions with one answer each, and splits of their own."""
 
 OnError = Enum("OnError", {"skip": "skip", "raise": "raise"})
 """For rows that cannot be used: `skip` puts another in its place and counts it, `raise` stops the run."""
@@ -156,16 +161,17 @@ class DataConfig:
 
     Attributes:
         source: kind of source.
-        path: file, dataset folder or hub id (unused by `scenes` and `mixture`).
+        path: file, dataset folder or hub id (unused by `mixture`, and by `scenes`, `icons` and `easy_vqa`).
         images: folder that the image paths in the data are relative to.
         split: split to train on; `eval.split` names the one to evaluate on.
         streaming: read rows as they are used, for data that do not fit on the disk; they are shuffled in a buffer.
         shuffle_buffer: rows in that buffer.
         parts: the sources of a `mixture`.
-        eval_path: questions and answers for the evaluation, named like `path` (no JSON; unused by `scenes`). None: no
-            evaluation.
-        scenes: how many scenes to render for training (`scenes` only; None: the source's default).
-        turns: the most questions about one image in a training sample (`scenes` only).
+        eval_path: questions and answers for the evaluation, named like `path` (no JSON). None: those of
+            the set itself (`scenes`, `icons`, `easy_vqa`), else no evaluation.
+        scenes: how many images to train on (`scenes`, `icons`, `easy_vqa`; None: the set's usual number).
+        turns: the most questions about one image in a training sample (these three only).
+        noise: share of the training rows that get a wrong answer, another row's of the same type (these three only).
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention. Under `schedule.keep` or VisiPruner, the
             questions of a row then rank its vision tokens together; without it, the text before the first answer does.
@@ -188,6 +194,7 @@ class DataConfig:
     eval_path: str | None = None
     scenes: int | None = None
     turns: int = 1
+    noise: float = 0.0
     isolate: bool = False
     pack: bool = False
     seed: int = 0

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.base_model import load_base, load_processor
 from latefusion.models.executor.vision import vision_token_ids
-from latefusion.models.locate import EMBEDDED, location
+from latefusion.models.locate import EMBEDDED, readable
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_depths, teaches
 from latefusion.recipes.schema import Config
@@ -139,7 +139,7 @@ def _both(config: Config) -> list[tuple[str, str | None]]:
 
 def _config(config: Config, path: str, revision: str | None) -> Any:
     return AutoConfig.from_pretrained(
-        location(path), revision=revision, trust_remote_code=config.model.trust_remote_code
+        readable(path), revision=revision, trust_remote_code=config.model.trust_remote_code
     )
 
 

@@ -5,5 +5,6 @@ thing is a drawing of one of 60 named objects on a coloured card, and covers one
 12 x 12 vision tokens of `models/smollm_icons`. The drawings are emoji in four art styles, taken from npm
 packages (`pictures.py`); nothing of them is kept in this repository.
 
-Read `pictures.py` (what a drawing is), `boards.py` (what a board is, splits), `questions.py`, `load.py` (rows).
+Read `pictures.py` (what a drawing is), `boards.py` (what a board is, splits), `board_questions.py`, `load_icons.py`
+(rows).
 """

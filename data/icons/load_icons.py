@@ -17,7 +17,7 @@ N_BOARDS = {"train": 1000, "validation": 150, "test": 300, "new_drawings": 300}
 def load_icons(split: str, n_boards: int | None = None, seed: int = 0) -> datasets.Dataset:
     """The first `n_boards` boards of a split, one row a question.
 
-    Columns: `id`, `image` (PIL), `question`, `answer`, `type` (see `questions.TYPES`), `scene` (equal for the
+    Columns: `id`, `image` (PIL), `question`, `answer`, `type` (see `board_questions.TYPES`), `scene` (equal for the
     questions of one board). Without `n_boards`: see N_BOARDS.
     """
     if split not in SPLITS:

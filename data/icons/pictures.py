@@ -86,24 +86,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latefusion" / "icons"
 
 
+def check_drawings() -> list[str]:
+    """The packages that `install` has to fetch; raises FileNotFoundError, in one sentence, if it cannot."""
+    folder = cache_folder() / "node_modules"
+    missing = [p for p in PACKAGES if not (folder / p.rpartition("@")[0] / "package.json").is_file()]
+    if missing and shutil.which("npm") is None:
+        raise FileNotFoundError(
+            "the drawings of data=icons come from npm packages, and npm is not installed; install Node.js, or unpack "
+            f"{', '.join(missing)} into {folder} ($LATEFUSION_ICONS names another folder)."
+        )
+    return missing
+
+
 def install() -> Path:
     """Install the packages of drawings with npm unless they are there; return their folder."""
     folder = cache_folder() / "node_modules"
-    missing = [p for p in PACKAGES if not (folder / p.rpartition("@")[0] / "package.json").is_file()]
+    missing = check_drawings()
     if not missing:
         return folder
-    if shutil.which("npm") is None:
-        raise FileNotFoundError(
-            f"the drawings come from npm packages and npm is not installed; install Node.js, or put "
-            f"{', '.join(missing)} into {folder}"
-        )
     print(f"installing {', '.join(missing)} into {folder.parent} (about a minute, 310 MB)", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()), "no reason given")
-        raise FileNotFoundError(f"npm could not install the drawings: {reason}; see $LATEFUSION_ICONS")
+        raise FileNotFoundError(
+            f"npm could not install the drawings of data=icons ({reason}); check its network and registry, or unpack "
+            f"{', '.join(missing)} into {folder} ($LATEFUSION_ICONS names another folder)."
+        )
     return folder
 
 

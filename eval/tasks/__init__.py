@@ -8,10 +8,11 @@ from functools import partial
 from latefusion.eval.tasks import choice, documents, exact, vqa, yes_no
 from latefusion.eval.tasks.base import Task
 from latefusion.recipes.compose import did_you_mean
+from latefusion.recipes.schema import QUESTION_SETS
 
 # name: how to load it from (a folder or hub id, a split), and the split that is usually reported
 TASKS: dict[str, tuple[Callable[[str, str], Task], str]] = {
-    "scenes": (exact.scenes, "test"),
+    **{source.value: (partial(exact.question_set, source.value), "test") for source in QUESTION_SETS},
     "vqav2": (vqa.vqav2, "validation"),
     "gqa": (exact.gqa, "test"),
     "textvqa": (vqa.textvqa, "validation"),

@@ -1,4 +1,4 @@
-"""Exact match: GQA, the built-in scenes, and questions that a user brings."""
+"""Exact match: GQA, the sets of questions that need no file, and questions that a user brings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import datasets
 from latefusion.data.images import data_url_bytes, is_data_url, load_image
 from latefusion.data.json_file import Broken
 from latefusion.data.printing import short
+from latefusion.data.question_sets import MADE_FROM, load_questions
 from latefusion.data.samples import (
     BadSample,
     conversation_of,
@@ -19,17 +20,18 @@ from latefusion.data.samples import (
     record_name,
     refuse_unsupported,
 )
-from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import CONVERSATIONS, records
 from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, read_config, rows_of
 from latefusion.models.fingerprint import image_fingerprint
+from latefusion.recipes.schema import Source
 
 SHOWN = 5  # bad rows named in an error
 
 
-def scenes(where: str, split: str) -> Task:
-    """The procedural set; `where` is not used."""
-    return Task(name="scenes", rows=load_scenes(split), split=split, source="data/scenes.py")
+def question_set(name: str, where: str, split: str) -> Task:
+    """A set that needs no file (`data/question_sets.py`); `where` is not used."""
+    source = Source(name)
+    return Task(name=name, rows=load_questions(source, split), split=split, source=MADE_FROM[source])
 
 
 def gqa(where: str, split: str) -> Task:

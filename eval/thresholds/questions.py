@@ -1,4 +1,4 @@
-"""The prompts that `eval/calibrate.py` asks: of `scenes`, or of any data with `messages` and `images`."""
+"""The prompts that `eval/calibrate.py` asks: of a question set, or of any data with `messages` and `images`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from datasets import Dataset
 
 from latefusion.data.draw import left_out, opened, prompt_rows, with_images
+from latefusion.data.question_sets import is_question_set, load_questions
 from latefusion.data.samples import first_exchange
-from latefusion.data.scenes import load_scenes
 from latefusion.eval.thresholds.settings import Arguments
 from latefusion.recipes.schema import DataConfig, Source
 
@@ -44,16 +44,16 @@ class Questions:
 
 
 def read(arguments: Arguments) -> Questions:
-    """The prompts: rows of `scenes`, or of any data set with `messages` and `images`, in the order of `seed`.
+    """The prompts: of a question set, or of any data set with `messages` and `images`, in the order of `seed`.
 
     Raises:
         FileNotFoundError, ValueError: the data are not there, or none has an image.
     """
-    if arguments.data == "scenes":
-        rows = load_scenes(arguments.split)
+    if is_question_set(arguments.data):
+        rows = load_questions(arguments.data, arguments.split)
         if arguments.samples is not None and arguments.samples < len(rows):
             rows = rows.shuffle(seed=arguments.seed).select(range(arguments.samples))
-        return of_scenes(rows)
+        return of_rows(rows)
     data = DataConfig(source=Source.dataset, path=arguments.data, split=arguments.split)
     rows = prompt_rows(data, None, 0)
     drawn, bad = with_images(rows, needed=arguments.samples, seed=arguments.seed)
@@ -72,8 +72,8 @@ def read(arguments: Arguments) -> Questions:
     return Questions(rows, [at.row for at in taken], records, left_out(bad))
 
 
-def of_scenes(rows: Dataset) -> Questions:
-    """All of these rows of `load_scenes`."""
+def of_rows(rows: Dataset) -> Questions:
+    """All of these rows of `load_questions`."""
     plain = rows.with_format(None).remove_columns([c for c in rows.column_names if c.startswith("image")])
     return Questions(rows, range(len(rows)), list(plain))
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from latefusion.data.local_files import check_dataset
+from latefusion.data.local_files import check_dataset, check_local_files
 from latefusion.models.locate import check_base
+from latefusion.recipes.schema import QUESTION_SETS, DataConfig, Source
 
 if TYPE_CHECKING:
     from latefusion.models.policies.visipruner.settings import VisiPruner
@@ -20,8 +21,8 @@ class Arguments:
     """The command line of this script, as `key=value`.
 
     Attributes:
-        model: embedded, a folder or a hub id.
-        data: scenes, or a folder or hub id of a data set with the columns messages and images.
+        model: embedded, smollm_icons, a folder or a hub id.
+        data: scenes, icons, easy_vqa, or a folder or hub id of a data set with the columns messages and images.
         split: of the data; samples: how many prompts, drawn by `seed`; null: all.
         kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
         boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
@@ -67,7 +68,9 @@ def check(arguments: Arguments) -> None:
         if "middle" not in stages:
             raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
     check_base(arguments.model)
-    if arguments.data != "scenes":
+    if arguments.data in [source.value for source in QUESTION_SETS]:
+        check_local_files(DataConfig(source=Source(arguments.data)))
+    else:
         check_dataset(arguments.data, key="data")
 
 

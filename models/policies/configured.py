@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.recipes.schema import Config, ScheduleConfig, Source, Teacher, Tune, VisiPrunerConfig
+from latefusion.recipes.schema import QUESTION_SETS, Config, ScheduleConfig, Teacher, Tune, VisiPrunerConfig
 
 if TYPE_CHECKING:
     from latefusion.models.policies.base import Policy
@@ -109,5 +109,5 @@ def teaches(config: Config) -> bool:
 
 def evaluates(config: Config) -> bool:
     """Whether the run ends with an evaluation, which compares the student with the base under VisiPruner."""
-    has_questions = config.data.eval_path is not None or config.data.source is Source.scenes
+    has_questions = config.data.eval_path is not None or config.data.source in QUESTION_SETS
     return config.eval.enabled and config.tune is not Tune.full and has_questions

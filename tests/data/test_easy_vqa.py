@@ -13,7 +13,7 @@ needs_package = pytest.mark.skipif(
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(easy_vqa, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps easy-vqa"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps easy-vqa"):
         easy_vqa.load_easy_vqa("test")
 
 
@@ -28,5 +28,17 @@ def test_rows_are_drawn_by_the_seed_and_have_their_types():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="choose one of train, test"):
-        easy_vqa.load_easy_vqa("validation")
+    with pytest.raises(ValueError, match="choose one of train, validation, test"):
+        easy_vqa.load_easy_vqa("dev")
+
+
+@needs_package
+def test_splits_share_no_picture():
+    scenes = {split: set(easy_vqa.load_easy_vqa(split)["scene"]) for split in easy_vqa.SPLITS}
+    pictures = {split: {int(scene.rpartition("-")[2]) for scene in of} for split, of in scenes.items()}
+    assert {split: len(of) for split, of in pictures.items()} == {
+        "train": 3500,
+        "validation": 500,
+        "test": 1000,
+    }
+    assert not pictures["train"] & pictures["validation"]  # test has a folder of its own

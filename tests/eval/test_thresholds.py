@@ -234,7 +234,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
 
 def test_kept_numbers_are_of_these_images_and_this_processor(base: str, tmp_path: Any) -> None:
     """The same questions about the picture upside down; and a processor with other settings."""
-    rows = questions.of_scenes(load_scenes("validation", n_scenes=1).select(range(2)))
+    rows = questions.of_rows(load_scenes("validation", n_scenes=1).select(range(2)))
     pictures = [{**row, "image": ImageOps.flip(row["image"])} for row in rows.rows]
     flipped = replace(rows, rows=pictures)
     arguments = arguments_for(base, tmp_path, boundaries=[1], tokens_thresholds=[1.0])
@@ -249,7 +249,7 @@ def test_kept_numbers_are_of_these_images_and_this_processor(base: str, tmp_path
 
 def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) -> None:
     """Which settings write a given answer, as accuracy counts it, against what each of them generates."""
-    rows = questions.of_scenes(load_scenes("validation", n_scenes=2))
+    rows = questions.of_rows(load_scenes("validation", n_scenes=2))
     model, processor = load_base(base, dtype=torch.float32)
     with attach(model, VisionSchedule()) as attachment:
         arguments = arguments_for(base, tmp_path, boundaries=[1], tokens_thresholds=[0.5, 2.0])

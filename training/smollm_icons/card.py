@@ -15,9 +15,9 @@ library_name: transformers
 # smollm_icons: SmolLM2-135M-Instruct with eyes
 
 A stock `LlavaForConditionalGeneration` whose language model and vision tower were pretrained elsewhere. What ships
-here is a projector and LoRA of rank 16 on all linear layers, in bfloat16; `latefusion.models.smollm_icons.load_base()`
-installs nothing and downloads nothing: it reads the pretrained parts from their Python packages, merges the LoRA and
-keeps the result (280 MB) in the user's cache folder.
+here is a projector and LoRA of rank 16 on all linear layers, in bfloat16. `load_base("smollm_icons")` of
+`latefusion.models.base_model` installs nothing and downloads nothing: it reads the pretrained parts from their Python
+packages, merges the LoRA and keeps the result (280 MB) in the user's cache folder.
 
 It answers questions about `icons` (`data/icons`): 768 x 768 pictures with two to nine drawings, each 2 x 2 of the
 144 vision tokens, on 6 x 6 squares. It knows nothing else about pictures.
