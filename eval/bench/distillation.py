@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -30,25 +31,31 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve other processes
 
 import datasets
+import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from latefusion.data.collate import collator_without_weights
 from latefusion.data.easy_vqa import load_easy_vqa
+from latefusion.data.load import training_data
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.bench.timing import write_json
 from latefusion.eval.comparison.answers import answer_questions
-from latefusion.eval.comparison.systems import Students, System
+from latefusion.eval.comparison.systems import System
 from latefusion.eval.tasks.base import Task
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.recipes.compose import compose_tree
+from latefusion.models.student.save import load_student
+from latefusion.recipes.compose import compose_config, compose_tree
+from latefusion.training.assemble import base_of
 from latefusion.training.monitor import METRICS
 from latefusion.training.offline import write_answers
 from latefusion.training.preflight import checked, checked_teaching
 from latefusion.training.run import train
 from latefusion.training.trust import FILE as TRUST
+from latefusion.training.trust import settle_trust
 
 DATA = ("easy_vqa", "scenes", "mix", "noise")
 ARMS = {  # what the teacher does in a run
@@ -56,7 +63,7 @@ ARMS = {  # what the teacher does in a run
     "all": ["kl.trust=all"],
     "labels": ["kl.trust=labels"],
     "auto": ["kl.trust=auto"],
-    "offline": ["kl.trust=auto"],  # its answers read from `kl.cache`
+    "offline": ["kl.trust=auto"],  # its answers read from a cache
 }
 BASE = "base"  # the arm that trains nothing
 WRONG = 0.2  # share of wrong training answers in `noise`
@@ -66,7 +73,7 @@ QUESTIONS = 1000  # of the test
 
 def questions(source: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Questions of a source, about images drawn by the seed."""
-    images = -(-count // (PER_IMAGE - 2))  # some have fewer
+    images = count // (PER_IMAGE - 2) + 5  # some have fewer
     if source == "scenes":
         rows = load_scenes(split, n_scenes=images, seed=seed)
     else:
@@ -130,14 +137,14 @@ def run_cell(args: argparse.Namespace) -> dict[str, Any]:
     }
     begun = time.process_time()
     if args.arm == BASE:
-        model, processor = load_base("embedded")
+        model, processor = load_base("embedded", dtype=torch.float32)
         with attach(model, VisionSchedule()) as attachment:
             system = System(name="Dense base", policy=VisionSchedule())
             return cell | scores(tested, model, processor, attachment, system)
     with TemporaryDirectory() as folder:
         trained = train_cell(args, Path(folder))
         seconds = time.process_time() - begun
-        student = Students().load(Path(folder) / "run")
+        student = load_student(Path(folder) / "run", dtype=torch.float32)
         system = System(name="Student", policy=student.schedule, adapters=True, student=student)
         right = scores(tested, student.model, student.processor, student.attachment, system)
     return cell | trained | {"cpu_seconds": {"training": seconds, "all": time.process_time() - begun}} | right
@@ -162,6 +169,7 @@ def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     logged = [line for line in lines if "loss" in line]
     decided = folder / "run" / TRUST
     return {
+        "auto": None if args.arm == "none" else decision(words),
         "decided": json.loads(decided.read_text()) if decided.is_file() else None,
         "log": {
             name: fmean(line[name] for line in logged if name in line)
@@ -169,6 +177,15 @@ def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if any(name in line for line in logged)
         },
     }
+
+
+def decision(words: Sequence[str]) -> dict[str, Any]:
+    """What `kl.trust=auto` decides on the run's data; a run that it decides is bit for bit the one that was told so."""
+    config = compose_config([*words, "kl.trust=auto"])
+    collator = collator_without_weights(config, dtype=torch.float32)
+    decided = settle_trust(config, collator, lambda: base_of(config)[0], training_data(config.data), None)
+    assert decided is not None
+    return asdict(decided)
 
 
 def scores(rows: Any, model: Any, processor: Any, attachment: Any, system: System) -> dict[str, Any]:
