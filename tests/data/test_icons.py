@@ -126,3 +126,29 @@ def test_a_thing_is_drawn_on_its_square(monkeypatch):
     assert image.getpixel((2 * boards.SQUARE + 5, boards.SQUARE + 5)) == boards.COLORS["red"]
     assert image.getpixel((middle, 5 * boards.SQUARE + middle)) == boards.COLORS["blue"]
     assert image.getpixel((middle, middle)) == boards.BACKGROUND
+
+
+def test_rows_share_a_file_a_board_and_it_is_drawn_once(monkeypatch, tmp_path):
+    from PIL import Image
+
+    from latefusion.data.icons import load_icons
+
+    monkeypatch.setenv("LATEFUSION_ICONS", str(tmp_path))
+    drawn = []
+
+    def render(board):
+        drawn.append(board)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(load_icons, "render", render)
+    rows = load_icons.load_icons("validation", 3, seed=2)
+    questions = [q for index in range(3) for q in board_questions("validation", index, 2)]
+    assert rows["question"] == [q.question for q in questions]
+    assert rows["answer"] == [q.answer for q in questions]
+    assert drawn == [make_board("validation", index, seed=2) for index in range(3)]
+    assert len(set(rows["scene"])) == len(list(tmp_path.rglob("*.png"))) == 3
+    assert rows[0]["image"].size == (8, 8)
+    load_icons.load_icons("validation", 4, seed=2)
+    assert len(drawn) == 4
+    with pytest.raises(ValueError, match="choose one of train"):
+        load_icons.load_icons("dev")
