@@ -31,7 +31,8 @@ from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
-from latefusion.models.student.save import load, load_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import load_student
 
 MANIFEST = ModelManifest(
     model_id="latefusion",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -61,37 +60,17 @@ def load_base(
     place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     more = {"quantization_config": _nf4(path, dtype, place)} if four_bits else {}
     loaded = load_processor(path, settings=processor, **place)
-    model = _load_model(AutoModelForImageTextToText, path, dtype=dtype, **place, **more)
+    model = read_weights(AutoModelForImageTextToText, path, dtype=dtype, **place, **more)
     check_not_a_student(model.config.to_dict(), path)  # of a hub id nothing was known before
     return model, loaded
 
 
-def load_checkpoint(
-    path: str, *, dtype: torch.dtype, ignored: Sequence[str]
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a whole checkpoint that holds more tensors than its stock class has, in eval mode, and its processor.
-
-    Args:
-        ignored: patterns of the names of those tensors; the caller reads them.
+def read_weights(kind: Any, path: str, **settings: Any) -> PreTrainedModel:
+    """`kind.from_pretrained` in eval mode.
 
     Raises:
-        FileNotFoundError: the weights or the processor cannot be read.
-        ValueError: it is not an image-text model.
+        FileNotFoundError: the weights cannot be read.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{path} is a {config.model_type}, not an image-text model.")
-    stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    patterns = [*(stock._keys_to_ignore_on_load_unexpected or ()), *ignored]
-    quiet = type(stock.__name__, (stock,), {"_keys_to_ignore_on_load_unexpected": patterns})
-    quiet.__module__ = stock.__module__  # transformers looks for the family's helpers there
-    loaded = load_processor(path)
-    model = _load_model(quiet, path, dtype=dtype)
-    model.__class__ = stock
-    return model, loaded
-
-
-def _load_model(kind: Any, path: str, **settings: Any) -> PreTrainedModel:
     try:
         return kind.from_pretrained(readable(path), **settings).eval()
     except (OSError, SafetensorError) as error:

@@ -6,13 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 
 def unwrapped(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT's wrapper, or the model itself if it is not wrapped."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

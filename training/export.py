@@ -2,8 +2,9 @@
 
     python training/export.py checkpoint=outputs/late_fusion output=outputs/merged merge=true push_to_hub=me/late-fusion
 
-With `merge=true` the adapters are added to the weights; stock `AutoModelForImageTextToText` loads the folder too, but
-runs it dense. `latefusion.load` runs either form under its schedule.
+With `merge=true` the adapters are added to the weights, in a checkpoint of a model type of its own: `latefusion.load`
+and vLLM run it under its schedule, and what does not know the type refuses it. `merge=plain` writes a checkpoint of
+the base's type, without its schedule: everything loads it, and runs it dense.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -18,6 +20,8 @@ from latefusion.models.locate import ADAPTER_CONFIG, check_base_of
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.schema import Dtype
 from latefusion.training.run_folder import check_writable
+
+PLAIN = "plain"
 
 
 @dataclass
@@ -27,7 +31,8 @@ class Arguments:
     Attributes:
         checkpoint: folder that `training/train.py` wrote.
         output: folder to write; must not hold a model.
-        merge: write one checkpoint with the adapters merged; else the adapters alone.
+        merge: `true`: one checkpoint with the adapters merged; `plain`: the same as a stock checkpoint that runs
+            dense; `false`: the adapters alone.
         dtype: of the merged weights; `auto`: bfloat16 if the hardware computes in it, else float32.
         push_to_hub: name of the repository to upload the folder to, created if it does not exist; None: no upload.
         private: create the repository as a private one.
@@ -35,7 +40,7 @@ class Arguments:
 
     checkpoint: str = MISSING
     output: str = MISSING
-    merge: bool = False
+    merge: Any = False
     dtype: Dtype = Dtype.auto
     push_to_hub: str | None = None
     private: bool = True
@@ -49,6 +54,8 @@ def check(arguments: Arguments) -> None:
         ValueError: the checkpoint is whole already; or the output holds a model, or cannot be written.
     """
     source, target = Path(arguments.checkpoint), Path(arguments.output)
+    if arguments.merge not in (True, False, PLAIN):
+        raise ValueError(f"merge={arguments.merge} does not exist; choose one of true, {PLAIN}, false.")
     if not (source / ADAPTER_CONFIG).is_file() and (source / "config.json").is_file():
         raise ValueError(
             f"{source} is a whole checkpoint already (all its weights were trained, or adapters were merged into "
@@ -76,12 +83,12 @@ def export(arguments: Arguments) -> str:
 
     from latefusion.models.student.entry import entry_of
     from latefusion.models.student.save import load_student, merge, save_student
-    from latefusion.training.model_card import model_card
+    from latefusion.training.model_card import Form, model_card, without_schedule
 
     source, target = Path(arguments.checkpoint), Path(arguments.output)
     dtype = None if arguments.dtype is Dtype.auto else getattr(torch, arguments.dtype.value)
     if arguments.merge:
-        merged = merge(source, target, dtype=dtype)
+        merged = merge(source, target, dtype=dtype, plain=arguments.merge == PLAIN)
         model = merged.model
         summary = f"{merged.changed} of {merged.total} tensors of the base have changed."
         if merged.lost > 0:
@@ -91,12 +98,11 @@ def export(arguments: Arguments) -> str:
         target.mkdir(parents=True, exist_ok=True)
         save_student(student, target)
         model, summary = student.model, "The folder holds adapters, to be put on the base."
-    card = model_card(
-        source,
-        folder=arguments.push_to_hub or str(target),
-        merged=arguments.merge,
-        entry=entry_of(model) is not None,
-    )
+    folder = arguments.push_to_hub or str(target)
+    if arguments.merge == PLAIN:
+        summary += f" {without_schedule(source, folder)}"
+    form = {True: Form.merged, False: Form.adapters, PLAIN: Form.plain}[arguments.merge]
+    card = model_card(source, folder=folder, form=form, entry=entry_of(model) is not None)
     (target / "README.md").write_text(card)
     if arguments.push_to_hub is not None:
         api = HfApi()

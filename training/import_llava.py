@@ -197,7 +197,8 @@ def import_checkpoint(arguments: Arguments) -> None:
     import torch  # lazy: keeps argument errors fast
     from transformers import AutoConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
-    from latefusion.models.student.save import record, spare_deepspeed_the_guess
+    from latefusion.models.student.save import spare_deepspeed_the_guess
+    from latefusion.models.student.whole import record
 
     tower = arguments.vision_tower or config["mm_vision_tower"]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,20 @@ are left from a layer on.
 {metrics}
 """
 
-MERGED = """One checkpoint, its adapters merged. `latefusion.load` runs it under its schedule{entry}. Stock
-`AutoModelForImageTextToText` loads it too, but runs it *dense*{without}: every layer sees every vision token, which it
-was not trained for."""
+MERGED = """One checkpoint, its adapters merged, of the model type `latefusion`: `latefusion.load` runs it under its
+schedule{entry}, as `AutoModelForImageTextToText` does once `latefusion` is imported or with `trust_remote_code=True`,
+and vLLM with `pip install 'latefusion[vllm]'`. Programs that do not know the type refuse it."""
+PLAIN = """A stock checkpoint of its weights alone: it has neither the schedule that it was trained under{without}.
+**Every program runs it dense**: every layer sees every vision token, which it was not trained for. {accuracy}"""
 ADAPTER = (
     "This folder holds the adapters alone; `latefusion.load` puts them on the base and attaches the schedule."
 )
 USE = """import latefusion as lf
 
 model, processor = lf.load({folder})"""
+USE_PLAIN = """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model, processor = (kind.from_pretrained({folder}) for kind in (AutoModelForImageTextToText, AutoProcessor))"""
 TRAINING = {
     "data": "data.source",
     "data from": "data.path",
@@ -78,12 +84,19 @@ TRAINING = {
 }
 
 
-def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool) -> str:
+class Form(Enum):
+    """What the folder holds: adapters, one checkpoint of type `latefusion`, or one of the base's type."""
+
+    adapters = "adapters"
+    merged = "merged"
+    plain = "plain"
+
+
+def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) -> str:
     """The card of the student at `checkpoint`, as Markdown.
 
     Args:
         folder: what the user gives to `latefusion.load`.
-        merged: it holds one checkpoint; else adapters.
         entry: the student has an entry adapter.
     """
     path = Path(checkpoint)
@@ -96,8 +109,11 @@ def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool
     else:
         exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
         band = f"are computed from layer {schedule.enter} to {exit_layer} only"
-    parts = {"entry": " and with its entry adapter", "without": " and without its entry adapter"}
-    kind = MERGED.format(**(parts if entry else dict.fromkeys(parts, ""))) if merged else ADAPTER
+    kind = {Form.adapters: ADAPTER, Form.merged: MERGED, Form.plain: PLAIN}[form].format(
+        entry=" and with its entry adapter" if entry else "",
+        without=" nor its entry adapter" if entry else "",
+        accuracy=without_schedule(path, folder),
+    )
     base = str(OmegaConf.select(config, "model.path") or "unknown")
     return _TEXT.format(
         name=_cell(OmegaConf.select(config, "name") or path.name),
@@ -105,10 +121,27 @@ def model_card(checkpoint: str | Path, *, folder: str, merged: bool, entry: bool
         base_name=_cell(base),
         band=band,
         kind=kind,
-        use=USE.format(folder=json.dumps(folder)),
+        use=(USE_PLAIN if form is Form.plain else USE).format(folder=json.dumps(folder)),
         schedule=json.dumps(schedule.to_dict(), indent=2),
         training="\n".join(f"| {what} | {_cell(value)} |" for what, value in _training(config)),
         metrics=_metrics(path),
+    )
+
+
+def without_schedule(checkpoint: str | Path, folder: str) -> str:
+    """What accuracy the student has without its schedule: from the run's evaluation, or how to measure it."""
+    for system in _systems(Path(checkpoint)):
+        try:
+            policy = dict(system["policy"])
+            kind = policy.pop("type")
+            dense = kind == "VisionSchedule" and VisionSchedule.from_dict(policy) == VisionSchedule()
+            if dense and system["adapters"]:
+                return f"Its accuracy without the schedule is {_accuracy(system)}."
+        except (KeyError, TypeError, AttributeError, ValueError):
+            continue
+    return (
+        "Its accuracy without the schedule was not measured: "
+        f"`python eval/evaluate.py model=other model.path={folder} data=...` does so."
     )
 
 
@@ -119,24 +152,39 @@ def _training(config: DictConfig) -> list[tuple[str, Any]]:
 
 
 def _metrics(path: Path) -> str:
-    file = next((path / name for name in METRICS if (path / name).is_file()), None)
-    if file is None:
+    if not any((path / name).is_file() for name in METRICS):
         return "None were measured."
     lines = [
         "| system | accuracy (95% interval) | FLOPs of dense: decoder (whole prefill) |",
         "| --- | ---: | ---: |",
     ]
     try:
-        for system in json.loads(file.read_text())["systems"].values():
-            overall = system["accuracy"]["overall"]
-            accuracy = f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
+        for system in _systems(path):
             flops = f"{system['flops']['ratio']:.0%}"
             if "prefill_flops" in system:
                 flops += f" ({system['prefill_flops']['ratio']:.0%})"
-            lines.append(f"| {_cell(system['name'])} | {accuracy} | {flops} |")
+            lines.append(f"| {_cell(system['name'])} | {_accuracy(system)} | {flops} |")
     except (KeyError, TypeError, AttributeError, ValueError):
-        return f"{file.name} is not a report of an evaluation."
-    return "\n".join(lines)
+        lines = []
+    return (
+        "\n".join(lines)
+        if len(lines) > 2
+        else "The file beside the weights is not a report of an evaluation."
+    )
+
+
+def _systems(path: Path) -> list[Any]:
+    """What the run's evaluation measured; empty: nothing."""
+    file = next((path / name for name in METRICS if (path / name).is_file()), None)
+    try:
+        return [] if file is None else list(json.loads(file.read_text())["systems"].values())
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
+
+
+def _accuracy(system: Any) -> str:
+    overall = system["accuracy"]["overall"]
+    return f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
 
 
 def _cell(value: Any) -> str:

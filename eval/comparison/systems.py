@@ -21,7 +21,8 @@ from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
-from latefusion.models.student.save import load, load_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import load_student
 
 NAMES = {
     "dense": "Dense base",

@@ -15,26 +15,22 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from latefusion.models.attach import attach
-from latefusion.models.base_model import compute_dtype, load_base, load_checkpoint, load_processor
+from latefusion.models.base_model import compute_dtype, load_base, load_processor
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
     BASE,
-    SCHEDULE_KEY,
     adapter_settings,
     check_base_of,
-    read_config,
-    student_folder,
 )
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student, hold_frozen
-from latefusion.models.student.entry import ENTRY, entry_of, entry_shape, install_entry
+from latefusion.models.student.entry import ENTRY, entry_shape, install_entry
+from latefusion.models.student.whole import forget, record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-LOOSE_ENTRY = f"{ENTRY}.safetensors"  # where checkpoints of an earlier format keep the entry adapter
-LOST = 0.5  # of the adapters' change of the weights; `load` warns if merging rounds away more
 WRITTEN = {  # settings of LoRA that `build_student` writes or PEFT adds; all others must be PEFT's defaults
     *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"),
     *("task_type", "peft_type", "peft_version", "inference_mode", "revision", BASE),
@@ -77,13 +73,6 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     student.schedule.save(folder)
 
 
-def record(model: PreTrainedModel, schedule: VisionSchedule) -> None:
-    """Write the schedule and the entry adapter's sizes into the model's configuration, where `load` looks for them."""
-    entry = entry_of(model)
-    setattr(model.config, SCHEDULE_KEY, schedule.to_dict())
-    setattr(model.config, ENTRY, None if entry is None else entry.sizes())
-
-
 def spare_deepspeed_the_guess() -> None:
     """Say that there is no GPU: transformers imports DeepSpeed to save, which would guess the device and warn."""
     if not torch.cuda.is_available():
@@ -91,53 +80,6 @@ def spare_deepspeed_the_guess() -> None:
 
 
 # ---------------------------------------------------------------- load
-
-
-def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, merge: bool = True
-) -> tuple[Any, ProcessorMixin]:
-    """Load a trained late-fusion model with its schedule attached, and its processor.
-
-    Args:
-        path: a folder that `training/train.py` or `training/export.py` wrote, or the hub id it was published under.
-        dtype: of the weights; None: bfloat16 where the hardware has it, else float32.
-        merge: add LoRA to the weights, so that the model is as fast as its base. Exact to float error in float32; in
-            bfloat16 the sums are rounded (docs/models.md). False: keep the adapters apart, with gradients, to go on
-            training or to switch them off.
-
-    Raises:
-        FileNotFoundError: the folder holds no student, or its base is not there.
-        ValueError: its files contradict each other.
-    """
-    folder = student_folder(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        student = load_student(folder, dtype=dtype, trainable=not merge)
-        if not merge:
-            return student.model, student.processor
-        done = merge_adapters(student)
-        if done.lost > LOST:
-            warnings.warn(
-                f"merging the adapters of {path} into {_name(done.model.dtype)} rounds away {done.lost:.0%} of what "
-                "they changed; load it with dtype=torch.float32 or merge=False.",
-                stacklevel=2,
-            )
-        attach(done.model, student.schedule)
-        return done.model, student.processor
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
-        )
-    schedule = read_config(folder / "config.json").get(SCHEDULE_KEY)
-    if schedule is None:
-        raise FileNotFoundError(
-            f"the model at {path} has no vision schedule; load it with transformers and attach one."
-        )
-    model, processor = load_checkpoint(str(folder), dtype=dtype or compute_dtype(), ignored=[rf"^{ENTRY}\."])
-    load_entry(model, folder)
-    policy = VisionSchedule.from_dict(schedule)
-    record(model, policy)  # a checkpoint of an earlier format says nothing of its entry adapter
-    attach(model, policy)
-    return model, processor
 
 
 def load_student(
@@ -199,36 +141,6 @@ def load_student(
     )
 
 
-def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
-    """Install the entry adapter of a whole checkpoint in its model, if it has one.
-
-    Raises:
-        ValueError: the configuration and the weights do not agree whether there is one, and of which sizes.
-    """
-    weights = _entry_weights(Path(folder))
-    sizes = getattr(model.config, ENTRY, None)
-    saved = None
-    if weights:
-        rank, places = entry_shape({name: weight.shape for name, weight in weights.items()})
-        saved = {"rank": rank, "places": places}
-    if sizes is not None and sizes != saved:
-        state = (
-            f"holds one with {saved}"
-            if saved
-            else "lacks its weights: transformers alone drops them as it loads"
-        )
-        raise ValueError(
-            f"the student at {folder} needs its entry adapter ({sizes}), but the checkpoint {state}; use the folder "
-            "that training/export.py or training wrote."
-        )
-    if saved is None:
-        return
-    entry = entry_of(model)
-    if entry is None:
-        entry = install_entry(model, saved["rank"], saved["places"])
-    entry.load_state_dict(weights)
-
-
 def lora_config(folder: Path) -> LoraConfig:
     """The LoRA settings of a student's folder, taken from its JSON as plain values.
 
@@ -261,18 +173,6 @@ def _saved_shapes(file: Path) -> dict[str, list[int]]:
         raise FileNotFoundError(f"no student at {file.parent}: it has no {file.name}.") from None
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); name another checkpoint.") from None
-
-
-def _entry_weights(folder: Path) -> dict[str, Tensor]:
-    """The entry adapter's tensors in a whole checkpoint; those of an earlier format have a file of their own."""
-    if (folder / LOOSE_ENTRY).is_file():
-        return load_file(folder / LOOSE_ENTRY)
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(f"{ENTRY}.")]  # noqa: SIM118
-            tensors.update({name.removeprefix(f"{ENTRY}."): weights.get_tensor(name) for name in names})
-    return tensors
 
 
 # ---------------------------------------------------------------- start from, merge
@@ -311,11 +211,18 @@ def start_from(student: Student, folder: str | Path) -> None:
         )
 
 
-def merge(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Merge:
-    """Write the student at `source` as one checkpoint, LoRA merged, to `target`; `load` reads it.
+def merge(
+    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, plain: bool = False
+) -> Merge:
+    """Write the student at `source` as one checkpoint, LoRA merged, to `target`.
 
-    `config.json` carries the schedule as `vision_schedule` and the entry adapter's sizes as `vision_entry`, whose
-    tensors lie among the others. Stock classes load the folder without both, and run it dense.
+    Its model type is `latefusion` (`whole.py`): `load` reads it, `AutoModelForImageTextToText` once latefusion is
+    imported, and whatever does not know the type refuses it. `config.json` carries the schedule as `vision_schedule`
+    and the entry adapter's sizes as `vision_entry`; its tensors lie among the others.
+
+    Args:
+        plain: write a checkpoint of the base's type instead, without schedule and entry adapter. Everything loads it,
+            and runs it dense, which it was not trained for.
 
     Raises:
         ValueError: merging changes nothing: the adapters never trained, or the changes are too small for the dtype.
@@ -327,6 +234,12 @@ def merge(source: str | Path, target: str | Path, *, dtype: torch.dtype | None =
             f"merging {source} changed no weight of its base: its adapters never trained, or their changes are too "
             f"small for {_name(done.model.dtype)}; merge in float32."
         )
+    if plain:
+        forget(done.model)
+        spare_deepspeed_the_guess()
+        done.model.save_pretrained(target)
+        student.processor.save_pretrained(target)
+        return done
     save_student(
         Student(
             model=done.model,

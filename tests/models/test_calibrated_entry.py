@@ -20,7 +20,8 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
-from latefusion.models.student.save import load, merge, save_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import merge, save_student
 from latefusion.training import assemble
 from latefusion.training.prepare import FITTED, settle_entry
 

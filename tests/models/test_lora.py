@@ -22,7 +22,8 @@ from latefusion.models.base_model import unquantised
 from latefusion.models.flops import decoder_flops
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
-from latefusion.models.student.save import load, load_student, merge, save_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import load_student, merge, save_student
 from latefusion.recipes.schema import Layers, LoraConfig
 from latefusion.training import assemble
 from latefusion.training.step_cost import (

@@ -1,6 +1,8 @@
 """Saved, loaded, merged, loaded, saved and loaded again: the same logits, in every family and variant of LoRA."""
 
 import json
+import pickle
+import subprocess
 import sys
 import warnings
 
@@ -11,7 +13,7 @@ from helpers.families import FAMILIES, build, prompt
 from helpers.tiny_base import shake
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
 from latefusion.models import base_model as base
 from latefusion.models.attach import attach, attached
@@ -19,14 +21,9 @@ from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import build_student
 from latefusion.models.student.entry import entry_of
-from latefusion.models.student.save import (
-    LOOSE_ENTRY,
-    load,
-    load_student,
-    merge,
-    merge_adapters,
-    save_student,
-)
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import load_student, merge, merge_adapters, save_student
+from latefusion.models.student.whole import LOOSE_ENTRY
 
 PLAIN, RS, DORA = {}, {"rslora": True}, {"dora": True}
 SCHEDULE = VisionSchedule(enter=2, exit=5, keep={4: 2})
@@ -119,20 +116,86 @@ def test_a_student_keeps_its_logits_through_every_form(family, variant, tmp_path
 
 
 @VARIANTS
-def test_a_student_that_lost_its_entry_adapter_is_refused(family, variant, tmp_path, stand_in):
-    """Merged, loaded and saved by transformers alone: the schedule is still there, the entry adapter is not."""
+def test_transformers_loads_a_merged_student_with_its_schedule(family, variant, tmp_path, stand_in):
+    """Once latefusion is imported: by the Auto class, in every dtype the entry adapter stays in float32."""
+    expected, real = saved_student(family, variant, tmp_path, stand_in)
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert attached(model).policy == SCHEDULE and type(model) is type(build(family))
+    torch.testing.assert_close(logits(model, fresh(family))[real], expected[real], rtol=1e-5, atol=1e-5)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and entry_of(model).scale.dtype == torch.float32
+    config = pickle.loads(pickle.dumps(model.config))  # vLLM sends it between processes
+    assert type(config) is type(model.config) and config.to_json_string() == model.config.to_json_string()
+    twice = AutoConfig.from_pretrained(tmp_path / "merged")
+    twice.save_pretrained(tmp_path / "config")
+    again = AutoConfig.from_pretrained(tmp_path / "config")
+    again.name_or_path = twice.name_or_path
+    assert again.to_dict() == twice.to_dict()
+
+
+@VARIANTS
+def test_a_student_without_its_entry_adapter_is_refused(family, variant, tmp_path, stand_in):
+    """Its weights dropped from the file; or from the model, which then has no policy but the dense one."""
     saved_student(family, variant, tmp_path, stand_in)
     merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
-    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    attached(model).detach()
+    del model._modules["vision_entry"]
     with pytest.raises(
         ValueError, match=r"saved with an entry adapter.*load the folder with latefusion\.load"
     ):
-        attach(stock, SCHEDULE)
-    with attach(stock, VisionSchedule()) as dense, pytest.raises(ValueError, match="saved with an entry"):
+        attach(model, SCHEDULE)
+    with attach(model, VisionSchedule()) as dense, pytest.raises(ValueError, match="saved with an entry"):
         dense.using(SCHEDULE).__enter__()
-    stock.save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match=r"needs its entry adapter .* but the checkpoint lacks its weights"):
-        load(tmp_path / "stock", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "lost")
+    for loading in (load, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"needs its entry adapter .* but the checkpoint lacks its weights"
+        ):
+            loading(tmp_path / "lost", dtype=torch.float32)
+
+
+def in_a_new_process(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+IN_TRANSFORMERS = """
+import sys
+{first}
+from transformers import AutoModelForImageTextToText
+{second}
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="float32", {settings})
+from latefusion.models.attach import attached
+print(attached(model).policy)
+"""
+
+
+@pytest.mark.slow
+def test_a_merged_student_never_runs_dense_without_a_word(tmp_path, stand_in):
+    """latefusion imported before or after transformers, or by trust_remote_code; without it a sentence."""
+    folder, _, _ = merged_llava(tmp_path, stand_in)
+    for parts in (
+        {"first": "import latefusion", "second": "", "settings": ""},
+        {"first": "", "second": "import latefusion", "settings": ""},
+        {"first": "", "second": "", "settings": "trust_remote_code=True"},
+    ):
+        code, output, errors = in_a_new_process(IN_TRANSFORMERS.format(**parts), folder)
+        assert not code and output.strip() == str(SCHEDULE), errors
+    parts = {"first": "", "second": "", "settings": ""}
+    code, _, errors = in_a_new_process(IN_TRANSFORMERS.format(**parts), folder)
+    assert code and "contains custom code" in errors and "trust_remote_code=True" in errors
+    values = json.loads((folder / "config.json").read_text())
+    del values["auto_map"]
+    (folder / "config.json").write_text(json.dumps(values))
+    code, _, errors = in_a_new_process(IN_TRANSFORMERS.format(**parts), folder)
+    assert code and "model type `latefusion` but Transformers does not recognize this architecture" in errors
+
+
+def test_importing_latefusion_does_not_import_transformers():
+    code = "import sys, latefusion; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert in_a_new_process(code)[0] == 0
 
 
 def merged_llava(folder, stand_in):
@@ -153,7 +216,10 @@ def test_folders_of_the_earlier_format_still_load(tmp_path, stand_in):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file({name.removeprefix("vision_entry."): w for name, w in entry.items()}, folder / LOOSE_ENTRY)
     config = json.loads((folder / "config.json").read_text())
-    del config["vision_entry"]
+    for name in ("vision_entry", "auto_map"):
+        del config[name]
+    config["model_type"] = config.pop("base_model_type")
+    config["architectures"] = ["LlavaForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(model, fresh("llava"))[real], expected, rtol=1e-5, atol=1e-5)
@@ -261,9 +327,12 @@ def test_code_that_comes_with_a_folder_is_not_run(tmp_path, stand_in):
     names = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")
     edit(folder / "config.json", auto_map={name: "evil.Evil" for name in names})
     load(folder, dtype=torch.float32)
-    edit(folder / "config.json", model_type="unheard_of")
-    with pytest.raises(ValueError):
-        load(folder, dtype=torch.float32)
+    for unknown in ({"base_model_type": "unheard_of"}, {"model_type": "unheard_of"}):
+        edit(folder / "config.json", **unknown)
+        with pytest.raises(
+            ValueError, match="is of type 'unheard_of', which this transformers does not have"
+        ):
+            load(folder, dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
 
 

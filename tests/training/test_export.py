@@ -13,9 +13,10 @@ from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.save import load, save_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import save_student
 from latefusion.training import assemble, export
-from latefusion.training.model_card import model_card
+from latefusion.training.model_card import Form, model_card, without_schedule
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +61,49 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
         f'lf.load("{target}")',
     ):
         assert line in card, line
-    assert ("runs it *dense*" in card) == (merged == "true")
+    assert ("Programs that do not know the type refuse it" in card) == (merged == "true")
     printed = capsys.readouterr().out
     assert f"{target} is written." in printed
     if merged == "true":
         assert "tensors of the base have changed" in printed
-        stock, info = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert all(name.startswith("vision_entry.") for name in info["unexpected_keys"])
-        assert not torch.allclose(
-            student_logits(stock, inputs), expected, rtol=1e-2
-        )  # dense, as the card says
+        auto = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32)
+        assert torch.equal(student_logits(auto, inputs), student_logits(model, inputs))
+
+
+def test_a_plain_export_is_a_stock_checkpoint_that_says_what_it_lacks(checkpoint, tmp_path, capsys):
+    source, inputs, expected = checkpoint
+    target = tmp_path / "out"
+    export.main([f"checkpoint={source}", f"output={target}", "merge=plain", "dtype=float32"])
+    assert "Its accuracy without the schedule was not measured: `python eval" in capsys.readouterr().out
+    assert not {"latefusion_type.py", "vision_schedule.json"} & {file.name for file in target.iterdir()}
+    values = json.loads((target / "config.json").read_text())
+    assert (
+        values["model_type"] == "llava"
+        and not {"vision_schedule", "vision_entry", "auto_map"} & values.keys()
+    )
+    stock, info = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not torch.allclose(student_logits(stock, inputs), expected, rtol=1e-2)  # dense, as the card says
+    card = (target / "README.md").read_text()
+    assert "**Every program runs it dense**" in card and "was not measured" in card and "lf.load" not in card
+    with pytest.raises(FileNotFoundError, match="has no vision schedule"):
+        load(target)
+
+
+def test_a_plain_export_names_the_accuracy_that_its_run_measured_without_the_schedule(checkpoint, tmp_path):
+    report = json.loads((checkpoint[0] / "report.json").read_text())
+    overall = {"value": 0.25, "low": 0.2, "high": 0.3}
+    dense = {"type": "VisionSchedule", "enter": 0, "exit": None, "keep": {}}
+    system = {"name": "x", "policy": dense, "adapters": True, "accuracy": {"overall": overall}}
+    for changed, expected in (
+        ({}, "is 25.0% (20.0% to 30.0%)"),
+        ({"adapters": False}, "was not measured"),
+        ({"policy": {**dense, "enter": 2}}, "was not measured"),
+        ({"policy": None}, "was not measured"),
+    ):
+        report["systems"]["x"] = {**system, **changed}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        assert expected in without_schedule(tmp_path, "out")
 
 
 def test_a_card_holds_what_a_foreign_folder_says_as_text(checkpoint, tmp_path, monkeypatch):
@@ -81,7 +114,7 @@ def test_a_card_holds_what_a_foreign_folder_says_as_text(checkpoint, tmp_path, m
         "name: '<img src=x>'\nmodel: {path: \"a\\nlicense: mit\"}\nteacher: '${oc.env:SECRET}'\n"
         "data: {source: 'a | b', path: '[click](http://x)'}\ntrain: {seed: '${train.steps}', steps: 3}\n"
     )
-    card = model_card(source, folder="me/student", merged=True, entry=True)
+    card = model_card(source, folder="me/student", form=Form.merged, entry=True)
     assert "hidden-key" not in card and "| teacher | ${oc.env:SECRET} |" in card
     assert "| seed | ${train.steps} |" in card and "| data | a \\| b |" in card
     assert "<img" not in card and r"| \[click\](http" in card
@@ -130,6 +163,10 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
         (
             ["checkpoint=x", "output=y", "merg=true"],
             "error: merg does not exist (did you mean merge?); the keys are checkpoint",
+        ),
+        (
+            ["checkpoint=x", "output=y", "merge=ture"],
+            "error: merge=ture does not exist; choose one of true, plain",
         ),
         ([], "python training/export.py checkpoint="),
     ],

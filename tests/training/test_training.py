@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from latefusion.models.student.save import load, load_student
+from latefusion.models.student.restore import load
+from latefusion.models.student.save import load_student
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import run
 from latefusion.training.engines import accelerate

@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from latefusion.data.bad_rows import skipped
 from latefusion.data.collate import Collator
 from latefusion.models.student.build import Student
-from latefusion.models.student.save import load_entry, save_student, spare_deepspeed_the_guess
+from latefusion.models.student.save import save_student, spare_deepspeed_the_guess
+from latefusion.models.student.whole import load_entry
 from latefusion.recipes.launcher import rank
 from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.checkpoints import writing, writing_result
