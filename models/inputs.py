@@ -11,7 +11,8 @@ from torch import nn
 
 def unwrapped(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT's wrapper, or the model itself if it is not wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base: Any = getattr(model, "get_base_model", None)
+    return model if get_base is None else get_base()
 
 
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

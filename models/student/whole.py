@@ -192,7 +192,8 @@ def load_whole(folder: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     values[ENTRY_KEY] = _entry_sizes(folder, values.get(ENTRY_KEY))
     config = LateFusionConfig.from_dict(values)
     processor = load_processor(str(folder))
-    return read_weights(model_class(type(config)), str(folder), dtype=dtype, config=config), processor
+    kind: Any = type(config)
+    return read_weights(model_class(kind), str(folder), dtype=dtype, config=config), processor
 
 
 def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
