@@ -5,7 +5,7 @@ Each function makes one decision from numbers; `study.py` measures them and call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from typing import Any
@@ -155,15 +155,7 @@ def pyramids(
     Returns:
         FLOPs, expected cost, and the pyramid.
     """
-    layers = sorted({layer for layer, _ in table})
-    every: list[tuple[float, float, dict[int, int]]] = []
-    for n in range(1, STEPS + 1):
-        for chosen in combinations(layers, n):
-            sizes = [[k for at, k in table if at == layer] for layer in chosen]
-            for ks in product(*sizes):
-                if all(a > b for a, b in pairwise(ks)):
-                    keep = dict(zip(chosen, ks, strict=True))
-                    every.append((flops(keep), sum(table[step] for step in keep.items()), keep))
+    every = [(flops(keep), sum(table[step] for step in keep.items()), keep) for keep in every_pyramid(table)]
     every.sort(key=lambda entry: (entry[0], entry[1], tuple(entry[2].items())))
     front, least = [], float("inf")
     for entry in every:
@@ -171,6 +163,17 @@ def pyramids(
             front.append(entry)
             least = entry[1]
     return front
+
+
+def every_pyramid(steps: Collection[tuple[int, int]]) -> Iterator[dict[int, int]]:
+    """Up to STEPS of the keeps `(layer, k)` together, fewer tokens in each later layer."""
+    layers = sorted({layer for layer, _ in steps})
+    for n in range(1, STEPS + 1):
+        for chosen in combinations(layers, n):
+            sizes = [[k for at, k in steps if at == layer] for layer in chosen]
+            for ks in product(*sizes):
+                if all(a > b for a, b in pairwise(ks)):
+                    yield dict(zip(chosen, ks, strict=True))
 
 
 def ladder(front: Sequence[tuple[float, float, dict[int, int]]]) -> list[tuple[float, dict[int, int]]]:

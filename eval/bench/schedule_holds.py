@@ -1,0 +1,351 @@
+"""Whether `schedule=auto` holds its bound on new prompts: the choice repeated on random subsets of the embedded base's.
+
+    python eval/bench/schedule_holds.py --subsets 20 --json docs/results/schedule_holds.json
+
+Each subset is 128 validation questions to search on and others to accept on, drawn from a pool; the chosen schedule is
+then measured on questions about scenes that no subset has. What a schedule does to a question is measured once,
+whichever subset asks, so twenty subsets cost far less than twenty profiles. `--table` keeps these numbers: another
+rule, or more subsets, then runs what is missing alone. Several processes fill a table together, before any choice:
+
+    python eval/bench/schedule_holds.py --fill 2:10 2:11 --part 0/8 --table outputs/table_0.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from latefusion.data import sources
+from latefusion.data.collate import Collator, build_collator
+from latefusion.data.draw import distinct_images, opened, with_images
+from latefusion.data.prompt_batches import Group, batches, counts
+from latefusion.eval.fusion.blind import Runner
+from latefusion.eval.fusion.decide import (
+    Goal,
+    Study,
+    band_schedule,
+    every_pyramid,
+    keep_layers,
+    keep_sizes,
+)
+from latefusion.eval.fusion.effects import Answers, Effect, interval
+from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
+from latefusion.eval.fusion.run import calibrate
+from latefusion.models.attach import Attachment, attach
+from latefusion.models.base_model import load_base
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.entry_fit import Calibration, installed
+
+IMAGES = 256  # that calibrate the entry, as `eval/profile_model.py` has it
+DECIDING = ("prefix", "suffix", "late")  # knock-outs that a schedule is chosen by
+
+
+@dataclass
+class Table:
+    """What schedules do to the questions of a pool, measured when first asked for.
+
+    Attributes:
+        chunks: the pool; each chunk's questions in batches.
+        values: by name, `[KL, right]` of a chunk's questions, float32 `[2, N]`; None where nobody asked.
+    """
+
+    attachment: Attachment
+    chunks: list[list[Group]]
+    values: dict[str, list[NDArray[np.float32] | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._runners: dict[int, list[Runner]] = {}
+        self._dense: dict[int, list[Answers]] = {}
+
+    def get(
+        self,
+        names: Sequence[str],
+        chunks: Sequence[int],
+        measure: Callable[[Runner, Answers], dict[str, Effect]],
+    ) -> dict[str, NDArray[np.float32]]:
+        """What is known under each name of some chunks, `[2, N]`, measured now where it is not there."""
+        columns = [self.values.setdefault(name, [None] * len(self.chunks)) for name in names]
+        for chunk in chunks:
+            if any(column[chunk] is None for column in columns):
+                pairs = zip(self.runners(chunk), self.dense(chunk), strict=True)
+                parts = [measure(runner, dense) for runner, dense in pairs]
+                for name, column in zip(names, columns, strict=True):
+                    column[chunk] = joined([part[name] for part in parts])
+        return {
+            name: np.concatenate([column[chunk] for chunk in chunks], 1)  # type: ignore[misc]
+            for name, column in zip(names, columns, strict=True)
+        }
+
+    def runners(self, chunk: int) -> list[Runner]:
+        if chunk not in self._runners:
+            model = self.attachment.model
+            self._runners[chunk] = [
+                Runner(model, self.attachment, group.make()) for group in self.chunks[chunk]
+            ]
+        return self._runners[chunk]
+
+    def dense(self, chunk: int) -> list[Answers]:
+        if chunk not in self._dense:
+            self._dense[chunk] = [runner.answers(VisionSchedule()) for runner in self.runners(chunk)]
+        return self._dense[chunk]
+
+    def save(self, path: Path) -> None:
+        """Write every number, NaN where nobody asked."""
+        empty = [np.full((2, size), np.nan, np.float16) for size in self.sizes()]
+        arrays = {
+            name: np.concatenate(
+                [e if part is None else part for e, part in zip(empty, parts, strict=True)], 1
+            ).astype(np.float16)
+            for name, parts in self.values.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+    def load(self, path: Path) -> None:
+        """Read what an earlier run wrote about the same chunks."""
+        ends = np.cumsum(self.sizes())[:-1]
+        with np.load(path) as arrays:
+            for name, array in arrays.items():
+                kept = self.values.setdefault(name, [None] * len(self.chunks))
+                for i, part in enumerate(np.split(array, ends, axis=1)):
+                    kept[i] = kept[i] if np.isnan(part).any() else part.astype(np.float32)
+
+    def sizes(self) -> list[int]:
+        return [sum(len(group.numbers) for group in chunk) for chunk in self.chunks]
+
+
+def joined(parts: Sequence[Effect]) -> NDArray[np.float32]:
+    """KL and correctness of all samples, `[2, N]`."""
+    return np.array([[x for p in parts for x in p.kl], [x for p in parts for x in p.right]], np.float32)
+
+
+@dataclass
+class Subset:
+    """Some chunks of a table, to be measured on as `eval.fusion.measure.Measurer` measures on batches."""
+
+    table: Table
+    chunks: Sequence[int]
+
+    @property
+    def layers(self) -> int:
+        return len(self.table.attachment.layers)
+
+    @property
+    def model(self) -> Any:
+        return self.table.attachment.model
+
+    def looks(self) -> list[Any]:
+        return []
+
+    def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[None]:
+        return []
+
+    def knock_outs(self) -> dict[str, Any]:
+        keys = [key for key in knock_outs(self.layers) if key[0] in DECIDING]
+
+        def measure(runner: Runner, dense: Answers) -> dict[str, Effect]:
+            nothing, changed = effects(runner, keys)
+            return {"dense": nothing, **{f"{kind} {layer}": changed[kind, layer] for kind, layer in keys}}
+
+        return self._effects(["dense", *(f"{kind} {layer}" for kind, layer in keys)], measure)
+
+    def bands(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        def measure(runner: Runner, dense: Answers) -> dict[str, Effect]:
+            return {f"band {a} {b}": effect for (a, b), effect in band_effects(runner, pairs)}
+
+        found = self._effects([f"band {a} {b}" for a, b in pairs], measure)
+        return {name.removeprefix("band "): effect for name, effect in found.items()}
+
+    def schedule(
+        self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float = 0.0
+    ) -> tuple[list[float], list[bool]]:
+        name = f"{schedule.to_dict()} {'calibrated' if entry is not None else 'raw'}"
+
+        def measure(runner: Runner, dense: Answers) -> dict[str, Effect]:
+            with installed(self.model, entry) if entry is not None else nullcontext():
+                return {name: dense.effect(runner.answers(schedule))}
+
+        effect = self._effects([name], measure)[name]
+        return effect["kl"], effect["right"]
+
+    def _effects(
+        self, names: Sequence[str], measure: Callable[[Runner, Answers], dict[str, Effect]]
+    ) -> dict[str, Any]:
+        every = self.table.get(names, self.chunks, measure)
+        return {
+            name: {"kl": kl.tolist(), "right": (right == 1).tolist()} for name, (kl, right) in every.items()
+        }
+
+
+def chunks_of(model: Any, collator: Collator, seed: int, size: int, most: int | None) -> list[list[Group]]:
+    """The validation questions of `data.seed=seed` in a random order, `size` at a time, `most` of them."""
+    rows: Any = sources.scenes("validation", seed=seed)
+    drawn, _ = with_images(rows, needed=None, seed=seed)
+    order = np.random.default_rng(seed).permutation(len(drawn))[:most]
+    whole = range(0, len(order) - size + 1, size)
+    return [
+        batches(model, collator, opened(rows, [drawn[i] for i in order[at : at + size]]), size)
+        for at in whole
+    ]
+
+
+@dataclass
+class Pool:
+    """The embedded base's table, which of its chunks are new scenes, and the calibrated entries of its layers."""
+
+    table: Table
+    size: int  # of a chunk
+    new: Sequence[int]
+    entry: Callable[[int], Calibration]
+
+    @property
+    def drawn_from(self) -> list[int]:
+        return [i for i in range(len(self.table.chunks)) if i not in self.new]
+
+    def choose(self, number: int, confirm: int, bound: float, fresh: int) -> dict[str, Any]:
+        """Choose a schedule on a random subset, and say what it costs on `fresh` new questions and on all of them."""
+        random, chunks = np.random.default_rng(number), -(-confirm // self.size)
+        drawn = random.permutation(self.drawn_from).tolist()
+        samples, others = Subset(self.table, drawn[:1]), Subset(self.table, drawn[1 : 1 + chunks])
+        text, vision = counts([group for chunk in drawn for group in self.table.chunks[chunk]])
+        result = Study(samples, others, Goal(bound=bound), True, text, vision).run(self.entry)  # type: ignore[arg-type]
+        schedule, confirmed = result["chosen"]["schedule"], result["confirmed"]
+        entry = self.entry(schedule["enter"]).entry if result["chosen"]["calibrated"] else None
+        new = random.permutation(self.new).tolist()
+        kl, _ = Subset(self.table, new).schedule(VisionSchedule.from_dict(schedule), entry)
+        return {
+            "subset": number,
+            "schedule": schedule,
+            "flops": result["chosen"]["flops"],
+            "confirm": {name: confirmed[name] for name in ("prompts", "kl", "limit")},
+            "new": described(kl[:fresh]),
+            "all_new": described(kl),
+            "measured": len(result["ladder"]),
+        }
+
+    def fill(self, bands: Sequence[tuple[int, ...]], part: int, parts: int) -> Iterator[int]:
+        """Measure the knock-outs, and every pyramid of these bands, on a part of the chunks; the chunks as they end."""
+        mine = range(part, len(self.table.chunks), parts)
+        layers, vision = len(self.table.attachment.layers), len(self.table.chunks[0][0].places)
+        for chunk in track(mine, console=Console(stderr=True)):
+            subset = Subset(self.table, [chunk])
+            subset.knock_outs()
+            for enter, leave in bands:
+                entry = self.entry(enter).entry if enter else None
+                single = {(i, k): 0.0 for i in keep_layers(enter, leave) for k in keep_sizes(vision)}
+                for keep in [{}, *every_pyramid(single)]:
+                    subset.schedule(band_schedule(enter, leave, layers, keep), entry)
+            yield chunk
+
+
+def described(kl: Sequence[float]) -> dict[str, Any]:
+    mean, low, high = interval(kl)
+    return {"prompts": len(kl), "kl": mean, "low": low, "high": high}
+
+
+def pool(
+    attachment: Attachment, processor: Any, scenes: int, new: int, size: int, most: int | None = None
+) -> Pool:
+    """Validation questions of `data.seed` 0 to `scenes` - 1 to draw from, and of the next `new` seeds to judge by."""
+    model = attachment.model
+    collator = build_collator(processor, model.config, model.generation_config)
+    parts = [chunks_of(model, collator, seed, size, most) for seed in range(scenes + new)]
+    table = Table(attachment, [chunk for part in parts for chunk in part])
+    train: Any = sources.scenes("train", seed=0)
+    fit_on = distinct_images(train, IMAGES)
+    first_new = sum(len(part) for part in parts[:scenes])
+    return Pool(
+        table,
+        size,
+        range(first_new, len(table.chunks)),
+        cache(lambda enter: calibrate(attachment, collator, fit_on, enter, 32)),
+    )
+
+
+def summary(subsets: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
+    """How many subsets hold, and how far apart their FLOPs are."""
+    flops = np.array([subset["flops"] for subset in subsets])
+    return {
+        "subsets": len(subsets),
+        "hold_on_new": sum(subset["new"]["kl"] <= bound for subset in subsets),
+        "hold_on_all_new": sum(subset["all_new"]["kl"] <= bound for subset in subsets),
+        "flops_median": float(np.median(flops)),
+        "flops_least_and_most": [float(flops.min()), float(flops.max())],
+        "within_20_percent_of_median": int(np.sum(np.abs(flops / np.median(flops) - 1) <= 0.2)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subsets", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first subset")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="questions to search on; drawn and measured together"
+    )
+    parser.add_argument("--confirm", type=int, default=384)
+    parser.add_argument("--bound", type=float, default=0.05)
+    parser.add_argument(
+        "--scenes", type=int, default=3, help="seeds of scenes to draw from, about 2,000 questions each"
+    )
+    parser.add_argument("--new", type=int, default=1, help="seeds of scenes that no subset has")
+    parser.add_argument("--questions", type=int, help="of each seed at most")
+    parser.add_argument("--fresh", type=int, default=640, help="new questions that a subset is judged on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", default=[], help=".npz that keep what is measured: in the first"
+    )
+    parser.add_argument(
+        "--fill", nargs="*", metavar="ENTER:EXIT", help="measure every pyramid of these bands, and no more"
+    )
+    parser.add_argument("--part", default="0/1", help="of the questions, that --fill measures")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model, processor = load_base("embedded", dtype=torch.float32)
+    model.to(options.device)
+    with attach(model, VisionSchedule()) as attachment:
+        drawn = pool(attachment, processor, options.scenes, options.new, options.samples, options.questions)
+        for path in options.table:
+            if path.exists():
+                drawn.table.load(path)
+        if options.fill is not None:
+            bands = [tuple(map(int, band.split(":"))) for band in options.fill]
+            for _ in drawn.fill(bands, *map(int, options.part.split("/"))):
+                drawn.table.save(options.table[0])
+        else:
+            subsets = []
+            for number in track(
+                range(options.first, options.first + options.subsets), console=Console(stderr=True)
+            ):
+                subsets.append(drawn.choose(number, options.confirm, options.bound, options.fresh))
+                write(options.json, subsets, vars(options))
+            print(json.dumps(summary(subsets, options.bound), indent=1))
+        if options.table:
+            drawn.table.save(options.table[0])
+
+
+def write(path: Path, subsets: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
+    settings = {
+        name: options[name] for name in ("samples", "confirm", "bound", "scenes", "new", "fresh", "device")
+    }
+    out = {"settings": settings, "summary": summary(subsets, options["bound"]), "subsets": list(subsets)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
