@@ -131,7 +131,6 @@ def answer(
     from latefusion.models.attach import attach
     from latefusion.models.base_model import compute_dtype, load_base
     from latefusion.models.explain import explain
-    from latefusion.models.flops import encoder_flops, head_flops
     from latefusion.models.schedule import VisionSchedule
 
     model: Any
@@ -152,7 +151,6 @@ def answer(
         "KV cache",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    vision = encoder_flops(model, inputs)
     saved: dict[str, float] = {}  # of the whole prefill
     explanations: dict[str, Explanation] = {}
     with attach(model, VisionSchedule()) as attachment, torch.no_grad():
@@ -170,9 +168,8 @@ def answer(
                 explanations[name] = explain(model, inputs)
             sample = explanations[name].samples[0]
             cost = sample.account
-            if vision is not None:
-                whole = cost.dense_flops + vision + head_flops(model.config, 1)
-                saved[name] = (cost.dense_flops - cost.flops) / whole
+            if sample.prefill_saved is not None:
+                saved[name] = sample.prefill_saved
             table.add_row(
                 terminal(Path(name).name),
                 terminal(text.strip()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latefusion.models.attach import attached
 from latefusion.models.executor.trace import PrefillTrace, TraceRecord
-from latefusion.models.flops import Account, account
+from latefusion.models.flops import Account, account, encoder_flops, head_flops
 from latefusion.models.picture import Patches, draw
 
 
@@ -27,12 +27,22 @@ class Sample:
         positions: where its vision tokens stand in the (padded) row, ascending.
         images: the picture's images with their grids of patches; empty where the patches' places are unknown.
         account: what it cost.
+        outside: FLOPs of its prefill outside the decoder layers (vision tower, projector, head); None: unknown.
     """
 
     record: TraceRecord
     positions: list[int]
     images: list[Patches]
     account: Account
+    outside: float | None = None
+
+    @property
+    def prefill_saved(self) -> float | None:
+        """The share of the dense model's whole prefill that was not computed; None where that is unknown."""
+        cost = self.account
+        if self.outside is None:
+            return None
+        return (cost.dense_flops - cost.flops) / (cost.dense_flops + self.outside)
 
     @property
     def kept_patches(self) -> list[int] | None:
@@ -67,9 +77,11 @@ class Sample:
             sentences.append(
                 "They are only read there: keys and values are computed, their states never change."
             )
+        whole = self.prefill_saved
         sentences.append(
-            f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs, "
-            f"{self.account.attention_saved:.1%} of the attention with vision tokens in it"
+            f"Saved: {self.account.flops_saved:.1%} of the decoder's FLOPs"
+            + ("" if whole is None else f" ({whole:.1%} of the whole prefill's, with vision tower and head)")
+            + f", {self.account.attention_saved:.1%} of the attention with vision tokens in it"
             + (
                 f" ({self.account.attention_saved_after:.1%} after the last layer with all of them)."
                 if len(steps) > 1
@@ -88,6 +100,7 @@ class Sample:
             "tokens": record.tokens,
             "vision": record.vision,
             "flops_saved": self.account.flops_saved,
+            "prefill_flops_saved": self.prefill_saved,
             "attention_saved": self.account.attention_saved,
             "attention_saved_after": self.account.attention_saved_after,
         }
@@ -149,6 +162,8 @@ def explain(
         raise ValueError(f"{len(images)} images given for prompts with {n_images}; pass one for each.")
     shown: list[Any] = list(images) if images is not None else pixels(inputs.get("pixel_values"), n_images)
     grids = inputs.get("image_grid_thw")
+    tower = encoder_flops(attachment.model, dict(inputs)) if "pixel_values" in inputs else None
+    vision = sum(record.n_vision for record in attachment.trace)
     samples, at = [], 0
     for record, mask, lengths in zip(attachment.trace, masks, runs, strict=True):
         patches = []
@@ -159,7 +174,10 @@ def explain(
             at += 1
         drawn = patches if len(patches) == len(lengths) else []
         positions = mask.nonzero().flatten().tolist()
-        samples.append(Sample(record, positions, drawn, account(config, [record])))
+        outside = None  # the tower's work is split by vision tokens
+        if tower is not None and vision:
+            outside = tower * record.n_vision / vision + head_flops(config, 1)
+        samples.append(Sample(record, positions, drawn, account(config, [record]), outside))
     return Explanation(samples)
 
 

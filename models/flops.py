@@ -66,8 +66,11 @@ def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
     """FLOPs of vision tower and projector on the images of these inputs, as torch counts them while they run.
 
     Returns:
-        0 without images; None if the tower's attention kernel is one that torch does not count.
+        0 without images; None if they cannot be counted: images that were encoded before, videos, or an attention
+        kernel that torch does not count.
     """
+    if any(name in inputs for name in ("mm_encoder_outputs", "pixel_values_videos")):
+        return None
     import torch  # lazy: the rest of this module is arithmetic
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,6 +87,29 @@ def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         encode_images(model, inputs)
     return counter.get_total_flops()
+
+
+def outside_flops(model: Any, inputs: dict[str, Any]) -> float | None:
+    """FLOPs of one prompt's prefill outside the decoder layers: vision tower, projector, and the head for one token.
+
+    Args:
+        inputs: of the model's forward, with the images as pixels; the mean over its prompts is returned.
+
+    Returns:
+        None where `encoder_flops` is.
+    """
+    encoder = encoder_flops(model, inputs)
+    return None if encoder is None else encoder / len(inputs["input_ids"]) + head_flops(model.config, 1)
+
+
+def prefill_share(decoder: float, outside: float) -> float:
+    """The share of a dense model's whole prefill that is computed.
+
+    Args:
+        decoder: the share of the dense decoder's FLOPs that is computed.
+        outside: `outside_flops`, as a share of the dense decoder's FLOPs.
+    """
+    return (decoder + outside) / (1 + outside)
 
 
 def ranking_flops(config: PretrainedConfig, rows: int, keys: int) -> int:

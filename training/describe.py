@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.streaming import Stream
+from latefusion.models.flops import outside_flops, prefill_share
+from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
@@ -87,6 +89,7 @@ def describe(
     config: Config,
     student: Student,
     batch: dict[str, Any],
+    example: dict[str, Any] | None,
     dataset: Any,
     other: OtherTeacher | None = None,
 ) -> str:
@@ -94,6 +97,7 @@ def describe(
 
     Args:
         batch: of the first samples, whose sizes the lines give.
+        example: a batch of the first of them that has images; None: none has.
         dataset: the training set.
         other: another model that teaches.
     """
@@ -128,8 +132,8 @@ def describe(
             f"{world_size()} process(es){passes}, {teacher_in_words(config)}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross is not None else ''}",
-            f"decoder FLOPs a prompt: {flops / 1e9:.2f}G, {flops / dense:.1%} of dense "
-            f"({n_vision} vision + {n_text} text tokens)",
+            f"FLOPs a prompt ({n_vision} vision + {n_text} text tokens): decoder {flops / 1e9:.2f}G, "
+            f"{flops / dense:.1%} of dense{whole_prefill(flops, dense, student.model, example)}",
             estimate(
                 config,
                 model,
@@ -139,6 +143,29 @@ def describe(
                 online_teacher(config, model, other),
             ),
         ]
+    )
+
+
+def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any] | None) -> str:
+    """The same with vision tower, projector and head, which a schedule does not change; empty if they cannot run yet.
+
+    Args:
+        flops, dense: of the decoder, under the schedule and without.
+        example: a batch of one sample with images.
+    """
+    if example is None or any(hasattr(weight, "ds_id") for weight in model.parameters()):  # ZeRO-3: in shards
+        return ""
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in example.items()
+        if isinstance(value, torch.Tensor)
+    }
+    outside = outside_flops(unwrapped(model), inputs)
+    if outside is None:
+        return ""
+    return (
+        f"; with vision tower, projector and head {(flops + outside) / 1e9:.2f}G, "
+        f"{prefill_share(flops / dense, outside / dense):.1%} of dense"
     )
 
 

@@ -105,7 +105,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
         if first:
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
-            print(describe(config, student, batch, dataset, objective.other), flush=True)
+            alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))
+            example = next((one for one in alone if "pixel_values" in one), None)
+            print(describe(config, student, batch, example, dataset, objective.other), flush=True)
             if trust is not None:
                 trust.write(config.output_dir)
                 print(trust, flush=True)

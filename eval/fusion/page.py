@@ -1,4 +1,4 @@
-"""`report.html`: one file with everything a profile profile, no network."""
+"""Write `report.html`: one file with everything that a profile measured, which loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from markupsafe import Markup
 
 from latefusion.eval.fusion import figures
 from latefusion.eval.fusion.examples import View, examples
+from latefusion.eval.fusion.summary import cost_in_words
+from latefusion.models.flops import prefill_share
 
 
 def write_report(
@@ -30,6 +32,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}"
+    environment.filters["whole"] = lambda share: prefill_share(share, profile["outside"])
     page = environment.get_template("template.html").render(
         profile=profile,
         headline=headline(profile),
@@ -53,7 +56,7 @@ def headline(profile: dict[str, Any]) -> str:
         )
     return (
         f"Of {layers} decoder layers, {see} vision tokens, {_keeps(schedule)}: "
-        f"{100 * chosen['flops']:.0f}% of the FLOPs, untrained.{right}"
+        f"{cost_in_words(chosen['flops'], profile['outside'], 0)}, untrained.{right}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -18,11 +19,12 @@ from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
 from latefusion.eval.fusion.plan import Cost, Shape, fits_on_host, make_plan
 from latefusion.eval.fusion.study import Study
-from latefusion.eval.fusion.summary import summarise, write
+from latefusion.eval.fusion.summary import cost_in_words, summarise, write
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.fingerprint import fingerprint
+from latefusion.models.flops import outside_flops
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration, fit_entry
 
@@ -109,6 +111,7 @@ def profile(
         "schema": SCHEMA,
         "about": about,
         "cost": vars(plan.cost) | {"total": plan.cost.total},
+        "outside": outside_share(model, collator, samples[:EXAMPLES], results["tokens"]),
         **results,
     }
     results = summarise(results, processor.tokenizer)
@@ -117,6 +120,25 @@ def profile(
     write(folder, results, study.calibration, samples, shown)
     report(console, folder, results, note)
     return results
+
+
+def outside_share(
+    model: Any, collator: Collator, samples: Sequence[dict[str, Any]], tokens: dict[str, float]
+) -> float | None:
+    """FLOPs of vision tower, projector and head, as a share of the dense decoder's; None if they cannot be counted.
+
+    Args:
+        samples: some of the profile's; `tokens`: text and vision tokens of the average one.
+    """
+    outside = []
+    for sample in samples:
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in collator([sample]).items()
+        }
+        outside.append(outside_flops(model, inputs))
+    dense = VisionSchedule().flops(model.config, round(tokens["text"]), round(tokens["vision"]))
+    return None if None in outside else fmean(n for n in outside if n is not None) / dense
 
 
 def shapes(attachment: Attachment, groups: Sequence[Group]) -> list[Shape]:
@@ -186,7 +208,7 @@ def report(console: Console, folder: Path, results: dict[str, Any], note: str) -
     keeps = ", ".join(f"{k} from {layer}" for layer, k in schedule["keep"].items())
     console.print(
         f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {results['layers']}, "
-        f"keeps {keeps or 'none'}: {chosen['flops']:.1%} of dense FLOPs, "
+        f"keeps {keeps or 'none'}: {cost_in_words(chosen['flops'], results['outside'])}, "
         f"KL {confirmed['kl']:.4f} nats (upper limit {confirmed['limit']:.4f}){accuracy} on {confirmed['prompts']} "
         f"{'other prompts' if confirmed['held_out'] else 'prompts, those that chose it'}."
     )

@@ -13,9 +13,11 @@ from rich.table import Table
 
 from latefusion.data.printing import printable
 from latefusion.eval.metrics import accuracy, paired
+from latefusion.models.flops import prefill_share
 
 ROWS = 12  # of the table
-HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "FLOPs, %")
+HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "decoder FLOPs, %")
+WHOLE = "whole prefill, %"
 LABELLED = ("accuracy, %", "against dense, points")
 
 
@@ -28,7 +30,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     arguments, columns, correct = results["arguments"], results["columns"], results["correct"]
     dense, number = columns["dense_flops"].mean(), (~np.isnan(columns["kl"])).sum(1)  # [settings]
     kl, flops = np.nanmean(columns["kl"], 1), np.nanmean(columns["flops"] / columns["dense_flops"], 1)
-    prompts = columns["kl"].shape[1]
+    prompts, outside = columns["kl"].shape[1], results["outside"]
     complete = number == prompts  # the others were ruled out before
     rows = [
         {
@@ -39,6 +41,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
             "kl_standard_error": float(np.nanstd(columns["kl"][i]) / np.sqrt(number[i])),
             "same_answer": float(np.nanmean(columns["same"][i])),
             "flops_ratio": float(flops[i]),
+            "prefill_ratio": None if outside is None else prefill_share(float(flops[i]), outside),
             "vision_tokens_per_layer": float(np.nanmean(columns["vision"][i])),
             "accuracy": float(np.mean(correct[i])) if correct is not None and complete[i] else None,
         }
@@ -71,7 +74,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
             f"prompts), at boundary {nearest['boundary']}; raise kl, or try higher boundaries or lower "
             "tokens_thresholds."
         )
-    header = HEADER + (LABELLED if correct is not None else ())
+    header = HEADER + (() if outside is None else (WHOLE,)) + (LABELLED if correct is not None else ())
     bold = shown.index(best)
     (folder / "table.md").write_text(markdown(header, lines, bold))
     (folder / "policy.yaml").write_text(recipe(rows[best], out))
@@ -112,6 +115,8 @@ def line(row: dict[str, Any], results: dict[str, Any], i: int) -> list[str]:
         f"{100 * row['same_answer']:.1f}",
         f"{100 * row['flops_ratio']:.1f}",
     ]
+    if row["prefill_ratio"] is not None:
+        cells.append(f"{100 * row['prefill_ratio']:.1f}")
     correct = results["correct"]
     if correct is not None:
         scenes, dense = results["scenes"], results["columns"]["right"]
@@ -129,6 +134,12 @@ def markdown(header: tuple[str, ...], lines: list[list[str]], bold: int) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in [list(header), rule, *body])
 
 
+def flops_in_words(row: dict[str, Any]) -> str:
+    """A setting's share of the dense decoder's FLOPs and, where it is known, of the whole prefill's."""
+    whole = "" if row["prefill_ratio"] is None else f" ({row['prefill_ratio']:.1%} of the whole prefill's)"
+    return f"{row['flops_ratio']:.1%} of the dense decoder's FLOPs{whole}"
+
+
 def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
     arguments = out["arguments"]
     stages = ", ".join(row["stages"])
@@ -136,7 +147,7 @@ def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
     return (
         f"# VisiPruner for {model}, calibrated on {out['prompts']} prompts of {data}, "
         f"{arguments['split']}:\n"
-        f"# {row['flops_ratio']:.1%} of the dense decoder's FLOPs at KL {row['kl']:.4f} (bound {arguments['kl']:g}), "
+        f"# {flops_in_words(row)} at KL {row['kl']:.4f} (bound {arguments['kl']:g}), "
         f"{row['same_answer']:.1%} of the answers unchanged.\n"
         "_target_: latefusion.models.policies.visipruner.settings.VisiPruner\n"
         f"boundary: {row['boundary']}\n"
@@ -174,7 +185,7 @@ def report(
     console.print(table)
     console.print(
         f"Chosen: boundary {row['boundary']}, layer_threshold {row['layer_threshold']:g}, tokens_threshold "
-        f"{row['tokens_threshold']:g}, stages {', '.join(row['stages'])}: {row['flops_ratio']:.1%} of the FLOPs, "
+        f"{row['tokens_threshold']:g}, stages {', '.join(row['stages'])}: {flops_in_words(row)}, "
         f"{row['same_answer']:.1%} of the answers unchanged ({out['seconds']:.0f} s).\n"
         f"Use it: policy={folder / 'policy.yaml'}",
         highlight=False,

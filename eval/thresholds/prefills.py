@@ -16,6 +16,7 @@ from latefusion.eval.thresholds.questions import Questions
 from latefusion.eval.thresholds.replay import Batch, Outcome, Recorded, fusion_layers, surveyed
 from latefusion.eval.thresholds.settings import Arguments, Setting, policy_of, prefix
 from latefusion.models.attach import Attachment
+from latefusion.models.flops import outside_flops
 from latefusion.models.inputs import encode_images, fresh_inputs, stop_ids
 
 
@@ -118,6 +119,11 @@ class Prompts:
     def encoded(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         with torch.no_grad():
             return encode_images(self.model, prompt_inputs(self.model, self.processor, samples))
+
+    def outside_flops(self) -> float | None:
+        """FLOPs of a prefill outside the decoder layers, mean over the first batch; None if they cannot be counted."""
+        samples = [self.rows[i] for i in self.batches[0]]
+        return outside_flops(self.model, prompt_inputs(self.model, self.processor, samples))
 
     @property
     def stops(self) -> list[int]:

@@ -221,11 +221,13 @@ class Search:
     def results(self, correct: NDArray | None) -> dict[str, Any]:
         clusters = [row["scene"] for row in self.rows.records]
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
+        outside = self.prompts.outside_flops()
         return {
             "arguments": asdict(self.arguments),
             "settings": self.settings,
             "shallow_limit": self.limit,
             "columns": self.columns | dense,
+            "outside": None if outside is None else outside / float(self.dense["dense_flops"].mean()),
             "correct": correct,
             "scenes": [str(clusters[i]) for i in self.prompts.order],
         }

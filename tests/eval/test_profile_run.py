@@ -87,6 +87,10 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
         assert (folder / f"{name}.png").stat().st_size > 5000
     stored = json.loads((folder / "profile.json").read_text())
     assert stored["schema"] == 4 and stored["chosen"] == json.loads(json.dumps(result["chosen"]))
+    whole = (stored["chosen"]["flops"] + stored["outside"]) / (1 + stored["outside"])
+    share = f"{100 * stored['chosen']['flops']:.1f}% of the dense decoder's FLOPs ({100 * whole:.1f}% of the whole"
+    assert 0 < stored["outside"] < 10 and share in (folder / "schedule.yaml").read_text().replace("\n# ", " ")
+    assert "whole prefill, %" in text and "% of the whole prefill" in text[: text.index("<section")]
     rows = list(csv.DictReader((folder / "layers.csv").open()))
     assert [float(row["prefix_kl"]) for row in rows] == pytest.approx(
         [r["kl"] for r in result["curves"]["prefix"]]

@@ -174,10 +174,16 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     best = whole["chosen"]
     assert isinstance(policy, VisiPruner) and policy.boundary == best["boundary"]
     assert best["kl"] <= 0.5 and best["prompts"] == whole["prompts"] == 12
+    assert best["flops_ratio"] < best["prefill_ratio"] < 1
+    assert "of the whole prefill's) at KL" in (tmp_path / "cut" / "policy.yaml").read_text()
     cheaper = [s for s in whole["settings"] if s["prompts"] == 12 and s["flops_ratio"] < best["flops_ratio"]]
     assert all(s["kl"] > 0.5 for s in cheaper)
     table = (tmp_path / "cut" / "table.md").read_text()
-    assert table.startswith("| boundary |") and f"**{best['boundary']}**" in table
+    assert (
+        table.startswith("| boundary |")
+        and "whole prefill, %" in table
+        and f"**{best['boundary']}**" in table
+    )
 
 
 GRID = {

@@ -12,11 +12,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from helpers.families import LAYERS, build, prompt, shared
+from helpers.flop_counter import CPU_ATTENTION
+from helpers.models_with_processors import model_and_processor
 from helpers.oracle import Fixed
 from helpers.tiny_base import save_tiny_base
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import latefusion as lf
+from latefusion.data.prompts import prompt_inputs
 from latefusion.eval import generate
 from latefusion.models.explain import explain, grid_shape, run_lengths
 from latefusion.models.flops import account, vision_pairs
@@ -44,6 +48,31 @@ def test_words_and_numbers_of_one_prompt() -> None:
     text = str(explanation)
     assert "4 vision and 3 text tokens, 6 layers" in text and "2 of 4 vision tokens were chosen" in text
     assert "Vision tokens: all in layers 0 to 1, 2 in layers 2 to 3, none in layers 4 to 5." in text
+
+
+def test_the_share_of_the_whole_prefill_is_that_of_real_forwards() -> None:
+    """Vision tower, projector and head counted by torch in a dense and in a pruned forward from pixels."""
+    model, processor = model_and_processor("llava")
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color"}]}]
+    row = {"messages": ask, "images": [Image.new("RGB", (28, 28), "red")]}
+    inputs = prompt_inputs(model, processor, [row])
+    counts = []
+    for schedule in (lf.VisionSchedule(), lf.VisionSchedule(enter=2, exit=4)):
+        with lf.attach(model, schedule), torch.no_grad():
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                model(**inputs, use_cache=False, logits_to_keep=1)
+            counts.append(counter.get_total_flops())
+            explanation = explain(model, inputs)
+    saved = explanation.to_dict()[0]["prefill_flops_saved"]
+    assert saved == pytest.approx(1 - counts[1] / counts[0], rel=0.01)
+    assert f"({saved:.1%} of the whole prefill's, with vision tower and head)" in str(explanation)
+
+
+def test_the_whole_prefill_of_images_encoded_before_is_unknown() -> None:
+    model, inputs = build("llava"), prompt("llava", ["t I tt"])
+    with lf.attach(model, kept_two(inputs)):
+        explanation = lf.explain(model, inputs)
+    assert explanation.to_dict()[0]["prefill_flops_saved"] is None and "whole prefill" not in str(explanation)
 
 
 def test_accounting_counts_pairs_one_by_one() -> None:

@@ -1,6 +1,7 @@
 """What a step computed, as a share of what the device could: counted, not assumed; the device is made up."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -83,7 +84,13 @@ def test_a_run_logs_the_share(tmp_path, monkeypatch, capsys, engine):
     run_config(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
     entries = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     shares = [(e["mfu"], e["samples_per_second"], e["tokens_per_second"]) for e in entries if "loss" in e]
-    assert len(shares) == 2 and "MFU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(shares) == 2 and "MFU" in printed
+    costs = (
+        r"decoder \S+G, ([\d.]+)% of dense; with vision tower, projector and head \S+G, ([\d.]+)% of dense"
+    )
+    decoder, whole = map(float, re.search(costs, printed).groups())
+    assert decoder < whole < 100
     for (
         share,
         samples,
