@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
-ON_GPU := --device cuda --dtype bfloat16
 
 .PHONY: train icons test test-slow gpu lint base clean
 
@@ -16,12 +15,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
 
-# Everything that needs a GPU: tests, and benchmarks at LLaVA-1.5-7B's shape. The active environment needs a torch with CUDA.
+# Everything that needs a GPU, in 8 minutes of one H100: benchmarks at LLaVA-1.5-7B's shape, then the tests. The active
+# environment needs a torch with CUDA; results go to docs/results/gpu_*.json.
 gpu:
-	-python -m pytest -m gpu
-	python eval/bench/executor.py --layers 32 --hidden 4096 $(ON_GPU) --json outputs/gpu/executor.json
-	python eval/bench/inference.py --shape llava-1.5-7b $(ON_GPU) --json outputs/gpu/inference.json
-	python eval/bench/training.py --shape llava-1.5-7b $(ON_GPU) --batch 8 --json outputs/gpu/training.json
+	python eval/bench/gpu.py
 
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy

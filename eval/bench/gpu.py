@@ -1,0 +1,175 @@
+"""Everything that needs a GPU, in minutes: what runs, what is right, and how fast it is at LLaVA-1.5-7B's shape.
+
+    python eval/bench/gpu.py                          # `make gpu`: under 8 minutes on one H100
+    python eval/bench/gpu.py --seconds 170 --no-tests # the most important measurements alone
+    python eval/bench/gpu.py --dry-run                # the same on a CPU at a toy shape
+
+Needs this checkout and a torch with CUDA; nothing is fetched. On a machine without network whose Python has only torch,
+carry these wheels beside it (`pip download --no-deps`, in the versions of constraints.txt): transformers, tokenizers,
+huggingface-hub, safetensors, peft, accelerate, datasets, dill, multiprocess, xxhash, hydra-core, omegaconf,
+antlr4-python3-runtime (build it with `pip wheel`), rich, tensorboardX, pytest, hypothesis; for more of the tests
+deepspeed, hjson, pydantic, pydantic-core, annotated-types, typing-inspection, msgpack, py-cpuinfo, ninja, einops,
+pytorch-lightning, bitsandbytes and flash-attn. `latefusion` must import: `pip install -e . --no-deps`, or a folder on
+PYTHONPATH with a link `latefusion` to the checkout.
+
+1. `end_to_end.py`: training runs and answered requests, the most telling cell first (text 256, batch 8), written to
+   `gpu_end_to_end.json` after every cell;
+2. `pytest -m gpu`, into `gpu_tests.json`: each test's outcome, and what is not installed. Half of the time is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "pytorch-lightning",
+    "bitsandbytes",
+    "flash-attn",
+)
+ON_GPU = (
+    "--shape",
+    "llava-1.5-7b",
+    "--device",
+    "cuda",
+    "--dtype",
+    "bfloat16",
+    "--rounds",
+    "2",
+    "--steps",
+    "5",
+)
+DRY_RUN = (
+    "--shape",
+    "toy",
+    "--text",
+    "24",
+    "--batch",
+    "1",
+    "--tokens",
+    "1",
+    "2",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+    "--recipes",
+    "dense/none",
+    "cross_only",
+)
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of the packages that decide what can run; None: not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def test(folder: Path, seconds: float) -> dict[str, Any]:
+    """Run the tests that need a GPU, for at most so long; their outcomes."""
+    report = folder / "gpu_tests.xml"
+    report.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-x",
+        "--maxfail=1000",
+        f"--junit-xml={report}",
+    ]
+    begun = time.perf_counter()
+    try:
+        code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    cases = outcomes(report) if report.exists() else []
+    report.unlink(missing_ok=True)
+    return {
+        "date": date.today().isoformat(),
+        "device": device(),
+        "installed": installed(),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "exit_code": code,
+        "counts": dict(Counter(case["outcome"] for case in cases)),
+        "tests": cases,
+    }
+
+
+def outcomes(report: Path) -> list[dict[str, str]]:
+    """Name, outcome and reason of each test of a JUnit report."""
+    cases = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        entry = {
+            "name": f"{case.get('classname')}::{case.get('name')}",
+            "outcome": "passed" if found is None else {"failure": "failed"}.get(found.tag, found.tag),
+        }
+        if found is not None:
+            entry["why"] = (found.get("message") or "").splitlines()[0][:300]
+        cases.append(entry)
+    return cases
+
+
+def device() -> str:
+    import torch  # lazy: keeps argument errors fast
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=460)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="a toy shape on the CPU")
+    parser.add_argument("more", nargs="*", help="further arguments of end_to_end.py, after --")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    import torch  # lazy: as above
+
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no GPU; --dry-run runs a toy shape on the CPU.")
+
+    from latefusion.eval.bench import end_to_end  # lazy: as above
+
+    share = 1.0 if args.no_tests else 0.55
+    words = [*(DRY_RUN if args.dry_run else ON_GPU), "--json", str(args.out / "gpu_end_to_end.json")]
+    settings = end_to_end.options().parse_args([*words, "--seconds", str(share * args.seconds), *args.more])
+    print(end_to_end.markdown(end_to_end.measure(settings)), flush=True)
+    if not args.no_tests:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        result = test(args.out, args.seconds - (time.perf_counter() - begun))
+        (args.out / "gpu_tests.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"pytest -m gpu: {result['counts']} in {result['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
