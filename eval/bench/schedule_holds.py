@@ -34,15 +34,16 @@ from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.eval.fusion.blind import Runner
 from latefusion.eval.fusion.decide import (
     Goal,
-    Study,
     band_schedule,
     every_pyramid,
     keep_layers,
     keep_sizes,
+    near_bands,
 )
 from latefusion.eval.fusion.effects import Answers, Effect, interval
 from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
 from latefusion.eval.fusion.run import calibrate
+from latefusion.eval.fusion.study import Study
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
@@ -237,12 +238,17 @@ class Pool:
         }
 
     def fill(self, bands: Sequence[tuple[int, ...]], part: int, parts: int) -> Iterator[int]:
-        """Measure the knock-outs, and every pyramid of these bands, on a part of the chunks; the chunks as they end."""
+        """Measure the knock-outs, the bands near these, and every pyramid of these, on a part of the chunks."""
         mine = range(part, len(self.table.chunks), parts)
         layers, vision = len(self.table.attachment.layers), len(self.table.chunks[0][0].places)
+        enter, leave = max(enter for enter, _ in bands), min(leave for _, leave in bands)
+        near = near_bands(enter, max(leave - 1, enter + 1), layers)
         for chunk in track(mine, console=Console(stderr=True)):
             subset = Subset(self.table, [chunk])
             subset.knock_outs()
+            subset.bands(near)
+            for a, b in near:
+                subset.schedule(band_schedule(a, b, layers), self.entry(a).entry if a else None)
             for enter, leave in bands:
                 entry = self.entry(enter).entry if enter else None
                 single = {(i, k): 0.0 for i in keep_layers(enter, leave) for k in keep_sizes(vision)}
