@@ -20,7 +20,7 @@ from rich.progress import track
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.thresholds import replay
 from latefusion.eval.thresholds.prefills import Prompts
-from latefusion.eval.thresholds.questions import of_scenes
+from latefusion.eval.thresholds.questions import of_rows
 from latefusion.eval.thresholds.search import scale
 from latefusion.eval.thresholds.settings import Arguments, grid
 from latefusion.models.attach import attach
@@ -40,7 +40,7 @@ def measure(path: Path, scenes: int, part: int, parts: int, device: str, most: i
         settings = None
         for seed in range(scenes):
             rows = load_scenes("validation", seed=seed)
-            questions = of_scenes(rows if most is None else rows.select(range(most)))
+            questions = of_rows(rows if most is None else rows.select(range(most)))
             prompts = Prompts(arguments, attachment, processor, questions)
             if (
                 settings is None
