@@ -29,6 +29,14 @@ class Letters:
         return SimpleNamespace(input_ids=[3 + ord(character) % 120 for character in text])
 
 
+def tree_mask(tree, before):
+    """The mask of one tree behind `before` causal tokens, written down a second time."""
+    size = before + len(tree.ids)
+    sees = torch.ones(size, size, dtype=torch.bool).tril()
+    sees[before:, before:] = tree.sees
+    return torch.zeros(1, 1, size, size).masked_fill(~sees, torch.finfo(torch.float32).min)
+
+
 @torch.no_grad()
 def test_a_tree_of_questions_gives_the_logits_of_each_question_alone():
     torch.manual_seed(0)
@@ -48,7 +56,7 @@ def test_a_tree_of_questions_gives_the_logits_of_each_question_alone():
         places = torch.tensor([[*range(9), *(9 + p for p in positions)]])
         return model(inputs_embeds=inputs, position_ids=places, attention_mask=mask).logits[0, 9:]
 
-    together = run(tree.ids, tree.depths, prompts.attention(tree, 9, torch.float32))
+    together = run(tree.ids, tree.depths, tree_mask(tree, 9))
     assert len(tree.ids) < sum(len(f"\n{q.question} {q.answer}") for q in questions)
     for question, path in zip(questions, tree.answers, strict=True):
         question_ids = tokenizer(f"\n{question.question}").input_ids
@@ -88,11 +96,14 @@ def test_composed_features_are_those_of_the_squares():
         Square(blank, torch.full((4, 7), 2.0)),
     ]
     board = Board((dog._replace(row=3, column=4),), (blank._replace(row=5, column=5),))
-    tokens = Composer(squares).compose(board, random.Random(0))
+    whole = torch.full((144, 7), 9.0)
+    composer = Composer(squares, [(board, whole), (board, whole + 1)])
+    tokens = composer.tokens[composer.compose(board, random.Random(0))]
     assert square_tokens(0, 0) == [0, 1, 12, 13]
     assert (tokens[square_tokens(3, 4)] == 1).all()
     assert (tokens[square_tokens(SIDE - 1, SIDE - 1)] == 2).all()
     assert tokens.sum() == 4 * 7 * 3
+    assert (composer.tokens[composer.whole(1)] == 10).all()
     unknown = Board((dog._replace(color="green"),), ())
     assert Composer(squares).compose(unknown, random.Random(0)) is None
 
@@ -139,3 +150,90 @@ def test_the_assembled_base_answers_a_batch_of_questions():
         answers = processor.batch_decode(tokens, skip_special_tokens=True)
         right += [answer.strip() == q.answer for answer, q in zip(answers, questions, strict=True)]
     assert sum(right) / len(right) > 0.7
+
+
+def tiny_learner(**options):
+    from latefusion.training.smollm_icons.learner import Learner
+    from latefusion.training.smollm_icons.projector import Projector
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, attn_implementation="eager", initializer_range=0.3,
+    )  # fmt: skip
+    learner = Learner(LlamaForCausalLM(config).eval(), Projector(32), **options)
+    for name, parameter in learner.trained.items():
+        if name.endswith(".up"):
+            nn.init.normal_(parameter, std=0.1)
+    return learner
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    from latefusion.training.smollm_icons import learner
+
+    monkeypatch.setattr(learner, "load_tokenizer", Letters)
+
+
+def board_samples(tokens_of=None):
+    from latefusion.models.smollm_icons.tower import CHANNELS
+    from latefusion.training.smollm_icons.batch import Sample
+
+    samples = []
+    for index, places in enumerate(([0, 5, 143], list(range(20, 60)), [7])):
+        tree = prompts.question_tree(ask(make_board("train", index), random.Random(index)), Letters())
+        generator = torch.Generator().manual_seed(index)
+        features = torch.randn(len(places), CHANNELS, generator=generator)
+        samples.append(Sample(tree, places, features=features))
+    return samples
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_batched_step_is_the_mean_of_single_steps(letters, blind):
+    from latefusion.training.smollm_icons.batch import collate
+
+    learner, samples = tiny_learner(blind=blind), board_samples()
+
+    def gradients(loss):
+        learner.model.zero_grad()
+        learner.projector.zero_grad()
+        loss.backward()
+        parts = [*learner.trained.values(), *learner.projector.parameters()]
+        return [p.grad.clone() for p in parts if p.grad is not None]
+
+    together = learner.loss(collate(samples))
+    alone = torch.stack([learner.loss(collate([sample])) for sample in samples]).mean()
+    assert len(collate(samples).ids[0]) > len(samples[0].tree.ids)  # padded
+    torch.testing.assert_close(together, alone)
+    for batched, single in zip(gradients(together), gradients(alone), strict=True):
+        torch.testing.assert_close(batched, single, atol=1e-5, rtol=1e-3)
+    assert learner.right(samples) == [learner.right([sample])[0] for sample in samples]
+
+
+@torch.no_grad()
+def test_hiding_the_picture_in_all_layers_leaves_what_the_text_alone_says(letters):
+    from latefusion.training.smollm_icons.batch import collate
+
+    learner, batch = tiny_learner(), collate(board_samples())
+    whole, hidden = learner.logits(batch), learner.logits(batch, unseen_in=range(3))
+    blind = learner.logits(batch.without_vision())
+    torch.testing.assert_close(hidden, blind, atol=1e-4, rtol=1e-4)
+    assert (whole - hidden).abs().max() > 0.1
+    assert (learner.logits(batch, unseen_in=[1]) - hidden).abs().max() > 0.1
+    torch.testing.assert_close(learner.logits(batch), whole)  # no hook stays
+
+
+def test_a_run_with_a_time_limit_goes_through_its_whole_plan(monkeypatch):
+    from latefusion.training.smollm_icons import recipe
+
+    now = [1000.0]
+    monkeypatch.setattr(recipe.time, "time", lambda: now[0])
+    plan = recipe.Recipe(seconds=60, word_steps=10, few_steps=20, all_steps=30, decay_steps=30)
+    clock = recipe.Clock(plan, elapsed=5)
+    assert clock.position(3) == 5
+    assert plan.phase(clock.position(3)) == "words"
+    now[0] += 40
+    assert clock.position(3) == 45
+    assert plan.phase(45) == "all"
+    assert plan.rate(45, 1000) == 0.5
+    assert recipe.Clock(recipe.Recipe()).position(3) == 3

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from latefusion.data.icons.board_questions import TYPES, board_questions
 from latefusion.data.icons.boards import Board
+from latefusion.training.smollm_icons.batch import Sample
 from latefusion.training.smollm_icons.learner import Learner
-from latefusion.training.smollm_icons.question_tree import VISION
+from latefusion.training.smollm_icons.question_tree import VISION, question_tree
 
 Outcomes = dict[str, list[bool]]
 
@@ -34,14 +35,20 @@ def answer_boards(
         keep: how many vision tokens, drawn at random for each board, the model sees; None: all.
     """
     outcomes: Outcomes = defaultdict(list)
-    for index, (_, features) in enumerate(boards):
-        questions = board_questions(split, index, seed)
-        if other_picture:
-            features = boards[(index + 1) % len(boards)][1]
-        places = list(range(VISION)) if keep is None else _some(keep, f"{split}/{index}")
-        rights = learner.right(learner.see(features)[places], places, questions)
-        for question, right in zip(questions, rights, strict=True):
-            outcomes[question.type].append(right)
+    at_once = 1 if learner.device.type == "cpu" else 16
+    for start in range(0, len(boards), at_once):
+        numbered = [
+            (k, board_questions(split, k, seed)) for k in range(start, min(start + at_once, len(boards)))
+        ]
+        samples = []
+        for index, questions in numbered:
+            features = boards[(index + other_picture) % len(boards)][1]
+            places = list(range(VISION)) if keep is None else _some(keep, f"{split}/{index}")
+            tree = question_tree(questions, learner.tokenizer)
+            samples.append(Sample(tree, places, features=features[places]))
+        for (_, questions), rights in zip(numbered, learner.right(samples), strict=True):
+            for question, right in zip(questions, rights, strict=True):
+                outcomes[question.type].append(right)
     return outcomes
 
 

@@ -7,8 +7,12 @@ square's features depend on its neighbours only a little, and tokens get their p
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +34,15 @@ def square_tokens(row: int, column: int) -> list[int]:
     return [24 * row + 2 * column + offset for offset in (0, 1, 12, 13)]
 
 
-def encode(network: torch.nn.Module, image: Image.Image) -> Tensor:
-    """[144, CHANNELS] in float16."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().sub(127).div(128)
-    with torch.no_grad():
-        return picture_features(network, pixels.contiguous(memory_format=torch.channels_last))[0].half()
+def encode(network: torch.nn.Module, images: Sequence[np.ndarray], device: str = "cpu") -> list[Tensor]:
+    """[144, CHANNELS] in float16 of each picture; each alone, so that none depends on its company."""
+    features = []
+    for image in images:
+        pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float().sub(127).div(128)
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            tokens = picture_features(network, pixels.contiguous(memory_format=torch.channels_last))
+        features.append(tokens[0].half().cpu())
+    return features
 
 
 def draw_sheet(rng: random.Random) -> Board:
@@ -75,34 +83,60 @@ class Square(NamedTuple):
     tokens: Tensor
 
 
-def cached_parts(folder: Path, name: str, count: int, make: Any) -> list[Any]:
-    """`[make(network, index) for index in range(count)]`, kept in files of PART items below `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    network, items = None, []
-    for start in range(0, count, PART):
-        path = folder / f"{name}-{start:05d}.pt"
-        if not path.is_file():
-            if network is None:
-                network = load_network().to(memory_format=torch.channels_last)
-            began = time.process_time()
-            part = [make(network, index) for index in range(start, start + PART)]
-            torch.save(part, path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-            print(f"{path.name}: {time.process_time() - began:.0f} CPU seconds", flush=True)
-        items += torch.load(path, weights_only=False)
-    return items[:count]
+class Features:
+    """Boards with the features of their pictures, kept in files of PART items below `folder`."""
+
+    def __init__(self, folder: Path, device: str = "cpu", workers: int = 0) -> None:
+        self.folder, self.device, self.workers = folder, device, workers
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network: torch.nn.Module | None = None
+
+    def sheets(self, count: int = SHEETS) -> list[tuple[Board, Tensor]]:
+        """Sheets, seeded by their indices."""
+        return self._parts("sheets", count, _drawn_sheet)
+
+    def boards(self, split: str, count: int, seed: int = 0) -> list[tuple[Board, Tensor]]:
+        """The first `count` boards of a split."""
+        return self._parts(f"{split}-{seed}", count, partial(_drawn_board, split, seed))
+
+    def _parts(self, name: str, count: int, draw: Any) -> list[tuple[Board, Tensor]]:
+        paths = {start: self.folder / f"{name}-{start:05d}.pt" for start in range(0, count, PART)}
+        missing = [start for start, path in paths.items() if not path.is_file()]
+        if missing:
+            indices = [index for start in missing for index in range(start, start + PART)]
+            with ProcessPoolExecutor(max(1, self.workers)) as pool:  # starts no process before it has work
+                drawn = pool.map(draw, indices, chunksize=2) if self.workers else map(draw, indices)
+                for start in missing:
+                    began = time.process_time()
+                    boards, images = zip(*(next(drawn) for _ in range(PART)), strict=True)
+                    part = list(zip(boards, self._encode(images), strict=True))
+                    torch.save(part, paths[start].with_suffix(".part"))
+                    paths[start].with_suffix(".part").rename(paths[start])
+                    spent = time.process_time() - began
+                    print(f"{paths[start].name}: {spent:.0f} CPU seconds", flush=True)
+        return [item for path in paths.values() for item in torch.load(path, weights_only=False)][:count]
+
+    def _encode(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        if self.network is None:
+            self.network = load_network().to(self.device, memory_format=torch.channels_last)
+        return encode(self.network, images, self.device)
 
 
-def sheet_squares(folder: Path, count: int = SHEETS) -> list[Square]:
-    """The squares of `count` sheets, seeded by their indices."""
+def _drawn_sheet(index: int) -> tuple[Board, np.ndarray]:
+    rng = random.Random(f"icons/sheet/{index}")
+    sheet = draw_sheet(rng)
+    return sheet, np.array(render(sheet, jittered(rng)))
 
-    def make(network: torch.nn.Module, index: int) -> tuple[Board, Tensor]:
-        rng = random.Random(f"icons/sheet/{index}")
-        sheet = draw_sheet(rng)
-        return sheet, encode(network, render(sheet, jittered(rng)))
 
+def _drawn_board(split: str, seed: int, index: int) -> tuple[Board, np.ndarray]:
+    board = make_board(split, index, seed=seed)
+    return board, np.array(render(board))
+
+
+def squares_of(sheets: Sequence[tuple[Board, Tensor]]) -> list[Square]:
+    """The squares of sheets."""
     squares = []
-    for sheet, tokens in cached_parts(folder, "sheets", count, make):
+    for sheet, tokens in sheets:
         at = {(thing.row, thing.column): thing for thing in sheet.things + sheet.blanks}
         for row in range(SIDE):
             for column in range(SIDE):
@@ -110,42 +144,66 @@ def sheet_squares(folder: Path, count: int = SHEETS) -> list[Square]:
     return squares
 
 
-def board_features(folder: Path, split: str, count: int, seed: int = 0) -> list[tuple[Board, Tensor]]:
-    """The first `count` boards of a split with the features of their pictures."""
-
-    def make(network: torch.nn.Module, index: int) -> tuple[Board, Tensor]:
-        board = make_board(split, index, seed=seed)
-        return board, encode(network, render(board))
-
-    return cached_parts(folder, f"{split}-{seed}", count, make)
-
-
 class Composer:
-    """Puts squares of sheets together to boards."""
+    """Puts squares of sheets together to boards; `tokens` [N, CHANNELS] holds them and then the whole boards."""
 
-    def __init__(self, squares: list[Square]) -> None:
-        self.things: dict[tuple[str, str], list[Square]] = {}
-        self.blanks: dict[str, list[Square]] = {}
-        self.empty = torch.stack([square.tokens for square in squares if square.thing is None])
-        for square in squares:
-            if square.thing is None:
+    def __init__(self, squares: list[Square], boards: Sequence[tuple[Board, Tensor]] = ()) -> None:
+        self.tokens = torch.cat([square.tokens for square in squares] + [features for _, features in boards])
+        self.boards = [board for board, _ in boards]
+        self.first_board = 4 * len(squares)  # row of the first whole board
+        self.things: dict[tuple[str, str], list[int]] = {}
+        self.blanks: dict[str, list[int]] = {}
+        self.empty = [k for k, square in enumerate(squares) if square.thing is None]
+        for k, (thing, _) in enumerate(squares):
+            if thing is None:
                 continue
-            if square.thing.drawing is None:
-                self.blanks.setdefault(square.thing.color, []).append(square)
+            if thing.drawing is None:
+                self.blanks.setdefault(thing.color, []).append(k)
             else:
-                self.things.setdefault((square.thing.name, square.thing.color), []).append(square)
+                self.things.setdefault((thing.name, thing.color), []).append(k)
 
-    def compose(self, board: Board, rng: random.Random) -> Tensor | None:
-        """Features of a board's layout [144, CHANNELS]; None if no sheet shows one of its things."""
-        picks = [rng.randrange(len(self.empty)) for _ in range(SIDE * SIDE)]
-        tokens = torch.empty(4 * SIDE * SIDE, self.empty.shape[-1], dtype=self.empty.dtype)
-        for square, pick in enumerate(picks):
-            tokens[square_tokens(*divmod(square, SIDE))] = self.empty[pick]
+    def compose(self, board: Board, rng: random.Random) -> list[int] | None:
+        """Rows of `tokens` for a board's 144; None if no sheet shows one of its things."""
+        on_square = [self.empty[rng.randrange(len(self.empty))] for _ in range(SIDE * SIDE)]
         for thing in board.things + board.blanks:
             same = (
                 self.things.get((thing.name, thing.color)) if thing.drawing else self.blanks.get(thing.color)
             )
             if not same:
                 return None
-            tokens[square_tokens(thing.row, thing.column)] = rng.choice(same).tokens
-        return tokens
+            on_square[thing.row * SIDE + thing.column] = rng.choice(same)
+        rows = [0] * (4 * SIDE * SIDE)
+        for square, source in enumerate(on_square):
+            for k, token in enumerate(square_tokens(*divmod(square, SIDE))):
+                rows[token] = 4 * source + k
+        return rows
+
+    def whole(self, index: int) -> list[int]:
+        """Rows of `tokens` for a board that was rendered whole."""
+        first = self.first_board + 4 * SIDE * SIDE * index
+        return list(range(first, first + 4 * SIDE * SIDE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw and encode all pictures of a run and of its measurement."
+    )
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw")
+    parser.add_argument("--sheets", type=int, default=SHEETS)
+    parser.add_argument("--train-boards", type=int, default=400)
+    parser.add_argument("--measured-boards", type=int, default=60, help="of each split and data seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    options = parser.parse_args()
+    features = Features(options.folder, options.device, options.workers)
+    features.sheets(options.sheets)
+    features.boards("train", options.train_boards)
+    features.boards("validation", PART)
+    for seed in options.seeds:
+        for split in ("test", "new_drawings"):
+            features.boards(split, options.measured_boards, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,87 +3,129 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from latefusion.data.icons.board_questions import Question
 from latefusion.data.icons.boards import SIDE, Board
 from latefusion.models.smollm_icons.packages import load_language_model, load_tokenizer
+from latefusion.training.smollm_icons.batch import Batch, Sample, attention, collate
 from latefusion.training.smollm_icons.features import square_tokens
 from latefusion.training.smollm_icons.lora import add_lora
 from latefusion.training.smollm_icons.projector import Projector
-from latefusion.training.smollm_icons.question_tree import OPENING, VISION, Tree, attention, question_tree
+from latefusion.training.smollm_icons.question_tree import OPENING, VISION
+
+
+def language_model(untrained: bool = False, seed: int = 0, device: str = "cpu") -> LlamaForCausalLM:
+    """SmolLM2, or with `untrained` its shape with random weights."""
+    attention_code = "eager" if device == "cpu" else "sdpa"  # what is faster there
+    model = load_language_model(attn_implementation=attention_code)
+    if untrained:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(model.config).bfloat16()
+    return model.to(device).eval()
 
 
 class Learner:
     """The language model, its trained parts, and float32 masters of them for the optimiser."""
 
-    def __init__(self, projector: Projector, *, blind: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, projector: Projector, *, blind: bool = False,
+        freeze_language: bool = False, untrained: bool = False, seed: int = 0,
+    ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.tokenizer = load_tokenizer()
-        self.model = load_language_model(attn_implementation="eager").eval()
-        self.lora = add_lora(self.model)
-        self.projector = projector
-        self.blind = blind
-        self.masters = {name: p.detach().float().clone() for name, p in self.lora.items()}
-        opening = self.tokenizer(OPENING, add_special_tokens=False).input_ids
-        self.opening = self.model.get_input_embeddings().weight[opening].detach()
+        self.model, self.device, self.blind = model, model.device, blind
+        self.trained = dict(model.named_parameters()) if untrained else add_lora(model)
+        if freeze_language:
+            model.requires_grad_(False)
+        model.to(self.device)  # the new layers
+        self.projector = projector.to(self.device)
+        self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
+        ids = self.tokenizer(OPENING, add_special_tokens=False).input_ids
+        self.opening = torch.tensor(ids, device=self.device)
 
-    def logits(self, vision: Tensor, places: list[int] | Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        """Logits at the labelled tokens of the tree, and the labels; `vision` [K, width] at `places` of 144."""
-        if self.blind:
-            vision, places = vision[:0], torch.zeros(0, dtype=torch.long)
+    def logits(self, batch: Batch, unseen_in: Sequence[int] = ()) -> Tensor:
+        """Logits [L, vocabulary] at the text tokens that must predict something.
+
+        Args:
+            unseen_in: layers in which no text token sees the picture.
+        """
+        batch = batch.without_vision() if self.blind else batch
         embed = self.model.get_input_embeddings()
-        text = embed(torch.tensor(tree.ids))
-        opening = len(self.opening)
-        inputs = torch.cat([self.opening, vision.to(text.dtype), text])
-        positions = torch.cat(
-            [
-                torch.arange(opening),
-                torch.as_tensor(places) + opening,
-                torch.tensor(tree.depths) + opening + VISION,
-            ]
-        )
-        mask = attention(tree, opening + len(vision), text.dtype)
-        hidden = self.model.model(
-            inputs_embeds=inputs[None], attention_mask=mask, position_ids=positions[None], use_cache=False
-        ).last_hidden_state[0, opening + len(vision) :]
-        labels = torch.tensor(tree.labels)
-        learnt = labels != -100
-        return self.model.lm_head(hidden[learnt]).float(), labels[learnt]
+        text = embed(batch.ids)  # [B, T, width]
+        parts = [embed(self.opening).expand(len(text), -1, -1), text]
+        n_opening, n_vision = len(self.opening), batch.places.shape[1]
+        if n_vision:
+            parts.insert(1, self._vision(batch).to(text.dtype))  # [B, K, width]
+        positions = [
+            torch.arange(n_opening, device=text.device).expand(len(text), -1),
+            batch.places + n_opening,
+            batch.depths + n_opening + VISION,
+        ]
+        with self._hiding(
+            attention(batch, n_opening, text.dtype, hidden=True) if unseen_in else None, unseen_in
+        ):
+            hidden = self.model.model(
+                inputs_embeds=torch.cat(parts, 1),
+                attention_mask=attention(batch, n_opening, text.dtype),
+                position_ids=torch.cat(positions, 1),
+                use_cache=False,
+            ).last_hidden_state[:, n_opening + n_vision :]
+        return self.model.lm_head(hidden.flatten(0, 1)[batch.learnt]).float()
 
-    def loss(self, vision: Tensor, places: list[int] | Tensor, questions: list[Question]) -> Tensor:
-        """Cross-entropy of all answers."""
-        logits, labels = self.logits(vision, places, question_tree(questions, self.tokenizer))
-        return F.cross_entropy(logits, labels)
+    def _vision(self, batch: Batch) -> Tensor:
+        if batch.words is not None:
+            return batch.words
+        return self.projector(batch.features, self.projector.places[batch.places])
+
+    @contextmanager
+    def _hiding(self, mask: Tensor | None, layers: Sequence[int]) -> Iterator[None]:
+        def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": mask}
+
+        hooks = [
+            self.model.model.layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of all answers, the mean over boards."""
+        losses = F.cross_entropy(self.logits(batch), batch.labels, reduction="none")
+        return (losses * batch.weights).sum()
 
     @torch.no_grad()
-    def right(self, vision: Tensor, places: list[int] | Tensor, questions: list[Question]) -> list[bool]:
-        """Whether greedy decoding gives each answer: every token is the likeliest after those before it."""
-        tree = question_tree(questions, self.tokenizer)
-        logits, labels = self.logits(vision, places, tree)
-        verdicts = torch.ones(len(tree.ids), dtype=torch.bool)
-        verdicts[torch.tensor(tree.labels) != -100] = logits.argmax(-1) == labels
-        return [bool(verdicts[path].all()) for path in tree.answers]
-
-    def see(self, features: Tensor, places: list[int] | None = None) -> Tensor:
-        """Vision tokens of a picture's features [144, CHANNELS], all or those at `places`."""
-        if places is None:
-            return self.projector(features[None])[0]
-        return self.projector(features[None, places], self.projector.places[None, places])[0]
+    def right(self, samples: Sequence[Sample]) -> list[list[bool]]:
+        """Whether greedy decoding gives each answer of each board: every token is the likeliest after the others."""
+        batch = collate(samples).to(self.device)
+        return verdicts(samples, batch, self.logits(batch))
 
     def state(self) -> dict[str, Any]:
         return {"lora": self.masters, "projector": self.projector.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, parameter in self.lora.items():
-                self.masters[name].copy_(state["lora"][name])
-                parameter.copy_(self.masters[name])
+            for name, master in state["lora"].items():
+                self.masters[name].copy_(master)
+                self.trained[name].copy_(master)
         self.projector.load_state_dict(state["projector"])
+
+
+def verdicts(samples: Sequence[Sample], batch: Batch, logits: Tensor) -> list[list[bool]]:
+    """Whether each answer of each board is the likeliest, token after token."""
+    right = torch.ones(batch.ids.shape, dtype=torch.bool)
+    right.view(-1)[batch.learnt.cpu()] = (logits.argmax(-1) == batch.labels).cpu()
+    return [[bool(right[k][path].all()) for path in sample.tree.answers] for k, sample in enumerate(samples)]
 
 
 def tokens_that_matter(board: Board, rng: random.Random, empty: int) -> list[int]:

@@ -16,6 +16,9 @@ from latefusion.training.smollm_icons.features import Square, square_tokens
 from latefusion.training.smollm_icons.targets import NOTHING, Targets
 
 STEPS, BATCH, LEARNING_RATE = 1500, 96, 2e-3
+DROPPED = (
+    0.3  # of a square's channels, so that new drawings are named a little better (84% against 83% of tokens)
+)
 
 
 class Projector(nn.Module):
@@ -40,41 +43,45 @@ class Projector(nn.Module):
 
 
 def fit_projector(
-    squares: list[Square], targets: Targets, steps: int = STEPS, seed: int = 0
+    squares: list[Square], targets: Targets, steps: int = STEPS, seed: int = 0, device: str = "cpu"
 ) -> tuple[Projector, float]:
     """A projector from squares to targets (mean squared error and cosine classification); CPU seconds."""
     began = time.process_time()
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    projector = Projector(targets.words.shape[1])
-    shown = [square for square in squares if square.thing is not None]
-    empty = [square for square in squares if square.thing is None]
-    everything = (
-        torch.stack([s.tokens for s in rng.sample(shown, min(2000, len(shown)))]).float().flatten(0, 1)
-    )
+    projector = Projector(targets.words.shape[1]).to(device)
+    shown = [k for k, square in enumerate(squares) if square.thing is not None]
+    empty = [k for k, square in enumerate(squares) if square.thing is None]
+    tokens = torch.stack([square.tokens for square in squares]).to(device)  # [N, 4, CHANNELS]
+    words_of = torch.tensor([targets.token_words(square.thing) for square in squares], device=device)
+    is_shown = torch.tensor([square.thing is not None for square in squares], device=device)
+    tokens_of = torch.tensor([square_tokens(*divmod(k, SIDE)) for k in range(SIDE * SIDE)], device=device)
+    words, places = targets.words.to(device), targets.places.to(device)
+    everything = tokens[rng.sample(shown, min(2000, len(shown)))].float().flatten(0, 1)
     projector.mean.copy_(everything.mean(0))
     projector.std.copy_(everything.std(0) + 1e-3)
-    center = targets.words[:-1].mean(0)
-    directions = F.normalize(targets.words - center, dim=1)
-    scale = targets.words.pow(2).sum(-1).mean()
+    center = words[:-1].mean(0)
+    directions = F.normalize(words - center, dim=1)
+    scale = words.pow(2).sum(-1).mean()
     optimizer = torch.optim.AdamW(
         projector.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98)
     )
     for step in range(steps):
         factor = min(1, step / 30) * (1 - max(0, step / steps - 0.3) / 0.7)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
-        batch = rng.sample(shown, BATCH - BATCH // 5) + rng.sample(empty, BATCH // 5)
-        at = [rng.randrange(SIDE * SIDE) for _ in batch]
-        features = torch.stack([square.tokens for square in batch]).float()
-        features = features + 0.15 * projector.std * torch.randn(features.shape)
-        places = projector.places[[square_tokens(*divmod(k, SIDE)) for k in at]]
-        words = torch.tensor([targets.token_words(square.thing) for square in batch])
-        aims = torch.stack([targets.square(s.thing, k) for s, k in zip(batch, at, strict=True)])
-        projected = projector(features, places)
+        batch = torch.tensor(rng.sample(shown, BATCH - BATCH // 5) + rng.sample(empty, BATCH // 5)).to(device)
+        at = torch.tensor([rng.randrange(SIDE * SIDE) for _ in range(len(batch))]).to(device)
+        features = tokens[batch].float()
+        features = features + 0.15 * projector.std * torch.randn_like(features)
+        dropped = torch.rand(len(batch), 1, features.shape[-1], device=device) < DROPPED
+        features = torch.where(dropped, projector.mean, features)
+        aim_words = words_of[batch]  # [BATCH, 4]
+        aims = words[aim_words] + is_shown[batch, None, None] * places[at][:, None]
+        projected = projector(features, projector.places[tokens_of[at]])
         error = (projected - aims).pow(2).sum(-1).mean() / scale
-        similarity = F.normalize(projected - (aims - targets.words[words]) - center, dim=-1) @ directions.T
+        similarity = F.normalize(projected - (aims - words[aim_words]) - center, dim=-1) @ directions.T
         loss = error + 0.3 * F.cross_entropy(
-            12 * similarity.flatten(0, 1), words.flatten(), label_smoothing=0.05
+            12 * similarity.flatten(0, 1), aim_words.flatten(), label_smoothing=0.05
         )
         optimizer.zero_grad()
         loss.backward()
@@ -87,11 +94,12 @@ def token_accuracy(
     projector: Projector, targets: Targets, boards: list[tuple[Board, Tensor]]
 ) -> dict[str, float]:
     """Percent of the name, colour and empty tokens that are nearest to the word they should say."""
+    device = projector.mean.device
     center = targets.words[:-1].mean(0)
     directions = F.normalize(targets.words - center, dim=1)
     right: dict[str, list[bool]] = {"name": [], "color": [], "empty": []}
     for board, features in boards:
-        output = projector(features[None].float())[0]
+        output = projector(features[None].float().to(device))[0].cpu()
         at = {(thing.row, thing.column): thing for thing in board.things + board.blanks}
         for square in range(SIDE * SIDE):
             thing = at.get(divmod(square, SIDE))

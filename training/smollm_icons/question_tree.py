@@ -7,8 +7,10 @@ the position that it would have alone, so every answer is what it would be alone
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,11 @@ class Tree(NamedTuple):
     answers: list[list[int]]  # of each question, the tokens that must predict its answer
 
 
+@lru_cache(maxsize=20_000)
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 def question_tree(questions: list[Question], tokenizer) -> Tree:
     """The questions and answers of a board as one tree; each path is `\\n`, the question, a space, the answer."""
     ids: list[int] = []
@@ -38,8 +45,8 @@ def question_tree(questions: list[Question], tokenizer) -> Tree:
     children: dict[tuple[int, int], int] = {}
     answers = []
     for question in questions:
-        question_ids = tokenizer(f"\n{question.question}", add_special_tokens=False).input_ids
-        answer = tokenizer(f" {question.answer}", add_special_tokens=False).input_ids
+        question_ids = _token_ids(tokenizer, f"\n{question.question}")
+        answer = _token_ids(tokenizer, f" {question.answer}")
         node, path = -1, []
         for token in question_ids + answer:
             child = children.get((node, token))
@@ -55,21 +62,8 @@ def question_tree(questions: list[Question], tokenizer) -> Tree:
         for end, label in zip(ends, [*answer, tokenizer.eos_token_id], strict=True):
             labels[end] = label
         answers.append(ends)
-    sees = torch.eye(len(ids), dtype=torch.bool)
+    sees = np.eye(len(ids), dtype=bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
             sees[node] |= sees[parent]
-    return Tree(ids, depths, labels, sees, answers)
-
-
-def attention(tree: Tree, before: int, dtype: torch.dtype, blind: bool = False) -> Tensor:
-    """Additive mask [1, 1, S, S] of `before` tokens (opening and picture, causal) and a tree.
-
-    With `blind`, the tree sees the opening alone.
-    """
-    size = before + len(tree.ids)
-    sees = torch.zeros(size, size, dtype=torch.bool)
-    sees[:before, :before] = torch.ones(before, before, dtype=torch.bool).tril()
-    sees[before:, : 2 if blind else before] = True
-    sees[before:, before:] = tree.sees
-    return torch.zeros(1, 1, size, size, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return Tree(ids, depths, labels, torch.from_numpy(sees), answers)
