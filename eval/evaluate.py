@@ -283,7 +283,7 @@ def settings_of(
         stored=stored,
         processes=processes,
         seed=None if config is None else config.train.seed,
-        note="" if config is None else note_on(config),
+        note="" if config is None else note_on(config, str(arguments.checkpoint)),
         base=model_fingerprint(base_path),
     )
 
@@ -296,10 +296,14 @@ def output_of(arguments: Arguments) -> Path:
     return Path(arguments.checkpoint or "outputs") / f"evaluation_{questions or arguments.split or 'test'}"
 
 
-def note_on(config: Config) -> str:
-    """How the checkpoint was trained, for the report."""
-    train = config.train
-    return f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
+def note_on(config: Config, checkpoint: str) -> str:
+    """How the checkpoint was trained, and what its run decided about its teacher, for the report."""
+    from latefusion.training.describe import teacher_in_words  # lazy: keeps argument errors fast
+    from latefusion.training.trust import read
+
+    train, decision = config.train, read(checkpoint)
+    how = f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
+    return f"{how}, {teacher_in_words(config)}{f'. {decision}' if decision else ''}"
 
 
 def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:

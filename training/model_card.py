@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import stored_values
+from latefusion.training.trust import read
 
 METRICS = ("report.json", "results.json")
 
@@ -74,6 +75,7 @@ TRAINING = {
     "what trained": "tune",
     "LoRA rank": "lora.r",
     "KL weight": "kl.weight",
+    "share of the steps with a teacher": "kl.share",
     "KL temperature": "kl.temperature",
     "steps": "train.steps",
     "epochs": "train.epochs",
@@ -123,7 +125,7 @@ def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) 
         kind=kind,
         use=(USE_PLAIN if form is Form.plain else USE).format(folder=json.dumps(folder)),
         schedule=json.dumps(schedule.to_dict(), indent=2),
-        training="\n".join(f"| {what} | {_cell(value)} |" for what, value in _training(config)),
+        training="\n".join(f"| {what} | {_cell(value)} |" for what, value in _training(config, path)),
         metrics=_metrics(path),
     )
 
@@ -145,9 +147,10 @@ def without_schedule(checkpoint: str | Path, folder: str) -> str:
     )
 
 
-def _training(config: DictConfig) -> list[tuple[str, Any]]:
-    """What a reader wants to know of the run, from the configuration that it saved."""
+def _training(config: DictConfig, path: Path) -> list[tuple[str, Any]]:
+    """What a reader wants to know of the run, from what it saved: its configuration and what it decided."""
     rows = [(what, OmegaConf.select(config, key)) for what, key in TRAINING.items()]
+    rows.append(("trust in the teacher", read(path)))
     return [(what, value) for what, value in rows if value is not None and value != []]
 
 

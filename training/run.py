@@ -110,7 +110,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             print(describe(config, student, batch, example, dataset, objective.other), flush=True)
             if trust is not None:
                 trust.write(config.output_dir)
-                print(trust, flush=True)
+                print(f"{trust}.", flush=True)
         try:
             main = engine.fit(config, context, student, dataset, batches, objective, resumed)
         except (Refused, Stale) as error:

@@ -53,8 +53,10 @@ class Decision:
             "labels": "the KL of a token counts by the teacher's probability of its label",
         }[self.trust]
         if self.right is None or self.answers is None:
-            return f"teacher: not asked before training; {how} (kl.trust={self.trust})"
-        return f"teacher: knows {self.right / self.answers:.0%} of {self.answers} answers, so {how}"
+            return f"The teacher was not asked before training; {how} (kl.trust={self.trust})"
+        return (
+            f"The teacher knows {self.right / self.answers:.0%} of {self.answers} training answers, so {how}"
+        )
 
     def write(self, folder: str | Path) -> None:
         (Path(folder) / FILE).write_text(json.dumps(asdict(self)) + "\n")

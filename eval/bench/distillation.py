@@ -83,14 +83,20 @@ def questions(source: str, split: str, count: int, seed: int) -> list[dict[str, 
 
 
 def with_wrong_answers(rows: Sequence[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
-    """The rows, a share of them with another answer to a question of the same type."""
+    """The rows, a share of them with another answer to a question of the same type, or to any if there is no other."""
     rng = random.Random(f"wrong {seed}")
     answers = defaultdict(set)
     for row in rows:
         answers[row["type"]].add(row["answer"])
+    every = set().union(*answers.values())
     wrong = set(rng.sample(range(len(rows)), round(share * len(rows))))
     return [
-        {**row, "answer": rng.choice(sorted(answers[row["type"]] - {row["answer"]}))} if i in wrong else row
+        {
+            **row,
+            "answer": rng.choice(sorted((answers[row["type"]] - {row["answer"]}) or every - {row["answer"]})),
+        }
+        if i in wrong
+        else row
         for i, row in enumerate(rows)
     ]
 
@@ -221,24 +227,38 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each arm's accuracy on each data set, and its difference to both controls in the same seeds."""
-    settings: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    """Each arm's accuracy on each data set, and its differences in the same seeds: to both controls and their better.
+
+    Where no cell ran with `kl.trust=auto`, it is the cell that its decision names.
+    """
+    groups: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
     for cell in cells:
         name = " ".join([cell["arm"], *cell["settings"]])
-        settings[cell["data"], cell["rows"], cell["steps"]].setdefault(name, {})[cell["seed"]] = cell
+        groups[cell["data"], cell["rows"], cell["steps"]].setdefault(name, {})[cell["seed"]] = cell
     tables = []
-    for (data, rows, steps), arms in sorted(settings.items()):
+    for (data, rows, steps), arms in sorted(groups.items()):
+        for settings in {tuple(cell["settings"]) for seeds in arms.values() for cell in seeds.values()}:
+            decided = as_decided(arms, settings)
+            if decided:
+                arms.setdefault(" ".join(["auto", *settings]), decided)
+        means = {arm: fmean(cell["accuracy"] for cell in seeds.values()) for arm, seeds in arms.items()}
+        controls = [arm for arm in ("none", "all") if arm in arms]
+        against = {f"to_{control}": control for control in controls}
+        if len(controls) == 2:
+            against["to_better"] = max(controls, key=means.__getitem__)
         table: dict[str, Any] = {"data": data, "rows": rows, "steps": steps, "arms": {}}
         for arm, seeds in sorted(arms.items()):
-            row: dict[str, Any] = {"accuracy": interval([cell["accuracy"] for cell in seeds.values()])}
-            row["of_seeds"] = {str(seed): seeds[seed]["accuracy"] for seed in sorted(seeds)}
-            decided = [seeds[seed]["decided"] for seed in sorted(seeds) if seeds[seed].get("decided")]
-            if decided:
-                row["decided"] = decided
-            for control in ("none", "all"):
-                common = sorted(seeds.keys() & arms.get(control, {}).keys())
+            row: dict[str, Any] = {
+                "accuracy": interval([cell["accuracy"] for cell in seeds.values()]),
+                "of_seeds": {str(seed): seeds[seed]["accuracy"] for seed in sorted(seeds)},
+            }
+            autos = [seeds[seed]["auto"] for seed in sorted(seeds) if seeds[seed].get("auto")]
+            if autos:
+                row["auto"] = autos
+            for name, control in against.items():
+                common = sorted(seeds.keys() & arms[control].keys())
                 if common and arm not in (control, BASE):
-                    row[f"to_{control}"] = interval(
+                    row[name] = interval(
                         [seeds[s]["accuracy"] - arms[control][s]["accuracy"] for s in common]
                     )
             table["arms"][arm] = row
@@ -246,8 +266,20 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"tables": tables, "cells": list(cells)}
 
 
+def as_decided(arms: dict[str, dict[int, dict[str, Any]]], settings: tuple) -> dict[int, dict[str, Any]]:
+    """For each seed the cell with the trust that `auto` decides on its data."""
+    trusts = {
+        seed: cell["auto"]["trust"]
+        for seeds in arms.values()
+        for seed, cell in seeds.items()
+        if cell.get("auto") and tuple(cell["settings"]) == settings
+    }
+    of_arm = {seed: arms.get(" ".join([trust, *settings]), {}) for seed, trust in trusts.items()}
+    return {seed: cells[seed] for seed, cells in of_arm.items() if seed in cells}
+
+
 def print_merged(result: dict[str, Any]) -> None:
-    table = Table("data", "rows", "steps", "arm", "right, %", "to none", "to all", "decided")
+    table = Table("data", "rows", "steps", "arm", "right, %", "to none", "to all", "auto is")
     for part in result["tables"]:
         for arm, row in part["arms"].items():
             table.add_row(
@@ -256,7 +288,7 @@ def print_merged(result: dict[str, Any]) -> None:
                 str(part["steps"]),
                 arm,
                 *(_percent(row.get(key)) for key in ("accuracy", "to_none", "to_all")),
-                " ".join(sorted({each["trust"] for each in row.get("decided", [])})),
+                " ".join(sorted({each["trust"] for each in row.get("auto", [])})),
             )
     Console(width=140).print(table)
 

@@ -13,6 +13,7 @@ from helpers.tiny_base import composed as composed_tree
 from latefusion.data import sources
 from latefusion.data.collate import IGNORE, collator_without_weights
 from latefusion.data.load import training_data
+from latefusion.eval.evaluate import note_on
 from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.training import assemble, trust
@@ -94,7 +95,7 @@ def settle(overrides, monkeypatch=None, resumed=None, measured=None):
 @pytest.mark.parametrize(("right", "decided"), [(100, "all"), (80, "all"), (60, "labels"), (29, "labels")])
 def test_a_teacher_that_knows_most_answers_counts_fully(tmp_path, monkeypatch, right, decided):
     decision = settle([f"output_dir={tmp_path}"], monkeypatch, measured=(right, 100))
-    assert decision.trust == decided and f"knows {right}% of 100 answers" in str(decision)
+    assert decision.trust == decided and f"knows {right}% of 100 training answers" in str(decision)
 
 
 def test_a_random_teacher_is_asked_and_steps_aside(base, tmp_path):
@@ -114,7 +115,10 @@ def test_what_is_given_is_not_measured_and_no_teacher_decides_nothing(tmp_path, 
 
 def test_a_run_says_what_it_decided_and_keeps_it_when_it_goes_on(base, tmp_path, capsys, monkeypatch):
     train(base, tmp_path, "train.steps=2", "kl.trust=auto")
-    assert "% of " in (printed := capsys.readouterr().out) and "teacher: knows " in printed
+    assert "% of " in (printed := capsys.readouterr().out) and "The teacher knows " in printed
+    note = note_on(configured("kl.share=0.5"), str(tmp_path))
+    assert "teacher visipruner in 0.5 of the steps. The teacher knows " in note
+    assert "trust in the teacher | The teacher knows " in (tmp_path / "README.md").read_text()
     before = json.loads((tmp_path / "trust.json").read_text())
     assert before["trust"] == "labels"
     assert all(0 <= e["teacher_right"] <= 1 for e in metrics_entries(tmp_path) if "loss" in e)

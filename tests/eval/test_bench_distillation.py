@@ -1,0 +1,64 @@
+"""The bench of what a teacher gives: its rows, its wrong answers, and how cells become a table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latefusion.eval.bench import distillation as bench
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return bench.questions("scenes", "validation", 60, 0)
+
+
+def test_a_fifth_of_the_training_answers_are_wrong_answers_to_such_a_question(rows: list[Any]) -> None:
+    wrong = bench.with_wrong_answers(rows, 0.2, seed=3)
+    changed = [(a, b) for a, b in zip(rows, wrong, strict=True) if a != b]
+    assert len(changed) == 12 and wrong == bench.with_wrong_answers(rows, 0.2, seed=3)
+    assert wrong != bench.with_wrong_answers(rows, 0.2, seed=4)
+    for before, after in changed:
+        assert {**after, "answer": before["answer"]} == before and after["answer"] != before["answer"]
+        assert after["answer"] in {row["answer"] for row in rows if row["type"] == before["type"]}
+
+
+def test_the_test_is_clean_and_the_same_for_every_seed() -> None:
+    noise, scenes = (bench.rows_of(data, "test", 24, seed=0) for data in ("noise", "scenes"))
+    assert noise == scenes and all(row["id"].startswith("test-") for row in noise)
+    trained = [bench.rows_of("noise", "train", 24, seed) for seed in (0, 1)]
+    assert trained[0] != trained[1] and all(row["id"].startswith("train-") for row in trained[0])
+
+
+def cell(arm: str, seed: int, accuracy: float, trust: str | None = None) -> dict[str, Any]:
+    decided = None if trust is None else {"trust": trust, "right": 9, "answers": 10}
+    where = {"data": "noise", "rows": 9, "steps": 2, "settings": [], "decided": None}
+    return {**where, "arm": arm, "seed": seed, "accuracy": accuracy, "auto": decided}
+
+
+def test_cells_become_means_with_t_intervals_and_differences_in_the_same_seeds() -> None:
+    none = [cell("none", 0, 0.5), cell("none", 1, 0.7), cell("none", 2, 0.6)]
+    full = [cell("all", seed, 0.8, "all") for seed in (0, 1)] + [cell("all", 2, 0.5, "labels")]
+    labels = [cell("labels", 2, 0.9, "labels")]
+    (table,) = bench.merged(none + full + labels)["tables"]
+    arms = table["arms"]
+    assert arms["none"]["accuracy"] == pytest.approx(  # t of 2 degrees of freedom: 4.3027
+        {"mean": 0.6, "low": 0.6 - 4.3027 * 0.1 / 3**0.5, "high": 0.6 + 4.3027 * 0.1 / 3**0.5, "seeds": 3},
+        rel=1e-4,
+    )
+    assert arms["all"]["to_none"]["mean"] == pytest.approx((0.3 + 0.1 - 0.1) / 3)
+    assert arms["auto"]["of_seeds"] == {"0": 0.8, "1": 0.8, "2": 0.9}  # the cells that it decided for
+    assert arms["auto"]["to_better"]["mean"] == pytest.approx(0.4 / 3)  # `all` is the better control
+    assert arms["labels"]["accuracy"] == {"mean": 0.9, "seeds": 1}
+
+
+@pytest.mark.slow
+def test_a_cell_is_written_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--rows", "24", "--steps", "1", "--questions", "12", "--output", str(tmp_path / "cells"))
+    for arm in ("none", "auto"):
+        bench.main(["--data", "scenes", "--arm", arm, *small, "entry.images=16", "kl.share=0.5"])
+    bench.main(["--merge", str(tmp_path / "cells"), "--json", str(tmp_path / "all.json")])
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert {cell["arm"] for cell in result["cells"]} == {"none", "auto"}
+    assert "scenes" in capsys.readouterr().out
