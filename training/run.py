@@ -36,7 +36,7 @@ from latefusion.training.assemble import (
 )
 from latefusion.training.checkpoints import CannotSave, discard_after, step_of
 from latefusion.training.describe import composed_tree, describe
-from latefusion.training.model_card import model_card
+from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale, with_answers
 from latefusion.training.preflight import CONFIG
@@ -172,7 +172,9 @@ def write_card(config: Config, student: Student) -> None:
     """Write the model card into the student's folder, in the place of PEFT's empty template."""
     if config.tune is not Tune.full:
         entry, folder = entry_of(student.model) is not None, config.output_dir
-        (Path(folder) / "README.md").write_text(model_card(folder, folder=folder, merged=False, entry=entry))
+        (Path(folder) / "README.md").write_text(
+            model_card(folder, folder=folder, form=Form.adapters, entry=entry)
+        )
 
 
 def check_evaluation(config: Config) -> None:
