@@ -33,6 +33,10 @@ class Recipe:
     measure_boards: int = 20
     save_every: int = 50
 
+    def __post_init__(self) -> None:
+        if self.freeze_language:
+            self.word_steps = 0  # boards of words would train nothing: they pass the projector by
+
     @property
     def steps(self) -> int:
         return self.word_steps + self.few_steps + self.all_steps

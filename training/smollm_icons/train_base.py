@@ -116,7 +116,7 @@ class Trainer:
 
     def fit_plan(self, seconds: float) -> None:
         """Stretch or squeeze the plan, from here, to so many seconds."""
-        self.recipe.seconds = round(seconds, 1)
+        self.recipe.seconds = max(1.0, round(seconds, 1))
         self.record["recipe"] = asdict(self.recipe)
         self.clock = Clock(self.recipe)
 
