@@ -3,9 +3,10 @@
     python eval/calibrate.py model=embedded data=scenes kl=0.02
     python eval/calibrate.py model=HUB_ID data=FOLDER_OR_HUB_ID split=train samples=128 kl=0.02
 
-Asks the dense model N unlabelled prompts, tries all settings on its answers (eval/thresholds/replay.py: for the price
-of a few prefills), and takes the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
-settings run on a trial, and go on until they are surely above the bound, or much dearer than need be. Writes
+Asks the dense model unlabelled prompts, tries all settings on its answers (eval/thresholds/replay.py: for the price of
+a few prefills), and looks for the one of least decoder FLOPs whose KL(dense || pruned) stays under the bound. All
+settings run on a trial, and go on until they are surely above the bound, or much dearer than need be. Other prompts
+accept it: there, the upper limit of its mean KL has to stay under the bound, or a dearer one is tried. Writes
 policy.yaml, which `policy=FILE` takes wherever a policy is named, calibration.json with every setting, and table.md.
 Run again with the same arguments, it goes on where it was interrupted.
 """
@@ -30,8 +31,8 @@ def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Try all settings and write the results; returns what `calibration.json` holds.
 
     Raises:
-        ValueError: an argument is out of its range, there is no prompt with an image, or no setting stays
-            under the bound.
+        ValueError: an argument is out of its range, there is no prompt with an image, or no setting
+            is accepted.
         FileNotFoundError: the model or the data is not there.
     """
     check(arguments)
@@ -47,7 +48,7 @@ def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     for setting in grid(arguments, arguments.boundaries or [0], arguments.tokens_thresholds or [0.0]):
         policy_of(setting, arguments)  # raises if it cannot be
-    questions = read(arguments)
+    questions, others = read(arguments)
     for remark in questions.remarks:
         console.print(remark, markup=False)
     model, processor = load_base(arguments.model, dtype=compute_dtype())
@@ -55,7 +56,7 @@ def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
         model.cuda()  # type: ignore[arg-type]
     started = time.perf_counter()
     with attach(model, VisionSchedule()) as attachment:
-        search = Search(arguments, attachment, processor, questions)
+        search = Search(arguments, attachment, processor, questions, others)
         console.print(search.cost(), highlight=False)
         results = search.run()
     results["seconds"] = time.perf_counter() - started

@@ -283,11 +283,13 @@ def pool(
 
 def summary(subsets: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
     """How many subsets hold, and how far apart their FLOPs are."""
-    flops = np.array([subset["flops"] for subset in subsets])
+    chosen = [subset for subset in subsets if "flops" in subset]
+    flops = np.array([subset["flops"] for subset in chosen] or [np.nan])
     return {
         "subsets": len(subsets),
-        "hold_on_new": sum(subset["new"]["kl"] <= bound for subset in subsets),
-        "hold_on_all_new": sum(subset["all_new"]["kl"] <= bound for subset in subsets),
+        "chosen": len(chosen),
+        "hold_on_new": sum(subset["new"]["kl"] <= bound for subset in chosen),
+        "hold_on_all_new": sum(subset["all_new"]["kl"] <= bound for subset in chosen),
         "flops_median": float(np.median(flops)),
         "flops_least_and_most": [float(flops.min()), float(flops.max())],
         "within_20_percent_of_median": int(np.sum(np.abs(flops / np.median(flops) - 1) <= 0.2)),

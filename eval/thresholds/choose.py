@@ -13,6 +13,7 @@ from rich.table import Table
 
 from latefusion.data.printing import printable
 from latefusion.eval.metrics import accuracy, paired
+from latefusion.eval.thresholds.accept import Accepted
 from latefusion.models.flops import prefill_share
 
 ROWS = 12  # of the table
@@ -25,8 +26,9 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     """Write `calibration.json`, `table.md` and `policy.yaml`, and print the table.
 
     Raises:
-        ValueError: no setting stays under the bound; what was tried is written all the same.
+        ValueError: no setting is accepted; what was tried is written all the same.
     """
+    accepted: Accepted = results["accepted"]
     arguments, columns, correct = results["arguments"], results["columns"], results["correct"]
     dense, number = columns["dense_flops"].mean(), (~np.isnan(columns["kl"])).sum(1)  # [settings]
     kl, flops = np.nanmean(columns["kl"], 1), np.nanmean(columns["flops"] / columns["dense_flops"], 1)
@@ -48,8 +50,11 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         for i, setting in enumerate(results["settings"])
     ]
     partial, kl = kl, np.where(complete, kl, np.inf)
-    best = cheapest(kl, flops, arguments["kl"])
-    shown = [] if best is None else around(front(kl, flops), best, ROWS)
+    best = accepted.setting
+    tried = [confirmed(rows[i], accepted.limits[i], results["confirmed"][i]) for i in accepted.limits]
+    shown = (
+        [] if best is None else around(sorted({*front(kl, flops), best}, key=lambda i: flops[i]), best, ROWS)
+    )
     lines = [line(rows[i], results, i) for i in shown]
     out = {
         "arguments": arguments,
@@ -62,11 +67,18 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         },
         "shallow_limit": results["shallow_limit"],
         "chosen": None if best is None else rows[best],
+        "confirmed": tried,
         "front": [rows[i] for i in front(kl, flops)],
         "settings": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").write_text(json.dumps(out, indent=1) + "\n")
+    if best is None and tried:
+        least = min(tried, key=lambda one: one["limit"])
+        raise ValueError(
+            f"no setting is accepted: on {least['prompts']} other prompts the upper limit of the KL is "
+            f"{least['limit']:.2g} at least, beyond kl={arguments['kl']}; raise kl, or use more prompts to confirm."
+        )
     if best is None:
         nearest = rows[int(partial.argmin())]
         raise ValueError(
@@ -80,6 +92,18 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     (folder / "policy.yaml").write_text(recipe(rows[best], out))
     report(out, header, lines, bold, console, folder)
     return out
+
+
+def confirmed(row: dict[str, Any], limit: float, outcome: dict[str, NDArray]) -> dict[str, Any]:
+    """A setting that was tried on the confirming prompts, and what it does to them."""
+    names = ("boundary", "layer_threshold", "tokens_threshold", "stages")
+    return {name: row[name] for name in names} | {
+        "prompts": len(outcome["kl"]),
+        "kl": float(np.mean(outcome["kl"])),
+        "limit": limit,
+        "same_answer": float(np.mean(outcome["same"])),
+        "flops_ratio": float(np.mean(outcome["flops"])),
+    }
 
 
 def cheapest(kl: NDArray, flops: NDArray, bound: float) -> int | None:
@@ -140,6 +164,18 @@ def flops_in_words(row: dict[str, Any]) -> str:
     return f"{row['flops_ratio']:.1%} of the dense decoder's FLOPs{whole}"
 
 
+def distance(row: dict[str, Any], out: dict[str, Any]) -> str:
+    """How far the setting's answers are from the dense model's: on the prompts that accepted it, if there are any."""
+    bound = f"bound {out['arguments']['kl']:g}"
+    if not out["confirmed"]:
+        return f"KL {row['kl']:.4f} ({bound}), {row['same_answer']:.1%} of the answers unchanged"
+    last = out["confirmed"][-1]
+    return (
+        f"KL {last['kl']:.4f}, upper limit {last['limit']:.4f} ({bound}), {last['same_answer']:.1%} of the answers "
+        f"unchanged, on {last['prompts']} prompts beside these"
+    )
+
+
 def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
     arguments = out["arguments"]
     stages = ", ".join(row["stages"])
@@ -147,8 +183,7 @@ def recipe(row: dict[str, Any], out: dict[str, Any]) -> str:
     return (
         f"# VisiPruner for {model}, calibrated on {out['prompts']} prompts of {data}, "
         f"{arguments['split']}:\n"
-        f"# {flops_in_words(row)} at KL {row['kl']:.4f} (bound {arguments['kl']:g}), "
-        f"{row['same_answer']:.1%} of the answers unchanged.\n"
+        f"# {flops_in_words(row)} at {distance(row, out)}.\n"
         "_target_: latefusion.models.policies.visipruner.settings.VisiPruner\n"
         f"boundary: {row['boundary']}\n"
         f"layer_threshold: {row['layer_threshold']:g}\n"
@@ -186,7 +221,7 @@ def report(
     console.print(
         f"Chosen: boundary {row['boundary']}, layer_threshold {row['layer_threshold']:g}, tokens_threshold "
         f"{row['tokens_threshold']:g}, stages {', '.join(row['stages'])}: {flops_in_words(row)}, "
-        f"{row['same_answer']:.1%} of the answers unchanged ({out['seconds']:.0f} s).\n"
+        f"{distance(row, out)} ({out['seconds']:.0f} s).\n"
         f"Use it: policy={folder / 'policy.yaml'}",
         highlight=False,
         soft_wrap=True,

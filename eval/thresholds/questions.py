@@ -43,25 +43,27 @@ class Questions:
         return all("answer" in row for row in self.records)
 
 
-def read(arguments: Arguments) -> Questions:
-    """The prompts: of a question set, or of any data set with `messages` and `images`, in the order of `seed`.
+def read(arguments: Arguments) -> tuple[Questions, Questions | None]:
+    """The prompts to search on, and others to confirm on: of a question set, or of any data set with `messages` and
+    `images`, in the order of `seed`.
 
     Raises:
         FileNotFoundError, ValueError: the data are not there, or none has an image.
     """
     if is_question_set(arguments.data):
         rows = load_questions(arguments.data, arguments.split)
-        if arguments.samples is not None and arguments.samples < len(rows):
-            rows = rows.shuffle(seed=arguments.seed).select(range(arguments.samples))
-        return of_rows(rows)
+        needed = arguments.samples + arguments.confirm
+        return split(
+            of_rows(rows.shuffle(seed=arguments.seed).select(range(min(needed, len(rows))))), arguments
+        )
     data = DataConfig(source=Source.dataset, path=arguments.data, split=arguments.split)
     rows = prompt_rows(data, None, 0)
-    drawn, bad = with_images(rows, needed=arguments.samples, seed=arguments.seed)
+    drawn, bad = with_images(rows, needed=arguments.samples + arguments.confirm, seed=arguments.seed)
     if not drawn:
         raise ValueError(
             f"no prompt of {arguments.data} has an image; VisiPruner has nothing to prune there."
         )
-    taken = drawn[: arguments.samples]
+    taken = drawn[: arguments.samples + arguments.confirm]
     records = []
     for at, row in zip(taken, opened(rows, taken), strict=True):
         last = row["messages"][-1]
@@ -69,7 +71,28 @@ def read(arguments: Arguments) -> Questions:
         records.append(
             {"messages": row["messages"], "scene": " ".join(sorted(map(str, at.images))), **answer}
         )
-    return Questions(rows, [at.row for at in taken], records, left_out(bad))
+    return split(Questions(rows, [at.row for at in taken], records, left_out(bad)), arguments)
+
+
+def split(prompts: Questions, arguments: Arguments) -> tuple[Questions, Questions | None]:
+    """The first `samples` prompts to search on, at most half of those there are, and the rest to confirm on."""
+    n, remarks = len(prompts), list(prompts.remarks)
+    searched = arguments.samples
+    if n < arguments.samples + arguments.confirm:
+        searched = min(arguments.samples, n if arguments.confirm == 0 else max(1, n // 2))
+    if searched == n and arguments.confirm > 0:
+        remarks.append("The data have one prompt, so no other confirms the setting.")
+    elif searched < min(arguments.samples, n):
+        remarks.append(
+            f"The data have {n} prompts, so {searched} search and {n - searched} confirm the setting: more prompts "
+            "narrow its upper limit, and a cheaper setting may do."
+        )
+
+    def part(numbers: range) -> Questions:
+        at, records = [prompts.at[i] for i in numbers], [prompts.records[i] for i in numbers]
+        return Questions(prompts.rows, at, records, remarks if numbers.start == 0 else ())
+
+    return part(range(searched)), part(range(searched, n)) if searched < n else None
 
 
 def of_rows(rows: Dataset) -> Questions:

@@ -1,4 +1,4 @@
-"""Finds the setting of VisiPruner of least FLOPs whose KL to dense stays under a bound, on all prompts.
+"""Finds the setting of VisiPruner of least FLOPs whose KL to dense stays under a bound; other prompts accept it.
 
 The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
 out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
@@ -21,6 +21,8 @@ from transformers import PretrainedConfig
 
 from latefusion.eval.comparison.answers import progress_bar
 from latefusion.eval.thresholds import replay
+from latefusion.eval.thresholds.accept import Accepted, accept
+from latefusion.eval.thresholds.choose import cheapest
 from latefusion.eval.thresholds.prefills import Prompts
 from latefusion.eval.thresholds.questions import Questions
 from latefusion.eval.thresholds.replay import Batch, Outcome, fusion_layers
@@ -37,9 +39,20 @@ EXACT = 1e-9  # relative; sums of floats in another order are equal
 class Search:
     """All settings on as many prompts as it takes, batch by batch; what is done is kept on disk."""
 
-    def __init__(self, arguments: Arguments, attachment: Attachment, processor: Any, rows: Questions):
-        self.arguments, self.attachment, self.rows = arguments, attachment, rows
+    def __init__(
+        self,
+        arguments: Arguments,
+        attachment: Attachment,
+        processor: Any,
+        rows: Questions,
+        others: Questions | None = None,
+    ):
+        self.arguments, self.attachment, self.rows, self.others = arguments, attachment, rows, others
         self.prompts = Prompts(arguments, attachment, processor, rows)
+        self.confirming = None if others is None else Prompts(arguments, attachment, processor, others)
+        self.bound = arguments.kl  # on the prompts of the search
+        self.outcomes: dict[int, dict[str, NDArray]] = {}  # of settings on the confirming prompts
+        self.least = 0.0  # FLOPs against dense that a setting has to have
         self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
         layers = len(attachment.layers)
         boundaries = list(range(layers - 1)) if arguments.boundaries is None else arguments.boundaries
@@ -74,6 +87,7 @@ class Search:
             resumed += (
                 sum(decoder_flops(config, [left] * (layers - 1 - f)) for f in fusions) * len(kinds) / dense
             )
+        others = 0 if self.others is None else len(self.others)
         first, prefills = self.ends[1] / self.ends[-1], 1 + len(self.prefixes)
         return (
             f"{len(self.rows)} prompts in {len(self.prompts.batches)} batches, {len(self.settings)} settings. Each "
@@ -82,6 +96,11 @@ class Search:
             "are not ruled out yet, the most promising first, after one more recorded prefill each time. Together at "
             f"least like {prefills + 1 + resumed * first:.1f} dense prefills of every prompt "
             f"({dense / 1e9:.2g} GFLOPs each), {prefills + 2 + resumed:.0f} or more if nothing can be ruled out."
+            + (
+                f" Then {others} other prompts accept the setting: the dense answer, and two prefills each."
+                if others
+                else ""
+            )
         )
 
     def run(self) -> dict[str, Any]:
@@ -98,11 +117,47 @@ class Search:
             self.floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
             empty = partial(np.full, self.floors.shape, np.nan)
             self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
-            self.sweep(self.alive(), 1, progress)
-            while not np.isfinite(self.best()) and self.alive().any():
-                self.sweep(self.promising(), len(batches), progress)
-            self.sweep(self.alive(), len(batches), progress)
-            return self.results(self.correct(progress))
+            if self.confirming is None:
+                accepted = Accepted(self.cheapest(self.arguments.kl, 0.0, progress))
+            else:
+                accepted = accept(
+                    partial(self.cheapest, progress=progress),
+                    lambda setting: self.confirmed(setting, progress)["kl"],
+                    lambda setting: float(self.least_flops()[setting]),
+                    self.arguments.kl,
+                )
+            return self.results(self.correct(progress), accepted)
+
+    def cheapest(self, bound: float, least: float, progress: Any) -> int | None:
+        """The setting of least FLOPs, but not below `least`, whose KL on all prompts is at most `bound`."""
+        self.bound, self.least = bound, least
+        batches = len(self.prompts.batches)
+        self.sweep(self.alive(), 1, progress)
+        while not np.isfinite(self.best()) and self.alive().any():
+            self.sweep(self.promising(), batches, progress)
+        self.sweep(self.alive(), batches, progress)
+        kl, flops = np.nanmean(self.columns["kl"], 1), self.least_flops()
+        return cheapest(np.where(self.ran().all(1) & (flops >= least), kl, np.inf), flops, bound)
+
+    def confirmed(self, number: int, progress: Any) -> dict[str, NDArray]:
+        """What a setting does to each confirming prompt: `kl`, `same` and `flops` against dense, `[N]` each."""
+        prompts, parts = self.confirming, []
+        assert prompts is not None
+        task = progress.add_task("Confirm", total=sum(map(len, prompts.batches)))
+        for at, rows in enumerate(prompts.batches):
+            survey = self.kept(f"dense_{at:05d}", partial(prompts.survey, rows, [0], self.thresholds))
+            work = partial(prompts.try_on, rows, survey["answers"], [self.settings[number]])
+            outcome = self.kept(f"confirm{number}_{at:05d}", work)
+            parts.append(
+                {
+                    "kl": outcome["kl"][0],
+                    "same": outcome["same"][0],
+                    "flops": outcome["flops"][0] / survey["dense_flops"],
+                }
+            )
+            progress.advance(task, len(rows))
+        self.outcomes[number] = joined(parts)
+        return self.outcomes[number]
 
     # ---------------------------------------------------------------- what can be ruled out
 
@@ -112,13 +167,14 @@ class Search:
 
     def best(self) -> float:
         """The FLOPs, against dense, of the cheapest setting that ran on all prompts and is under the bound."""
-        whole = self.ran().all(1) & (np.nansum(self.columns["kl"], 1) <= self.most)
-        return min(self.least_flops()[whole], default=np.inf)
+        flops = self.least_flops()
+        whole = self.ran().all(1) & (np.nansum(self.columns["kl"], 1) <= self.most) & (flops >= self.least)
+        return min(flops[whole], default=np.inf)
 
     @property
     def most(self) -> float:
         """What the KL of all prompts may add up to."""
-        return self.arguments.kl * len(self.rows) * (1 + EXACT)
+        return self.bound * len(self.rows) * (1 + EXACT)
 
     def least_flops(self) -> NDArray:
         """Lower bound of each setting's FLOPs, against dense: exact where it ran."""
@@ -134,7 +190,7 @@ class Search:
         """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""
         alive = np.flatnonzero(self.alive())
         kl = np.nanmean(self.columns["kl"][alive], 1)
-        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.arguments.kl)))[:PROBES]
+        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.bound)))[:PROBES]
         return np.isin(np.arange(len(self.settings)), alive[first])
 
     def bound_of(self, setting: Setting) -> NDArray:
@@ -215,10 +271,10 @@ class Search:
         model = model_identity(
             self.arguments.model, processor=self.prompts.processor, dtype=self.attachment.model.dtype
         )
-        prompts = (self.rows[i] for i in range(len(self.rows)))
-        return fingerprint(arguments, model, self.settings, rows_fingerprint(prompts))
+        every = (part[i] for part in (self.rows, self.others) if part is not None for i in range(len(part)))
+        return fingerprint(arguments, model, self.settings, rows_fingerprint(every))
 
-    def results(self, correct: NDArray | None) -> dict[str, Any]:
+    def results(self, correct: NDArray | None, accepted: Accepted) -> dict[str, Any]:
         clusters = [row["scene"] for row in self.rows.records]
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         outside = self.prompts.outside_flops()
@@ -229,6 +285,8 @@ class Search:
             "columns": self.columns | dense,
             "outside": None if outside is None else outside / float(self.dense["dense_flops"].mean()),
             "correct": correct,
+            "accepted": accepted,
+            "confirmed": self.outcomes,
             "scenes": [str(clusters[i]) for i in self.prompts.order],
         }
 

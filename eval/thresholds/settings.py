@@ -23,8 +23,10 @@ class Arguments:
     Attributes:
         model: embedded, smollm_icons, a folder or a hub id.
         data: scenes, icons, easy_vqa, or a folder or hub id of a data set with the columns messages and images.
-        split: of the data; samples: how many prompts, drawn by `seed`; null: all.
-        kl: the bound, in nats: mean over prompts of KL(dense || pruned) per token of the dense answer.
+        split: of the data; samples: how many prompts to search on, drawn by `seed`, half of the data at most.
+        confirm: other prompts to accept the setting on, as many as the data has; 0: the samples accept their own.
+        kl: the bound, in nats: of the upper limit of the mean over confirming prompts of KL(dense || pruned) per token
+            of the dense answer.
         boundaries, layer_thresholds, tokens_thresholds, stages: what to try; null: every layer; a scale of the
             model's own norms, read off the trial. The shallow rule saves no FLOPs of its own, so only
             `stages=[[middle,deep],[shallow,middle,deep]]` tries it too.
@@ -37,7 +39,8 @@ class Arguments:
     model: str = "embedded"
     data: str = "scenes"
     split: str = "validation"
-    samples: int | None = None
+    samples: int = 256
+    confirm: int = 1536
     seed: int = 0
     kl: float = 0.02
     boundaries: list[int] | None = None
@@ -59,8 +62,10 @@ def check(arguments: Arguments) -> None:
     for name in ("kl", "batch_size", "max_new_tokens"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"{name}={getattr(arguments, name)} must be positive.")
-    if arguments.samples is not None and arguments.samples < 1:
+    if arguments.samples < 1:
         raise ValueError(f"samples={arguments.samples} must be at least 1.")
+    if arguments.confirm < 0:
+        raise ValueError(f"confirm={arguments.confirm} must be 0 or more.")
     for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
         if getattr(arguments, name) == []:
             raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, evaluate, generate
-from latefusion.eval.thresholds import choose, questions, replay
+from latefusion.eval.thresholds import accept, choose, questions, replay
 from latefusion.eval.thresholds.prefills import Prompts, ended
 from latefusion.eval.thresholds.replay import fusion_layers
 from latefusion.eval.thresholds.search import Search
@@ -136,14 +136,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def arguments_for(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
-    small = {"samples": 12, "batch_size": 4, "layer_thresholds": [0.9, 0.999], "max_new_tokens": 3, "kl": 0.5}
+    small = {"samples": 12, "confirm": 0, "batch_size": 4, "layer_thresholds": [0.9, 0.999]}
+    small |= {"max_new_tokens": 3, "kl": 0.5}
     return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
 
 
 def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     base: str, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    small_grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0]}
+    small_grid = {"boundaries": [1, 2], "tokens_thresholds": [0.5, 2.0], "confirm": 6}
     bars, add = [], Progress.add_task
 
     def adding(self: Any, description: str, **more: Any) -> Any:
@@ -157,7 +158,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
 
     def stopping(self: Any, rows: Any, written: Any, settings: Any) -> Any:
         batches.append((rows, settings))
-        if len(batches) == 3:
+        if len(batches) == 4:
             raise KeyboardInterrupt
         return run(self, rows, written, settings)
 
@@ -165,7 +166,7 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(arguments_for(base, tmp_path / "cut", **small_grid), Console(quiet=True))
     again = calibrate.calibrate(arguments_for(base, tmp_path / "cut", **small_grid), Console(quiet=True))
-    assert batches[2] == batches[3] and batches[3] not in batches[:2], "a finished batch was run again"
+    assert batches[3] == batches[4] and batches[4] not in batches[:3], "a finished batch was run again"
     for result in (whole, again):
         result["seconds"] = result["arguments"]["output"] = None
     assert again == whole
@@ -176,8 +177,11 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     assert best["kl"] <= 0.5 and best["prompts"] == whole["prompts"] == 12
     assert best["flops_ratio"] < best["prefill_ratio"] < 1
     assert "of the whole prefill's) at KL" in (tmp_path / "cut" / "policy.yaml").read_text()
+    assert whole["confirmed"][-1]["prompts"] == 6 and whole["confirmed"][-1]["limit"] <= 0.5
+    assert {whole["confirmed"][-1][name] for name in ("boundary",)} == {best["boundary"]}
     cheaper = [s for s in whole["settings"] if s["prompts"] == 12 and s["flops_ratio"] < best["flops_ratio"]]
-    assert all(s["kl"] > 0.5 for s in cheaper)
+    refused = len(whole["confirmed"]) - 1
+    assert sum(s["kl"] <= accept.START * 0.5 for s in cheaper) <= refused
     table = (tmp_path / "cut" / "table.md").read_text()
     assert (
         table.startswith("| boundary |")
@@ -200,7 +204,8 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
     """Against every setting on every prompt, each as a policy of its own, from the first layer on."""
     model, processor = load_base(base, dtype=torch.float32)
     arguments = arguments_for(base, tmp_path, samples=15, batch_size=5, **GRID)
-    rows = questions.read(arguments)
+    rows, others = questions.read(arguments)
+    assert others is None
     with attach(model, VisionSchedule()) as attachment:
         prompts = Prompts(arguments, attachment, processor, rows)
         alone: dict[int, list[tuple[Any, Any]]] = {}
@@ -278,6 +283,35 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
     assert outcomes[1].same.all() and not outcomes[0].same.all()
 
 
+def test_other_prompts_accept_a_setting_or_a_dearer_one() -> None:
+    """A setting of mean 0.01 on the search that costs 0.2 on other prompts is passed over, those next to it too."""
+    search, cost = np.array([0.01, 0.012, 0.013, 0.005, 0.03]), np.array([0.3, 0.31, 0.4, 0.5, 0.2])
+    others = {0: np.full(50, 0.2), 2: np.r_[np.zeros(48), 0.3, 0.3], 3: np.full(50, 0.004)}
+
+    def cheapest(bound: float, least: float) -> int | None:
+        return choose.cheapest(np.where(cost >= least, search, np.inf), cost, bound)
+
+    accepted = accept.accept(cheapest, others.__getitem__, cost.__getitem__, 0.02)
+    assert accepted.setting == 3 and list(accepted.limits) == [0, 2, 3]
+    assert np.mean(others[2]) < 0.02 < accepted.limits[2], (
+        "two prompts of fifty say little: the limit is beyond"
+    )
+    refused = accept.accept(cheapest, lambda setting: np.full(50, 1.0), cost.__getitem__, 0.02)
+    assert refused.setting is None and len(refused.limits) == 3
+
+
+def test_the_prompts_of_the_search_do_not_confirm_it(base: str, tmp_path: Any) -> None:
+    few = arguments_for(base, tmp_path, samples=12, confirm=5)
+    searched, others = questions.read(few)
+    assert others is not None and (len(searched), len(others)) == (12, 5)
+    ids = [{row["id"] for row in part.records} for part in (searched, others)]
+    assert not ids[0] & ids[1] and not searched.remarks
+    rows = load_scenes("validation", n_scenes=1).select(range(7))
+    searched, others = questions.split(questions.of_rows(rows), few)
+    assert others is not None and (len(searched), len(others)) == (3, 4)
+    assert "3 search and 4 confirm" in searched.remarks[0]
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -286,6 +320,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
         ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
         ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
         ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"confirm": -1}, "confirm=-1 must be 0 or more"),
         ({"boundaries": [5]}, "boundary=5 leaves no layer to fuse in"),
         (
             {"kl": 1e-9, "boundaries": [0], "layer_thresholds": [1.0], "tokens_thresholds": [50.0]},

@@ -1,0 +1,59 @@
+"""Accept a setting on prompts that did not choose it: the least of many noisy means is too low.
+
+A few prompts hold most of the KL, so the setting that is cheapest on the prompts of the search often costs more on
+others. What is accepted is the upper limit of its mean KL on other prompts (`effects.upper_limit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latefusion.eval.fusion.effects import upper_limit
+
+START = 0.7  # of the bound: what the first setting that is tried may cost on the prompts of the search
+APART = 1.05  # a setting tried later has this many times the FLOPs of the one before it, or more
+TRIES = 5  # settings tried at most: each has its own chance to be accepted by luck
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The setting that was accepted, and the settings tried.
+
+    Attributes:
+        setting: its number; None if every setting tried is beyond the bound, or none was found.
+        limits: the upper limit of the mean KL of each setting tried, in that order.
+    """
+
+    setting: int | None
+    limits: dict[int, float] = field(default_factory=dict)
+
+
+def accept(
+    cheapest: Callable[[float, float], int | None],
+    kl: Callable[[int], NDArray],
+    flops: Callable[[int], float],
+    bound: float,
+) -> Accepted:
+    """The first setting whose limit on the confirming prompts stays within the bound, from few FLOPs to more.
+
+    Args:
+        cheapest: the setting of least FLOPs whose KL on the prompts of the search is at most the first number, among
+            those of at least the second in FLOPs; None: there is none.
+        kl: of each confirming prompt under a setting.
+        flops: of a setting, as a share of dense.
+    """
+    limits: dict[int, float] = {}
+    least = 0.0
+    for _ in range(TRIES):
+        setting = cheapest(START * bound, least)
+        if setting is None:
+            break
+        limits[setting] = upper_limit(np.asarray(kl(setting)).tolist())
+        if limits[setting] <= bound:
+            return Accepted(setting, limits)
+        least = APART * flops(setting)
+    return Accepted(None, limits)
