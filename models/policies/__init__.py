@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+import yaml
 
-from latefusion.recipes.compose import did_you_mean
+from latefusion.recipes.hints import did_you_mean
 
 if TYPE_CHECKING:
     from latefusion.models.policies.base import Policy
@@ -47,9 +47,7 @@ def named(name: str, **overrides: Any) -> Policy:
             something that is not a policy.
         FileNotFoundError: there is no such file.
     """
-    arguments: Any = OmegaConf.to_container(
-        OmegaConf.load(recipe_of(name))
-    )  # data: nothing in it is resolved
+    arguments: Any = yaml.safe_load(recipe_of(name).read_text())
     if not isinstance(arguments, dict):
         raise ValueError(f"policy {name} holds no keys; it needs _target_ and the arguments of that class.")
     policy = policy_class(str(arguments.pop("_target_", None)), name)
@@ -71,8 +69,8 @@ def policy_class(target: str, name: str) -> type[Policy]:
     cls: object = None
     if target.partition(".")[0] not in sys.stdlib_module_names:
         try:
-            cls = get_class(target)
-        except (ImportError, ValueError) as error:
+            cls = resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"policy {name} names _target_: {target}, which cannot be imported ({reason})."
