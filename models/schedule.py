@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from latefusion.models.policies.base import Decision, Prompt
 
 SCHEDULE_FILE = "vision_schedule.json"
-Ranking = Literal["reading", "hidrop"]
+Ranking = Literal["question", "reading", "hidrop"]
+QUESTION_ROWS = 64  # text tokens before an answer that rank vision tokens, under the rule "question"
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
 
@@ -102,9 +103,9 @@ class VisionSchedule:
             return
         cross = tuple(sorted({_whole_number("cross", layer) for layer in self.cross}))
         object.__setattr__(self, "cross", cross)
-        if self.ranking != "reading" and self.keep:
+        if self.ranking == "hidrop" and self.keep:
             raise ValueError(
-                f'ranking="{self.ranking}" ranks computed vision tokens; with cross use ranking="reading".'
+                'ranking="hidrop" ranks computed vision tokens; with cross use ranking="question" or "reading".'
             )
         if not cross:
             if self.enter or self.exit is not None or self.keep:
@@ -159,6 +160,7 @@ class VisionSchedule:
             keep=self.keep,
             watch=self.watched,
             frozen=self.cross is not None,
+            rows=self.asking,
             ahead=self.looked_ahead,
             silent=self.freeze_prefix,
         )
@@ -232,7 +234,8 @@ class VisionSchedule:
 
         Under HiDrop's rule the scores of one row, and the projections of the layers that are looked at.
         """
-        flops = sum(ranking_flops(config, n_text, n_text + vision_tokens[i]) for i in self.watched)
+        rows = n_text if self.asking is None else min(self.asking, n_text)
+        flops = sum(ranking_flops(config, rows, vision_tokens[i]) for i in self.watched)
         for layer in self.looked_ahead:
             tokens = n_text + vision_tokens[layer - 1]
             flops += projection_flops(config, tokens) + ranking_flops(config, 1, tokens)
@@ -243,6 +246,11 @@ class VisionSchedule:
         """The layers whose attention ranks vision tokens as they run."""
         last = 0 if self.ranking == "hidrop" else max(self.keep, default=0)
         return range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
+
+    @property
+    def asking(self) -> int | None:
+        """Most text tokens before an answer that rank vision tokens; None: all of them."""
+        return QUESTION_ROWS if self.ranking == "question" else None
 
     @property
     def looked_ahead(self) -> Sequence[int]:

@@ -156,6 +156,7 @@ class Watch:
             scaling=few.scaling,
             run=run,
             weights=few.weights,
+            scores=few.scores,
         )
         if ahead:
             assert isinstance(self.decision, LooksAhead)
@@ -215,34 +216,54 @@ class _Rows:
         heads, dim = self.query.shape[1], self.query.shape[3]
         return self.query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))  # [B, H, R, D]
 
+    @torch.no_grad()
+    def scores(self, index: Tensor, keys: Tensor) -> Tensor:
+        """Scores of the rows `index` before their softmax, at the keys `keys` int64 `[B, n]`, float32 `[B, H, R, n]`."""
+        rows = self.key.transpose(1, 2)  # [B, K, Hkv, D]
+        start = torch.arange(0, rows.shape[0] * rows.shape[1], rows.shape[1], device=keys.device)
+        places = (keys + start[:, None]).flatten()
+        chosen = (
+            rows.flatten(0, 1).index_select(0, places).unflatten(0, keys.shape)
+        )  # gather is ten times slower
+        return self._scores(index, chosen.transpose(1, 2), keys)
+
     def _weights(self, index: Tensor) -> Tensor:
-        query = self._query(index).float().unflatten(1, (self.key.shape[1], -1))  # [B, Hkv, G, R, D]
-        scores = query @ self.key.float()[:, :, None].mT * self.scaling
-        scores = scores.flatten(1, 2)  # [B, H, R, K]
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        mask = self._mask(index)
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
+        scores = self._scores(index, self.key, None)
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
-    def _mask(self, index: Tensor) -> Tensor:
-        """What these rows see: bool or additive, `[B, H|1, R, K]`."""
-        mask, queries, keys = self.mask, self.query.shape[2], self.key.shape[2]
-        column = torch.arange(keys, device=index.device)
+    def _scores(self, index: Tensor, key: Tensor, keys: Tensor | None) -> Tensor:
+        query = self._query(index).float() * self.scaling  # [B, H, R, D]
+        grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * R, D]
+        scores = (grouped @ key.float().mT).view(*query.shape[:3], -1)  # [B, H, R, n]
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        mask = self._mask(index, keys)
+        if mask.dtype == torch.bool:
+            return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        return scores.add_(mask)
+
+    def _mask(self, index: Tensor, keys: Tensor | None = None) -> Tensor:
+        """What these rows see of the keys `keys` `[B, n]` (None: all): bool or additive, `[B, H|1, R, n]`."""
+        mask, first = self.mask, self.key.shape[2] - self.query.shape[2]
+        column = (
+            torch.arange(self.key.shape[2], device=index.device)[None] if keys is None else keys
+        )  # [B|1, n]
         if isinstance(mask, BlockMask):
             sample = torch.arange(index.shape[0], device=index.device)[:, None, None]
             head = torch.zeros_like(sample)
-            return mask.mask_mod(sample, head, index[:, :, None], column).expand(-1, -1, keys)[:, None]
+            seen = mask.mask_mod(sample, head, index[:, :, None], column[:, None])
+            return seen.expand(-1, -1, column.shape[1])[:, None]
         if mask is not None and mask.dim() == 4:
             mask = mask.expand(index.shape[0], *mask.shape[1:])
-            return mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        seen = column <= index[:, :, None] + (keys - queries)  # [B, R, K]
+            mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            return mask if keys is None else mask.gather(3, keys[:, None, None].expand(*mask.shape[:3], -1))
+        seen = column[:, None] <= index[:, :, None] + first  # [B, R, n]
         if not self.causal:
             seen = torch.ones_like(seen)
-        return (seen if mask is None else seen & mask[:, None, :].bool())[:, None]
+        if mask is not None:
+            mask = mask.bool() if keys is None else mask.bool().gather(1, keys)
+            seen = seen & mask[:, None]
+        return seen[:, None]

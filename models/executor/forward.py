@@ -246,17 +246,21 @@ class Forward:
         return self.watch.attend(i, self._indices, attention, *args, **kwargs)
 
     def _indices(self, keys: int) -> tuple[Tensor, Tensor]:
-        """`query_index` and `key_index` of the running layer, as in `AttentionCall`."""
-        assert self.prompt is not None
-        segment = self.segment
-        if segment.layout is not None:
-            index = segment.layout.positions(0)
-            queries = segment.query_index(narrowed=narrows(self.config))
-        else:
-            real = self.prompt.real
-            index = queries = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
-        earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
-        return queries, torch.cat([earlier, index], dim=1)
+        """`query_index` and `key_index` of the running layer, as in `AttentionCall`; the same in a whole segment."""
+        prompt, segment = self.prompt, self.segment
+        assert prompt is not None
+
+        def make() -> tuple[Tensor, Tensor]:
+            if segment.layout is not None:
+                index = segment.layout.positions(0)
+                queries = segment.query_index(narrowed=narrows(self.config))
+            else:
+                real = prompt.real
+                index = queries = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
+            earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
+            return queries, torch.cat([earlier, index], dim=1)
+
+        return segment.once("indices", (), make, keys)
 
 
 def checkpoints(layer: nn.Module) -> bool:

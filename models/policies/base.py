@@ -81,6 +81,8 @@ class AttentionCall:
         run: `(value, rows) -> [B, R, H, D]`, the layer's kernel on these values `[B, Hkv, K, D]` for the query
             rows `rows`: int64 `[B, R]` (compact), or a number: the first ones, or None: all.
         weights: `rows int64 [B, R] (compact) -> float32 [B, H, R, K]`, attention probabilities of these rows.
+        scores: `(rows, keys int64 [B, n] (compact)) -> float32 [B, H, R, n]`, what their softmax is made of, at these
+            keys: scaled, capped, and the lowest number or -inf where a row does not see a key.
     """
 
     query: Tensor
@@ -91,6 +93,7 @@ class AttentionCall:
     scaling: float
     run: Callable[[Tensor, Tensor | int | None], Tensor]
     weights: Callable[[Tensor], Tensor]
+    scores: Callable[[Tensor, Tensor], Tensor]
 
     @cached_property
     def output(self) -> Tensor:

@@ -20,6 +20,7 @@ class ScheduleDecision:
         sees: whether each layer sees vision tokens.
         keep: {layer: the number of vision tokens that are left from there on}.
         watch: layers whose attention ranks vision tokens.
+        rows: most text tokens before an answer that rank vision tokens; None: all.
         frozen: vision tokens are only read, in the layers that see them.
         ahead: layers that HiDrop's rule ranks in, before they run, in place of `watch`.
         silent: the attention output of the text before the image is zero (ViCA for 7B).
@@ -35,13 +36,15 @@ class ScheduleDecision:
         keep: Mapping[int, int],
         watch: Collection[int],
         frozen: bool,
+        rows: int | None = None,
         ahead: Collection[int] = (),
         silent: bool = False,
     ):
         self.prompt, self.sees, self.keep, self.watch, self.frozen = prompt, sees, keep, watch, frozen
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
-        self.rows = asking(prompt) if watch else prompt.queries  # int64 [B, R]
+        self.rows = asking(prompt, rows) if watch else prompt.queries  # int64 [B, R]
+        self._places: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of a segment: see `attended`
         self.ahead = ahead
         self.silent = prefix(prompt) if silent else None  # bool [B, T]
 
@@ -61,12 +64,21 @@ class ScheduleDecision:
             return Selection(torch.zeros_like(self.kept), (0,) * len(self.counts), self.frozen, self.silent)
         return Selection(self.kept, self.counts, self.frozen, self.silent)
 
+    @torch.no_grad()
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        shares = [
-            reading_share(call, rows, self.prompt.vision) for rows in self.rows.split(ROWS_AT_ONCE, dim=1)
-        ]
-        score = call.to_logical(torch.stack(shares).amax(0), self.prompt.vision.shape[1])  # [B, T]
-        self.scores = score if self.scores is None else torch.maximum(self.scores, score)
+        if self._places is None or self._places[0] is not call.key_index:  # the first layer of a segment
+            keys, present = vision_keys(call, self.kept, self.counts)
+            self._places = call.key_index, call.compact_rows(self.rows), keys, present
+        _, rows, keys, present = self._places
+        values = log_size(call.value, keys, present)  # [B, Hkv, n]
+        if self.scores is None:
+            self.scores = values.new_zeros(self.kept.shape)
+        positions = call.key_index.gather(1, keys).clamp(
+            min=0
+        )  # where a key is no vision token, its share is 0
+        for part in rows.split(ROWS_AT_ONCE, dim=1):
+            share = reading_share(call.scores(part, keys), values)  # [B, n]
+            self.scores = self.scores.scatter_reduce(1, positions, share, "amax")
         return None
 
     def looked(self, layer: int, call: AttentionCall) -> None:
@@ -88,31 +100,54 @@ def prefix(prompt: Prompt) -> Tensor:
     return before & prompt.vision.any(1, keepdim=True)
 
 
-@torch.no_grad()
-def reading_share(call: AttentionCall, rows: Tensor, vision: Tensor) -> Tensor:
-    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, K]`.
+def reading_share(scores: Tensor, values: Tensor) -> Tensor:
+    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, n]`.
 
     What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
     sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
+    As `a` is a softmax of `scores`, whose denominator is the same for all tokens, the share is one of
+    `2 * scores + log(|v|^2)` over the vision tokens alone.
 
     Args:
-        rows: logical query rows, int64 `[B, R]`.
-        vision: bool `[B, T]`, the vision tokens.
+        scores: of attention, before its softmax, float32 `[B, H, R, n]`; changed in place.
+        values: log(|v|^2) of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is no vision token.
     """
-    weights = call.weights(call.compact_rows(rows))  # [B, H, R, K]
-    groups = weights.shape[1] // call.value.shape[1]
-    value_sq = call.value.float().square().sum(-1)  # [B, Hkv, K]
-    value_sq = value_sq.repeat_interleave(groups, dim=1)[:, :, None]  # [B, H, 1, K]
-    seen = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
-    read = weights.square() * value_sq * seen[:, None, None]  # [B, H, R, K]
-    total = read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
-    return (read / total).amax((1, 2))
+    grouped = scores.unflatten(1, (values.shape[1], -1))  # [B, Hkv, G, R, n]
+    share = grouped.mul_(2).add_(values[:, :, None, None]).softmax(-1)
+    return share.nan_to_num_(0).amax((1, 2, 3))  # nan: the row sees no vision token
 
 
-def asking(prompt: Prompt) -> Tensor:
-    """The rows that rank vision tokens: the prompt's text and its queries, int64 `[B, R]`, without a host sync."""
+def log_size(value: Tensor, keys: Tensor, present: Tensor) -> Tensor:
+    """log(|v|^2) of the values `[B, Hkv, K, D]` at `keys` `[B, n]`, -inf where none is `present`, `[B, Hkv, n]`."""
+    size = value.float().square().sum(-1)  # [B, Hkv, K]
+    size = size.gather(2, keys[:, None].expand(-1, value.shape[1], -1)).log()  # [B, Hkv, n]
+    return size.masked_fill(~present[:, None], float("-inf"))
+
+
+def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the vision tokens (bool `[B, T]`, `counts` a sample) stand among a layer's keys, without a host sync.
+
+    Returns:
+        int64 `[B, n]`, and bool `[B, n]`: false where a sample has fewer, and the index is that of another key.
+    """
+    among = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
+    order = among.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
+    return order, among.gather(1, order)
+
+
+def asking(prompt: Prompt, most: int | None = None) -> Tensor:
+    """The rows that rank vision tokens: the prompt's text and its queries, int64 `[B, R]`, without a host sync.
+
+    Args:
+        most: of each query and the text before it, this number of rows; None: all.
+    """
     ranks = prompt.text.scatter(1, prompt.queries, True)  # bool [B, T]
     n_text = max(real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True))
-    most = min(n_text + prompt.queries.shape[1], ranks.shape[1])
-    rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, R]
+    width = min(n_text + prompt.queries.shape[1], ranks.shape[1])
+    if most is not None and most < width:
+        place = ranks.cumsum(1)  # [B, T]
+        before = place.gather(1, prompt.queries)[:, :, None] - place[:, None]  # [B, Q, T]
+        ranks = ranks & ((before >= 0) & (before < most)).any(1)
+        width = min(width, most * prompt.queries.shape[1])
+    rows = ranks.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # [B, R]
     return torch.where(ranks.gather(1, rows), rows, prompt.queries[:, :1])

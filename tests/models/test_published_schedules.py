@@ -152,12 +152,15 @@ def test_no_layer_reads() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"ranking": "hidden"}, r"^ranking='hidden' does not exist; choose one of reading, hidrop\.$"),
+        (
+            {"ranking": "hidden"},
+            r"^ranking='hidden' does not exist; choose one of question, reading, hidrop\.$",
+        ),
         (
             {"freeze_prefix": True},
             r"^freeze_prefix=True is for frozen vision tokens: name the layers that read",
         ),
-        ({"cross": [2, 3], "keep": {3: 2}, "ranking": "hidrop"}, r'with cross use ranking="reading"'),
+        ({"cross": [2, 3], "keep": {3: 2}, "ranking": "hidrop"}, r'with cross use ranking="question"'),
         (
             {"cross": (), "enter": 2},
             r"^cross=\(\) says that no layer reads vision tokens, and contradicts enter=2",

@@ -188,6 +188,7 @@ def random_call(present: Tensor) -> AttentionCall:
         scaling=dim**-0.5,
         run=lambda value, rows: pytest.fail("a schedule changes no attention"),
         weights=lambda rows: weights[:, :, : rows.shape[1]],
+        scores=lambda rows, keys: torch.rand(batch, heads, rows.shape[1], keys.shape[1]),
     )
 
 

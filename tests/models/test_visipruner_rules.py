@@ -167,6 +167,7 @@ class Layer:
             scaling=1.0,
             run=run,
             weights=lambda rows: pytest.fail("the shallow rule needs no attention map"),
+            scores=lambda rows, keys: pytest.fail("nor scores"),
         )
 
 

@@ -1,0 +1,143 @@
+"""What ranking vision tokens for `keep` costs, counted and measured, over text lengths; random weights.
+
+    python eval/bench/ranking.py --threads 1 --json outputs/bench_ranking.json
+
+A band with two keeps in a quarter to three quarters of the decoder, under each ranking rule, beside the same numbers
+of tokens without a look at any layer, and the stock model. The variants run in turn within every round (`executor.py`
+says why), and times are this thread's own. For each rule two questions are answered:
+
+* how much of a prefill it takes: its time over that of the same tokens unranked (target: at most 2%), beside the FLOPs;
+* whether the FLOPs that we count say what a prefill takes: both against the stock model's (target: within 10%).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from latefusion.eval.bench.executor import build, under
+from latefusion.eval.bench.timing import interleaved, parser, prompt, setting, write_json
+from latefusion.eval.metrics import spread
+from latefusion.models.policies.base import Decision, Prompt
+from latefusion.models.policies.scheduled import ScheduleDecision
+from latefusion.models.schedule import RANKINGS, VisionSchedule
+
+MOST_ADDED, MOST_APART = 0.02, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unranked(VisionSchedule):
+    """The schedule's numbers of tokens, the first ones, without a look at any layer."""
+
+    def begin(self, prompt: Prompt) -> Decision:
+        decision = ScheduleDecision(
+            prompt, sees=self.sees(prompt.num_layers), keep=self.keep, watch=(), frozen=False
+        )
+        decision.scores = torch.zeros_like(prompt.vision, dtype=torch.float32)
+        return decision
+
+
+def schedules(layers: int, vision: int) -> dict[str, VisionSchedule | None]:
+    """The stock model, the band unranked, and under each rule."""
+    quarter = layers // 4
+    keep = {quarter + 1: round(0.375 * vision), 2 * quarter: max(1, vision // 58)}
+    band: Any = {"enter": quarter, "exit": 3 * quarter, "keep": keep}
+    rules = {rule: VisionSchedule(**band, ranking=rule) for rule in RANKINGS}
+    return {"stock": None, "unranked": Unranked(**band), **rules}
+
+
+def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, Any]]:
+    """A row for each rule at one text length."""
+    inputs = prompt(argparse.Namespace(**{**vars(args), "text": text, "batch": 1}))
+    variants = schedules(args.layers, args.vision)
+
+    def run(schedule: VisionSchedule | None) -> float:
+        with under(model, schedule), torch.no_grad():
+            begin = time.thread_time()
+            model(**inputs, use_cache=True, logits_to_keep=1)
+            return time.thread_time() - begin
+
+    times = interleaved(variants, run, args.rounds)
+    unranked, dense = variants.pop("unranked"), VisionSchedule().flops(model.config, text, args.vision)
+    del variants["stock"]
+    assert unranked is not None
+    vision = unranked.vision_tokens(args.layers, args.vision)
+    without = unranked.flops(model.config, text, args.vision) - unranked.ranking_flops(
+        model.config, text, vision
+    )
+    rows = []
+    for name, schedule in variants.items():
+        assert schedule is not None
+        counted = schedule.flops(model.config, text, args.vision)
+        added = spread(times[name], times["unranked"])
+        whole = spread(times[name], times["stock"])
+        rows.append(
+            {
+                "text": text,
+                "ranking": name,
+                "ms": 1e3 * added.median,
+                "added": added.ratio - 1,
+                "added_quartiles": [added.ratio_q25 - 1, added.ratio_q75 - 1],
+                "added_fastest": min(times[name]) / min(times["unranked"]) - 1,
+                "counted_added": counted / without - 1,
+                "of_stock": whole.ratio,
+                "of_stock_quartiles": [whole.ratio_q25, whole.ratio_q75],
+                "counted_of_stock": counted / dense,
+                "unranked_of_stock": spread(times["unranked"], times["stock"]).ratio,
+                "counted_unranked_of_stock": without / dense,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    columns = ("ms", "added (quartiles)", "fastest", "counted", "of stock", "counted", "measured / counted")
+    for column in ("text", "ranking", *columns):
+        table.add_column(column, justify="left" if column == "ranking" else "right")
+    for row in rows:
+        low, high = row["added_quartiles"]
+        table.add_row(
+            str(row["text"]),
+            row["ranking"],
+            f"{row['ms']:.1f}",
+            f"{row['added']:+.1%} ({low:+.1%} to {high:+.1%})",
+            f"{row['added_fastest']:+.1%}",
+            f"{row['counted_added']:+.1%}",
+            f"{row['of_stock']:.3f}",
+            f"{row['counted_of_stock']:.3f}",
+            f"{row['of_stock'] / row['counted_of_stock']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=16)
+    options.add_argument("--hidden", type=int, default=1024)
+    options.add_argument("--texts", default="64,256,512,1024,2048", help="text tokens of a prompt")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--json", type=Path, help="also write the rows here")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    model = build(args)
+    gc.disable()
+    title = f"{args.layers} layers x {args.hidden}, {args.vision} vision tokens, {setting(args)}"
+    rows: list[dict[str, Any]] = []
+    for text in map(int, args.texts.split(",")):
+        rows += measure(args, model, text)
+        write_json({"title": title, "torch": torch.__version__, "rows": rows}, args.json)
+        gc.collect()
+    show(rows, title)
+
+
+if __name__ == "__main__":
+    main()
