@@ -31,6 +31,7 @@ import gc
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import date
 from functools import partial
@@ -43,6 +44,7 @@ import transformers
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from latefusion.data.printing import first_line
 from latefusion.eval.bench.answered_request import ADAPTERS, DENSE, MERGED, PRUNED, Requests
 from latefusion.eval.bench.end_to_end_table import draw, markdown, read
 from latefusion.eval.bench.timing import ratios, write_json
@@ -79,21 +81,22 @@ def training(runs: Runs, cell: Settings, recipes: list[str], rounds: int) -> lis
     cases = {name: (name.partition("/")[0], name.partition("/")[2]) for name in recipes}
     failed: dict[str, str] = {}
 
-    def run(case: tuple[str, str]) -> dict[str, Any] | None:
-        return attempt(partial(runs.run, *case, cell), failed, "/".join(case).rstrip("/"))
-
-    results = in_turn(cases, run, rounds)  # a run's own first step warms up
+    results = in_turn(  # a run's own first step warms up
+        {name: name for name in recipes},
+        lambda name: attempt(partial(runs.run, *cases[name], cell), failed, name),
+        rounds,
+    )
     rows = []
     reference = [steps_of(r) for r in results[recipes[0]]]
     promised = runs.flops(*cases[recipes[0]], cell)
     for name, case in cases.items():
         row: dict[str, Any] = {"part": "training", "recipe": name, "batch": cell.batch, "text": cell.text}
         row["predicted_ratio"] = runs.flops(*case, cell) / promised
-        if name in failed:
+        phases = attempt(partial(runs.phases, *case, cell), failed, name)
+        if phases is None:
             rows.append({**row, "failed": failed[name]})
             continue
         steps = [steps_of(r) for r in results[name]]
-        phases = runs.phases(*case, cell)
         checkpoint = phases.pop(CHECKPOINT)
         row |= {"ms": 1e3 * statistics.median(steps)}
         if all(reference):
@@ -149,21 +152,30 @@ def request(
             rows.append({**row, "failed": failed[name]})
             continue
         answers = results[name]
-        until = {
-            str(n): ratios([a.until[n] for a in answers], [a.until[n] for a in reference]) for n in tokens
-        }
+        until = {}
+        for n in tokens:
+            times = [a.until[n] for a in answers]
+            if None in reference:
+                until[str(n)] = {"ms": 1e3 * statistics.median(times)}
+            else:
+                until[str(n)] = ratios(times, [a.until[n] for a in reference])
         phases = [a.phases(max(tokens)) for a in answers]
         row |= {
             "until": until,
             "phases": {key: statistics.median(p[key] for p in phases) for key in phases[0]},
         }
-        prefill = requests.prefill(name, cell)
-        with torch.no_grad():
-            row["kv_bytes"] = kv_cache_bytes(prefill().past_key_values)
-            if cell.device == "cuda":
-                row |= {"peak_bytes": peak_bytes(prefill, torch.device("cuda")), **launched(prefill)}
+        row |= attempt(partial(prefilled, requests, name, cell), failed, name) or {}
         rows.append(row)
     return rows
+
+
+def prefilled(requests: Requests, name: str, cell: Settings) -> dict[str, float]:
+    """Bytes of the cache after a prefill; on a GPU also its working memory, and its time on the device."""
+    prefill = requests.prefill(name, cell)
+    row: dict[str, float] = {"kv_bytes": kv_cache_bytes(prefill().past_key_values)}
+    if cell.device == "cuda":
+        row |= {"peak_bytes": peak_bytes(prefill, torch.device("cuda")), **launched(prefill)}
+    return row
 
 
 def launched(work: Callable[[], Any]) -> dict[str, float]:
@@ -182,15 +194,19 @@ def launched(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def attempt(work: Callable[[], Any], failed: dict[str, str], name: str) -> Any:
-    """The result of the work; None, and why, if it needs more memory than there is, now or before."""
+    """The result of the work; None, and why, if it fails, now or before: the others are measured all the same."""
     if name in failed:
         return None
     try:
         return work()
     except torch.OutOfMemoryError:
         failed[name] = "out of memory"
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {first_line(error)}"
+        traceback.print_exc()
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return None
 
 

@@ -75,8 +75,8 @@ def _request(rows: list[dict[str, Any]]) -> str:
         until = row["until"]
         line += [milliseconds(until["1"]["ms"]), *_speedup(until["1"]), promised]
         for n in tokens[1:]:
-            line += [milliseconds(until[n]["ms"]), f"{1 / until[n]['ratio']:.2f}x"]
-        line.append(f"{row['kv_bytes'] / 1e6:,.0f} MB")
+            line += [milliseconds(until[n]["ms"]), _speedup(until[n])[0]]
+        line.append(f"{row['kv_bytes'] / 1e6:,.0f} MB" if "kv_bytes" in row else "")
         if memory:
             line.append(f"{row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "")
         lines.append(line)
