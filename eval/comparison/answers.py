@@ -9,11 +9,12 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latefusion.data.prompts import prompt_inputs, without_image
+from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
 from latefusion.eval.report.escape import terminal
 from latefusion.eval.tasks.base import Answer, Task
-from latefusion.models.inputs import encode_images, fresh_inputs
+from latefusion.models.inputs import fresh_inputs
 
 
 def answer_questions(
@@ -28,8 +29,8 @@ def answer_questions(
 ) -> dict[str, list[Answer]]:
     """Every system's greedy answers to every question of a task, in the order of its rows.
 
-    Questions of like length share a batch. Images are encoded once a batch for all systems that run the same
-    vision weights (those with adapters, those without).
+    Questions of like length share a batch. An image is encoded once for all its questions and for all systems that run
+    the same vision weights.
 
     Args:
         ledger: keeps answers as soon as they are there, and has those of an earlier start and of other processes. Of
@@ -47,6 +48,7 @@ def answer_questions(
     if ledger is not None:
         batches = batches[ledger.processes.rank :: ledger.processes.count]
     answered: dict[str, dict[int, Answer]] = {key: {} for key in systems}
+    images = EncodedImages()
     with progress_bar(disable=ledger is not None and not ledger.processes.main) as progress:
         bar = progress.add_task(f"Questions {terminal(task.name)}".strip(), total=sum(map(len, batches)))
         for batch in batches:
@@ -58,7 +60,7 @@ def answer_questions(
             }
             questions = [rows[i] for i in batch] if left else []
             for group in groups_of(left):
-                outputs = _ask(model, processor, attachment, group, questions, longest)
+                outputs = _ask(model, processor, attachment, group, questions, longest, images)
                 new: list[Answer] = []
                 for key, of_rows in outputs.items():
                     answers = [
@@ -113,6 +115,7 @@ def _ask(
     group: dict[str, System],
     questions: list[dict[str, Any]],
     longest: int,
+    images: EncodedImages,
 ) -> dict[str, list[tuple[str, Any, int]]]:
     """For each system of a group: text, trace record and number of text tokens of each question."""
     first = next(iter(group.values()))
@@ -123,7 +126,7 @@ def _ask(
     outputs, encoded = {}, None
     for key, system in group.items():
         with running(model, attachment, system):
-            encoded = encoded or encode_images(model, inputs)
+            encoded = encoded or images.encode(model, inputs)
             outputs[key] = _generate(model, processor, attachment, encoded, longest)
     return outputs
 

@@ -1,0 +1,312 @@
+"""What students of `smollm_icons` keep of their base: one file a training, and the table over seeds.
+
+    python eval/bench/icons_students.py --arm late_fusion --seed 0 --output outputs/students
+    python eval/bench/icons_students.py --arm base --output outputs/students
+    python eval/bench/icons_students.py --merge outputs/students --json outputs/students.json
+
+An arm is a recipe and a teacher; `base` trains nothing and answers under dense and VisiPruner. `--share` takes a part
+of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on training on 50 pictures of
+`easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are compared on the same
+questions: new boards (`test`), boards of drawings that training never shows (`new_drawings`), and `easy_vqa`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve other processes
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from latefusion.data.prompts import prompt_inputs
+from latefusion.data.question_sets import load_questions
+from latefusion.eval import metrics
+from latefusion.eval.bench.timing import write_json
+from latefusion.eval.comparison import cost
+from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.systems import System, entry_adapter
+from latefusion.eval.tasks.base import Answer, Task
+from latefusion.models.attach import attach
+from latefusion.models.base_model import compute_dtype, load_base
+from latefusion.models.flops import head_flops
+from latefusion.models.policies.configured import visipruner
+from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.save import load_student
+from latefusion.recipes.compose import compose_config
+
+MODEL = "smollm_icons"
+ROOT = Path(__file__).parents[2]
+ARMS = {
+    "base": [],
+    "dense": ["recipe=dense", "teacher=none"],
+    "dense_taught": ["recipe=dense", "teacher=dense"],
+    "late_fusion": ["recipe=late_fusion", "teacher=visipruner"],
+    "late_fusion_dense_teacher": ["recipe=late_fusion", "teacher=dense"],
+    "late_fusion_no_teacher": ["recipe=late_fusion", "teacher=none"],
+    "cross_only": ["recipe=cross_only", "teacher=visipruner"],
+    "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
+    "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner"],
+    "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
+}
+TESTS = {  # name -> set, split, boards or pictures (about 11 and 10 questions each)
+    "test": ("icons", "test", 1.0),
+    "new_drawings": ("icons", "new_drawings", 0.5),
+    "easy_vqa": ("easy_vqa", "test", 0.5),
+}
+PICTURES = 50  # of easy_vqa, about 500 rows, for --transfer
+
+
+def tasks_of(boards: int) -> dict[str, Task]:
+    """The test questions, on `boards` boards of the test split and fewer pictures of the others."""
+    return {
+        name: Task(name=name, rows=load_questions(source, split, max(2, round(part * boards))), split=split)
+        for name, (source, split, part) in TESTS.items()
+    }
+
+
+def run_cell(args: argparse.Namespace) -> dict[str, Any]:
+    """Train an arm and test it."""
+    began = time.perf_counter()
+    cell = {
+        name: getattr(args, name) for name in ("arm", "seed", "share", "noise", "transfer", "steps", "batch")
+    }
+    cell["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    tasks = tasks_of(args.boards)
+    if args.arm == "base":
+        model: Any
+        model, processor = load_base(MODEL, dtype=compute_dtype())
+        on_device(model)
+        thresholds = visipruner(compose_config([f"model={MODEL}", *args.settings]).model.visipruner)
+        systems = {
+            "dense": System(name="Dense base", policy=VisionSchedule()),
+            "pruned": System(name="VisiPruner", policy=thresholds),
+        }
+        with attach(model, VisionSchedule()) as attachment:
+            return cell | {"systems": answered(model, processor, attachment, systems, tasks)}
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "boards"
+        train(folder, args, [*ARMS[args.arm], f"data.scenes={max(1, round(args.share * args.train_boards))}"])
+        if args.transfer:
+            first, folder = folder, Path(scratch) / "transfer"
+            more = ["data=easy_vqa", f"data.scenes={PICTURES}", f"init={first}"]
+            train(folder, args, [*ARMS[args.arm], *more])
+        trained = time.perf_counter() - began
+        student = load_student(folder, dtype=compute_dtype())
+    on_device(student.model)
+    system = System(name=args.arm, policy=student.schedule, adapters=True, student=student)
+    systems = {"student": system}
+    rows = answered(student.model, student.processor, student.attachment, systems, tasks)
+    return cell | {"train_seconds": trained, "seconds": time.perf_counter() - began, "systems": rows}
+
+
+def train(folder: Path, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Run training/train.py; raises CalledProcessError if it fails."""
+    numbers = [f"train.steps={args.steps}", f"train.batch_size={args.batch}", f"train.seed={args.seed}"]
+    more = [f"data.seed={args.seed}", f"data.noise={args.noise}", "eval.enabled=false", "train.trackers=[]"]
+    command = [sys.executable, str(ROOT / "training/train.py"), f"model={MODEL}", *words, *numbers, *more]
+    subprocess.run([*command, f"output_dir={folder}", *args.settings], check=True, cwd=ROOT)
+
+
+def on_device(model: Any) -> None:
+    if torch.cuda.is_available():
+        model.cuda()
+
+
+def answered(
+    model: Any, processor: Any, attachment: Any, systems: dict[str, System], tasks: Mapping[str, Task]
+) -> dict[str, Any]:
+    """By system: outcomes of every question, by test, and FLOPs of the decoder and of the whole prefill."""
+    rows: dict[str, Any] = {key: {"right": {}, "boards": {}, "types": {}} for key in systems}
+    of_test: dict[str, dict[str, list[Answer]]] = {}
+    for name, task in tasks.items():
+        of_test[name] = answer_questions(
+            model=model, processor=processor, attachment=attachment, systems=systems, task=task, batch_size=64
+        )
+        for key, answers in of_test[name].items():
+            rows[key]["right"][name] = "".join(str(int(answer.correct)) for answer in answers)
+            rows[key]["types"][name] = [answer.type for answer in answers]
+            names = [answer.scene for answer in answers]
+            rows[key]["boards"][name] = [0, *(int(a != b) for a, b in pairwise(names))]
+    vision = cost.vision_flops(model, [prompt_inputs(model, processor, [tasks["test"].rows[0]])]) or 0.0
+    head = head_flops(model.config, 1)
+    for key, system in systems.items():
+        answers = of_test["test"][key]
+        flops = cost.compute(model.config, answers, system.policy, entry_adapter(model, system)).flops
+        rows[key] |= {"flops": flops, "prefill_flops": flops + vision + head}
+    return rows
+
+
+# ---------------------------------------------------------------- the table
+
+
+def merged(folder: Path) -> dict[str, Any]:
+    """All cells of a folder as rows: accuracy by seed and its difference to the dense arm of the same seed.
+
+    Raises:
+        FileNotFoundError: there is no cell.
+    """
+    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not cells:
+        raise FileNotFoundError(f"no cell in {folder}; write some with --arm NAME --output {folder}.")
+    base = next((cell["systems"] for cell in cells if cell["arm"] == "base"), None)
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["arm"] != "base":
+            groups.setdefault((cell["arm"], cell["share"], cell["noise"], cell["transfer"]), []).append(cell)
+    rows = [] if base is None else [base_row(name, row, base) for name, row in base.items()]
+    for (arm, share, noise, transfer), members in groups.items():
+        dense = {cell["seed"]: cell for cell in groups.get(("dense", share, noise, transfer), [])}
+        row: dict[str, Any] = {"arm": arm, "share": share, "noise": noise, "transfer": transfer, "tests": {}}
+        systems = {cell["seed"]: cell["systems"]["student"] for cell in members}
+        for test in TESTS:
+            values = {seed: 100 * right(system, test) for seed, system in systems.items()}
+            against = {
+                seed: asdict(difference(system, dense[seed]["systems"]["student"], test))
+                for seed, system in systems.items()
+                if seed in dense and arm != "dense"
+            }
+            row["tests"][test] = {
+                "by_seed": values,
+                **mean_over_seeds(list(values.values())),
+                "against_dense": {
+                    "by_seed": against,
+                    **mean_over_seeds([100 * gap["difference"] for gap in against.values()]),
+                },
+            }
+        first = next(iter(systems.values()))
+        if base is not None:
+            row |= {name: first[name] / base["dense"][name] for name in ("flops", "prefill_flops")}
+        rows.append(
+            row | {"device": members[0]["device"], "steps": members[0]["steps"], "batch": members[0]["batch"]}
+        )
+    return {"rows": rows, "questions": {test: len(cells[0]["systems"][s]["right"][test]) for test in TESTS
+                                        for s in list(cells[0]["systems"])[:1]}}  # fmt: skip
+
+
+def base_row(name: str, system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """A row of the base, which has no seeds: Wilson intervals over its questions."""
+    tests = {}
+    for test in TESTS:
+        estimate = metrics.accuracy(scores(system, test), clusters(system, test))
+        tests[test] = {"mean": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+    ratios = {key: system[key] / base["dense"][key] for key in ("flops", "prefill_flops")}
+    return {"arm": f"base, {name}", "tests": tests, **ratios}
+
+
+def scores(system: dict[str, Any], test: str) -> list[float]:
+    return [float(outcome) for outcome in system["right"][test]]
+
+
+def clusters(system: dict[str, Any], test: str) -> list[int]:
+    """The number of each question's picture."""
+    number, numbers = 0, []
+    for is_next in system["boards"][test]:
+        number += is_next
+        numbers.append(number)
+    return numbers
+
+
+def right(system: dict[str, Any], test: str) -> float:
+    return fmean(scores(system, test))
+
+
+def difference(first: dict[str, Any], second: dict[str, Any], test: str) -> metrics.Paired:
+    """The first less the second on the same questions."""
+    return metrics.paired(scores(first, test), scores(second, test), clusters(first, test))
+
+
+def mean_over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean with its 95% t interval; no interval of one seed, nothing of none."""
+    if not values:
+        return {"mean": None, "low": None, "high": None}
+    mean = fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(title="Students of smollm_icons: % right (95% over seeds)")
+    for name in ("arm", *TESTS, "against dense LoRA, test", "decoder FLOPs", "whole prefill"):
+        table.add_column(name)
+    for row in result["rows"]:
+        gap = row["tests"]["test"].get("against_dense")
+        table.add_row(
+            label(row),
+            *(interval(row["tests"][test]) for test in TESTS),
+            interval(gap, "+.1f") if gap else "",
+            *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
+        )
+    Console(width=150).print(table)
+
+
+def label(row: dict[str, Any]) -> str:
+    parts = [row["arm"]]
+    if row.get("share", 1) != 1:
+        parts.append(f"{row['share']:.0%} of the boards")
+    if row.get("noise"):
+        parts.append(f"{row['noise']:.0%} of the answers wrong")
+    if row.get("transfer"):
+        parts.append("then 500 rows of easy_vqa")
+    return ", ".join(parts)
+
+
+def interval(row: Mapping[str, Any], spec: str = ".1f") -> str:
+    if row["mean"] is None:
+        return ""
+    return format(row["mean"], spec) + (
+        "" if row["low"] is None else f" ({row['low']:{spec}} to {row['high']:{spec}})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the training boards")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of wrong training answers")
+    parser.add_argument("--transfer", action="store_true", help="go on training on easy_vqa")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8, help="boards a step")
+    parser.add_argument("--train-boards", type=int, default=400)
+    parser.add_argument("--boards", type=int, default=60, help="test boards, of about 11 questions each")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--merge", type=Path, help="folder of cells to merge")
+    parser.add_argument("--json", type=Path, help="file for the merged table")
+    parser.add_argument("settings", nargs="*", help="further key=value of training/train.py")
+    args = parser.parse_args()
+    if args.merge is not None:
+        result = merged(args.merge)
+        print_table(result)
+        if args.json is not None:
+            write_json(args.json, result)
+        return
+    if args.arm is None or args.output is None:
+        parser.error(
+            "name an arm and a folder (--arm NAME --output FOLDER), or cells to merge (--merge FOLDER)"
+        )
+    name = f"{args.arm}_share{args.share:g}_noise{args.noise:g}{'_transfer' * args.transfer}_{args.seed}.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / name).write_text(json.dumps(run_cell(args)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

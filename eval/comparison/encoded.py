@@ -1,0 +1,92 @@
+"""Images that several questions show, or several systems: encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from latefusion.models.base_model import beside_the_decoder
+from latefusion.models.inputs import encode_images, image_features, unwrapped
+
+LIMIT = 2**30  # bytes of features that are kept
+
+
+class EncodedImages:
+    """Features by the contents of an image and the weights that encode it.
+
+    Images are encoded one at a time, so that features do not depend on what else a batch holds, nor on where an
+    interrupted evaluation goes on. Where a model's tensors do not have a row an image (patches of all images in one),
+    a batch is encoded as a whole, every time.
+    """
+
+    def __init__(self, limit: int = LIMIT):
+        self.limit, self.bytes = limit, 0
+        self.features: OrderedDict[Any, list[Tensor]] = OrderedDict()  # the one used last at the end
+
+    def encode(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As `encode_images`, by which no later forward encodes the images of these inputs."""
+        parts = rows_of_images(inputs)
+        if parts is None:
+            return encode_images(model, inputs)
+        weights = vision_weights(model)
+        rows = [self._row(model, (weights, contents(part)), part) for part in parts]
+        features: Any = [one for row in rows for one in row]
+        if features and features[0].dim() > 2:  # the model gives a tensor, not a list
+            features = torch.cat(features)
+        rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        output = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        return {**rest, "mm_encoder_outputs": {"image": output}}
+
+    def _row(self, model: Any, key: Any, part: dict[str, Tensor]) -> list[Tensor]:
+        if key in self.features:
+            self.features.move_to_end(key)
+            return self.features[key]
+        output = image_features(unwrapped(model).base_model, part).pooler_output
+        row = self.features[key] = list(output) if isinstance(output, list | tuple) else [output]
+        self.bytes += size(row)
+        while self.bytes > self.limit and len(self.features) > 1:
+            _, oldest = self.features.popitem(last=False)
+            self.bytes -= size(oldest)
+        return row
+
+
+def rows_of_images(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
+    """The inputs of the image encoder, one row of each at a time; None if they are not a row an image."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor):
+        return None
+    about = {
+        name: value
+        for name, value in inputs.items()
+        if name.startswith(("pixel_", "image_")) and isinstance(value, Tensor)
+    }
+    if any(len(value) != len(pixels) for value in about.values()):
+        return None
+    return [{name: value[i : i + 1] for name, value in about.items()} for i in range(len(pixels))]
+
+
+def contents(part: Mapping[str, Tensor]) -> bytes:
+    """Hash of an image's tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(part):
+        tensor = part[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.digest()
+
+
+def vision_weights(model: Any) -> tuple[Any, ...]:
+    """What tells two image encoders apart: where their weights lie, and whether their own adapters are on."""
+    modules = [module for part in beside_the_decoder(unwrapped(model)) for module in part.modules()]
+    places = tuple(p.data_ptr() for module in modules for p in module.parameters(recurse=False))
+    return places, tuple(bool(m.disable_adapters) for m in modules if hasattr(m, "disable_adapters"))
+
+
+def size(row: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in row)

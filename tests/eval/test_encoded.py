@@ -1,0 +1,137 @@
+"""An image is encoded once for all its questions and systems, with the features that a batch gives."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import evaluated_student
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from latefusion.data.prompts import prompt_inputs, without_image
+from latefusion.data.scenes import load_scenes
+from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.encoded import EncodedImages, rows_of_images, vision_weights
+from latefusion.models.attach import attach
+from latefusion.models.base_model import load_base, twin
+from latefusion.models.inputs import encode_images, fresh_inputs
+from latefusion.models.schedule import VisionSchedule
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("embedded", dtype=torch.float32)
+
+
+@pytest.fixture
+def runs(base):
+    counts = []
+    handle = base[0].model.vision_tower.register_forward_hook(lambda module, args, output: counts.append(1))
+    yield counts
+    handle.remove()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    scenes = load_scenes("test", 3)
+    first = {}
+    for i, scene in enumerate(scenes["scene"]):
+        first.setdefault(scene, i)
+    starts = list(first.values())
+    return [
+        scenes[i] for start in starts for i in (start, start + 1)
+    ]  # two questions about each of three images
+
+
+@torch.no_grad()
+def test_features_and_logits_are_those_of_the_batch(base, rows, runs):
+    model, processor = base
+    inputs = prompt_inputs(model, processor, rows)
+    expected = encode_images(model, inputs)
+    runs.clear()
+    images = EncodedImages()
+    encoded = images.encode(model, inputs)
+    assert len(runs) == 3
+    assert sorted(encoded) == sorted(expected)
+    both = [one["mm_encoder_outputs"]["image"].pooler_output for one in (encoded, expected)]
+    assert len(both[0]) == len(both[1]) == 6
+    for mine, others in zip(*both, strict=True):
+        torch.testing.assert_close(mine, others, atol=1e-5, rtol=1e-4)
+    with attach(model, VisionSchedule(enter=2, exit=9)):
+        logits = [model(**fresh_inputs(one)).logits for one in (encoded, expected)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
+    again = images.encode(twin(model), prompt_inputs(model, processor, rows[1:4]))
+    assert len(runs) == 3  # nor for another model over the same weights
+    assert torch.equal(again["mm_encoder_outputs"]["image"].pooler_output[0], both[0][1])
+
+
+@torch.no_grad()
+def test_features_do_not_depend_on_the_batch(base, rows):
+    model, processor = base
+    alone = EncodedImages().encode(model, prompt_inputs(model, processor, rows[2:3]))
+    among = EncodedImages().encode(model, prompt_inputs(model, processor, rows))
+    assert torch.equal(
+        alone["mm_encoder_outputs"]["image"].pooler_output[0],
+        among["mm_encoder_outputs"]["image"].pooler_output[2],
+    )
+
+
+@torch.no_grad()
+def test_what_is_kept_is_bounded_and_the_oldest_goes(base, rows, runs):
+    model, processor = base
+    images = EncodedImages(limit=1)
+    runs.clear()
+    images.encode(model, prompt_inputs(model, processor, rows[::2]))
+    assert len(runs) == 3 and len(images.features) == 1
+    images.encode(model, prompt_inputs(model, processor, rows[4:5]))
+    assert len(runs) == 3  # the last one is still there
+    images.encode(model, prompt_inputs(model, processor, rows[:1]))
+    assert len(runs) == 4
+
+
+def test_another_encoder_has_features_of_its_own(base):
+    model, _ = base
+    other, _ = load_base("embedded", dtype=torch.float32)
+    assert vision_weights(model) == vision_weights(twin(model)) != vision_weights(other)
+    student = get_peft_model(
+        twin(model), LoraConfig(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    )
+    on = vision_weights(student)
+    with student.disable_adapter():
+        off = vision_weights(student)
+    assert on != off
+
+
+@torch.no_grad()
+def test_a_prompt_without_an_image_and_patches_in_one_tensor_go_the_usual_way(base, rows):
+    model, processor = base
+    blind = prompt_inputs(model, processor, [without_image(rows[0])])
+    assert "mm_encoder_outputs" not in EncodedImages().encode(model, blind)
+    packed = {"pixel_values": torch.ones(12, 4), "image_grid_thw": torch.ones(2, 3)}
+    assert rows_of_images(packed) is None
+
+    class Encoder(nn.Module):
+        def get_image_features(self, pixel_values, image_grid_thw, return_dict):
+            return SimpleNamespace(rows=len(pixel_values))
+
+    encoder = Encoder()
+    encoder.base_model = encoder
+    output = EncodedImages().encode(SimpleNamespace(base_model=encoder), packed)
+    assert output["mm_encoder_outputs"]["image"].rows == 12
+
+
+def test_a_comparison_encodes_an_image_once_for_all_questions_and_systems():
+    student, questions = evaluated_student.student(), evaluated_student.questions()
+    runs = []
+    tower = student.model.get_base_model().model.vision_tower
+    handle = tower.register_forward_hook(lambda module, args, output: runs.append(1))
+    answer_questions(
+        model=student.model.eval(),
+        processor=student.processor,
+        attachment=student.attachment,
+        systems=evaluated_student.SYSTEMS,
+        task=evaluated_student.task(questions),
+        batch_size=3,
+    )
+    handle.remove()
+    assert len(runs) == 2 * len(set(questions["scene"]))  # the student has trained its projector
