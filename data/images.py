@@ -32,7 +32,7 @@ def load_image(source: Any, folder: Path | None = None) -> Image.Image:
     """An upright RGB picture, as the processors expect it.
 
     An animation gives its first frame. EXIF orientation is applied, 16-bit grey is scaled to 8 bits (a plain
-    conversion would clip it to white), transparency is laid on white (as the processors of transformers do), CMYK and
+    conversion would clip it to white; 32-bit values below 256 stay as they are), transparency is laid on white (as the processors of transformers do), CMYK and
     palettes are converted.
 
     Args:
@@ -133,7 +133,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise BadImage(f"{name} has pixels from {values.min()} to {values.max()}; store it in 8 or 16 bits")
-    grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
+    small = image.mode == "I" and values.max() <= 0xFF  # 32 bits a pixel, which hold 8-bit values
+    grey = (values.astype(np.uint32) >> (0 if small else 8)).astype(np.uint8)
     if isinstance(clear := image.info.get("transparency"), int):  # the one grey that is transparent
         grey[values == clear] = 0xFF
     return Image.fromarray(grey)

@@ -46,6 +46,11 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: a key, group or word that does not exist, named with what does.
     """
+    for word in overrides:
+        group, _, choice = word.partition("=")
+        options = sorted(file.stem for file in (RECIPES / group).glob("*.yaml")) if group.isalpha() else []
+        if options and choice not in options:
+            raise ValueError(_unknown_choice(group, choice, options))
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
         try:
             return compose("config", with_one_length(overrides))
@@ -61,12 +66,8 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
                 "KEY={NAME: VALUE}."
             ) from None
         except MissingConfigException as error:
-            options = ", ".join(error.options or ())
-            group, _, choice = (error.missing_cfg_file or "").partition("/")
-            folder = (
-                " (a folder or hub id of your own: model=other model.path=...)" if group == "model" else ""
-            )
-            raise ValueError(f"{group}={choice} does not exist; {group} can be {options}{folder}.") from None
+            group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+            raise ValueError(_unknown_choice(group, choice, error.options or ())) from None
         except ConfigCompositionException as error:
             cause = error.__cause__
             if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
@@ -97,6 +98,12 @@ def refuse_typos(arguments: Sequence[str]) -> None:
         compose_tree(get_args_parser().parse_args(list(arguments)).overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
+    """That a group has no file of this name, in one sentence."""
+    folder = " (a folder or hub id of your own: model=other model.path=...)" if group == "model" else ""
+    return f"{group}={choice} does not exist; {group} can be {', '.join(options)}{folder}."
 
 
 def _unknown_config_key(key: str) -> str:

@@ -65,16 +65,18 @@ def expected(config: Config, processor: Any, policy: Policy | None) -> dict[str,
     }
 
 
-def prompt_hash(ids: Tensor, labels: Tensor, pad: int, sample: dict[str, Any]) -> str:
-    """Hash of what the teacher saw of a sample: tokens, which of them are learnt, pixels.
+def prompt_hash(ids: Tensor, labels: Tensor, queries: Tensor, pad: int, sample: dict[str, Any]) -> str:
+    """Hash of what the teacher saw of a sample: tokens, which of them are learnt, which rank its vision tokens, pixels.
 
     Args:
         ids, labels: int64 `[T]`, padded with `pad`.
+        queries: int64 `[Q]`, the collator's; the last may be repeated.
     """
     real = ids != pad
     digest = hashlib.blake2b(digest_size=12)
     digest.update(ids[real].numpy().tobytes())
     digest.update((labels[real] != IGNORE).numpy().tobytes())
+    digest.update(queries.unique().numpy().tobytes())
     for image in sample["images"]:
         digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
     return digest.hexdigest()
@@ -101,14 +103,15 @@ def rows_of(
         samples,
         batch["input_ids"],
         batch["labels"],
+        batch["queries"],
         tokens.split(counts),
         logprobs.split(counts),
         strict=True,
     )
-    for sample, ids, labels, token, logprob in parts:
+    for sample, ids, labels, queries, token, logprob in parts:
         yield {
             "sample": str(sample.get("id", "")),
-            "prompt": prompt_hash(ids, labels, pad, sample),
+            "prompt": prompt_hash(ids, labels, queries, pad, sample),
             "tokens": token.flatten().int().numpy(),
             "logprobs": logprob.flatten().numpy(),
         }
@@ -175,13 +178,15 @@ class Taught:
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.collator(samples)
         keys = [
-            (str(sample.get("id", "")), prompt_hash(ids, labels, self.pad, sample))
-            for sample, ids, labels in zip(samples, batch["input_ids"], batch["labels"], strict=True)
+            (str(sample.get("id", "")), prompt_hash(ids, labels, queries, self.pad, sample))
+            for sample, ids, labels, queries in zip(
+                samples, batch["input_ids"], batch["labels"], batch["queries"], strict=True
+            )
         ]
         for sample, prompt in keys:
             if (sample, prompt) not in self.index:
                 written = any(sample == name for name, _ in self.index)
-                why = "for another prompt, tokenizer or image" if written else "without it"
+                why = "for another prompt, ranking, tokenizer or image" if written else "without it"
                 raise Stale(
                     f"sample {sample}: the teacher's answers in {self.folder} were written {why}; {self.again}."
                 )

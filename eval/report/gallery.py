@@ -21,12 +21,12 @@ class Example:
     """A question of the gallery.
 
     Attributes:
-        kinds: `SYSTEM:lost` (dense right, it wrong), `SYSTEM:won`, `SYSTEM:other` (another answer, as good or bad).
+        kinds: `(SYSTEM, "lost")` (dense right, it wrong), `"won"` or `"other"` (another answer, as good or bad).
         image: a data URI, or nothing for a question without an image.
         answers: name, answer and score of each system.
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[tuple[str, str], ...]
     image: str
     question: str
     answer: str
@@ -47,7 +47,7 @@ def disagreements(
         k for k, s in results["systems"].items() if not s["control"] and k != results["roles"]["reference"]
     ]
     shown.sort(key=lambda key: key != results["roles"]["candidate"])  # the candidate's come first
-    kinds: dict[int, list[str]] = {}
+    kinds: dict[int, list[tuple[str, str]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for key in shown:
         differing: dict[str, list[int]] = {"lost": [], "won": [], "other": []}
@@ -63,7 +63,7 @@ def disagreements(
         for kind, rows in differing.items():
             for i in rows:
                 if i in kinds:
-                    kinds[i].append(f"{key}:{kind}")
+                    kinds[i].append((key, kind))
     at = [(task, i) for task in tasks for i in range(len(task.rows))]
     systems = results["systems"]
     examples = []

@@ -29,10 +29,7 @@ const show = () => {
   const [system, kind] = [...filters].map((filter) => filter.value);
   let count = 0;
   for (const card of document.querySelectorAll(".example")) {
-    const fits = card.dataset.kinds.split(" ").some((k) => {
-      const at = k.lastIndexOf(":");
-      return (!system || k.slice(0, at) === system) && (!kind || k.slice(at + 1) === kind);
-    });
+    const fits = JSON.parse(card.dataset.kinds).some(([of, what]) => (!system || of === system) && (!kind || what === kind));
     count += fits;
     card.hidden = !fits || count > room;
   }

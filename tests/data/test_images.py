@@ -99,6 +99,13 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
         load_image(Image.fromarray(np.array([[0, 70_000]], np.int32)))
 
 
+def test_eight_bits_in_32_are_not_scaled_to_black():
+    """Values below 256 in an image of 32 bits a pixel, as arrays of integers are often stored; 16 bits stay 16 bits."""
+    values = [0, 10, 200, 255]
+    assert np.asarray(load_image(Image.fromarray(np.array([values], np.int32))))[0, :, 0].tolist() == values
+    assert np.asarray(load_image(Image.fromarray(np.array([values], np.uint16))))[0, :, 0].max() == 0
+
+
 def test_exif_orientation_is_applied():
     upright = Image.new("RGB", (30, 20), (0, 0, 0))
     upright.paste((255, 0, 0), (0, 0, 30, 5))  # red above

@@ -92,7 +92,7 @@ def test_disagreements_are_what_the_predictions_say(run: tuple[Path, dict[str, A
         ]
         lost, won = sum(gap < 0 for gap in pairs), sum(gap > 0 for gap in pairs)
         assert f"{name}: {lost} lost, {won} won, {len(pairs) - lost - won} otherwise" in text
-        shown = [kinds for kinds in Page(text).kinds if f"{key}:" in kinds]
+        shown = [kinds for kinds in Page(text).kinds if f'"{key}"' in kinds]
         assert 0 < len(shown) <= 2 * EACH
 
 

@@ -86,7 +86,7 @@ def test_no_teacher_runs(base, cache):
         ),
         (
             "data.turns=2",
-            r"sample train-\S+: the teacher's answers in .* for another prompt, tokenizer or image;",
+            r"sample train-\S+: the teacher's answers in .* for another prompt, ranking, tokenizer or image;",
         ),
     ],
 )
@@ -94,6 +94,25 @@ def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change,
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
         run_config(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_another_ranking_of_the_vision_tokens_is_noticed(base, cache):
+    """Answers of a teacher that pruned by another token of the prompt are not this run's."""
+    config = check_config(options(base, cache, "output_dir=x"))
+    plain = assemble.collator_of(assemble.student_of(config))
+
+    class Later:
+        processor = plain.processor
+
+        def __call__(self, samples):
+            batch = plain(samples)
+            return {**batch, "queries": batch["queries"] + 1}
+
+    samples = [training_data(config.data)[0]]
+    answers = expected(config, plain.processor, teacher(config))
+    assert "teacher_tokens" in Taught(plain, str(cache), answers)(samples)
+    with pytest.raises(ValueError, match="for another prompt, ranking, tokenizer or image"):
+        Taught(Later(), str(cache), answers)(samples)
 
 
 def test_a_changed_chat_template_is_noticed(base, cache):
