@@ -237,3 +237,23 @@ def test_a_run_with_a_time_limit_goes_through_its_whole_plan(monkeypatch):
     assert plan.phase(45) == "all"
     assert plan.rate(45, 1000) == 0.5
     assert recipe.Clock(recipe.Recipe()).position(3) == 3
+
+
+def test_the_stage_profile_hides_nothing_more_and_everything(letters):
+    from latefusion.models.smollm_icons.tower import CHANNELS
+    from latefusion.training.smollm_icons.stages import stage_profile
+
+    def boards(split, count):
+        generator = torch.Generator().manual_seed(3)
+        return [
+            (make_board(split, k), torch.randn(144, CHANNELS, generator=generator).half())
+            for k in range(count)
+        ]
+
+    profile = stage_profile(tiny_learner(), SimpleNamespace(boards=boards), 3)
+    ranges = profile["ranges"]
+    assert list(ranges) == ["0-0", "0-1", "0-2", "0-3", "1-3", "2-3"]
+    assert max(ranges["0-0"]["kl"]) < 1e-5
+    assert min(ranges["0-3"]["kl"]) > 0.01
+    assert [len(entry["kl"]) for entry in ranges.values()] == [3] * 6
+    assert len(profile["questions"]) == 3
