@@ -67,6 +67,7 @@ class Trainer:
         self.record: dict[str, Any] = {
             "recipe": asdict(recipe),
             "rounds": ROUNDS,
+            "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
             "log": [],
             "cpu_seconds": {},
         }
