@@ -89,12 +89,7 @@ class Watch:
         )
 
     def enter(self, layer: int, attention: nn.Module) -> None:
-        """Before each layer.
-
-        Raises:
-            ValueError: the layer before was to be watched, but its attention did not pass here.
-        """
-        self.check()
+        """Before each layer, after `check`."""
         if layer in self.decision.watch:
             self._due = layer, attention
 

@@ -83,6 +83,8 @@ class Forward:
 
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
+        if self.watch is not None:
+            self.watch.check()
         if i in self.ahead:
             self._look_ahead(i, layer, args, kwargs)
         hidden_states = self._select(i, args[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -18,6 +19,10 @@ SILENT_ROWS = (
     "latefusion_silent_rows"  # likewise: bool, the rows among those that attend whose output is zero
 )
 _LOCK = threading.Lock()
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROW_BY_ROW = re.compile(
+    r"norm|rotary|^(gate|g)_proj$|^sinks$"
+)  # other parts of an attention that frozen rows pass
 
 
 class ReadingLayer:
@@ -132,11 +137,18 @@ class _Call:
 def check_parts(layer: nn.Module) -> None:
     """Raise ValueError if a layer is not made of the parts that `ReadingLayer` puts its hooks on."""
     attention = layer.get_submodule("self_attn")
-    missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name not in attention._modules]
+    missing = [name for name in PROJECTIONS if name not in attention._modules]
     if missing or "mlp" not in layer._modules:
         raise ValueError(
             f"{type(layer).__name__} has no {missing[0] if missing else 'mlp'}, so its vision tokens cannot be "
             "frozen: use a schedule without cross."
+        )
+    parts = [name for name in (*attention._modules, *attention._parameters) if name not in PROJECTIONS]
+    unknown = [name for name in parts if not ROW_BY_ROW.search(name)]
+    if unknown:
+        raise ValueError(
+            f"the attention of {type(layer).__name__} has a part {unknown[0]}, which has not been tested with frozen vision "
+            "tokens: use a schedule without cross."
         )
 
 

@@ -14,6 +14,7 @@ from helpers.oracle import band, masked
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
+from latefusion.models.policies.fastv import FastV
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
@@ -63,6 +64,7 @@ DECODERS: dict[
     ),
     "experts as the mlp": (hf.Qwen3MoeConfig, {"num_experts": 4, **EXPERTS}, True),
     "fused projections": (hf.Phi3Config, {}, False),
+    "keys hidden by their values": (hf.DogeConfig, {"keep_window_size": 4}, False),
 }
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 
@@ -151,6 +153,14 @@ def test_attention_that_needs_positions_is_refused_under_flash_attention() -> No
         logits(model, use_cache=False)
 
 
+def test_a_part_of_the_attention_that_nobody_tried_is_refused() -> None:
+    """Doge builds its mask from the values of all rows; with frozen rows it stopped in the first forward."""
+    with pytest.raises(
+        ValueError, match=r"DogeDecoderLayer has a part dt_proj, .*: use a schedule without cross"
+    ):
+        attach(build("keys hidden by their values"), VisionSchedule(cross=(1,)), vision_mask=VISION)
+
+
 def test_what_cannot_be_frozen_is_refused_at_attach() -> None:
     for name, missing in (("fused projections", "q_proj"), ("complex rope, latent keys", "q_proj")):
         model = build(name)
@@ -207,7 +217,12 @@ def test_a_layer_that_attends_in_its_own_way_is_an_error_not_dense() -> None:
         return torch.zeros_like(hidden_states), None
 
     attention.forward = other_attention
-    with attach(model, VisionSchedule(keep={2: 2}), vision_mask=VISION):
+    with attach(model, VisionSchedule(keep={2: 2}), vision_mask=VISION), pytest.raises(
+        ValueError, match=r"^the policy looks at the attention of layer 1, but Phi3Attention"
+    ):
+        logits(model)
+    attention.forward = other_attention  # FastV decides right after the only layer that it watches
+    with attach(model, FastV(layer=2), vision_mask=VISION):
         with pytest.raises(
             ValueError, match=r"^the policy looks at the attention of layer 1, but Phi3Attention"
         ):
