@@ -32,8 +32,8 @@ def load_image(source: Any, folder: Path | None = None) -> Image.Image:
     """An upright RGB picture, as the processors expect it.
 
     An animation gives its first frame. EXIF orientation is applied, 16-bit grey is scaled to 8 bits (a plain
-    conversion would clip it to white; 32-bit values below 256 stay as they are), transparency is laid on white (as the processors of transformers do), CMYK and
-    palettes are converted.
+    conversion would clip it to white; 32-bit values below 256 stay as they are), transparency is laid on white (as the
+    processors of transformers do), CMYK and palettes are converted.
 
     Args:
         source: a PIL image, bytes, a path, a base64 data URL, or `{"bytes", "path"}` as `datasets` stores images.

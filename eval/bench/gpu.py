@@ -122,13 +122,13 @@ def outcomes(report: Path) -> list[dict[str, str]]:
     """Name, outcome and reason of each test of a JUnit report."""
     cases = []
     for case in ElementTree.parse(report).iter("testcase"):
-        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         entry = {
             "name": f"{case.get('classname')}::{case.get('name')}",
-            "outcome": "passed" if found is None else {"failure": "failed"}.get(found.tag, found.tag),
+            "outcome": "passed" if verdict is None else {"failure": "failed"}.get(verdict.tag, verdict.tag),
         }
-        if found is not None:
-            entry["why"] = (found.get("message") or "").splitlines()[0][:300]
+        if verdict is not None:
+            entry["why"] = (verdict.get("message") or "").splitlines()[0][:300]
         cases.append(entry)
     return cases
 

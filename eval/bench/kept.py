@@ -82,9 +82,9 @@ def with_turns(rows: list[dict[str, Any]], turns: int, seed: int) -> list[dict[s
     rng, result = random.Random(seed), []
     for row in rows:
         others = [other for other in by_image[row["scene"]] if other["id"] != row["id"]] or [row]
-        said = [rng.choice(others) for _ in range(turns)]
+        earlier = [rng.choice(others) for _ in range(turns)]
         messages = []
-        for number, turn in enumerate([*said, row]):
+        for number, turn in enumerate([*earlier, row]):
             image = [{"type": "image"}] if number == 0 else []
             text = [{"type": "text", "text": turn["question"]}]
             messages.append({"role": "user", "content": [*image, *text]})
@@ -153,12 +153,12 @@ def main() -> None:
     rows = [table[i] for i in range(min(args.samples, len(table)))]
     result: list[dict[str, Any]] = []
     for turns in map(int, args.turns.split(",")):
-        asked = with_turns(rows, turns, seed=0)
+        prompts = with_turns(rows, turns, seed=0)
         for keep in KEEPS[args.model]:
             began = time.thread_time()
-            text, lost = measure(model, processor, asked, variants(keep, args.enter), args.batch_size)
+            text, lost = measure(model, processor, prompts, variants(keep, args.enter), args.batch_size)
             keeps = {str(layer): k for layer, k in keep.items()}
-            head = {"turns": turns, "text_tokens": text, "keep": keeps, "samples": len(asked)}
+            head = {"turns": turns, "text_tokens": text, "keep": keeps, "samples": len(prompts)}
             result.append({**head, "seconds": time.thread_time() - began, "rules": lost})
             setting = {"model": args.model, "data": args.data, "enter": args.enter}
             write_json({**setting, "torch": torch.__version__, "rows": result}, args.json)

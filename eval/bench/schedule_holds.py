@@ -167,8 +167,8 @@ class Subset:
         def measure(runner: Runner, dense: Answers) -> dict[str, Effect]:
             return {f"band {a} {b}": effect for (a, b), effect in band_effects(runner, pairs)}
 
-        found = self._effects([f"band {a} {b}" for a, b in pairs], measure)
-        return {name.removeprefix("band "): effect for name, effect in found.items()}
+        bands = self._effects([f"band {a} {b}" for a, b in pairs], measure)
+        return {name.removeprefix("band "): effect for name, effect in bands.items()}
 
     def schedule(
         self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float = 0.0
@@ -239,11 +239,11 @@ class Pool:
 
     def fill(self, bands: Sequence[tuple[int, ...]], part: int, parts: int) -> Iterator[int]:
         """Measure the knock-outs, the bands near these, and every pyramid of these, on a part of the chunks."""
-        mine = range(part, len(self.table.chunks), parts)
+        chunks = range(part, len(self.table.chunks), parts)
         layers, vision = len(self.table.attachment.layers), len(self.table.chunks[0][0].places)
         enter, leave = max(enter for enter, _ in bands), min(leave for _, leave in bands)
         near = near_bands(enter, max(leave - 1, enter + 1), layers)
-        for chunk in track(mine, console=Console(stderr=True)):
+        for chunk in track(chunks, console=Console(stderr=True)):
             subset = Subset(self.table, [chunk])
             subset.knock_outs()
             subset.bands(near)

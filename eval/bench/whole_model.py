@@ -116,9 +116,12 @@ def write_rows(folder: Path, *, rows: int, text: int, answer: int) -> Path:
     with file.open("w") as out:
         for row in range(rows):
             picture(row).save(folder / f"{row}.jpg", quality=90)
-            asked = question(text - answer, row)
-            said = {"role": "assistant", "content": [{"type": "text", "text": words(answer - 1, row + rows)}]}
-            out.write(json.dumps({"messages": [*asked, said], "images": [f"{row}.jpg"]}) + "\n")
+            prompt = question(text - answer, row)
+            answer_turn = {
+                "role": "assistant",
+                "content": [{"type": "text", "text": words(answer - 1, row + rows)}],
+            }
+            out.write(json.dumps({"messages": [*prompt, answer_turn], "images": [f"{row}.jpg"]}) + "\n")
     return file
 
 

@@ -213,7 +213,7 @@ class _Rows:
 
     @torch.no_grad()
     def scores(self, index: Tensor, keys: Tensor) -> Tensor:
-        """Scores of the rows `index` before their softmax, at the keys `keys` int64 `[B, n]`, float32 `[B, H, R, n]`."""
+        """Scores of the rows `index` before their softmax, at the `keys` int64 `[B, n]`, float32 `[B, H, R, n]`."""
         rows = self.key.transpose(1, 2)  # [B, K, Hkv, D]
         start = torch.arange(0, rows.shape[0] * rows.shape[1], rows.shape[1], device=keys.device)
         places = (keys + start[:, None]).flatten()

@@ -147,8 +147,8 @@ def check_parts(layer: nn.Module) -> None:
     unknown = [name for name in parts if not ROW_BY_ROW.search(name)]
     if unknown:
         raise ValueError(
-            f"the attention of {type(layer).__name__} has a part {unknown[0]}, which has not been tested with frozen vision "
-            "tokens: use a schedule without cross."
+            f"the attention of {type(layer).__name__} has a part {unknown[0]}, which has not been tested with frozen "
+            "vision tokens: use a schedule without cross."
         )
 
 

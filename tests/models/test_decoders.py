@@ -217,8 +217,9 @@ def test_a_layer_that_attends_in_its_own_way_is_an_error_not_dense() -> None:
         return torch.zeros_like(hidden_states), None
 
     attention.forward = other_attention
-    with attach(model, VisionSchedule(keep={2: 2}), vision_mask=VISION), pytest.raises(
-        ValueError, match=r"^the policy looks at the attention of layer 1, but Phi3Attention"
+    with (
+        attach(model, VisionSchedule(keep={2: 2}), vision_mask=VISION),
+        pytest.raises(ValueError, match=r"^the policy looks at the attention of layer 1, but Phi3Attention"),
     ):
         logits(model)
     attention.forward = other_attention  # FastV decides right after the only layer that it watches
