@@ -32,7 +32,7 @@ ROW_ONLY = (  # what in a reason belongs to one row, and what stands for it in t
 
 @dataclass(frozen=True)
 class Bad:
-    """In a sample's place: which row it is, its name in the data, and why it cannot be used."""
+    """Stands for a sample that cannot be used: its row, its name in the data, and the reason."""
 
     row: int | None  # of a stream its position
     id: str

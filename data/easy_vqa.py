@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "easy-vqa==1.0"
 SPLITS = ("train", "validation", "test")
-VALIDATION = 8  # one in so many of the package's training pictures
+VALIDATION = 8  # one in eight of the package's training pictures
 SHAPES = ("circle", "rectangle", "triangle")
 
 

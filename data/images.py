@@ -106,7 +106,7 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
     except Image.DecompressionBombError:
         raise BadImage(f"{name} has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:
-        what = "is no image" if isinstance(error, Image.UnidentifiedImageError) else "cannot be decoded"
+        what = "is not an image" if isinstance(error, Image.UnidentifiedImageError) else "cannot be decoded"
         raise BadImage(f"{name} {what} ({len(data)} bytes that begin with {data[:8].hex(' ')})") from None
 
 

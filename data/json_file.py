@@ -18,7 +18,7 @@ FILLED = re.compile(r"[^ \t\r\n]")
 
 
 class Broken(str):
-    """In a row's place, the reason why there is no row."""
+    """Stands for a row that cannot be read: the reason."""
 
 
 def read_json(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -71,9 +71,9 @@ def _lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             if whole:
                 raise ValueError(
-                    f"{path} is neither a JSON list nor JSON lines: its first line is no JSON ({error})."
+                    f"{path} is neither a JSON list nor JSON lines: its first line is not JSON ({error})."
                 ) from None
-            yield f"line {number}", Broken(f"is no JSON ({error})")
+            yield f"line {number}", Broken(f"is not JSON ({error})")
         whole = False
 
 
@@ -92,7 +92,7 @@ def _items(file: BinaryIO, path: str | Path) -> Iterator[tuple[str, Any]]:
         rest.take("")
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{path} is no JSON list: {reason}, in row {number}.") from None
+        raise ValueError(f"{path} is not a JSON list: {reason}, in row {number}.") from None
 
 
 class _Rest:

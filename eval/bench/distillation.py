@@ -186,7 +186,7 @@ def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def decision(words: Sequence[str]) -> dict[str, Any]:
-    """What `kl.trust=auto` decides on the run's data; a run that it decides is bit for bit the one that was told so."""
+    """What `kl.trust=auto` decides on the data of a run, which is then bit for bit one with that `kl.trust`."""
     config = compose_config([*words, "kl.trust=auto"])
     collator = collator_without_weights(config, dtype=torch.float32)
     decided = settle_trust(config, collator, lambda: base_of(config)[0], training_data(config.data), None)

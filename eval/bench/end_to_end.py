@@ -179,7 +179,7 @@ def prefilled(requests: Requests, name: str, cell: Settings) -> dict[str, float]
 
 
 def launched(work: Callable[[], Any]) -> dict[str, float]:
-    """Of a piece of work on a GPU: its time on the stream, and how long kernels run in it."""
+    """Time of a piece of work on the stream of a GPU, and the part of it in which kernels run."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -194,7 +194,7 @@ def launched(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def attempt(work: Callable[[], Any], failed: dict[str, str], name: str) -> Any:
-    """The result of the work; None, and why, if it fails, now or before: the others are measured all the same."""
+    """The result of `work`; None if it fails now or failed before, with the reason in `failed`."""
     if name in failed:
         return None
     try:

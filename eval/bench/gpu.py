@@ -86,7 +86,7 @@ def installed() -> dict[str, str | None]:
 
 
 def test(folder: Path, seconds: float) -> dict[str, Any]:
-    """Run the tests that need a GPU, for at most so long; their outcomes."""
+    """Run the tests that need a GPU, for at most `seconds`, and return their outcomes."""
     report = folder / "gpu_tests.xml"
     report.unlink(missing_ok=True)
     command = [

@@ -55,7 +55,7 @@ PHASES = ("loading", "tower", "teacher", "student", "backward", "optimizer", "re
 
 @dataclass
 class Settings:
-    """Of one cell: rows of `text` tokens, `batch` of them a step."""
+    """The settings of one cell: rows of `text` tokens, `batch` of them a step."""
 
     shape: Shape
     device: str
@@ -120,7 +120,7 @@ class Runs:
         return self.students[key]
 
     def objective(self, config: Config, student: Student, layers: int) -> Objective:
-        """Of the run; its VisiPruner finds what the paper reports."""
+        """The objective of the run, with a VisiPruner that finds what the paper reports."""
         objective = assemble.objective_of(config, student)
         if objective.teacher is not None and config.teacher is Teacher.visipruner:
             objective.teacher = published_work(layers)
@@ -244,8 +244,3 @@ def step_ends(device: str, phases: Phases | None) -> Iterator[Marks]:
         yield marks
     finally:
         handle.remove()
-
-
-def samples_per_second(step: float, checkpoint: float, batch: int, every: int) -> float:
-    """Of a run that writes a checkpoint every so many steps."""
-    return batch / (step + checkpoint / every)

@@ -99,7 +99,7 @@ def picture(number: int) -> Image.Image:
 
 
 def words(count: int, seed: int) -> str:
-    """As many words, of one token each."""
+    """`count` random words of one token each."""
     return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 

@@ -168,7 +168,7 @@ def spread_over(task: Task, n: int) -> list[dict[str, Any]]:
 def measure_costs(
     settings: Settings, systems: dict[str, System], rows: list[dict[str, Any]]
 ) -> tuple[dict[str, cost.Cost], dict[str, Any], dict[str, float | None]]:
-    """Latency and memory of every system that is no control, the sweeps, and what the vision tower takes.
+    """Latency and memory of every system except the controls, the sweeps, and the time of the vision tower.
 
     Adapters are off for every system: merged into the weights, as a student is deployed, LoRA costs nothing, and costs
     do not depend on the values of weights. The entry adapter runs where a schedule enters late.

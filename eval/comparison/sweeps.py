@@ -40,7 +40,7 @@ def against_batch(
 def against_text(
     *, model: Any, processor: Any, row: Row, lengths: Sequence[int], **common: Any
 ) -> list[dict[str, Any]]:
-    """Prefill of one prompt whose question is repeated until the prompt has about so many text tokens."""
+    """Prefill of one prompt whose question is repeated until it has about the wanted number of text tokens."""
     limit = model.config.get_text_config().max_position_embeddings
     points = []
     for length in lengths:

@@ -39,7 +39,7 @@ def disagreements(
 ) -> tuple[list[Example], dict[str, dict[str, int]]]:
     """Examples, and for each system how many disagreements of each kind there are.
 
-    For each system that is no control: its losses, then its wins, then the rest, in the order of the data, each image
+    For each system except the controls: its losses, then its wins, then the rest, in the order of the data, each image
     once; up to `EACH`.
     """
     reference = answers[results["roles"]["reference"]]

@@ -141,7 +141,7 @@ class Files:
         return folder.is_dir() and not saved and next(folder.rglob("*.parquet"), None) is None
 
     def check(self) -> None:
-        """Raise FileNotFoundError, in one sentence, if a folder lacks a file or is no folder at all."""
+        """Raise FileNotFoundError, in one sentence, if a folder lacks a file or does not exist."""
         folder = Path(self.where)
         looks_local = (
             folder.is_dir() or not self.hub or self.where.count("/") != 1 or self.where.startswith(".")

@@ -98,7 +98,7 @@ class Track:
 
 
 class _Scheduled:
-    """Mixed into a stock cache layer: physical entries inside, logical lengths outside."""
+    """A mixin for a stock cache layer that stores the computed tokens and reports the lengths of all."""
 
     track: Track
 

@@ -20,7 +20,7 @@ class PyramidDrop:
     tokens. As in the official code (github.com/Cooperx521/PyramidDrop, `pdrop_rank_drop` in
     `llava/model/modeling_llama_pdrop.py`), the last prompt token's attention ranks them, mean over heads. It differs
     in three things. It ranks by the next layer's norm, queries and keys, projected once more for all tokens; we by
-    the attention of the stage's last layer, which is there anyway. It numbers what is left anew, so RoPE moves tokens
+    the attention of the stage's last layer, which is there anyway. It renumbers what is left, so RoPE moves tokens
     together, and shifts the positions of generated tokens layer by layer; ours keep the prompt's positions. It cuts a
     share down (`int`), which we round. It knows one image a sample and right padding.
 

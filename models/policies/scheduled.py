@@ -75,7 +75,7 @@ class ScheduleDecision:
             self.scores = values.new_zeros(self.kept.shape)
         positions = call.key_index.gather(1, keys).clamp(
             min=0
-        )  # where a key is no vision token, its share is 0
+        )  # where a key is not a vision token, its share is 0
         for part in rows.split(ROWS_AT_ONCE, dim=1):
             share = reading_share(call.scores(part, keys), values)  # [B, n]
             self.scores = self.scores.scatter_reduce(1, positions, share, "amax")
@@ -110,7 +110,7 @@ def reading_share(scores: Tensor, values: Tensor) -> Tensor:
 
     Args:
         scores: of attention, before its softmax, float32 `[B, H, R, n]`; changed in place.
-        values: log(|v|^2) of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is no vision token.
+        values: log(|v|^2) of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is not a vision token.
     """
     grouped = scores.unflatten(1, (values.shape[1], -1))  # [B, Hkv, G, R, n]
     share = grouped.mul_(2).add_(values[:, :, None, None]).softmax(-1)

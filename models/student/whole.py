@@ -36,7 +36,7 @@ from {__name__} import LateFusionConfig
 
 
 class WrittenAsLateFusion:
-    """Mixed into the configuration class of a base: what is written has the model type `latefusion`."""
+    """A mixin for the configuration class of a base: `config.json` is written with the model type `latefusion`."""
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The configuration as `config.json` holds it."""

@@ -18,10 +18,10 @@ from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
     [
         (b"", r"an image is empty \(0 bytes\)"),
         ({"bytes": b"", "path": "a/b.jpg"}, r"a/b\.jpg is empty \(0 bytes\)"),
-        (b"<html>404 not found</html>", r"is no image \(26 bytes that begin with 3c 68 74 6d"),
+        (b"<html>404 not found</html>", r"is not an image \(26 bytes that begin with 3c 68 74 6d"),
         (JPEG[: len(JPEG) // 2], r"cannot be decoded \(.*truncated"),
         (PNG[: len(PNG) // 2], r"cannot be decoded \("),
-        (PNG[:60] + bytes(20) + PNG[80:], r"cannot be decoded|is no image"),
+        (PNG[:60] + bytes(20) + PNG[80:], r"cannot be decoded|is not an image"),
         (decompression_bomb(), rf"pixels, more than {MAX_PIXELS:,}|more than {MAX_PIXELS:,} pixels"),
         ("nowhere.png", r"nowhere\.png cannot be read \(No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
@@ -34,7 +34,7 @@ from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
         ),
         (
             f"data:image/png;base64,{b64encode(PNG[:60]).decode()}",
-            "a data URL (cannot be decoded|is no image)",
+            "a data URL (cannot be decoded|is not an image)",
         ),
         (
             "iVBOR" * 999,

@@ -63,7 +63,7 @@ ROW = '{"id": "x", "messages": []}'
         (f"[{ROW}, " + "[" * 100_000, "maximum recursion depth exceeded .*, in row 1"),
         (
             json.dumps({"data": [1]}, indent=1),
-            "neither a JSON list nor JSON lines: its first line is no JSON",
+            "neither a JSON list nor JSON lines: its first line is not JSON",
         ),
     ],
 )
@@ -76,11 +76,11 @@ def test_a_damaged_list_is_refused_with_the_row_where_it_breaks(tmp_path, text, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 100_000, "is no JSON (maximum recursion depth exceeded"),
-        ('{"id": ' + "1" * 5000 + "}", "is no JSON (Exceeds the limit (4300 digits)"),
-        ("{oh", "is no JSON (Expecting property name"),
+        ("[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
+        ('{"id": ' + "1" * 5000 + "}", "is not JSON (Exceeds the limit (4300 digits)"),
+        ("{oh", "is not JSON (Expecting property name"),
         ("null", "is NoneType, not an object"),
-        ("\0\0", "is no JSON (Expecting value"),
+        ("\0\0", "is not JSON (Expecting value"),
     ],
 )
 def test_a_line_that_is_no_row_costs_itself_alone(tmp_path, line, message):

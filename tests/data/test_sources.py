@@ -142,7 +142,7 @@ def test_broken_utf8_and_broken_json_cost_their_own_row(folder):
     assert len(rows) == 5 and rows[0]["messages"] == rows[4]["messages"]
     for index, reason in (
         (1, "broken UTF-8 in turn 0"),
-        (2, r"is no JSON \("),
+        (2, r"is not JSON \("),
         (3, "is list, not an object"),
     ):
         with pytest.raises(BadSample, match=reason):
@@ -163,7 +163,7 @@ def test_missing_data_is_one_sentence_with_the_fix(folder):
     with pytest.raises(FileNotFoundError, match=r"no image c\.png in .*data\.images="):
         sources.llava(path, str(folder))
     (folder / "cut.json").write_text('[{"id": 1')
-    with pytest.raises(ValueError, match=r"cut\.json is no JSON list"):
+    with pytest.raises(ValueError, match=r"cut\.json is not a JSON list"):
         sources.llava(str(folder / "cut.json"), None)
 
 

@@ -47,7 +47,7 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
     text = str(error.value)
     assert (
         "7 rows" in text
-        and "line 2 (is no JSON (" in text
+        and "line 2 (is not JSON (" in text
         and "line 4 (no 'answers')" in text
         and "2 more" in text
     )
@@ -55,7 +55,7 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="id '1' twice"):
         questions_of_file(str(tmp_path / "my.jsonl"))
     write(tmp_path / "my.jsonl", json.dumps({**good, "image": "broken.png"}))
-    with pytest.raises(ValueError, match=r"line 1 \(broken\.png is no image"):
+    with pytest.raises(ValueError, match=r"line 1 \(broken\.png is not an image"):
         questions_of_file(str(tmp_path / "my.jsonl"))
 
 

@@ -12,7 +12,7 @@ from latefusion.data.prompts import images_of
 from latefusion.eval.tasks import TASKS, choice, load_task, vqa
 from latefusion.eval.tasks.base import Files
 
-FOUND: dict[str, tuple[int, str, str]] = {  # questions, prompt and right answer of the last
+LAST_QUESTION: dict[str, tuple[int, str, str]] = {  # questions, prompt and right answer of the last
     "vqav2": (1, "What colour?" + vqa.SHORT, "blue"),
     "gqa": (1, "What colour?" + vqa.SHORT, "blue"),
     "textvqa": (1, "What colour?" + vqa.SHORT, "blue"),
@@ -29,14 +29,14 @@ FOUND: dict[str, tuple[int, str, str]] = {  # questions, prompt and right answer
 
 
 def test_every_task_is_tested() -> None:
-    assert set(FOUND) == set(TASKS) - {"scenes"}
+    assert set(LAST_QUESTION) == set(TASKS) - {"scenes", "icons", "easy_vqa"}  # made here, or a package
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", LAST_QUESTION)
 def test_files_as_they_are_distributed(name: str, tmp_path: Path) -> None:
     benchmark(name, tmp_path / name)
     task = load_task(name, str(tmp_path / name))
-    count, prompt, right = FOUND[name]
+    count, prompt, right = LAST_QUESTION[name]
     row = task.rows[len(task.rows) - 1]
     assert (len(task.rows), row["prompt"], row["answer"]) == (count, prompt, right)
     assert len(set(task.rows["id"])) == count and images_of(row)[0].size in ((8, 8), (64, 64))
@@ -47,7 +47,7 @@ def test_files_as_they_are_distributed(name: str, tmp_path: Path) -> None:
     assert task.ocr is (name in ("textvqa", "textvqa_ocr", "chartqa", "docvqa"))
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", LAST_QUESTION)
 def test_absent_data_is_one_sentence_with_files_and_source(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         load_task(name, str(tmp_path / name))
@@ -76,7 +76,7 @@ def test_files_of_a_benchmark_are_read_as_utf8_whatever_is_in_their_texts(tmp_pa
         (tmp_path / name).write_text(content, encoding="utf-8")
     assert files.lines("q.jsonl") == [row] and files.json("q.json") == row
     (tmp_path / "q.jsonl").write_text(content + "\n{oh")
-    with pytest.raises(ValueError, match=r"q\.jsonl: line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"q\.jsonl: line 2 is not JSON"):
         files.lines("q.jsonl")
     (tmp_path / "q.json").write_bytes('{"text": "caf\xe9"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"q\.json is not JSON in UTF-8"):
