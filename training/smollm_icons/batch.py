@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Batch(NamedTuple):
     words: Tensor | None  # [B, K, width]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        parts: list[Any] = [x if x is None else x.to(device, non_blocking=True) for x in self]
+        return Batch(*parts)
 
     def with_features(self, bank: Tensor) -> Batch:
         """The batch with the features of its rows; `bank` [N, CHANNELS]."""

@@ -47,7 +47,7 @@ The drawings were resized, mirrored, tilted and recoloured for training.
 
 def model_card(record: dict[str, Any]) -> str:
     """The card as Markdown."""
-    return "\n".join([HEAD, _accuracy(record), _tokens(record), _training(record), PARTS])
+    return "\n".join([HEAD, _accuracy(record), _others(record), _tokens(record), _training(record), PARTS])
 
 
 def _accuracy(record: dict[str, Any]) -> str:
@@ -84,6 +84,28 @@ def _accuracy(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _others(record: dict[str, Any]) -> str:
+    if not record.get("others"):
+        return ""
+    lines = [
+        "## Other runs of the recipe\n",
+        "Measured alike. *projector*: the language model stays as it was pretrained, the projector alone learns; "
+        "*untrained*: a language model of the same shape that starts with random weights and is trained whole. "
+        "In brackets the weakest type.\n",
+        "| run | steps | test | new drawings |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, run in record["others"].items():
+        cells = " | ".join(_weakest(run[split]) for split in ("test", "new_drawings"))
+        lines.append(f"| {name} | {run['steps']} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def _weakest(table: dict[str, dict[str, float]]) -> str:
+    kind = min(TYPES, key=lambda kind: table[kind]["accuracy"])
+    return f"{_cell(table['all'])} ({kind} {table[kind]['accuracy']})"
+
+
 def _cell(row: dict[str, float]) -> str:
     return f"{row['accuracy']} ({row['low']}–{row['high']})"
 
@@ -103,16 +125,25 @@ def _tokens(record: dict[str, Any]) -> str:
 
 
 def _training(record: dict[str, Any]) -> str:
-    recipe, seconds = record["recipe"], record["cpu_seconds"]
+    recipe, seconds, step = record["recipe"], record["cpu_seconds"], record["steps_done"]
+    boards, limit = recipe.get("boards", 1), recipe.get("seconds", 0)
+    words, few, everything = (recipe[f"{phase}_steps"] for phase in ("word", "few", "all"))
+    if limit:
+        plan = words + few + everything
+        shares = [f"{100 * part / plan:.0f}%" for part in (words, few, everything, recipe["decay_steps"])]
+        where, unit = f"{limit:.0f} seconds on one {record['device']} that other runs shared", "of the time"
+    else:
+        shares = [f"{part} steps" for part in (words, few, everything, recipe["decay_steps"])]
+        where, unit = "one CPU thread", ""
     lines = [
         "## How it was trained\n",
-        f"Seed {recipe['seed']}, one CPU thread, bfloat16 with float32 masters, AdamW. The projector starts as a "
+        f"Seed {recipe['seed']}, {where}, bfloat16 with float32 masters, AdamW. The projector starts as a "
         f"regression onto SmolLM2's own word embeddings, without the language model "
-        f"({seconds.get('projector')} CPU seconds). Then one board a step, all its questions in one pass: "
-        f"{recipe['word_steps']} steps on boards of word embeddings, "
-        f"{recipe['few_steps']} on pictures with most empty tokens left out, {recipe['all_steps']} on all 144 tokens "
-        f"({record['steps_done']} steps done); LoRA at {recipe['learning_rate']:g}, projector at "
-        f"{recipe['projector_rate']:g}, linear decay over the last {recipe['decay_steps']} steps.\n",
+        f"({seconds.get('projector')} CPU seconds). Then {boards} board{'s' * (boards > 1)} a step, all questions of "
+        f"a board in one pass, {step} steps: {shares[0]} {unit} on boards of word embeddings, "
+        f"{shares[1]} on pictures with most empty tokens left out, {shares[2]} on all 144 tokens; LoRA at "
+        f"{recipe['learning_rate']:g}, projector at {recipe['projector_rate']:g}, linear decay over the last "
+        f"{shares[3]}.\n".replace("  ", " "),
         "| step | phase | CPU seconds | loss | validation, all | " + " | ".join(TYPES) + " |",
         "| ---: | --- | ---: | ---: | ---: |" + " ---: |" * len(TYPES),
     ]

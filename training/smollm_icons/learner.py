@@ -28,7 +28,8 @@ def language_model(untrained: bool = False, seed: int = 0, device: str = "cpu") 
     if untrained:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(model.config).bfloat16()
-    return model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval()
 
 
 class Learner:
@@ -44,7 +45,7 @@ class Learner:
         self.trained = dict(model.named_parameters()) if untrained else add_lora(model)
         if freeze_language:
             model.requires_grad_(False)
-        model.to(self.device)  # the new layers
+        model.to(self.device)  # type: ignore[arg-type]  # the new layers
         self.projector = projector.to(self.device)
         self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
         ids = self.tokenizer(OPENING, add_special_tokens=False).input_ids

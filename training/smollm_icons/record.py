@@ -80,6 +80,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="of the run")
     parser.add_argument("--blind-folder", type=Path, help="of the blind control's run")
+    parser.add_argument("--others", nargs="+", help="NAME=FOLDER of runs to tell of beside it")
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
     parser.add_argument("--seeds", type=int, nargs="+", default=DATA_SEEDS)
     parser.add_argument("--boards", type=int, default=BOARDS)
@@ -101,6 +102,14 @@ def main() -> None:
     if options.blind_folder:
         measured |= {f"blind/{k}": measure(options.blind_folder, f"test/{k}") for k in options.seeds}
         record["blind_steps"] = json.loads((options.blind_folder / "run.json").read_text())["steps_done"]
+    others = {}
+    for argument in options.others or []:
+        name, _, other = argument.partition("=")
+        others[name] = {"steps": json.loads((Path(other) / "run.json").read_text())["steps_done"]}
+        for split in ("test", "new_drawings"):
+            parts = [measure(Path(other), f"{split}/{seed}") for seed in options.seeds]
+            others[name][split] = summary(pooled(parts))
+    record["others"] = others
     record["measured"], record["versions"] = tables(measured), versions()
     save_weights(learner, options.output)
     (options.output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
