@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 
-.PHONY: train icons test test-slow gpu lint base clean
+.PHONY: train icons test test-slow test-vllm gpu lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 def main(overrides: list[str]) -> None:
     """Run from the command line; invalid arguments end in one sentence."""
+    if any(word in ("-h", "--help") for word in overrides):
+        print(__doc__)
+        return
     overrides, printed = without_cfg(overrides)
     if printed:
         print_and_exit(lambda: compose_tree(overrides))

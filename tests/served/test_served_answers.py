@@ -68,7 +68,7 @@ def test_a_request_that_was_preempted_goes_on_as_if_it_had_not_been(schedule, tm
             preempted.append(request.request_id) or original(self, request, *more, **named)
         ),
     )
-    compare(save_student(tmp_path, schedule, entry=True), steps=40, num_gpu_blocks_override=18)
+    compare(save_student(tmp_path, schedule, entry=True), steps=16, num_gpu_blocks_override=18)
     assert preempted
 
 
