@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from latefusion.training.smollm_icons.projector import Projector
 from latefusion.training.smollm_icons.weights import read_weights, save_weights
 
 
-def load_learner(folder: Path) -> tuple[Learner, dict[str, Any]]:
+def load_learner(folder: Path, device: str = "cpu") -> tuple[Learner, dict[str, Any]]:
     """The learner of a run, from its checkpoint or its weights, and the run's record."""
     record = json.loads((folder / "run.json").read_text())
     recipe = record["recipe"]
@@ -42,7 +42,7 @@ def load_learner(folder: Path) -> tuple[Learner, dict[str, Any]]:
     else:
         learnt = read_weights(folder)
     learner = Learner(
-        language_model(recipe.get("untrained", False), recipe["seed"]),
+        language_model(recipe.get("untrained", False), recipe["seed"], device),
         Projector(learnt["projector"]["linear_2.weight"].shape[0]),
         **{name: recipe.get(name, False) for name in ("blind", "freeze_language", "untrained")},
         seed=recipe["seed"],
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--blind-folder", type=Path, help="of the blind control's run")
     parser.add_argument("--others", nargs="+", help="NAME=FOLDER of runs to tell of beside it")
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=DATA_SEEDS)
     parser.add_argument("--boards", type=int, default=BOARDS)
     parser.add_argument("--parts", nargs="+", help="measure these alone, for a later call; write no card")
@@ -94,7 +95,7 @@ def main() -> None:
         step = json.loads((folder / "run.json").read_text())["steps_done"]
         return measure_part(folder, step, part, lambda: load(folder)[0], features, options.boards)
 
-    load = cache(load_learner)
+    load = cache(partial(load_learner, device=options.device))
     measured = {part: measure(options.folder, part) for part in options.parts or parts_of(options.seeds)}
     if options.parts:
         return

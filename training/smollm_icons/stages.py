@@ -63,9 +63,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the run")
     parser.add_argument("--features", type=Path, help="cached features; default: FOLDER/features")
     parser.add_argument("--boards", type=int, default=BOARDS)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learner, _ = load_learner(options.folder)
+    learner, _ = load_learner(options.folder, options.device)
     profile = stage_profile(
         learner, Features(options.features or options.folder / "features"), options.boards
     )
