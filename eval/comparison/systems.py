@@ -95,7 +95,8 @@ def policies_of(entries: Sequence[Any]) -> dict[str, System]:
         name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         policy = named(name, **(changes or {}))
         shown = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
-        title = f"{NAMES.get(name, name)} ({shown})" if shown else NAMES.get(name, name)
+        plain = NAMES.get(name) or f"{type(policy).__name__} ({Path(name).parent.name or name})"  # of a file
+        title = f"{plain} ({shown})" if shown else plain
         titles.append(title)
         number = titles.count(title)
         key = name if name not in systems else f"{name}_{len(titles)}"
