@@ -260,7 +260,7 @@ def test_validate_passes_good_data_and_refuses_empty_data(base, tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         validate.main(["data=dataset", f"data.path={good}"])
     assert end.value.code == 0 and "All 1 rows can be used." in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: scenes are rendered here and need no check"):
+    with pytest.raises(SystemExit, match="error: scenes needs no check"):
         validate.main([])
     with pytest.raises(SystemExit, match=r"error: data\.path is not set"):
         validate.main(["data=dataset"])
