@@ -129,44 +129,47 @@ def write_conversations(rows: Iterable[dict[str, Any]], file: Path) -> None:
     datasets.Dataset.from_list(table).cast_column("images", datasets.List(datasets.Image())).to_parquet(file)
 
 
-def run_cell(args: argparse.Namespace) -> dict[str, Any]:
+def run_cell(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     """Train a cell and test it."""
     tested = datasets.Dataset.from_list(rows_of(args.data, "test", args.questions, seed=0))
     tested = tested.cast_column("image", datasets.Image(decode=False))
     cell = {
         "data": args.data,
-        "arm": args.arm,
+        "arm": arm,
         "seed": args.seed,
         "rows": args.rows,
         "steps": args.steps,
         "settings": args.settings,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    begun = time.process_time()
-    if args.arm == BASE:
+    begun, device = time.process_time(), "cuda" if torch.cuda.is_available() else "cpu"
+    if arm == BASE:
         model, processor = load_base("embedded", dtype=torch.float32)
+        model.to(device)
         with attach(model, VisionSchedule()) as attachment:
             system = System(name="Dense base", policy=VisionSchedule())
             return cell | scores(tested, model, processor, attachment, system)
     with TemporaryDirectory() as folder:
-        trained = train_cell(args, Path(folder))
+        trained = train_cell(args, arm, Path(folder))
         seconds = time.process_time() - begun
         student = load_student(Path(folder) / "run", dtype=torch.float32)
+        student.model.to(device)
         system = System(name="Student", policy=student.schedule, adapters=True, student=student)
         right = scores(tested, student.model, student.processor, student.attachment, system)
     return cell | trained | {"cpu_seconds": {"training": seconds, "all": time.process_time() - begun}} | right
 
 
-def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def train_cell(args: argparse.Namespace, arm: str, folder: Path) -> dict[str, Any]:
     """Train in `folder / "run"`; returns what the run decided about its teacher, and the means of its log."""
     write_conversations(rows_of(args.data, "train", args.rows, args.seed), folder / "train.parquet")
     words = [
         *("model=embedded", "data=dataset", f"data.path={folder / 'train.parquet'}", "recipe=late_fusion"),
         *(f"train.steps={args.steps}", f"train.seed={args.seed}", "train.trackers=[]", "eval.enabled=false"),
         *("train.dtype=float32", f"train.save_every={args.steps}", f"output_dir={folder / 'run'}"),
-        *(ARMS[args.arm]),
+        *(ARMS[arm]),
         *args.settings,
     ]
-    if args.arm == "offline":
+    if arm == "offline":
         words.append(f"kl.cache={folder / 'cache'}")
         write_answers(checked_teaching(compose_tree(words)))
     tree = compose_tree(words)
@@ -175,7 +178,7 @@ def train_cell(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     logged = [line for line in lines if "loss" in line]
     decided = folder / "run" / TRUST
     return {
-        "auto": None if args.arm == "none" else decision(words),
+        "auto": None if arm == "none" else decision(words),
         "decided": json.loads(decided.read_text()) if decided.is_file() else None,
         "log": {
             name: fmean(line[name] for line in logged if name in line)
@@ -305,7 +308,11 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--data", choices=DATA, help="of one cell")
-    options.add_argument("--arm", choices=[BASE, *ARMS], help="what the teacher does; base: no training")
+    options.add_argument(
+        "--arm",
+        type=lambda names: names.split(","),
+        help=f"what the teacher does: {', '.join(ARMS)} (several: a cell each), or {BASE}, which trains nothing",
+    )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--rows", type=int, default=2400, help="training questions")
     options.add_argument("--steps", type=int, default=150, help="of 12 questions")
@@ -317,20 +324,24 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     args = options.parse_args(words)
     if args.merge is None and None in (args.data, args.arm):
         options.error("name a cell with --data and --arm, or a folder of cells with --merge")
+    unknown = set(args.arm or ()) - {BASE, *ARMS}
+    if unknown:
+        options.error(
+            f"--arm {', '.join(sorted(unknown))} does not exist; choose from {', '.join([BASE, *ARMS])}"
+        )
     return args
 
 
 def main(words: Sequence[str]) -> None:
     args = arguments(words)
     if args.merge is None:
-        name = "-".join(
-            [args.data, args.arm, *args.settings, f"{args.rows}x{args.steps}", f"seed{args.seed}"]
-        )
-        file = Path(args.output) / f"{name.replace('/', '_')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        cell = run_cell(args)
-        file.write_text(json.dumps(cell, indent=1) + "\n")
-        print(f"{cell['accuracy']:.1%} of {cell['questions']} right: {file}")
+        for arm in args.arm:
+            name = "-".join([args.data, arm, *args.settings, f"{args.rows}x{args.steps}", f"seed{args.seed}"])
+            file = Path(args.output) / f"{name.replace('/', '_')}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cell = run_cell(args, arm)
+            file.write_text(json.dumps(cell, indent=1) + "\n")
+            print(f"{cell['accuracy']:.1%} of {cell['questions']} right: {file}", flush=True)
         return
     cells = [json.loads(file.read_text()) for file in sorted(Path(args.merge).glob("*.json"))]
     if not cells:
