@@ -19,9 +19,11 @@ paper reports (`triggered.py`), in requests and as the teacher.
 Beside each time stands what FLOPs promise (of a training step; of a request to its first token), and where the time
 goes: of a training step, by one more run under a stopwatch, on a GPU with the device idle at each change.
 
-Variants run in turn within every round, in an order that rotates; a ratio is the median over rounds of the ratio to
-dense within a round. On a CPU time is that of this thread. `--json` is written after every cell (a part, batch and text
-length), and no cell begins after `--seconds`. Cells come in the order of `--text`, then `--batch`, then `--part`.
+Variants run in turn within every round, in an order that rotates; a ratio is the median over rounds (and steps) of the
+ratio to dense's median within a round. On a CPU time is that of this thread. `--json` is written after every cell (a
+part, batch and text length), and no cell begins after `--seconds`. Cells come in the order of `--text`, then `--batch`,
+then `--part`, or as `--cells` has them. Answers longer than the second of `--tokens` are timed at the first cell's
+text length alone.
 """
 
 from __future__ import annotations
@@ -96,11 +98,11 @@ def training(runs: Runs, cell: Settings, recipes: list[str], rounds: int) -> lis
         if phases is None:
             rows.append({**row, "failed": failed[name]})
             continue
-        steps = [steps_of(r) for r in results[name]]
         checkpoint = phases.pop(CHECKPOINT)
+        steps = [second for result in results[name] for second in result["steps"]]
         row |= {"ms": 1e3 * statistics.median(steps)}
         if all(reference):
-            row |= ratios(steps, reference)
+            row |= ratios(steps, [dense for dense in reference for _ in range(cell.steps - 1)])
         row |= {
             "samples_per_second": cell.batch / (row["ms"] / 1e3 + checkpoint / SAVE_EVERY),
             "checkpoint_seconds": checkpoint,
@@ -217,28 +219,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = shrunk(SHAPES[args.shape], args.layers)
     model = build_model(shape, device=args.device, dtype=getattr(torch, args.dtype))
     result: dict[str, Any] = {**setting(args, shape), "rows": []}
-    cells = list(product(args.text, args.batch, args.part))
+    cells = args.cells or [
+        (part, batch, text) for text, batch, part in product(args.text, args.batch, args.part)
+    ]
+    longest_at = cells[0][2]  # text tokens
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(model, Path(folder))
         requests = Requests(runs, processor_for(shape))
-        for number, (text, batch, part) in enumerate(cells):
+        for number, (part, batch, text) in enumerate(cells):
             if time.perf_counter() - begun > args.seconds:
-                result["left_out"] = [f"{p}, {b} x {t}" for t, b, p in cells[number:]]
+                result["left_out"] = [f"{p}, {b} x {t}" for p, b, t in cells[number:]]
                 print(f"No time for {len(cells) - number} of {len(cells)} cells.", flush=True)
                 break
             cell = Settings(shape, args.device, args.dtype, batch, text, args.steps)
             gc.collect()
             started = time.perf_counter()
             if part == "training":
-                rows = training(runs, cell, args.recipes, args.rounds)
+                rows = training(runs, cell, args.recipes, args.train_rounds or args.rounds)
             else:
-                rows = request(requests, cell, args.systems, args.tokens, args.rounds)
+                tokens = args.tokens if text == longest_at else args.tokens[:2]
+                rows = request(requests, cell, args.systems, tokens, args.rounds)
             result["rows"] += rows
             result["seconds"] = time.perf_counter() - begun
             print(f"{part}, {batch} x {text}: {time.perf_counter() - started:.0f} s", flush=True)
             write_json(result, args.json)
     write_json(result, args.json)
     return result
+
+
+def cell_of(word: str) -> tuple[str, int, int]:
+    """`training:8x256` as part, batch and text tokens."""
+    part, _, size = word.partition(":")
+    batch, _, text = size.partition("x")
+    if part not in PARTS or not (batch.isdigit() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{word!r} is no cell; write PART:BATCHxTEXT, as training:8x256")
+    return part, int(batch), int(text)
 
 
 def setting(args: argparse.Namespace, shape: Any) -> dict[str, Any]:
@@ -265,11 +280,15 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=int, nargs="+", default=[256, 32, 1024], help="text tokens a row")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     parser.add_argument(
+        "--cells", type=cell_of, nargs="+", metavar="PART:BATCHxTEXT", help="these, in this order"
+    )
+    parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1, 32, 128], help="of an answer; the first is 1"
     )
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="RECIPE[/TEACHER]")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--train-rounds", type=int, help="of training runs, if not --rounds")
     parser.add_argument("--steps", type=int, default=4, help="of a training run; the first is not timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -42,17 +42,10 @@ PACKAGES = (
     "bitsandbytes",
     "flash-attn",
 )
-ON_GPU = (
-    "--shape",
-    "llava-1.5-7b",
-    "--device",
-    "cuda",
-    "--dtype",
-    "bfloat16",
-    "--rounds",
-    "2",
-    "--steps",
-    "5",
+ON_GPU = "--shape llava-1.5-7b --device cuda --dtype bfloat16 --rounds 2 --train-rounds 1 --steps 5 --cells"
+CELLS = (  # the most telling first
+    "training:8x256 request:8x256 request:1x256 training:1x256 request:8x1024 training:8x1024 "
+    "request:1x1024 request:1x32 request:8x32 training:8x32 training:1x32 training:1x1024"
 )
 DRY_RUN = (
     "--shape",
@@ -160,7 +153,11 @@ def main() -> None:
     from latefusion.eval.bench import end_to_end  # lazy: as above
 
     share = 1.0 if args.no_tests else 0.55
-    words = [*(DRY_RUN if args.dry_run else ON_GPU), "--json", str(args.out / "gpu_end_to_end.json")]
+    words = [
+        *(DRY_RUN if args.dry_run else f"{ON_GPU} {CELLS}".split()),
+        "--json",
+        str(args.out / "gpu_end_to_end.json"),
+    ]
     settings = end_to_end.options().parse_args([*words, "--seconds", str(share * args.seconds), *args.more])
     print(end_to_end.markdown(end_to_end.measure(settings)), flush=True)
     if not args.no_tests:

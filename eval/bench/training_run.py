@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -76,31 +79,18 @@ class Runs:
     def __init__(self, model: Any, folder: Path):
         self.model, self.folder = model, folder
         self.students: dict[tuple[str, str], Student] = {}
+        self.datasets: dict[int, Any] = {}
 
-    def configured(self, recipe: str, teacher: str, cell: Settings, *, saving: bool = False) -> Config:
-        """The configuration of the run, with a checkpoint after its last step if it is `saving`.
-
-        Args:
-            teacher: as the recipe has it if empty.
-        """
+    def configured(self, recipe: str, teacher: str, cell: Settings) -> Config:
+        """The configuration of the run; `teacher`: as the recipe has it if empty."""
         data = self.folder / f"text_{cell.text}"
         if not (data / "rows.jsonl").exists():
             write_rows(data, rows=ROWS, text=cell.text, answer=ANSWER)
-        words = [
-            f"model={MODEL}",
-            f"recipe={recipe}",
-            "data=dataset",
-            f"data.path={data / 'rows.jsonl'}",
-            f"data.images={data}",
-            f"train.batch_size={cell.batch}",
-            f"train.steps={cell.steps}",
-            f"train.save_every={cell.steps if saving else cell.steps + 1}",
-            f"train.dtype={cell.dtype}",
-            "train.trackers=[]",
-            "train.learning_rate=1e-4",
-            f"output_dir={self.folder / 'run'}",
-        ]
-        config = compose_config([*words, *([f"teacher={teacher}"] if teacher else [])])
+        config = deepcopy(composed(recipe, teacher, cell.dtype))
+        config.data.path, config.data.images = str(data / "rows.jsonl"), str(data)
+        config.train.batch_size, config.train.steps = cell.batch, cell.steps
+        config.train.save_every = cell.steps
+        config.output_dir = str(self.folder / "run")
         schedule = stretch(schedule_of(config.schedule), cell.shape.layers, cell.shape.vision)
         options = config.schedule
         options.enter, options.exit = schedule.enter, schedule.exit
@@ -135,10 +125,12 @@ class Runs:
         Returns:
             `steps`, the seconds of each step but the first; on a GPU `peak`, the memory beyond weights in bytes.
         """
-        config = self.configured(recipe, teacher, cell, saving=phases is not None)
+        config = self.configured(recipe, teacher, cell)
         student = self.student(config, cell.shape)
         objective = self.objective(config, student, cell.shape.layers)
-        dataset = training_data(config.data)
+        if cell.text not in self.datasets:
+            self.datasets[cell.text] = training_data(config.data)
+        dataset = self.datasets[cell.text]
         with ExitStack() as held:
             held.enter_context(redirect_stdout(io.StringIO()))
             context = engine.prepare(config, dtype=assemble.dtype_of(config))
@@ -146,6 +138,9 @@ class Runs:
             marks = held.enter_context(step_ends(cell.device, phases))
             if phases is not None:
                 held.enter_context(phases.watching(WATCHED))
+            else:  # what comes after the last step is not timed
+                for method in ("_save_checkpoint", "_save"):
+                    held.enter_context(patch.object(StudentTrainer, method, lambda *args, **kwargs: None))
             before = 0
             if cell.device == "cuda":
                 torch.cuda.empty_cache()
@@ -161,6 +156,7 @@ class Runs:
     def phases(self, recipe: str, teacher: str, cell: Settings) -> dict[str, float]:
         """Seconds of each phase of a step, and of a checkpoint."""
         phases = Phases(cell.device)
+        cell = replace(cell, steps=min(cell.steps, 3))
         steps = len(self.run(recipe, teacher, cell, phases)["steps"])
         each = {name: phases.noted[name] / steps for name in PHASES}
         each["loading"] = (
@@ -190,6 +186,20 @@ class Runs:
             1, 3, shape.pixels, shape.pixels, dtype=self.model.dtype, device=self.model.device
         )
         return encoder_flops(self.model, {"pixel_values": pixels}) or 0
+
+
+@cache
+def composed(recipe: str, teacher: str, dtype: str) -> Config:
+    """The configuration before it knows its cell."""
+    words = [
+        f"model={MODEL}",
+        f"recipe={recipe}",
+        "data=dataset",
+        "data.path=rows.jsonl",
+        f"train.dtype={dtype}",
+    ]
+    fixed = ["train.batch_size=1", "train.steps=1", "train.trackers=[]", "train.learning_rate=1e-4"]
+    return compose_config([*words, *fixed, *([f"teacher={teacher}"] if teacher else [])])
 
 
 def published_work(layers: int) -> Triggered:

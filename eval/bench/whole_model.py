@@ -89,7 +89,9 @@ def build_model(shape: Shape, *, device: str, dtype: torch.dtype) -> Any:
 
 def processor_for(shape: Shape) -> Any:
     """The embedded model's tokenizer, with pictures resized to this shape."""
-    return build_processor(image_size=shape.pixels, patch_size=14)
+    processor = build_processor(image_size=shape.pixels, patch_size=14)
+    processor.tokenizer.model_max_length = 4096
+    return processor
 
 
 def picture(number: int) -> Image.Image:
