@@ -232,7 +232,8 @@ class _Rows:
     def _scores(self, index: Tensor, key: Tensor, keys: Tensor | None) -> Tensor:
         query = self._query(index).float() * self.scaling  # [B, H, R, D]
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * R, D]
-        scores = (grouped @ key.float().mT).view(*query.shape[:3], -1)  # [B, H, R, n]
+        with torch.autocast(query.device.type, enabled=False):  # training's would multiply in bfloat16
+            scores = (grouped @ key.float().mT).view(*query.shape[:3], -1)  # [B, H, R, n]
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         mask = self._mask(index, keys)
