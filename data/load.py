@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from latefusion.data import sources
 from latefusion.data.bad_rows import Checked
 from latefusion.data.prompts import undecoded
+from latefusion.data.question_file import question_rows
 from latefusion.data.question_sets import load_questions, samples
 from latefusion.data.samples import sample_of
 from latefusion.data.streaming import Stream
@@ -162,7 +164,10 @@ def evaluation_questions(config: Config) -> Any:
     """The questions that a run is evaluated on, a row each with its image; None if the configuration names none."""
     data, options = config.data, config.eval
     if data.eval_path is not None:
-        questions = undecoded(sources.read(data.eval_path, split=options.split))
+        if Path(data.eval_path).is_file():
+            questions = question_rows(data.eval_path, key="data.eval_path")
+        else:
+            questions = undecoded(sources.read(data.eval_path, split=options.split))
     elif data.source in QUESTION_SETS:
         questions = load_questions(data.source, options.split, seed=data.seed)
     else:

@@ -19,11 +19,6 @@ def check_local_files(data: DataConfig) -> None:
     """
     if data.eval_path is not None:
         check_dataset(data.eval_path, key="data.eval_path")
-        if Path(data.eval_path).suffix in JSON:
-            raise ValueError(
-                f"data.eval_path={data.eval_path} is JSON, and takes a saved data set, parquet or arrow; leave it out "
-                f"and run python eval/evaluate.py checkpoint=FOLDER data={data.eval_path} after training."
-            )
     if data.source is Source.icons:
         check_drawings()
     if data.source is Source.easy_vqa:

@@ -167,8 +167,8 @@ class DataConfig:
         streaming: read rows as they are used, for data that do not fit on the disk; they are shuffled in a buffer.
         shuffle_buffer: rows in that buffer.
         parts: the sources of a `mixture`.
-        eval_path: questions and answers for the evaluation, named like `path` (no JSON). None: those of
-            the set itself (`scenes`, `icons`, `easy_vqa`), else no evaluation.
+        eval_path: questions and answers for the evaluation: a file as `eval/evaluate.py data=FILE` takes it, a folder,
+            or a hub id. None: those of the set itself (`scenes`, `icons`, `easy_vqa`), else no evaluation.
         scenes: how many images to train on (`scenes`, `icons`, `easy_vqa`; None: the set's usual number).
         turns: the most questions about one image in a training sample (these three only).
         noise: share of the training rows that get a wrong answer, another row's of the same type (these three only).

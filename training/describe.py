@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from textwrap import wrap
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from latefusion.data.bad_rows import Bad
 from latefusion.data.collate import IGNORE
+from latefusion.data.printing import short
 from latefusion.data.streaming import Stream
 from latefusion.models.flops import outside_flops, prefill_share
 from latefusion.models.inputs import unwrapped
@@ -32,6 +35,8 @@ from latefusion.training.step_cost import (
 from latefusion.training.teacher import OtherTeacher
 
 WIDTH = 80  # columns of the configuration
+WORDS = 5  # that a warning names
+MOMENTS = 10  # of a run whose band narrows
 ALWAYS = {  # shown also where a run keeps the default
     *("model.path", "data.source", "teacher", "tune", "schedule.enter", "schedule.exit", "engine.trainer"),
     *("train.steps", "train.batch_size", "train.accumulation", "train.learning_rate", "train.scheduler"),
@@ -88,6 +93,7 @@ def _text(value: Any) -> str:
 def describe(
     config: Config,
     student: Student,
+    samples: Sequence[Any],
     batch: dict[str, Any],
     example: dict[str, Any] | None,
     dataset: Any,
@@ -96,7 +102,8 @@ def describe(
     """What is about to be trained: parameters, steps, vision tokens by layer, FLOPs against dense, an estimate.
 
     Args:
-        batch: of the first samples, whose sizes the lines give.
+        samples: the first of the training set.
+        batch: of these, whose sizes the lines give.
         example: a batch of the first of them that has images; None: none has.
         dataset: the training set.
         other: another model that teaches.
@@ -119,19 +126,22 @@ def describe(
     dense = VisionSchedule().flops(model.config, n_text, n_vision)
     train = config.train
     dtype = str(dtype_of(config)).removeprefix("torch.")
-    samples = train.total_steps * train.batch_size * train.accumulation * world_size()
+    total_samples = train.total_steps * train.batch_size * train.accumulation * world_size()
     passes = (
-        "" if isinstance(dataset, Stream) else f" ({samples / len(dataset):.3g} epochs of {len(dataset):,})"
+        ""
+        if isinstance(dataset, Stream)
+        else f" ({total_samples / len(dataset):.3g} epochs of {len(dataset):,})"
     )
     return "\n".join(
         [
             *borrowed(config.model),
-            *unknown_words(batch["labels"], student.processor.tokenizer),
+            *unknown_words(samples, student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
             f"{train.total_steps} steps of {train.batch_size} x {train.accumulation} samples in "
             f"{world_size()} process(es){passes}, {teacher_in_words(config)}, {dtype}",
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
-            f"{', frozen: keys and values alone' if schedule.cross is not None else ''}",
+            f"{', frozen: keys and values alone' if schedule.cross is not None else ''}"
+            f"{narrowing_in_words(train.narrow)}",
             f"FLOPs a prompt ({n_vision} vision + {n_text} text tokens): decoder {flops / 1e9:.2f}G, "
             f"{flops / dense:.1%} of dense{whole_prefill(flops, dense, student.model, example)}",
             estimate(
@@ -169,16 +179,43 @@ def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any
     )
 
 
-def unknown_words(labels: torch.Tensor, tokenizer: Any) -> list[str]:
-    """A warning if answers (int64 `[B, T]`) hold words that the tokenizer does not know."""
-    unknown, learnt = tokenizer.unk_token_id, int((labels != IGNORE).sum())
-    count = 0 if unknown is None else int((labels == unknown).sum())
-    if not count:
+def unknown_words(samples: Sequence[Any], tokenizer: Any) -> list[str]:
+    """A warning that names the words of questions and answers that the tokenizer does not know.
+
+    Args:
+        samples: of the training set; what is not a sample (`Bad`) is passed over.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
         return []
+    counts = {"user": [0, 0], "assistant": [0, 0]}  # words unknown, words in all
+    words: Counter[str] = Counter()
+    for sample in samples:
+        for message in [] if isinstance(sample, Bad) else sample["messages"]:
+            for word in text_of(message).split():
+                count = counts["assistant" if message["role"] == "assistant" else "user"]
+                count[1] += 1
+                if unknown in tokenizer(word, add_special_tokens=False).input_ids:
+                    count[0] += 1
+                    words[word] += 1
+    if not words:
+        return []
+    questions, answers = counts["user"], counts["assistant"]
+    named = ", ".join(short(word) for word, _ in words.most_common(WORDS))
+    learnt = " The student learns to answer with it." if answers[0] else ""
     return [
-        f"{count} of the {learnt} answer tokens of the first samples are {tokenizer.unk_token}: words that this "
-        "model's tokenizer does not know, and the student learns to answer with it."
+        f"This model's tokenizer does not know {questions[0]} of {questions[1]} words in the questions and "
+        f"{answers[0]} of {answers[1]} in the answers of the first samples, and reads each as {tokenizer.unk_token}: "
+        f"{named}{', ...' if len(words) > WORDS else ''}.{learnt}"
     ]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The words of a message, without its images."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
 def borrowed(model: ModelConfig) -> list[str]:
@@ -236,7 +273,8 @@ def estimate(
     n_text, n_vision, answers = shape
     train, model_config = config.train, model.config
     layers = model_config.get_text_config().num_hidden_layers
-    vision, first = schedule.vision_tokens(layers, n_vision), backward_ends(model)
+    moments = schedules_of(schedule, train.narrow, layers)
+    vision, first = moments[0][1].vision_tokens(layers, n_vision), backward_ends(model)  # the most of the run
     each = activation_bytes(
         model_config,
         [n_text + n for n in vision[first:]],
@@ -250,24 +288,46 @@ def estimate(
     step = (
         train.batch_size
         * train.accumulation
-        * training_flops(
-            model_config,
-            schedule,
-            n_text,
-            n_vision,
-            answers=answers,
-            teacher=None if teacher is None else teacher.config,
-            share=config.kl.share,
-            first=first,
+        * sum(
+            part
+            * training_flops(
+                model_config,
+                at,
+                n_text,
+                n_vision,
+                answers=answers,
+                teacher=None if teacher is None else teacher.config,
+                share=config.kl.share,
+                first=first,
+            )
+            for part, at in moments
         )
     )
     seconds = step / flops_per_second(min(2048, max(256, model_config.get_text_config().hidden_size)), dtype)
     sharded = " before sharding" if config.engine.deepspeed or config.engine.fsdp else ""
     return (
         f"estimate: {_bytes(peak)} a device at the peak{sharded}, {_bytes(train.batch_size * each)} of it activations; "
-        f"at least {_duration(train.total_steps * seconds)} for {train.total_steps} steps of {step / 1e9:.3g} GFLOPs "
-        "(as fast as matrix products are here, the vision tower and loading left out)"
+        f"at least {_duration(train.total_steps * seconds)} for {train.total_steps} steps of {step / 1e9:.3g} GFLOPs"
+        f"{' on average' if train.narrow else ''} (as fast as matrix products are here, the vision tower and loading "
+        "left out)"
     )
+
+
+def narrowing_in_words(narrow: float) -> str:
+    """When the band of a run that narrows (`train.narrow` above 0) is the schedule's."""
+    return f", from {narrow:.0%} of the steps on; in every layer at the start" if narrow else ""
+
+
+def schedules_of(schedule: VisionSchedule, narrow: float, layers: int) -> list[tuple[float, VisionSchedule]]:
+    """The schedules of a run, the widest first, each with the share of the steps that it stands for.
+
+    Args:
+        narrow: the fraction of the steps over which the band narrows (`train.narrow`); 0: one schedule.
+    """
+    if not narrow:
+        return [(1.0, schedule)]
+    widening = [(narrow / MOMENTS, schedule.widened(moment / MOMENTS, layers)) for moment in range(MOMENTS)]
+    return [*widening, (1 - narrow, schedule)]
 
 
 def _bytes(n: float) -> str:

@@ -107,10 +107,16 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))
             example = next((one for one in alone if "pixel_values" in one), None)
-            print(describe(config, student, batch, example, dataset, objective.other), flush=True)
+            print(describe(config, student, beginning, batch, example, dataset, objective.other), flush=True)
             if trust is not None:
                 trust.write(config.output_dir)
                 print(f"{trust}.", flush=True)
+            if resumed is not None:
+                print(
+                    f"Going on from step {step_of(resumed)} of {config.train.total_steps} ({resumed}).",
+                    flush=True,
+                )
+        began = time.perf_counter()
         try:
             main = engine.fit(config, context, student, dataset, batches, objective, resumed)
         except (Refused, Stale) as error:
@@ -122,9 +128,11 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
                 leave_mark(config.output_dir, stop.step)
                 print(f"{stop}; go on with resume=true.", flush=True)
             raise SystemExit(PREEMPTED) from None
+        ended = time.perf_counter()
         if main:
             print(
-                f"Trained in {time.perf_counter() - started:.0f} s; the student is in {config.output_dir}.",
+                f"Trained in {ended - began:.0f} s, after {began - started:.0f} s of preparation; the student is in "
+                f"{config.output_dir}.",
                 flush=True,
             )
             if left_out := skipped(config.output_dir):

@@ -217,17 +217,6 @@ def read_config(where: str, config: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
-    """Questions whose `images` are paths, bytes or pictures, as a data set that opens them when asked.
-
-    Every question has `id`, `question`, `prompt`, `answer`, `answers`, `type`, `scene`, `images`.
-    """
-    rows = datasets.Dataset.from_list(
-        [{**q, "images": [_stored(image) for image in q["images"]]} for q in questions]
-    )
-    return rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-
-
 def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str, Any]]) -> datasets.Dataset:
     """A hub data set whose column `image` holds the picture, or a list of pictures, in the form of `rows_of`.
 
@@ -242,7 +231,3 @@ def mapped(rows: datasets.Dataset, question: Callable[[dict[str, Any]], dict[str
         for name, value in question({"row": number, **row}).items():
             fields.setdefault(name, []).append(value)
     return datasets.concatenate_datasets([datasets.Dataset.from_dict(fields), kept], axis=1)
-
-
-def _stored(image: Any) -> Any:
-    return {"path": None, "bytes": image} if isinstance(image, bytes) else {"path": str(image), "bytes": None}

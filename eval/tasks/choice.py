@@ -16,8 +16,9 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+from latefusion.data.question_file import rows_of
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import LETTER, Answer, Files, Task, mapped, rows_of
+from latefusion.eval.tasks.base import LETTER, Answer, Files, Task, mapped
 
 LETTERS = "ABCDEFGH"
 CIRCULAR = "circular accuracy"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from latefusion.data.question_file import rows_of
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped, read_config, rows_of
+from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped, read_config
 
 TOLERANCE, LEAST = 0.05, 0.5
 

@@ -12,7 +12,8 @@ import re
 from statistics import fmean
 from typing import Any
 
-from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, rows_of
+from latefusion.data.question_file import rows_of
+from latefusion.eval.tasks.base import SHORT, Files, Task, mapped
 
 NUMBERS = {
     "none": "0",

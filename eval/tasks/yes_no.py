@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latefusion.data.question_file import rows_of
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped, rows_of
+from latefusion.eval.tasks.base import SHORT, Answer, Files, Task, mapped
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 PERCEPTION = (

@@ -276,6 +276,3 @@ def test_files_of_other_kinds_and_damaged_ones_are_one_sentence(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(SystemExit, match=f"^error: .*{reason}"):
             validate.main(["data=dataset", f"data.path={tmp_path / name}"])
-    good = write_numbered_rows(tmp_path, "a", 3)
-    with pytest.raises(SystemExit, match=r"^error: data\.eval_path=.*\.jsonl is JSON, .*eval/evaluate\.py"):
-        validate.main(["data=dataset", f"data.path={good}", f"data.eval_path={good}"])

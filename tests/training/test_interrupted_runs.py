@@ -73,9 +73,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(base, cut, kin
         train(base, cut, "resume=true")
 
 
-def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole):
+def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole, capsys):
     (cut / "checkpoint-2" / "optimizer.pt").unlink()
     train(base, cut, "resume=1")
+    assert f"Going on from step 1 of 3 ({cut / 'checkpoint-1'})." in capsys.readouterr().out
     assert_same_weights(cut, whole)
     assert checkpoints.damage(cut / "checkpoint-2") is None  # written anew
     assert [e["step"] for e in metrics_entries(cut) if "loss" in e] == [1, 2, 3]

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from latefusion.data.collate import IGNORE
 from latefusion.data.load import training_data
+from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.check import check_config
 from latefusion.training import assemble
-from latefusion.training.describe import unknown_words
+from latefusion.training.describe import schedules_of, unknown_words
 from latefusion.training.embedded.vocabulary import build_processor
 from latefusion.training.monitor import Monitor, line, trackers
 from latefusion.training.nonfinite import MOST_SKIPS, NonFinite, Watch, replay
@@ -158,9 +159,35 @@ def test_answers_in_words_that_the_tokenizer_does_not_know_are_reported():
     tokenizer = build_processor(patch_size=24).tokenizer
     in_vocabulary, strange = ([IGNORE, *tokenizer(text).input_ids] for text in ("red", "photograph"))
     assert strange[1:] == [tokenizer.unk_token_id] != in_vocabulary[1:]
-    assert unknown_words(torch.tensor([in_vocabulary, in_vocabulary]), tokenizer) == []
-    (warning,) = unknown_words(torch.tensor([in_vocabulary, strange]), tokenizer)
-    assert warning.startswith(f"1 of the 2 answer tokens of the first samples are {tokenizer.unk_token}: ")
+
+    def sample(question, answer):
+        return {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
+        }
+
+    plain = sample("what color is the circle ?", "red")
+    assert unknown_words([plain], tokenizer) == []
+    (warning,) = unknown_words(
+        [plain, sample("what color is the hedgehog ?", "a lilac photograph")], tokenizer
+    )
+    assert (
+        "1 of 12 words in the questions and" in warning and "hedgehog" in warning and "photograph" in warning
+    )
+    assert "learns to answer with it" in warning
+    (warning,) = unknown_words([plain, sample("what color is the hedgehog ?", "red")], tokenizer)
+    assert "0 of 2 in the answers" in warning and "learns" not in warning
+
+
+def test_a_band_that_narrows_is_described_by_its_widest_and_its_mean(tmp_path):
+    """The peak is that of all tokens in every layer, the FLOPs the mean of what the steps compute."""
+    final, layers = VisionSchedule(enter=2, exit=4), 6
+    moments = schedules_of(final, 0.5, layers)
+    assert moments[0][1].vision_tokens(layers, 9) == [9] * layers and moments[-1] == (0.5, final)
+    assert sum(share for share, _ in moments) == pytest.approx(1)
+    assert schedules_of(final, 0, layers) == [(1.0, final)]
 
 
 def test_trackers_are_named_or_refused(monkeypatch, capsys):

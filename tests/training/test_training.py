@@ -14,6 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from latefusion.data.load import check_questions, evaluation_questions
+from latefusion.eval.evaluate import Arguments, tasks_of
+from latefusion.eval.tasks.base import exact_match
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student
 from latefusion.recipes.schema import RECIPES
@@ -127,7 +130,7 @@ def test_a_damaged_model_is_a_sentence(base, tmp_path, name, message):
         ),
         (
             ("data.eval_path={here}/rows.csv",),
-            r"on .*rows\.csv after training cannot be: the dataset has no column 'id'",
+            r"on .*rows\.csv after training cannot be: .*rows that cannot be used: row 1 \(no 'image'\)",
         ),
     ],
 )
@@ -316,3 +319,16 @@ def test_one_process_uses_one_device(tmp_path, monkeypatch):
         accelerate.check_strategy(trainer)
     trainer.model_wrapped = torch.nn.Linear(1, 1)
     accelerate.check_strategy(trainer)
+
+
+def test_the_evaluation_asks_the_questions_of_a_json_file(base, tmp_path, capsys):
+    """`data.eval_path` takes the rows that `eval/evaluate.py data=` takes."""
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "what color is the circle ?", "answers": ["red", "blue"]}
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({**row, "id": name}) + "\n" for name in "ab"))
+    config = configured(*QUICK, *SMALL, f"model.path={base}", f"data.eval_path={tmp_path / 'mine.jsonl'}")
+    questions = evaluation_questions(config)
+    check_questions(questions)
+    assert questions["id"] == ["a", "b"] and questions[0]["answers"] == ["red", "blue"]
+    (task,) = tasks_of(Arguments(checkpoint="x", split="validation"), config)
+    assert task.rows["answer"] == ["red", "red"] and exact_match("Blue", task.rows[0]) == 1
