@@ -112,6 +112,21 @@ def prefill_share(decoder: float, outside: float) -> float:
     return (decoder + outside) / (1 + outside)
 
 
+def shares_in_words(decoder: float, outside: float | None, digits: int = 1) -> str:
+    """A share of the dense decoder's FLOPs and, where it is known, of the whole prefill's (see `prefill_share`).
+
+    Args:
+        outside: None if it is unknown.
+        digits: after the point, of the percentages.
+    """
+    whole = (
+        ""
+        if outside is None
+        else f" ({100 * prefill_share(decoder, outside):.{digits}f}% of the whole prefill's)"
+    )
+    return f"{100 * decoder:.{digits}f}% of the dense decoder's FLOPs{whole}"
+
+
 def ranking_flops(config: PretrainedConfig, rows: int, keys: int) -> int:
     """FLOPs of the attention scores of `rows` queries with `keys` keys, computed once more to rank tokens by them."""
     text = config.get_text_config()

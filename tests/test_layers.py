@@ -68,6 +68,7 @@ ROLES = {
     "train_base": "trains a base that ships",
     "record": "measures a trained base and writes what ships",
     "card": "writes the model card of a base",
+    "ranking": "ranks vision tokens by text, or measures what that costs",
 }
 
 

@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from latefusion.eval.fusion import figures
 from latefusion.eval.fusion.examples import View, examples
-from latefusion.eval.fusion.summary import cost_in_words
-from latefusion.models.flops import prefill_share
+from latefusion.models.flops import prefill_share, shares_in_words
 
 
 def write_report(
@@ -56,7 +55,7 @@ def headline(profile: dict[str, Any]) -> str:
         )
     return (
         f"Of {layers} decoder layers, {see} vision tokens, {_keeps(schedule)}: "
-        f"{cost_in_words(chosen['flops'], profile['outside'], 0)}, untrained.{right}"
+        f"{shares_in_words(chosen['flops'], profile['outside'], 0)}, untrained.{right}"
     )
 
 

@@ -19,12 +19,12 @@ from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
 from latefusion.eval.fusion.plan import Cost, Shape, fits_on_host, make_plan
 from latefusion.eval.fusion.study import Study
-from latefusion.eval.fusion.summary import cost_in_words, summarise, write
+from latefusion.eval.fusion.summary import summarise, write
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment, attach
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.fingerprint import fingerprint
-from latefusion.models.flops import outside_flops
+from latefusion.models.flops import outside_flops, shares_in_words
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration, fit_entry
 
@@ -208,7 +208,7 @@ def report(console: Console, folder: Path, results: dict[str, Any], note: str) -
     keeps = ", ".join(f"{k} from {layer}" for layer, k in schedule["keep"].items())
     console.print(
         f"Vision tokens in layers {schedule['enter']} to {leave - 1} of {results['layers']}, "
-        f"keeps {keeps or 'none'}: {cost_in_words(chosen['flops'], results['outside'])}, "
+        f"keeps {keeps or 'none'}: {shares_in_words(chosen['flops'], results['outside'])}, "
         f"KL {confirmed['kl']:.4f} nats (upper limit {confirmed['limit']:.4f}){accuracy} on {confirmed['prompts']} "
         f"{'other prompts' if confirmed['held_out'] else 'prompts, those that chose it'}."
     )

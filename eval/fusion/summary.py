@@ -16,7 +16,7 @@ from latefusion.eval.fusion.decide import earliest, latest, measured
 from latefusion.eval.fusion.effects import interval
 from latefusion.eval.fusion.knockouts import KINDS
 from latefusion.eval.fusion.looks import Look, fusion_layer
-from latefusion.models.flops import prefill_share
+from latefusion.models.flops import prefill_share, shares_in_words
 from latefusion.models.profile_folder import ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
 from latefusion.models.student.entry_fit import Calibration
 
@@ -42,21 +42,6 @@ def summarise(results: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             if sample["maps"] is not None
         ],
     }
-
-
-def cost_in_words(flops: float, outside: float | None, digits: int = 1) -> str:
-    """A schedule's share of the dense decoder's FLOPs and, where it is known, of the whole prefill's.
-
-    Args:
-        flops: as a share of the dense decoder's.
-        outside: of vision tower, projector and head, as a share of the dense decoder's; None: unknown.
-    """
-    whole = (
-        ""
-        if outside is None
-        else f" ({100 * prefill_share(flops, outside):.{digits}f}% of the whole prefill's)"
-    )
-    return f"{100 * flops:.{digits}f}% of the dense decoder's FLOPs{whole}"
 
 
 def curves(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
@@ -216,7 +201,7 @@ def schedule_yaml(results: dict[str, Any]) -> str:
     chosen, confirmed = results["chosen"], results["confirmed"]
     keep = {int(layer): k for layer, k in chosen["schedule"]["keep"].items()}
     note = (
-        f"# {cost_in_words(chosen['flops'], results.get('outside'))}, "
+        f"# {shares_in_words(chosen['flops'], results.get('outside'))}, "
         f"KL {confirmed['kl']:.4f} nats per answer token untrained"
         f"{' with the calibrated entry' if chosen['calibrated'] else ''}, upper limit {confirmed['limit']:.4f}: "
         f"{chosen['why']}.\n"

@@ -241,7 +241,7 @@ def test_a_run_with_a_time_limit_goes_through_its_whole_plan(monkeypatch):
 
 def test_the_stage_profile_hides_nothing_more_and_everything(letters):
     from latefusion.models.smollm_icons.tower import CHANNELS
-    from latefusion.training.smollm_icons.stages import stage_profile
+    from latefusion.training.smollm_icons.fusion_stages import stage_profile
 
     def boards(split, count):
         generator = torch.Generator().manual_seed(3)

@@ -130,7 +130,7 @@ def test_a_damaged_model_is_a_sentence(base, tmp_path, name, message):
         ),
         (
             ("data.eval_path={here}/rows.csv",),
-            r"on .*rows\.csv after training cannot be: .*rows that cannot be used: row 1 \(no 'image'\)",
+            r"on .*rows\.csv after training cannot be: .*rows that cannot be used: row 0 \(no 'image'\)",
         ),
     ],
 )

@@ -27,11 +27,11 @@ from latefusion.models.smollm_icons.packages import load_tokenizer
 from latefusion.training.smollm_icons.accuracy import answer_boards, percent
 from latefusion.training.smollm_icons.batch import Batch
 from latefusion.training.smollm_icons.features import Composer, Features, squares_of
+from latefusion.training.smollm_icons.fusion_stages import stage_profile
 from latefusion.training.smollm_icons.learner import Learner, language_model
 from latefusion.training.smollm_icons.measured import BOARDS, DATA_SEEDS, measure_part, parts_of
 from latefusion.training.smollm_icons.projector import Projector, fit_projector, token_accuracy
 from latefusion.training.smollm_icons.recipe import ROUNDS, Clock, Recipe
-from latefusion.training.smollm_icons.stages import stage_profile
 from latefusion.training.smollm_icons.steps import Steps
 from latefusion.training.smollm_icons.targets import Targets
 from latefusion.training.smollm_icons.weights import read_weights, save_weights

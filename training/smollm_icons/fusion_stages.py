@@ -1,6 +1,6 @@
 """Where a base fuses: what it loses when text cannot see the picture in some layers.
 
-    python -m latefusion.training.smollm_icons.stages --folder FOLDER
+    python -m latefusion.training.smollm_icons.fusion_stages --folder FOLDER
 
 Hides the picture in layers [0, a) and in layers [b, end) for every a and b, on boards of test, and keeps for each
 board the KL divergence to the whole model (nats an answer token) and how many questions it answers.
