@@ -49,7 +49,7 @@ class Arguments:
     """
 
     samples: int = 128
-    confirm: int = 384
+    confirm: int = 1536
     split: str | None = None
     bound: float = 0.05
     budget: float | None = None

@@ -239,7 +239,7 @@ class RunScheduleConfig(ScheduleConfig):
     auto: bool = False
     profile: str | None = None
     samples: int = 128
-    confirm: int = 384
+    confirm: int = 1536
     bound: float = 0.05
     budget: float | None = None
 

@@ -270,7 +270,7 @@ def pool(
     collator = build_collator(processor, model.config, model.generation_config)
     parts = [chunks_of(model, collator, seed, size, most) for seed in range(scenes + new)]
     table = Table(attachment, [chunk for part in parts for chunk in part])
-    train: Any = sources.scenes("train", seed=0)
+    train: Any = sources.scenes("train", n_scenes=IMAGES, seed=0)
     fit_on = distinct_images(train, IMAGES)
     first_new = sum(len(part) for part in parts[:scenes])
     return Pool(
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=128, help="questions to search on; drawn and measured together"
     )
-    parser.add_argument("--confirm", type=int, default=384)
+    parser.add_argument("--confirm", type=int, default=1536)
     parser.add_argument("--bound", type=float, default=0.05)
     parser.add_argument(
         "--scenes", type=int, default=3, help="seeds of scenes to draw from, about 2,000 questions each"
@@ -322,7 +322,15 @@ def main() -> None:
     )
     parser.add_argument("--part", default="0/1", help="of the questions, that --fill measures")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="put together what several runs wrote into --json"
+    )
     options = parser.parse_args()
+    if options.merge:
+        parts = [json.loads(path.read_text()) for path in options.merge]
+        subsets = sorted((one for part in parts for one in part["subsets"]), key=lambda one: one["subset"])
+        write(options.json, subsets, parts[0]["settings"])
+        return
     model, processor = load_base("embedded", dtype=torch.float32)
     model.to(options.device)
     with attach(model, VisionSchedule()) as attachment:

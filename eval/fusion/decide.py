@@ -21,6 +21,7 @@ from latefusion.eval.fusion.plan import (
     SPREAD,
     STEPS,
     TRIES,
+    UNSEEN,
 )
 from latefusion.models.schedule import VisionSchedule
 
@@ -143,6 +144,15 @@ def keep_sizes(n_vision: int) -> list[int]:
     return sorted({max(1, -(-n_vision // share)) for share in KEEP_SHARES} - {n_vision}, reverse=True)
 
 
+def unseen(band: tuple[int, int], layer: int, share: float) -> float:
+    """In parts of the bound, what a keep of a share of the tokens is expected to cost at least.
+
+    The samples may lack the few prompts that a keep costs anything. Gentler keeps are expected to cost less, so the
+    ladder goes on up to them.
+    """
+    return UNSEEN * (1 / share - 1) * (band[1] - layer) / (band[1] - band[0])
+
+
 def pyramids(
     table: Mapping[tuple[int, int], float], flops: Callable[[Mapping[int, int]], float]
 ) -> list[tuple[float, float, dict[int, int]]]:
@@ -192,24 +202,26 @@ def spread(n: int, most: int = SPREAD) -> list[int]:
 
 
 def descend(n: int, start: int, within: Callable[[int], bool]) -> None:
-    """Look for the cheapest of the rungs 0 to n-1 that is within, near `start`; at most PROBES tries.
+    """Look for the cheapest of the rungs 0 to n-1 that is within, from `start` on; at most PROBES tries.
 
-    If the rung tried first is within, the next cheaper ones are tried until one is not; else dearer ones, in steps that
-    double, until one is. What is expected of a rung is noisy, so far ones say little about it.
+    What is expected of all rungs may be too high or too low together: steps double, to cheaper rungs while they are
+    within or to dearer ones until one is, and are then halved between the last that is within and the last that is not.
     """
     at, step = min(start, n - 1), 1
-    first = n > 0 and within(at)
-    for _ in range(PROBES - 1):
-        if first:
-            at -= 1
-            if at < 0 or not within(at):
-                return
+    beyond, holds = -1, n  # the dearest that is not within, the cheapest that is
+    for _ in range(PROBES):
+        if not beyond < at < holds:
+            return
+        if within(at):
+            holds = at
         else:
-            if at >= n - 1:
-                return
-            at, step = min(at + step, n - 1), 2 * step
-            if within(at):
-                return
+            beyond = at
+        if beyond < 0:
+            at, step = max(holds - step, 0), 2 * step
+        elif holds == n:
+            at, step = min(beyond + step, n - 1), 2 * step
+        else:
+            at = (beyond + holds) // 2
 
 
 # ---------------------------------------------------------------- the choice

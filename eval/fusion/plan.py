@@ -14,21 +14,22 @@ OPTIONAL = ("frozen", "single")  # knock-outs that nothing is decided by: a batc
 
 NEAR = 3  # layers that the joint band may be wider than each end alone allows, on either side
 BANDS = (NEAR + 1) ** 2 + NEAR * (NEAR + 1) // 2  # joint bands at most: the second part where exit <= enter
-TRIES = 3  # bands within the bound whose calibrated entry is measured
+TRIES = 5  # bands within the bound that are confirmed alone
 KEEP_LAYERS = 6  # layers of the band, evenly spread, where a keep may begin
 KEEP_SHARES = (2, 4, 8, 16, 32)  # a keep holds one of these parts of the vision tokens
 STEPS = 3  # keeps in a pyramid at most
 SPREAD = 4  # pyramids measured along the front of those that promise most
 SINGLES = 11.2  # prefills a sample that measuring single keeps may take
-ONCE = 7  # dense answers, two bands for confirmation, raw entry, two schedules beside, tokens the chosen one keeps
-SEARCH = SINGLES + TRIES + SPREAD + ONCE  # prefills a sample for schedules at most
-SCHEDULES = KEEP_LAYERS * len(KEEP_SHARES) + TRIES + SPREAD + ONCE  # schedules at most
+ONCE = 7  # dense answers, two bands, raw entry, two schedules beside, tokens the chosen one keeps
+SEARCH = SINGLES + SPREAD + ONCE  # prefills a sample for schedules at most
+SCHEDULES = KEEP_LAYERS * len(KEEP_SHARES) + SPREAD + ONCE  # schedules at most
 APART = 1.05  # of a ladder's rungs each has this many times the FLOPs of the one below it, or more
 START = 0.7  # of the bound: the first rung that is confirmed is expected to cost no more
-PROBES = 5  # pyramids confirmed in a band at most
-CONFIRM = 1 + 2 * (
-    1 + PROBES
-)  # prefills a confirming prompt: its dense answers, two bands with their pyramids at most
+UNSEEN = 0.02  # of the bound, that halving the tokens from the band's first layer on costs at least
+PROBES = 7  # pyramids confirmed in a band at most
+# prefills a confirming prompt: its dense answers, bands alone, two of them with their pyramids, at most
+CONFIRM = 1 + (TRIES + 1) + 2 * PROBES
+
 
 HELD = 2**30  # bytes of dense answers held on the host; if there are more, each schedule computes them again
 

@@ -29,6 +29,7 @@ from latefusion.eval.fusion.decide import (
     pareto,
     pyramids,
     spread,
+    unseen,
 )
 from latefusion.eval.fusion.effects import interval, upper_limit
 from latefusion.eval.fusion.measure import Measurer
@@ -100,28 +101,31 @@ class Study:
                     notes.append(f"The entry is not calibrated: {error}")
             return _entry_of(fitted.get(a))
 
-        room = BAND_SHARE * goal.bound
-        for a, b in cheapest_bands(band_kl, room, self.flops, layers):
-            tried[a, b] = self.carried_out(band_schedule(a, b, layers), entry_at(a))
-            if tried[a, b].kl <= room:
+        alone: dict[tuple[int, int], Rung] = {}  # on the confirming prompts, which are more
+        for a, b in cheapest_bands(band_kl, goal.bound, self.flops, layers):
+            alone[a, b] = self._rung(band_schedule(a, b, layers), entry_at(a))
+            if np.mean(alone[a, b].kl) <= BAND_SHARE * goal.bound:
                 break
         else:
-            a, b = min(tried, key=lambda band: (tried[band].kl, tried[band].flops))
+            a, b = min(alone, key=lambda band: (alone[band].limit, alone[band].flops))
+        tried[a, b] = self.carried_out(band_schedule(a, b, layers), entry_at(a))
         singles, front = self._keeps((a, b), entry_at(a), tried[a, b].kl) if b - a > 1 else ([], [])
         if b - a == 1:
             notes.append(f"Vision is needed in layer {a} alone: a band of one layer has no room for a keep.")
         safest = min(band_kl, key=lambda band: (band_kl[band], band))
         rungs: list[Rung] = []
         for band in dict.fromkeys([(a, b), safest]):
-            rungs += self._confirmed(band, entry_at(band[0]), front)
+            if band not in alone:
+                alone[band] = self._rung(band_schedule(*band, layers), entry_at(band[0]))
+            rungs += self._confirmed(band, alone[band], entry_at(band[0]), front)
             if rungs[-1].limit <= goal.bound:
                 break
         best, why = choose(rungs, goal.bound, goal.budget)
         a, b = best.schedule.enter, layers if best.schedule.exit is None else best.schedule.exit
         entry, self.calibration = entry_at(a), fitted.get(a)
-        alone = band_schedule(a, b, layers)
-        chosen, whole = self.carried_out(best.schedule, entry), self.carried_out(alone, entry)
-        raw = self.carried_out(alone, None) if entry is not None else whole
+        band = band_schedule(a, b, layers)
+        chosen, whole = self.carried_out(best.schedule, entry), self.carried_out(band, entry)
+        raw = self.carried_out(band, None) if entry is not None else whole
         beside = {"chosen, raw entry": self.carried_out(chosen.schedule, None)} if entry is not None else {}
         if goal.by_hand is not None:
             beside["by hand"] = self.carried_out(goal.by_hand, entry_at(goal.by_hand.enter))
@@ -220,10 +224,10 @@ class Study:
         most = max((n for n in range(2, KEEP_LAYERS + 1) if price(n) <= SINGLES), default=1)
         for layer in keep_layers(*band, most):
             cost = 0.0
-            for k in sizes:
+            for k in sizes:  # fewer tokens cannot cost less, nor less than what no sample may have shown
                 cost = max(
-                    cost, measure({layer: k}).kl - base
-                )  # fewer tokens cannot cost less, nor less than nothing
+                    cost, measure({layer: k}).kl - base, goal.bound * unseen(band, layer, k / self.vision)
+                )
                 table[layer, k] = cost
                 if cost > 4 * goal.bound and goal.budget is None:
                     break
@@ -233,13 +237,20 @@ class Study:
                 measure(rungs[i][1])
         return points, [(base + cost, keep) for cost, keep in rungs]
 
+    def _rung(self, schedule: VisionSchedule, entry: CalibratedEntry | None, least: float = 0.0) -> Rung:
+        """A schedule on the confirming prompts; its limit is not below `least`."""
+        flops = self.flops(schedule)
+        kl, right = (self.confirmer or self.measurer).schedule(schedule, entry, flops)
+        return Rung(schedule, entry is not None, flops, kl, right, max(upper_limit(kl), least))
+
     def _confirmed(
         self,
         band: tuple[int, int],
+        alone: Rung,
         entry: CalibratedEntry | None,
         front: Sequence[tuple[float, dict[int, int]]],
     ) -> list[Rung]:
-        """The band, and some of the pyramids in it, on the confirming prompts: the best of them last.
+        """The band alone, and some of the pyramids in it, on the confirming prompts: the best of them last.
 
         Without a budget the cheapest whose limit stays within the bound is looked for; with one, those below it that
         cost most FLOPs are measured.
@@ -248,16 +259,12 @@ class Study:
             front: expected KL and pyramid, cheapest first.
         """
         layers, goal = self.measurer.layers, self.goal
-        confirmer = self.confirmer or self.measurer
-
-        def rung(keep: Mapping[int, int], least: float) -> Rung:
-            schedule = band_schedule(*band, layers, keep)
-            flops = self.flops(schedule)
-            kl, right = confirmer.schedule(schedule, entry, flops)
-            return Rung(schedule, entry is not None, flops, kl, right, max(upper_limit(kl), least))
-
-        alone = rung({}, 0.0)
         rungs: dict[int, Rung] = {}
+
+        def within(i: int) -> bool:
+            rungs[i] = self._rung(band_schedule(*band, layers, front[i][1]), entry, alone.limit)
+            return rungs[i].limit <= goal.bound
+
         if goal.budget is not None:
             affordable = [
                 i
@@ -265,13 +272,8 @@ class Study:
                 if self.flops(band_schedule(*band, layers, keep)) <= goal.budget
             ]
             for i in affordable[-PROBES:]:
-                rungs[i] = rung(front[i][1], alone.limit)
+                within(i)
         elif alone.limit <= goal.bound:
-
-            def within(i: int) -> bool:
-                rungs[i] = rung(front[i][1], alone.limit)
-                return rungs[i].limit <= goal.bound
-
             descend(len(front), sum(expected > START * goal.bound for expected, _ in front), within)
         return sorted([alone, *rungs.values()], key=lambda one: (one.limit <= goal.bound, -one.flops))
 
