@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCHEDULE_FILE = "vision_schedule.json"
 Ranking = Literal["question", "reading", "hidrop"]
-QUESTION_ROWS = 64  # text tokens before an answer that rank vision tokens, under the rule "question"
+QUESTION_ROWS = 16  # text tokens before an answer that rank vision tokens, under the rule "question"
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
 
@@ -35,8 +35,9 @@ class VisionSchedule:
 
     `ranking` says which `k` are the best (`policies/scheduled.py`):
 
-    - `"reading"`, ours: those that some attention head of some text token of the prompt has read most of so far, in any
-      layer since they entered. No single layer, and not the last token, knows all that the question will need.
+    - `"question"`, ours: those that some attention head of one of the prompt's last 16 text tokens read most of, in
+      the layer before (of those that see vision), or in one that an earlier keep ranked by.
+    - `"reading"`, ours at first: the same of all the prompt's text, in any layer since the vision tokens entered.
     - `"hidrop"` (arXiv 2602.23699): those to which layer `layer` itself, on the tokens of the layer before, gives most
       attention from the last token of the prompt, or from those before each answer, on average over heads.
       Exactly `k` are kept; where scores tie at the border, the official code keeps all that tie.
@@ -244,8 +245,13 @@ class VisionSchedule:
     @property
     def watched(self) -> Sequence[int]:
         """The layers whose attention ranks vision tokens as they run."""
-        last = 0 if self.ranking == "hidrop" else max(self.keep, default=0)
-        return range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
+        if not self.keep or self.ranking == "hidrop":
+            return []
+        last = max(self.keep)
+        layers = range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
+        if self.ranking == "reading":
+            return layers
+        return sorted({max(i for i in layers if i < keep) for keep in self.keep})
 
     @property
     def asking(self) -> int | None:

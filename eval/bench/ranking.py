@@ -1,10 +1,10 @@
 """What ranking vision tokens for `keep` costs, counted and measured, over text lengths; random weights.
 
-    python eval/bench/ranking.py --threads 1 --json outputs/bench_ranking.json
+    python eval/bench/ranking.py --threads 1 --clock cpu --json outputs/bench_ranking.json
 
 A band with two keeps in a quarter to three quarters of the decoder, under each ranking rule, beside the same numbers
 of tokens without a look at any layer, and the stock model. The variants run in turn within every round (`executor.py`
-says why), and times are this thread's own. For each rule two questions are answered:
+says why). For each rule two questions are answered:
 
 * how much of a prefill it takes: its time over that of the same tokens unranked (target: at most 2%), beside the FLOPs;
 * whether the FLOPs that we count say what a prefill takes: both against the stock model's (target: within 10%).
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.eval.bench.executor import build, under
-from latefusion.eval.bench.timing import interleaved, parser, prompt, setting, write_json
+from latefusion.eval.bench.timing import interleaved, parser, prompt, seconds, setting, write_json
 from latefusion.eval.metrics import spread
 from latefusion.models.policies.base import Decision, Prompt
 from latefusion.models.policies.scheduled import ScheduleDecision
@@ -61,9 +60,7 @@ def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, A
 
     def run(schedule: VisionSchedule | None) -> float:
         with under(model, schedule), torch.no_grad():
-            begin = time.thread_time()
-            model(**inputs, use_cache=True, logits_to_keep=1)
-            return time.thread_time() - begin
+            return seconds(lambda: model(**inputs, use_cache=True, logits_to_keep=1), args)
 
     times = interleaved(variants, run, args.rounds)
     unranked, dense = variants.pop("unranked"), VisionSchedule().flops(model.config, text, args.vision)

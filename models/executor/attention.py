@@ -26,7 +26,8 @@ from latefusion.models.policies.base import AttentionCall, Decision, LooksAhead
 Attention = Callable[..., tuple[Tensor, Any]]
 
 WATCHER = "_latefusion_watcher"
-"""Attribute of an attention module: `(stock attention, module, query, key, value, mask, **kwargs)` -> its result."""
+"""Attribute of an attention module: `(stock attention, module, query, key, value, mask, **kwargs)` -> its result, where
+it is `awake`."""
 
 _LOCK = threading.Lock()
 
@@ -50,7 +51,7 @@ def let_modules_watch() -> None:
 
 def _attend(attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     watcher = vars(module).get(WATCHER)
-    if watcher is None:
+    if watcher is None or not watcher.awake:
         return attention(module, *args, **kwargs)
     return watcher(attention, module, *args, **kwargs)
 

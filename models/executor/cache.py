@@ -47,11 +47,11 @@ class Track:
         tail = torch.arange(self.length - self.tail, self.length, device=device).expand(batch, -1)
         return tail if self.head is None else torch.cat([self.head, tail], dim=1)
 
-    def append(self, layout: Layout | None, length: int, forward: object) -> Track:
-        """After a forward over `length` tokens, of which `layout` were computed; `forward` tells forwards apart."""
+    def append(self, layout: Layout | None, length: int) -> Track:
+        """After a forward over `length` tokens, of which `layout` were computed; None: all."""
         if layout is None:
             grown = self.tail + length, self.length + length
-            return self._once("text", forward, lambda: Track(self.head, *grown, self.ragged))
+            return self._once("text", length, lambda: Track(self.head, *grown, self.ragged))
 
         def make() -> Track:
             new = layout.positions(self.length)
@@ -98,9 +98,20 @@ class Track:
 
 
 class _Scheduled:
-    """A mixin for a stock cache layer that stores the computed tokens and reports the lengths of all."""
+    """A mixin for a stock cache layer that stores the computed tokens and reports the lengths of all.
+
+    Attributes:
+        announced: `advance` has said which tokens the next `update` stores; if not, they are new ones, all of them.
+    """
 
     track: Track
+    announced = False
+
+    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.announced:
+            self.track = self.track.append(None, key_states.shape[-2])
+        self.announced = False
+        return super().update(key_states, *args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self.track.length
@@ -167,6 +178,16 @@ def is_scheduled(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, _Scheduled) for layer in cache.layers)
 
 
+def is_uniform(cache: Cache | None) -> bool:
+    """Whether every layer holds the same number of tokens for all samples, and sees all that it holds."""
+    layers = [] if cache is None else cache.layers
+    return all(
+        type(layer) is ScheduledLayer and not layer.track.ragged
+        for layer in layers
+        if isinstance(layer, _Scheduled)
+    )
+
+
 def is_scheduled_layer(cache: Cache | None, layer_idx: int) -> bool:
     """Whether this layer of the cache holds fewer tokens than were seen."""
     return (
@@ -218,11 +239,11 @@ def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | 
     """
     computed = length if layout is None else layout.index.shape[1]
     if cache is None:
-        return Keys(start.append(layout, length, start), number=computed, width=length, offset=0)
+        return Keys(start.append(layout, length), number=computed, width=length, offset=0)
     store = scheduled_layer(cache, layer_idx, start)
     width, offset = store.get_mask_sizes(length)
     number = _stored(store, computed)
-    store.track = store.track.append(layout, length, start)
+    store.track, store.announced = store.track.append(layout, length), True
     return Keys(store.track, number, width, offset)
 
 

@@ -48,6 +48,7 @@ class Forward:
         deepstack: the number of first layers after each of which the model itself adds to the full hidden states.
         recorded: keeps what is needed to expand what the model records of every layer; None if it records nothing.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
+        uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Forward:
         deepstack: int,
         recorded: Recorded | None,
         replayed: bool,
+        uniform: bool,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
@@ -78,11 +80,18 @@ class Forward:
         self.segment = Segment()  # of the running layer; this one computes all tokens
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.start = Track(tail=past, length=past)
+        self.uniform = uniform and prompt is None and recorded is None
 
     # ---------------------------------------------------------------- around a layer
 
     def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's arguments in compact coordinates; None if they stay as they are."""
+        if (
+            self.uniform
+            and kwargs.get("attention_mask") is None
+            and (i != self.enters or self.entering is None)
+        ):
+            return None  # a decode step: no mask to translate, and the cache counts new tokens itself
         if self.watch is not None:
             self.watch.check()
         if i in self.ahead:

@@ -20,7 +20,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from latefusion.models.executor.around import Around
 from latefusion.models.executor.attention import WATCHER, Attention, let_modules_watch
-from latefusion.models.executor.cache import check_cache, is_scheduled
+from latefusion.models.executor.cache import check_cache, is_scheduled, is_uniform
 from latefusion.models.executor.forward import Forward, checkpoints
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
@@ -67,6 +67,10 @@ class Hooks:
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.vision_mask = vision_mask
         self._threads = PerThread(Running)
+        self._busy: set[int] = (
+            set()
+        )  # threads in a forward with a state; asked first, as most decode steps have none
+        self._watched: set[int] = set()  # those of them whose policy looks at attention
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: list[ReadingLayer] = []  # once a policy freezes
         self._takes_ids = any(map(_needs_positions, self.layers))
@@ -111,7 +115,7 @@ class Hooks:
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
                 yield layer.register_forward_hook(partial(self._after_layer, i))
-            setattr(layer.self_attn, WATCHER, partial(self._attend, i))
+            setattr(layer.self_attn, WATCHER, Watcher(self, i))
         yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
@@ -126,9 +130,26 @@ class Hooks:
     def _end(self) -> None:
         """Drop everything of this thread's forward."""
         running = self._running
-        running.forward = running.vision = running.padding = None
+        running.vision = running.padding = None
+        self._set_forward(None)
         for layer in self._reading:
             layer.forget()
+
+    @torch.compiler.disable  # dynamo would take one thread's number for that of all
+    def _set_forward(self, forward: Forward | None) -> None:
+        """The calling thread's forward begins, or ends (None)."""
+        self._running.forward = forward
+        thread = threading.get_ident()
+        for threads, there in (
+            (self._busy, forward is not None),
+            (self._watched, forward is not None and forward.watch is not None),
+        ):
+            (threads.add if there else threads.discard)(thread)
+
+    @property
+    def attends(self) -> bool:
+        """Whether any thread's attention may have to be shown to a policy, or run on some rows alone."""
+        return bool(self._watched or self._reading)
 
     # ---------------------------------------------------------------- the hooks, in the order of a forward
 
@@ -149,7 +170,8 @@ class Hooks:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         running, arguments = self._running, _named(module, args, kwargs)
-        running.forward = None
+        if running.forward is not None:
+            self._set_forward(None)
         if self.multimodal is self.decoder:
             self._look(module, arguments)
         cache, entry = arguments.get("past_key_values"), entry_of(self.model)
@@ -193,7 +215,7 @@ class Hooks:
             arguments.get(name, getattr(config, name, False))
             for name in ("output_hidden_states", "output_attentions")
         ]
-        forward = running.forward = Forward(
+        forward = Forward(
             config=config,
             length=length,
             past=past,
@@ -206,7 +228,9 @@ class Hooks:
             deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
             recorded=Recorded() if any(r is not None and r is not False for r in records) else None,
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
+            uniform=is_uniform(cache),
         )
+        self._set_forward(forward)
         if prompt is not None:
             assert forward.selections is not None
             check_cache(cache)
@@ -217,7 +241,9 @@ class Hooks:
             running.last = self._last = TextTrace(real, len(self.layers))
 
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        forward = self._running.forward
+        if not self._busy:
+            return None
+        forward = self._threads.get().forward
         if forward is None:
             return None
         changed = forward.enter_layer(i, layer, args, kwargs)
@@ -237,12 +263,14 @@ class Hooks:
                     check_parts(layer)
                 self._reading = [ReadingLayer(layer) for layer in self.layers]
 
-    def _attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of layer i's stock attention: shown to the policy, and on text rows alone over frozen tokens."""
-        forward = self._running.forward
+        forward = self._threads.get().forward
         if forward is not None and forward.watch is not None:
             attention = partial(forward.attend, i, attention)
-        if self._reading and narrows(self.decoder.config):
+        # a layer that checkpointing computes again runs outside any forward
+        reads = self._reading and (forward is None or forward.segment.text is not None)
+        if reads and narrows(self.decoder.config):
             return self._reading[i].attend(attention, module, *args, **kwargs)
         return attention(module, *args, **kwargs)
 
@@ -255,7 +283,9 @@ class Hooks:
         return None if forward is None else (forward.finish(args[0]), *args[1:])
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        forward, self._running.forward = self._running.forward, None
+        forward = self._running.forward
+        if forward is not None:
+            self._set_forward(None)
         if self.multimodal is self.decoder:
             self._after_multimodal(module, args, output)
         if forward is None or forward.recorded is None or not isinstance(output, ModelOutput):
@@ -268,6 +298,20 @@ class Hooks:
 
     def _after_multimodal(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._running.vision = self._running.padding = None
+
+
+class Watcher:
+    """A layer's `WATCHER`: hands its attention to the hooks while any of them has to see it."""
+
+    def __init__(self, hooks: Hooks, layer: int):
+        self.hooks, self.layer = hooks, layer
+
+    @property
+    def awake(self) -> bool:
+        return self.hooks.attends
+
+    def __call__(self, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.hooks.attend(self.layer, attention, module, *args, **kwargs)
 
 
 def _needs_positions(layer: Any) -> bool:

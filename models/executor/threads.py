@@ -17,9 +17,12 @@ class PerThread(threading.local, Generic[State]):
     def __init__(self, make: Callable[[], State]):
         self._make, self._state = make, make()
 
-    @torch.compiler.disable(recursive=False)  # dynamo would take one thread's state for that of all
     def get(self) -> State:
         """The calling thread's state."""
+        return self._get() if torch.compiler.is_compiling() else self._state
+
+    @torch.compiler.disable(recursive=False)  # dynamo would take one thread's state for that of all
+    def _get(self) -> State:
         return self._state
 
     def __reduce__(self) -> Any:
