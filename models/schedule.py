@@ -56,7 +56,7 @@ class VisionSchedule:
     exit: int | None = None
     keep: Mapping[int, int] = field(default_factory=dict)
     cross: Sequence[int] | None = None
-    ranking: Ranking = "reading"
+    ranking: Ranking = "question"
     freeze_prefix: bool = False
 
     def __post_init__(self) -> None:
@@ -269,7 +269,7 @@ class VisionSchedule:
         values["keep"] = {str(i): k for i, k in self.keep.items()}
         if self.cross is not None:
             values["cross"] = list(self.cross)
-        if self.ranking != "reading":
+        if self.ranking != _unsaid_ranking(self.keep):
             values["ranking"] = self.ranking
         if self.freeze_prefix:
             values["freeze_prefix"] = True
@@ -301,7 +301,7 @@ class VisionSchedule:
             exit=values.get("exit"),
             keep=keep,
             cross=cross,
-            ranking=values.get("ranking", "reading"),
+            ranking=values.get("ranking", _unsaid_ranking(keep)),
             freeze_prefix=freeze_prefix,
         )
 
@@ -321,6 +321,11 @@ class VisionSchedule:
             return cls.from_dict(json.loads(file.read_text()))
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _unsaid_ranking(keep: Mapping[Any, Any]) -> Any:
+    """The rule of plain values that name none: that of the students saved before there was another default."""
+    return "reading" if keep else "question"
 
 
 def _whole_number(name: str, value: Any) -> int:

@@ -213,14 +213,14 @@ class ScheduleConfig:
         exit: first layer that no longer sees them; None: the last one still does.
         keep: `{layer: k}`: from this layer on, the best k. Untyped, so that an override replaces all of it.
         cross: layers that read frozen vision tokens, instead of `enter` and `exit`.
-        ranking, freeze_prefix: see models/schedule.py (`reading` or `hidrop`).
+        ranking, freeze_prefix: see models/schedule.py (`question`, `reading` or `hidrop`).
     """
 
     enter: int | None = None
     exit: int | None = None
     keep: Any = None
     cross: Any = None
-    ranking: str = "reading"
+    ranking: str = "question"
     freeze_prefix: bool = False
 
 

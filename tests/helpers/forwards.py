@@ -43,6 +43,7 @@ def seen_by_keeps(
         exit=schedule.exit,
         keep=dict(schedule.keep),
         queries=ranking_rows(inputs),
+        before=schedule.ranking == "question",
     )
 
 

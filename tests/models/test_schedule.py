@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt
 from latefusion.models.policies.ranking import best
-from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
+from latefusion.models.schedule import RANKINGS, SCHEDULE_FILE, VisionSchedule
 
 NUM_LAYERS = 12
 
@@ -107,8 +107,19 @@ def test_save_and_load(tmp_path) -> None:
         "enter": 2,
         "exit": 8,
         "keep": {"4": 30, "6": 5},
+        "ranking": "question",
     }
     assert VisionSchedule.load(tmp_path) == schedule
+
+
+def test_a_schedule_saved_before_there_was_another_rule_keeps_its_own(tmp_path) -> None:
+    (tmp_path / SCHEDULE_FILE).write_text('{"enter": 2, "exit": 8, "keep": {"4": 30}}')
+    assert VisionSchedule.load(tmp_path) == VisionSchedule(enter=2, exit=8, keep={4: 30}, ranking="reading")
+    assert VisionSchedule.from_dict({"enter": 2}) == VisionSchedule(enter=2)
+    for ranking in RANKINGS:
+        schedule = VisionSchedule(enter=2, exit=8, keep={4: 30}, ranking=ranking)
+        schedule.save(tmp_path)
+        assert VisionSchedule.load(tmp_path) == schedule
 
 
 def test_from_dict_fills_defaults_and_refuses_strangers() -> None:
