@@ -5,7 +5,7 @@
 
 A step is the product's own: student, objective and optimizer of `training/`, on random weights and made-up vision
 features (the frozen vision tower costs every recipe the same, and is neither run nor predicted). The schedules are
-those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Two tables:
+those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Three tables:
 
 * step time and peak memory (beyond weights and optimizer) of each recipe without a teacher, in turn within every round
   (`executor.py` says why), beside what the FLOPs say. With LoRA in all layers, so that only the schedule differs,
@@ -13,7 +13,8 @@ those that the recipes give LLaVA-1.5-7B, stretched to the shape's layers. Two t
   machine allows: products of few rows run at a lower speed than those of many, so steps on text alone are timed too,
   at the numbers of tokens that the layers have, and each layer is given its share of those;
 * what the teacher adds: online (a dense one, which `VisiPruner` costs at most, or nearly so) and offline (its answers
-  read from a cache).
+  read from a cache);
+* ViCA's schedule beside the same under masks over all tokens (`masked.py`), as its authors trained: same gradients.
 
 `--json` is written after each of them.
 """
@@ -37,7 +38,17 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.eval.bench.executor import build
-from latefusion.eval.bench.timing import interleaved, parser, prompt, ratios, seconds, setting, write_json
+from latefusion.eval.bench.masked import masked
+from latefusion.eval.bench.timing import (
+    IMAGE_TOKEN,
+    interleaved,
+    parser,
+    prompt,
+    ratios,
+    seconds,
+    setting,
+    write_json,
+)
 from latefusion.eval.memory import peak_bytes
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
@@ -58,6 +69,7 @@ TARGETS = {
 LEAST_SHARE = 0.9  # of the speed-up that FLOPs promise
 APART = 1.25  # of numbers of tokens that are nearer to each other than this, one is timed
 ANSWER = 8  # label tokens
+PARTS = ("steps", "teachers", "masks")
 TOP_K = 32  # of the offline teacher
 
 
@@ -104,6 +116,16 @@ class Bench:
         objective = self.objective(VisionSchedule() if teacher == "online" else None, weight=1.0)
         batch = {**self.batch, **self.answers} if teacher == "offline" else self.batch
         return self.work(objective, schedule, batch, self.adapted(schedule, busy))
+
+    def under_masks(self, schedule: VisionSchedule) -> Callable[[], None]:
+        """The step of `step(schedule)` with every token in every layer, and masks over what it must not see."""
+        plain, vision = self.step(VisionSchedule()), self.batch["input_ids"] == IMAGE_TOKEN
+
+        def work() -> None:
+            with masked(self.student.model.get_base_model(), schedule, vision):
+                plain()
+
+        return work
 
     def on_text(self, tokens: int) -> Callable[[], None]:
         """A training step of the same model on `tokens` text tokens a sample."""
@@ -287,6 +309,44 @@ def teachers(bench: Bench, schedules: dict[str, VisionSchedule]) -> list[dict[st
     return rows
 
 
+def against_masks(bench: Bench, schedule: VisionSchedule) -> list[dict[str, Any]]:
+    """Dense LoRA, ViCA's schedule under masks, and ours; each against dense."""
+    works = {
+        "dense": bench.step(VisionSchedule()),
+        "under masks": bench.under_masks(schedule),
+        "ours": bench.step(schedule),
+    }
+    times = bench.rounds(works)
+    peaks = {name: peak_bytes(work, torch.device(bench.args.device)) for name, work in works.items()}
+    return [
+        {
+            "step": name,
+            **ratios(times[name], times["dense"]),
+            "of_masked": ratios(times[name], times["under masks"]),
+            "peak_bytes": peaks[name],
+            "peak_ratio": peaks[name] / peaks["dense"],
+        }
+        for name in works
+    ]
+
+
+def show_masks(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="ViCA's schedule (LoRA in all layers): under masks over all tokens, and ours")
+    for column in ("step", "ms", "of dense (quartiles)", "of the masked (quartiles)", "peak", "of dense"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for row in rows:
+        masks = row["of_masked"]
+        table.add_row(
+            row["step"],
+            f"{row['ms']:.0f}",
+            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            f"{masks['ratio']:.2f} ({masks['low']:.2f} to {masks['high']:.2f})",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['peak_ratio']:.0%}",
+        )
+    Console(width=120).print(table)
+
+
 def show_steps(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     columns = (
@@ -360,6 +420,7 @@ def main() -> None:
     options.add_argument("--text", type=int, default=64, help="text tokens a sample")
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the tables to make")
     options.add_argument("--json", type=Path, help="also write the rows here")
     args = options.parse_args()
     layers, hidden = SHAPES[args.shape]
@@ -373,13 +434,21 @@ def main() -> None:
         f"LoRA step, {args.layers} layers x {args.hidden}, {args.batch} x ({args.vision} + {args.text}) tokens, "
         f"{setting(args)}"
     )
-    result: dict[str, Any] = {"title": title, **versions(), "steps": steps(bench, schedules)}
-    show_steps(result["steps"], title)
-    write_json(result, args.json)
-    gc.collect()
-    result["teachers"] = teachers(bench, schedules)
-    show_teachers(result["teachers"])
-    write_json(result, args.json)
+    result: dict[str, Any] = {"title": title, **versions()}
+    if "steps" in args.parts:
+        result["steps"] = steps(bench, schedules)
+        show_steps(result["steps"], title)
+        write_json(result, args.json)
+        gc.collect()
+    if "teachers" in args.parts:
+        result["teachers"] = teachers(bench, schedules)
+        show_teachers(result["teachers"])
+        write_json(result, args.json)
+        gc.collect()
+    if "masks" in args.parts:
+        result["masks"] = against_masks(bench, schedules["vica_7b"])
+        show_masks(result["masks"])
+        write_json(result, args.json)
 
 
 def versions() -> dict[str, str]:
