@@ -35,9 +35,10 @@ class VisionSchedule:
 
     `ranking` says which `k` are the best (`policies/scheduled.py`):
 
-    - `"question"`, ours: those that some attention head of one of the prompt's last 16 text tokens read most of, in
-      the layer before (of those that see vision), or in one that an earlier keep ranked by.
-    - `"reading"`, ours at first: the same of all the prompt's text, in any layer since the vision tokens entered.
+    - `"question"`, ours: those that some attention head of one of the prompt's last 16 text tokens has read most of so
+      far, in any layer since they entered. No single layer, and not the last token, knows all that the question needs.
+    - `"reading"`: the same of all text after the image, whatever its length; students saved before there was another
+      rule were trained with it. In a prompt of up to 16 such tokens both are one.
     - `"hidrop"` (arXiv 2602.23699): those to which layer `layer` itself, on the tokens of the layer before, gives most
       attention from the last token of the prompt, or from those before each answer, on average over heads.
       Exactly `k` are kept; where scores tie at the border, the official code keeps all that tie.
@@ -248,10 +249,7 @@ class VisionSchedule:
         if not self.keep or self.ranking == "hidrop":
             return []
         last = max(self.keep)
-        layers = range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
-        if self.ranking == "reading":
-            return layers
-        return sorted({max(i for i in layers if i < keep) for keep in self.keep})
+        return range(self.enter, last) if self.cross is None else [i for i in self.cross if i < last]
 
     @property
     def asking(self) -> int | None:

@@ -43,7 +43,6 @@ def seen_by_keeps(
         exit=schedule.exit,
         keep=dict(schedule.keep),
         queries=ranking_rows(inputs),
-        before=schedule.ranking == "question",
     )
 
 

@@ -162,20 +162,18 @@ def ranked(
     keep: dict[int, int],
     queries: Sequence[Sequence[int]],
     entry: Callable[[Tensor], Tensor] | None = None,
-    before: bool = False,
 ) -> list[Tensor]:
     """`seen` of a band with keeps, ranked by the eager model's own attention maps, token by token in loops.
 
     Args:
         queries: per sample, the rows whose attention ranks.
-        before: the layers before keeps rank, not all since the entry.
     """
     layers = len(eager.get_decoder().layers)
     seen = band(vision, layers, enter, exit)
     last = layers if exit is None else exit
     for layer, k in sorted(keep.items()):
         score: list[dict[int, float]] = [{} for _ in queries]
-        for watched in [i - 1 for i in sorted(keep) if i <= layer] if before else range(enter, layer):
+        for watched in range(enter, layer):
             values: dict[str, Tensor] = {}
             attention = eager.get_decoder().layers[watched].self_attn
             handle = attention.v_proj.register_forward_hook(

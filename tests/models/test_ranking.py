@@ -39,7 +39,6 @@ def test_a_rule_keeps_what_loops_keep(
         vision,
         **BAND,
         queries=[rows if most is None else rows[-most:] for rows in ranking_rows(inputs)],
-        before=ranking == "question",
     )
     with torch.no_grad():
         with masked(model, vision, seen, padding=inputs["attention_mask"]):
