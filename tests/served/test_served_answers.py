@@ -18,7 +18,7 @@ from helpers.served_models import (
 
 from latefusion.models.schedule import VisionSchedule
 
-TOLERANCE = 2e-3
+TOLERANCE = 2e-4
 BAND, CROSS = VisionSchedule(enter=4, exit=11), VisionSchedule(cross=[4, 5, 8, 10])
 
 
