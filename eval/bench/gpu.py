@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in minutes: what runs, what is right, and how fast it is at LLaVA-1.5-7B's shape.
 
     python eval/bench/gpu.py                          # `make gpu`: under 8 minutes on one H100
-    python eval/bench/gpu.py --seconds 170 --no-tests # the most important measurements alone
+    python eval/bench/gpu.py --seconds 170 --only speed # the most important measurements alone
     python eval/bench/gpu.py --dry-run                # the same on a CPU at a toy shape
 
 Needs this checkout and a torch with CUDA; nothing is fetched. On a machine without network whose Python has only torch,
@@ -14,17 +14,18 @@ PYTHONPATH with a link `latefusion` to the checkout.
 
 1. `end_to_end.py`: training runs and answered requests, the most telling cell first (text 256, batch 8), written to
    `gpu_end_to_end.json` after every cell;
-2. `pytest -m gpu`, into `gpu_tests.json`: each test's outcome, and what is not installed. Half of the time is theirs.
+2. `pytest -m gpu`, all files at once, into `gpu_tests.json`: each test's outcome, and what is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -78,52 +79,48 @@ def installed() -> dict[str, str | None]:
     return versions
 
 
-def test(folder: Path, seconds: float) -> dict[str, Any]:
-    """Run the tests that need a GPU, for at most `seconds`, and return their outcomes."""
-    report = folder / "gpu_tests.xml"
-    report.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-x",
-        "--maxfail=1000",
-        f"--junit-xml={report}",
-    ]
+def test(seconds: float) -> dict[str, Any]:
+    """Run the tests that need a GPU, each file in its own process, for at most so long; their outcomes."""
+    files = sorted(
+        str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text()
+    )
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-ra", "-p", "no:cacheprovider"]
     begun = time.perf_counter()
-    try:
-        code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        code = None
-    cases = outcomes(report) if report.exists() else []
-    report.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{i}.log" for i in range(len(files))]
+        running = []
+        for file, log in zip(files, logs, strict=True):
+            with log.open("w") as out:
+                running.append(subprocess.Popen([*command, file], cwd=ROOT, stdout=out, stderr=out))
+        for process in running:
+            try:
+                process.wait(max(1.0, seconds - (time.perf_counter() - begun)))
+            except subprocess.TimeoutExpired:
+                process.terminate()
+        cases = [case for log in logs for case in outcomes(log.read_text())]
     return {
         "date": date.today().isoformat(),
         "device": device(),
         "installed": installed(),
         "seconds": round(time.perf_counter() - begun, 1),
-        "exit_code": code,
         "counts": dict(Counter(case["outcome"] for case in cases)),
         "tests": cases,
     }
 
 
-def outcomes(report: Path) -> list[dict[str, str]]:
-    """Name, outcome and reason of each test of a JUnit report."""
-    cases = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        entry = {
-            "name": f"{case.get('classname')}::{case.get('name')}",
-            "outcome": "passed" if verdict is None else {"failure": "failed"}.get(verdict.tag, verdict.tag),
-        }
-        if verdict is not None:
-            entry["why"] = (verdict.get("message") or "").splitlines()[0][:300]
-        cases.append(entry)
-    return cases
+def outcomes(log: str) -> list[dict[str, str]]:
+    """Name and outcome of each test in what `pytest -v -ra` printed, and why, if it did not pass."""
+    summary = re.findall(r"^(?:FAILED|ERROR) (\S+) - (.+)$", log, re.MULTILINE)
+    reasons = {name: reason[:300] for name, reason in summary}
+    skipped = re.findall(r"^SKIPPED \[\d+\] (\S+?):\d+: (.+)$", log, re.MULTILINE)
+    cases: dict[str, dict[str, str]] = {}
+    for name, outcome in re.findall(r"^(tests/\S+::\S+)(?: ([A-Z]+))?(?: .*)?$", log, re.MULTILINE):
+        case = {"name": name, "outcome": outcome.lower() or "unfinished"}
+        why = reasons.get(name) or next(
+            (reason for file, reason in skipped if outcome == "SKIPPED" and name.startswith(file)), None
+        )
+        cases[name] = case if why is None else {**case, "why": why}
+    return list(cases.values())
 
 
 def device() -> str:
@@ -138,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=460)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
-    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--only", choices=["speed", "tests"])
     parser.add_argument("--dry-run", action="store_true", help="a toy shape on the CPU")
     parser.add_argument("more", nargs="*", help="further arguments of end_to_end.py, after --")
     args = parser.parse_args()
@@ -152,18 +149,16 @@ def main() -> None:
 
     from latefusion.eval.bench import end_to_end  # lazy: as above
 
-    share = 1.0 if args.no_tests else 0.55
-    words = [
-        *(DRY_RUN if args.dry_run else f"{ON_GPU} {CELLS}".split()),
-        "--json",
-        str(args.out / "gpu_end_to_end.json"),
-    ]
-    settings = end_to_end.options().parse_args([*words, "--seconds", str(share * args.seconds), *args.more])
-    print(end_to_end.markdown(end_to_end.measure(settings)), flush=True)
-    if not args.no_tests:
+    if args.only != "tests":
+        share = 1.0 if args.only else 0.55
+        words = [*(DRY_RUN if args.dry_run else f"{ON_GPU} {CELLS}".split())]
+        words += ["--json", str(args.out / "gpu_end_to_end.json"), "--seconds", str(share * args.seconds)]
+        result = end_to_end.measure(end_to_end.options().parse_args([*words, *args.more]))
+        print(end_to_end.markdown(result), flush=True)
+    if args.only != "speed":
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        result = test(args.out, args.seconds - (time.perf_counter() - begun))
+        result = test(args.seconds - (time.perf_counter() - begun))
         (args.out / "gpu_tests.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"pytest -m gpu: {result['counts']} in {result['seconds']} s", flush=True)
 

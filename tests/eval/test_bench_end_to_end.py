@@ -71,7 +71,7 @@ def test_the_work_of_the_synthetic_visipruner_is_counted_as_it_runs(toy):
 
 @pytest.mark.slow
 def test_a_dry_run_writes_every_cell_and_draws_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--no-tests", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--only", "speed", "--out", str(tmp_path)])
     gpu.main()
     file = tmp_path / "gpu_end_to_end.json"
     rows = json.loads(file.read_text())["rows"]
@@ -98,17 +98,20 @@ def test_a_dry_run_writes_every_cell_and_draws_it(tmp_path, monkeypatch, capsys)
     ]
 
 
-def test_outcomes_of_gpu_tests_are_read_from_the_report(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(
-        "<testsuites><testsuite>"
-        '<testcase classname="a" name="b"/>'
-        '<testcase classname="a" name="c"><skipped message="flash-attn is not installed"/></testcase>'
-        '<testcase classname="a" name="d"><failure message="assert 1&#10;more"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert gpu.outcomes(report) == [
-        {"name": "a::b", "outcome": "passed"},
-        {"name": "a::c", "outcome": "skipped", "why": "flash-attn is not installed"},
-        {"name": "a::d", "outcome": "failed", "why": "assert 1"},
+def test_outcomes_of_gpu_tests_are_read_from_what_pytest_printed():
+    log = """collected 4 items
+tests/a/test_a.py::test_one PASSED   [ 25%]
+tests/a/test_a.py::test_two[x-y] SKIPPED (flash-attn is n...) [ 50%]
+tests/a/test_a.py::test_three FAILED [ 75%]
+tests/a/test_a.py::test_four
+=== short test summary info ===
+SKIPPED [1] tests/a/test_a.py:80: flash-attn is not installed
+FAILED tests/a/test_a.py::test_three - assert 1 == 2
+"""
+    name = "tests/a/test_a.py::test"
+    assert gpu.outcomes(log) == [
+        {"name": f"{name}_one", "outcome": "passed"},
+        {"name": f"{name}_two[x-y]", "outcome": "skipped", "why": "flash-attn is not installed"},
+        {"name": f"{name}_three", "outcome": "failed", "why": "assert 1 == 2"},
+        {"name": f"{name}_four", "outcome": "unfinished"},
     ]
