@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from latefusion.eval.fusion.effects import upper_limit
 
 START = 0.7  # of the bound: what the first setting that is tried may cost on the prompts of the search
-APART = 1.05  # a setting tried later has this many times the FLOPs of the one before it, or more
-TRIES = 5  # settings tried at most: each has its own chance to be accepted by luck
+STEP = 0.01  # the second setting has so much more FLOPs than the first, or more; after each the step doubles
+TRIES = 6  # settings tried at most: each has its own chance to be accepted by luck
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def accept(
     """
     limits: dict[int, float] = {}
     least = 0.0
-    for _ in range(TRIES):
+    for tried in range(TRIES):
         setting = cheapest(START * bound, least)
         if setting is None:
             break
         limits[setting] = upper_limit(np.asarray(kl(setting)).tolist())
         if limits[setting] <= bound:
             return Accepted(setting, limits)
-        least = APART * flops(setting)
+        least = (1 + STEP * 2**tried) * flops(setting)
     return Accepted(None, limits)

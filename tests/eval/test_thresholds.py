@@ -285,7 +285,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
 
 def test_other_prompts_accept_a_setting_or_a_dearer_one() -> None:
     """A setting of mean 0.01 on the search that costs 0.2 on other prompts is passed over, those next to it too."""
-    search, cost = np.array([0.01, 0.012, 0.013, 0.005, 0.03]), np.array([0.3, 0.31, 0.4, 0.5, 0.2])
+    search, cost = np.array([0.01, 0.012, 0.013, 0.005, 0.03]), np.array([0.3, 0.302, 0.4, 0.5, 0.2])
     others = {0: np.full(50, 0.2), 2: np.r_[np.zeros(48), 0.3, 0.3], 3: np.full(50, 0.004)}
 
     def cheapest(bound: float, least: float) -> int | None:
