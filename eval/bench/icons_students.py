@@ -185,7 +185,7 @@ def merged(folder: Path) -> dict[str, Any]:
                 **mean_over_seeds(list(values.values())),
                 "against_dense": {
                     "by_seed": against,
-                    **mean_over_seeds([100 * gap["difference"] for gap in against.values()]),
+                    **mean_over_seeds([100 * gap["difference"]["value"] for gap in against.values()]),
                 },
             }
         first = next(iter(systems.values()))
@@ -297,7 +297,7 @@ def main() -> None:
         result = merged(args.merge)
         print_table(result)
         if args.json is not None:
-            write_json(args.json, result)
+            write_json(result, args.json)
         return
     if args.arm is None or args.output is None:
         parser.error(

@@ -1,0 +1,84 @@
+"""The table of the icons students: cells merged by arm, paired on questions, t intervals over seeds."""
+
+import json
+from math import isclose
+
+import pytest
+
+from latefusion.eval.bench import icons_students as bench
+from latefusion.eval.bench.icons_students import ARMS, TESTS, clusters, label, mean_over_seeds, merged
+from latefusion.recipes.compose import compose_config
+
+
+def system(outcomes: str, flops: float) -> dict:
+    boards = [i % 2 == 0 and i > 0 for i in range(len(outcomes))]
+    return {
+        "right": dict.fromkeys(TESTS, outcomes),
+        "boards": {test: list(map(int, boards)) for test in TESTS},
+        "types": {test: ["where"] * len(outcomes) for test in TESTS},
+        "flops": flops,
+        "prefill_flops": flops + 10,
+    }
+
+
+def write(folder, arm, seed, systems, **more):
+    cell = {
+        "arm": arm,
+        "seed": seed,
+        "share": 1.0,
+        "noise": 0.0,
+        "transfer": False,
+        "device": "cpu",
+        "steps": 2,
+    }
+    (folder / f"{arm}_{seed}_{more.get('noise', 0)}.json").write_text(
+        json.dumps(cell | {"batch": 1, "systems": systems} | more)
+    )
+
+
+@pytest.fixture
+def cells(tmp_path):
+    write(tmp_path, "base", 0, {"dense": system("1111", 90.0), "pruned": system("1101", 40.0)})
+    for seed, dense, student in ((0, "1110", "1100"), (1, "1111", "1111"), (2, "1011", "0011")):
+        write(tmp_path, "dense", seed, {"student": system(dense, 90.0)})
+        write(tmp_path, "late_fusion", seed, {"student": system(student, 40.0)})
+    write(tmp_path, "late_fusion", 0, {"student": system("1000", 40.0)}, noise=0.2)
+    return tmp_path
+
+
+def test_rows_have_means_over_seeds_and_differences_on_the_same_questions(cells):
+    rows = {label(row): row for row in merged(cells)["rows"]}
+    assert set(rows) == {
+        *("base, dense", "base, pruned", "dense", "late_fusion", "late_fusion, 20% of the answers wrong")
+    }
+    student = rows["late_fusion"]["tests"]["test"]
+    assert student["by_seed"] == {0: 50.0, 1: 100.0, 2: 50.0}
+    gaps = student["against_dense"]["by_seed"]
+    assert [gaps[seed]["difference"]["value"] for seed in (0, 1, 2)] == [-0.25, 0.0, -0.25]
+    assert isclose(student["against_dense"]["mean"], -50 / 3)
+    assert student["against_dense"]["low"] < -50 / 3 < student["against_dense"]["high"]
+    assert rows["late_fusion"]["flops"] == 40 / 90
+    assert rows["late_fusion"]["prefill_flops"] == 50 / 100
+    assert rows["dense"]["tests"]["test"]["against_dense"]["mean"] is None
+    assert rows["late_fusion, 20% of the answers wrong"]["tests"]["test"]["against_dense"]["mean"] is None
+
+
+def test_t_interval_over_seeds():
+    interval = mean_over_seeds([1.0, 2.0, 3.0])
+    assert isclose(interval["high"] - 2.0, 4.302652729911275 / 3**0.5)
+    assert mean_over_seeds([1.0]) == {"mean": 1.0, "low": None, "high": None}
+
+
+def test_questions_of_one_picture_are_a_cluster():
+    assert clusters(system("101010", 1.0), "test") == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_empty_folder_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no cell in"):
+        merged(tmp_path)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "base"])
+def test_every_arm_is_a_run_of_this_base(arm):
+    config = compose_config([f"model={bench.MODEL}", *ARMS[arm], "train.trackers=[]"])
+    assert config.model.path == bench.MODEL
