@@ -1,6 +1,6 @@
 """Answer test questions of `scenes` with a trained student, in vLLM and with `latefusion.load`, and compare.
 
-    python eval/bench/served_answers.py outputs/served --questions 200 --json outputs/served_answers.json
+    python eval/bench/served_answers.py outputs/served --questions 200 --json docs/results/served_answers.json
 
 Runs where vLLM and `datasets` are installed. Prompts go through vLLM's own processor, as text and images.
 """
