@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from scipy import stats
 
 from latefusion.data import sources
 from latefusion.data.collate import Collator, build_collator
@@ -40,7 +41,7 @@ from latefusion.eval.fusion.decide import (
     keep_sizes,
     near_bands,
 )
-from latefusion.eval.fusion.effects import Answers, Effect, interval
+from latefusion.eval.fusion.effects import Answers, Effect, interval, upper_limit
 from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
 from latefusion.eval.fusion.run import calibrate
 from latefusion.eval.fusion.study import Study
@@ -51,6 +52,16 @@ from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import Calibration, installed
 
 IMAGES = 256  # that calibrate the entry, as `eval/profile_model.py` has it
+UNEVEN = tuple(  # schedules whose upper limits are looked at
+    VisionSchedule(enter=2, exit=leave, keep=keep)
+    for leave, keep in (
+        (10, {}),
+        (10, {3: 72, 4: 36, 7: 18}),
+        (11, {3: 72, 4: 36, 7: 9}),
+        (10, {4: 72, 5: 36, 8: 18}),
+        (11, {4: 72, 8: 24}),
+    )
+)
 DECIDING = ("prefix", "suffix", "late")  # knock-outs that a schedule is chosen by
 
 
@@ -257,6 +268,26 @@ class Pool:
             yield chunk
 
 
+def coverage(
+    kl: Sequence[float], sizes: Sequence[int] = (128, 384, 1536), draws: int = 1500
+) -> dict[str, Any]:
+    """How uneven the KL of these questions is, and how often an upper limit of draws from them is below their mean."""
+    values, random = np.sort(np.asarray(kl))[::-1], np.random.default_rng(0)
+    mean = values.mean()
+    found = {"questions": len(values), "kl": float(mean)}
+    found["share_of_the_first_percent"] = float(values[: len(values) // 100].sum() / values.sum())
+    for n in sizes:
+        drawn = [values[random.integers(0, len(values), n)] for _ in range(draws)]
+        limits = np.array([upper_limit(one.tolist()) for one in drawn])
+        student = np.array([one.mean() + stats.sem(one) * stats.t.ppf(0.95, n - 1) for one in drawn])
+        found[f"below_{n}"], found[f"below_{n}_uncorrected"] = (
+            float((limits < mean).mean()),
+            float((student < mean).mean()),
+        )
+        found[f"limit_{n}"] = float(np.median(limits) / mean)
+    return found
+
+
 def described(kl: Sequence[float]) -> dict[str, Any]:
     mean, low, high = interval(kl)
     return {"prompts": len(kl), "kl": mean, "low": low, "high": high}
@@ -338,7 +369,13 @@ def main() -> None:
         for path in options.table:
             if path.exists():
                 drawn.table.load(path)
-        if options.fill is not None:
+        if options.limits:
+            every = Subset(drawn.table, drawn.drawn_from)
+            kl = {str(one.to_dict()): every.schedule(one, drawn.entry(one.enter).entry)[0] for one in UNEVEN}
+            options.json.write_text(
+                json.dumps({name: coverage(one) for name, one in kl.items()}, indent=1) + "\n"
+            )
+        elif options.fill is not None:
             bands = [tuple(map(int, band.split(":"))) for band in options.fill]
             for _ in drawn.fill(bands, *map(int, options.part.split("/"))):
                 drawn.table.save(options.table[0])
