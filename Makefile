@@ -59,7 +59,7 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cp
 # outputs/real/evaluation; 117 MB from the package index and 310 MB from npm the first time.
 REAL := outputs/real
 PROFILE := samples=48 confirm=96
-CALIBRATION := samples=64
+CALIBRATION := samples=64 confirm=0
 TRAINING :=
 QUESTIONS := samples=500 batch_size=32
 real: icons

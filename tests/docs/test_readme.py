@@ -23,7 +23,7 @@ QUICK_EVALUATION = ["eval.split=validation", "eval.samples=8"]
 SCRIPTS = {  # what makes each of them quick
     "python eval/evaluate.py ": ["samples=8", "output=evaluation"],
     "python eval/generate.py ": [],
-    "python eval/calibrate.py ": ["samples=8", "boundaries=[7]", "output=calibration"],
+    "python eval/calibrate.py ": ["samples=8", "confirm=8", "boundaries=[7]", "output=calibration"],
     "python eval/profile_model.py ": ["samples=8", "confirm=8", "images=40", "output=profile"],
 }
 
