@@ -16,13 +16,13 @@ from latefusion.data.printing import first_line
 from latefusion.data.samples import BadSample, TooLong
 from latefusion.data.turns import isolate_turns
 from latefusion.models.base_model import load_processor
+from latefusion.models.executor.prompt import IGNORE
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.locate import check_base, readable
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.schema import Config, Teacher
 
-IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]

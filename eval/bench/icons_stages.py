@@ -2,7 +2,7 @@
 
     python eval/bench/icons_stages.py seed0=RUN/stages.json ... --json docs/results/icons_stages.json
 
-Each file was written by `training/smollm_icons/fusion_stages.py`. The base's early stage ends where hiding the picture in
+Files come from `training/smollm_icons/fusion_stages.py`. The base's early stage ends where hiding the picture in
 layers [0, a) first costs more than BOUND, and its late stage begins at the smallest b whose [b, end) costs no more.
 """
 

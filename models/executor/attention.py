@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -175,6 +175,13 @@ class Watch:
         return rows.causal if rows.mask is None else self.plain and isinstance(rows.mask, Tensor)
 
 
+def in_float32(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside: training's would multiply in bfloat16. Devices without any have nothing to turn off."""
+    if not torch.amp.autocast_mode.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 class _Looked(Exception):
     """Ends a layer that was only to be looked at."""
 
@@ -233,7 +240,7 @@ class _Rows:
     def _scores(self, index: Tensor, key: Tensor, keys: Tensor | None) -> Tensor:
         query = self._query(index).float() * self.scaling  # [B, H, R, D]
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * R, D]
-        with torch.autocast(query.device.type, enabled=False):  # training's would multiply in bfloat16
+        with in_float32(query.device.type):
             scores = (grouped @ key.float().mT).view(*query.shape[:3], -1)  # [B, H, R, n]
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap

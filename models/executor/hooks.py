@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,12 +25,19 @@ from latefusion.models.executor.cache import check_cache, is_scheduled, is_unifo
 from latefusion.models.executor.forward import Forward, checkpoints
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
-from latefusion.models.executor.prompt import PromptEnd, padding_of, read_prompt, real_tokens
+from latefusion.models.executor.prompt import (
+    PromptEnd,
+    end_of_labels,
+    hides_no_question,
+    padding_of,
+    read_prompt,
+    real_tokens,
+)
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
-from latefusion.models.policies.base import Policy
+from latefusion.models.policies.base import Decision, Policy, Prompt
 from latefusion.models.student.entry import entry_of
 
 _LOCK = threading.Lock()
@@ -40,6 +48,7 @@ class Running:
 
     def __init__(self) -> None:
         self.vision: Tensor | None = None  # bool [B, T]
+        self.labels: Any = None  # of a forward with a loss
         self.padding: Tensor | None = None  # the 2-D attention mask [B, past + T], or its last T columns
         self.forward: Forward | None = None
         self.last: PrefillTrace | TextTrace | None = None  # the thread's last prefill
@@ -73,6 +82,7 @@ class Hooks:
         self._watched: set[int] = set()  # those of them whose policy looks at attention
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: list[ReadingLayer] = []  # once a policy freezes
+        self._labels_noted = False
         self._takes_ids = any(map(_needs_positions, self.layers))
         let_modules_watch()
         self._handles = list(self._install())
@@ -104,6 +114,8 @@ class Hooks:
 
     def _install(self) -> Iterator[Any]:
         decoder = self.decoder
+        if self.model is not self.multimodal:
+            yield Around(self.model, "forward", self._keep_labels)
         if self.multimodal is not decoder:
             yield self.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True)
             yield Around(self.multimodal, "forward", self._until_interrupted)
@@ -126,6 +138,15 @@ class Hooks:
         except BaseException:
             self._end()
             raise
+
+    def _keep_labels(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock forward of the whole model, whose labels say where prompts end."""
+        running = self._running
+        running.labels = _named(self.model, args, kwargs).get("labels")
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            running.labels = None
 
     def _end(self) -> None:
         """Drop everything of this thread's forward."""
@@ -185,13 +206,21 @@ class Hooks:
         real = None  # bool [B, T]
         if running.vision is not None or not past:
             real = real_tokens(running.padding, batch, length, tokens.device)
-        prompt = None
+        prompt, end, labels = None, self.prompt_end, None
         if running.vision is not None and real is not None:
+            vision = running.vision.to(tokens.device)
+            if (
+                end.queries is None
+                and isinstance(running.labels, Tensor)
+                and running.labels.shape == real.shape
+            ):
+                labels = running.labels.to(tokens.device)
+                end = end_of_labels(labels, vision & real)
             prompt = read_prompt(
-                running.vision.to(tokens.device),
+                vision,
                 real,
                 past=past,
-                end=self.prompt_end,
+                end=end,
                 position_ids=arguments.get("position_ids"),
                 num_layers=len(self.layers),
             )
@@ -210,6 +239,15 @@ class Hooks:
             )
         policy = self.policy
         decision = None if prompt is None else policy.begin(prompt)
+        if prompt is not None and self.prompt_end.queries is None and _ranks(decision):
+            if labels is not None:
+                self._check_labels(policy, prompt, labels)
+            elif self.model.training and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{type(policy).__name__} chooses vision tokens by the prompt, but this training forward does not "
+                    "say where the prompt ends, so the answer would choose them: pass labels, or name the last token "
+                    "of each prompt with attachment.queries(index)."
+                )
         mask = arguments.get("attention_mask")
         records = [
             arguments.get(name, getattr(config, name, False))
@@ -239,6 +277,26 @@ class Hooks:
             )
         elif real is not None and not past:
             running.last = self._last = TextTrace(real, len(self.layers))
+
+    def _check_labels(self, policy: Policy, prompt: Prompt, labels: Tensor) -> None:
+        """Raise ValueError if `labels` teach the question, too; else say once that they tell where prompts end."""
+        unasked = [
+            not text and asks and bool(vision)
+            for text, asks, vision in zip(prompt.n_text, prompt.asks, prompt.n_vision, strict=True)
+        ]
+        if any(unasked) or hides_no_question(labels, prompt.real):
+            raise ValueError(
+                f"{type(policy).__name__} chooses vision tokens by the question, but the labels begin before it: set "
+                "the labels of everything but the answers to -100 (in TRL: completion_only_loss=True or "
+                "assistant_only_loss=True), or name the last token of each prompt with attachment.queries(index)."
+            )
+        if not self._labels_noted:
+            self._labels_noted = True
+            warnings.warn(
+                f"{type(policy).__name__} chooses vision tokens by what comes before the first answer after an image, "
+                "as the labels of this forward say; attachment.queries(index) would name other places.",
+                stacklevel=2,
+            )
 
     def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self._busy:
@@ -312,6 +370,11 @@ class Watcher:
 
     def __call__(self, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.hooks.attend(self.layer, attention, module, *args, **kwargs)
+
+
+def _ranks(decision: Decision | None) -> bool:
+    """Whether vision tokens are chosen by what text pays attention to."""
+    return decision is not None and bool(decision.watch or getattr(decision, "ahead", ()))
 
 
 def _needs_positions(layer: Any) -> bool:

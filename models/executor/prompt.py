@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from latefusion.models.policies.base import Prompt
 
+IGNORE = -100  # in labels: a token that is not learnt
+
 
 @dataclass(frozen=True)
 class PromptEnd:
@@ -91,6 +93,28 @@ def read_prompt(
         past=past,
         late=any(n_late),
     )
+
+
+def end_of_labels(labels: Tensor, vision: Tensor) -> PromptEnd:
+    """Where prompts end, as `labels` int64 `[B, T]` say: before the first answer after an image, or the first at all.
+
+    It is the rule of the project's own collator: later answers have read that one.
+
+    Args:
+        vision: bool `[B, T]`.
+    """
+    learnt = labels != IGNORE  # bool [B, T]
+    first = learnt & ~pad(learnt[:, :-1], (1, 0))  # where an answer begins
+    pictured = first & (vision.cumsum(1) > 0)
+    first = torch.where(pictured.any(1, keepdim=True), pictured, first)
+    place = first.int().argmax(1, keepdim=True) - 1  # [B, 1]
+    return PromptEnd(torch.where(first.any(1, keepdim=True), place, -1), learnt)
+
+
+def hides_no_question(labels: Tensor, real: Tensor) -> Tensor:
+    """Whether labels `[B, T]` teach the question too, in any row: its first two tokens are learnt. Bool scalar."""
+    learnt = (labels != IGNORE) & real
+    return (learnt & (real.cumsum(1) <= 2)).any()
 
 
 def restarts(position_ids: Tensor | None, real: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from helpers.families import shared, text_tokens, vision_tokens
 from helpers.oracle import ranked
 
 from latefusion import VisionSchedule
+from latefusion.models.attach import attached
 
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
@@ -67,12 +69,22 @@ def gradients(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tenso
         image.grad = None
     model.train()
     model.zero_grad()
-    loss = model(**inputs, labels=labels, use_cache=False).loss
-    loss.backward()
+    with prompts_as_asked(model, inputs):
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
     model.eval()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {**grads, **{f"image {i}": image.grad.clone() for i, image in enumerate(images)}}, loss.item()
+
+
+def prompts_as_asked(model: Any, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """The whole row asks, as at inference, unless the test says otherwise: `gradients` learns the question's text."""
+    attachment = attached(model)
+    if attachment is None or attachment.prompt_end.queries is not None:
+        return nullcontext()
+    mask = inputs["attention_mask"]
+    return attachment.queries(mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True))
 
 
 def gradients_checkpointed(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:

@@ -21,7 +21,7 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
-from helpers.forwards import BAND, KEEPS, logits
+from helpers.forwards import BAND, KEEPS, logits, prompts_as_asked
 from helpers.oracle import Fixed, band, masked, ranked
 
 from latefusion import VisionSchedule
@@ -279,6 +279,9 @@ def test_replacing_attention_under_checkpointing_is_refused() -> None:
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with attach(model, VisiPruner(boundary=2)):
-        with pytest.raises(ValueError, match="layer 0, which gradient checkpointing cannot repeat"):
+        with (
+            prompts_as_asked(model, inputs),
+            pytest.raises(ValueError, match="layer 0, which gradient checkpointing cannot repeat"),
+        ):
             model(**inputs)
         logits(model, inputs)  # a teacher needs no gradient

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers.forwards import prompts_as_asked
 from helpers.tiny_base import (
     BAND,
     SMALL,
@@ -257,7 +258,9 @@ def test_a_student_whose_adapters_stay_apart_goes_on_training(tmp_path, base, sa
     assert learns == {name for name, weight in student.model.named_parameters() if weight.requires_grad}
     model.train()
     assert not any(module.training for module in model.get_base_model().model.vision_tower.modules())
-    model(**student_inputs(student, samples)).logits.sum().backward()
+    inputs = student_inputs(student, samples)
+    with prompts_as_asked(model, inputs):
+        model(**inputs).logits.sum().backward()
     entry = entry_of(model).modules_to_save["default"]
     assert entry.scale.grad.abs().max() > 0
     assert not any(weight.requires_grad for weight in load_student(tmp_path).model.parameters())
