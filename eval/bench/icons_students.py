@@ -241,19 +241,45 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def print_table(result: dict[str, Any]) -> None:
-    table = Table(title="Students of smollm_icons: % right (95% over seeds)")
-    for name in ("arm", *TESTS, "against dense LoRA, test", "decoder FLOPs", "whole prefill"):
-        table.add_column(name)
+HEAD = ("arm", "seeds", *TESTS, "against dense LoRA, test", "decoder FLOPs", "whole prefill")
+
+
+def lines(result: dict[str, Any]) -> list[list[str]]:
+    """The table's rows, as text: % right, brackets are 95% (over questions for the base, over seeds for students)."""
+    table = []
     for row in result["rows"]:
         gap = row["tests"]["test"].get("against_dense")
-        table.add_row(
-            label(row),
-            *(interval(row["tests"][test]) for test in TESTS),
-            interval(gap, "+.1f") if gap else "",
-            *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
+        table.append(
+            [
+                label(row),
+                str(len(row["tests"]["test"].get("by_seed", ""))) if gap else "",
+                *(interval(row["tests"][test]) for test in TESTS),
+                against(gap) if gap else "",
+                *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
+            ]
         )
-    Console(width=150).print(table)
+    return table
+
+
+def against(gap: Mapping[str, Any]) -> str:
+    """The mean difference over seeds; of one seed with its interval over questions."""
+    if len(gap["by_seed"]) != 1:
+        return interval(gap, "+.1f")
+    (one,) = (seed["difference"] for seed in gap["by_seed"].values())
+    return interval({"mean": 100 * one["value"], "low": 100 * one["low"], "high": 100 * one["high"]}, "+.1f")
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(*HEAD, title="Students of smollm_icons: % right (95%)")
+    for line in lines(result):
+        table.add_row(*line)
+    Console(width=160).print(table)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table for docs/evidence.md."""
+    head = ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines(result))])
 
 
 def label(row: dict[str, Any]) -> str:
@@ -291,11 +317,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--merge", type=Path, help="folder of cells to merge")
     parser.add_argument("--json", type=Path, help="file for the merged table")
+    parser.add_argument("--markdown", action="store_true", help="print the merged table as Markdown")
     parser.add_argument("settings", nargs="*", help="further key=value of training/train.py")
     args = parser.parse_args()
     if args.merge is not None:
         result = merged(args.merge)
-        print_table(result)
+        if args.markdown:
+            print(markdown(result))
+        else:
+            print_table(result)
         if args.json is not None:
             write_json(result, args.json)
         return

@@ -63,6 +63,17 @@ def test_rows_have_means_over_seeds_and_differences_on_the_same_questions(cells)
     assert rows["late_fusion, 20% of the answers wrong"]["tests"]["test"]["against_dense"]["mean"] is None
 
 
+def test_one_seed_has_its_interval_over_questions_in_the_table(cells):
+    (cells / "dense_1_0.json").unlink()
+    (cells / "dense_2_0.json").unlink()
+    table = {line[0]: line for line in bench.lines(merged(cells))}
+    assert table["late_fusion"][1] == "3"
+    assert table["late_fusion"][5].startswith("-25.0 (")
+    assert table["dense"][5] == table["base, dense"][5] == ""
+    text = bench.markdown(merged(cells))
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
 def test_t_interval_over_seeds():
     interval = mean_over_seeds([1.0, 2.0, 3.0])
     assert isclose(interval["high"] - 2.0, 4.302652729911275 / 3**0.5)
