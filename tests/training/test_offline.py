@@ -99,7 +99,7 @@ def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change,
 def test_another_ranking_of_the_vision_tokens_is_noticed(base, cache):
     """Answers of a teacher that pruned by another token of the prompt are not this run's."""
     config = check_config(options(base, cache, "output_dir=x"))
-    plain = assemble.collator_of(assemble.student_of(config))
+    plain = assemble.collator_of(assemble.student_of(config), config)
 
     class Later:
         processor = plain.processor
