@@ -1,6 +1,6 @@
 """Time late-fusion models in vLLM against the same model dense, on a CPU or a GPU; runs where vLLM is installed.
 
-    python eval/bench/serving.py --json outputs/serving_cpu.json
+    python eval/bench/serving.py --json docs/results/serving_cpu.json
     python eval/bench/serving.py --layers 32 --hidden 4096 --dtype bfloat16 --in-flight 1 8 32 --json serving_gpu.json
 
 Weights are random: only shapes count. Each system runs in a process of its own, in turns. `stock` is vLLM's own LLaVA,
