@@ -43,6 +43,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.eval.bench.timing import write_json
 from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import System
+from latefusion.eval.report.__main__ import insert
 from latefusion.eval.tasks.base import Task
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
@@ -281,26 +282,60 @@ def as_decided(arms: dict[str, dict[int, dict[str, Any]]], settings: tuple) -> d
     return {seed: cells[seed] for seed, cells in of_arm.items() if seed in cells}
 
 
-def print_merged(result: dict[str, Any]) -> None:
-    table = Table("data", "rows", "steps", "arm", "right, %", "to none", "to all", "auto is")
+COLUMNS = {
+    "data": "data",
+    "rows": "questions",
+    "arm": "teacher",
+    "seeds": "seeds",
+    "accuracy": "right, %",
+    "to_none": "to `none`",
+    "to_all": "to `all`",
+    "auto": "teacher knows, %",
+}
+
+
+def rows_to_show(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A row for each data set and arm, in the words of `COLUMNS`."""
+    shown = []
     for part in result["tables"]:
         for arm, row in part["arms"].items():
-            table.add_row(
-                part["data"],
-                str(part["rows"]),
-                str(part["steps"]),
-                arm,
-                *(_percent(row.get(key)) for key in ("accuracy", "to_none", "to_all")),
-                " ".join(sorted({each["trust"] for each in row.get("auto", [])})),
+            shares = [
+                100 * each["right"] / each["answers"] for each in row.get("auto", []) if each["answers"]
+            ]
+            trusts = "/".join(sorted({each["trust"] for each in row.get("auto", [])}))
+            shown.append(
+                {
+                    "data": part["data"],
+                    "rows": f"{part['rows']:,}",
+                    "arm": f"{arm} (= {trusts})" if arm.startswith("auto") else arm,
+                    "seeds": str(row["accuracy"]["seeds"]),
+                    **{key: _percent(row.get(key), plus=key != "accuracy") for key in list(COLUMNS)[4:7]},
+                    "auto": f"{min(shares):.0f} to {max(shares):.0f}" if shares else "",
+                }
             )
+    return shown
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a page; brackets are 95% t intervals over seeds."""
+    head = f"| {' | '.join(COLUMNS.values())} |\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+    rows = [" | ".join(row[key] for key in COLUMNS) for row in rows_to_show(result)]
+    return "\n".join([head, *(f"| {row} |" for row in rows)])
+
+
+def print_merged(result: dict[str, Any]) -> None:
+    table = Table(*COLUMNS.values())
+    for row in rows_to_show(result):
+        table.add_row(*row.values())
     Console(width=140).print(table)
 
 
-def _percent(value: dict[str, Any] | None) -> str:
+def _percent(value: dict[str, Any] | None, *, plus: bool) -> str:
     if value is None:
         return ""
+    sign = "+" if plus else ""
     ends = f" ({100 * value['low']:.1f} to {100 * value['high']:.1f})" if "low" in value else ""
-    return f"{100 * value['mean']:.1f}{ends}"
+    return f"{100 * value['mean']:{sign}.1f}{ends}".replace("-", "−")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -320,6 +355,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--output", default="outputs/teacher", help="folder for the cell's file")
     options.add_argument("--merge", metavar="FOLDER", help="of cells, instead of running one")
     options.add_argument("--json", type=Path, help="the merged file")
+    options.add_argument("--page", type=Path, help="the page whose table is to be that of the merged cells")
     options.add_argument("settings", nargs="*", help="key=value of the run, such as kl.share=0.125")
     args = options.parse_args(words)
     if args.merge is None and None in (args.data, args.arm):
@@ -349,6 +385,8 @@ def main(words: Sequence[str]) -> None:
     result = merged(cells)
     print_merged(result)
     write_json(result, args.json)
+    if args.page:
+        args.page.write_text(insert(args.page.read_text(), "distillation", markdown(result)))
 
 
 if __name__ == "__main__":

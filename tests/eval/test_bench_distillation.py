@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from latefusion.eval.bench import distillation as bench
+from latefusion.eval.report.__main__ import insert
 
 
 @pytest.fixture
@@ -62,3 +63,11 @@ def test_a_cell_is_written_and_merged(tmp_path: Path, capsys: pytest.CaptureFixt
     result = json.loads((tmp_path / "all.json").read_text())
     assert {cell["arm"] for cell in result["cells"]} == {"none", "auto"}
     assert "scenes" in capsys.readouterr().out
+
+
+def test_the_table_of_the_page_is_that_of_its_file() -> None:
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "docs/results/teacher.json").read_text())
+    assert bench.merged(result["cells"]) == result
+    page = (root / "docs/distillation.md").read_text()
+    assert insert(page, "distillation", bench.markdown(result)) == page
