@@ -274,18 +274,18 @@ def coverage(
     """How uneven the KL of these questions is, and how often an upper limit of draws from them is below their mean."""
     values, random = np.sort(np.asarray(kl))[::-1], np.random.default_rng(0)
     mean = values.mean()
-    found = {"questions": len(values), "kl": float(mean)}
-    found["share_of_the_first_percent"] = float(values[: len(values) // 100].sum() / values.sum())
+    result = {"questions": len(values), "kl": float(mean)}
+    result["share_of_the_first_percent"] = float(values[: len(values) // 100].sum() / values.sum())
     for n in sizes:
         drawn = [values[random.integers(0, len(values), n)] for _ in range(draws)]
         limits = np.array([upper_limit(one.tolist()) for one in drawn])
         student = np.array([one.mean() + stats.sem(one) * stats.t.ppf(0.95, n - 1) for one in drawn])
-        found[f"below_{n}"], found[f"below_{n}_uncorrected"] = (
+        result[f"below_{n}"], result[f"below_{n}_uncorrected"] = (
             float((limits < mean).mean()),
             float((student < mean).mean()),
         )
-        found[f"limit_{n}"] = float(np.median(limits) / mean)
-    return found
+        result[f"limit_{n}"] = float(np.median(limits) / mean)
+    return result
 
 
 def described(kl: Sequence[float]) -> dict[str, Any]:

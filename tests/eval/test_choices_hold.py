@@ -76,5 +76,5 @@ def test_thresholds_that_other_prompts_accept_hold_where_the_cheapest_on_the_sam
     assert np.mean(true[first] <= bound) < 0.6, (
         "the rule that stood here before holds as well: the test shows nothing"
     )
-    found = summary(kept, bound)
-    assert found["subsets"] == len(kept) and 0.9 * len(kept) <= found["within_20_percent_of_median"]
+    totals = summary(kept, bound)
+    assert totals["subsets"] == len(kept) and 0.9 * len(kept) <= totals["within_20_percent_of_median"]

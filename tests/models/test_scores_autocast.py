@@ -20,8 +20,8 @@ def test_scores_and_weights_are_float32_under_autocast(mask):
     index, keys = torch.tensor([[4, 5]]), torch.tensor([[0, 2, 3]])
     expected = rows.scores(index, keys), rows.weights(index)
     with torch.autocast("cpu", torch.bfloat16):
-        given = rows.scores(index, keys), rows.weights(index)
-    for one, other in zip(given, expected, strict=True):
+        under_autocast = rows.scores(index, keys), rows.weights(index)
+    for one, other in zip(under_autocast, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
 

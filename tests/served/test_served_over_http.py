@@ -77,7 +77,7 @@ def data_address(image):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def asked(address, folder, question, picture):
+def answer_of(address, folder, question, picture):
     image = {"type": "image_url", "image_url": {"url": data_address(picture)}}
     body = {
         "model": folder,
@@ -106,6 +106,6 @@ def test_a_server_answers_about_images_as_the_executor_does(address, folder):
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert asked(address, folder, question, picture(3)).strip() == expected.strip()
+        assert answer_of(address, folder, question, picture(3)).strip() == expected.strip()
         answered.add(expected)
     assert len(answered) > 1
