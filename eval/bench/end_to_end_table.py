@@ -86,7 +86,8 @@ def _request(rows: list[dict[str, Any]]) -> str:
 def _speedup(times: dict[str, float]) -> list[str]:
     if "ratio" not in times:  # the reference did not fit
         return ["", ""]
-    return [f"{1 / times['ratio']:.2f}x", f"{1 / times['high']:.2f}–{1 / times['low']:.2f}"]
+    low, high = 1 / times["high"], 1 / times["low"]
+    return [f"{1 / times['ratio']:.2f}x", "" if low == high else f"{low:.2f}–{high:.2f}"]
 
 
 def named(recipe: str) -> str:
