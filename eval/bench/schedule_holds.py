@@ -53,7 +53,7 @@ from latefusion.models.student.entry_fit import Calibration, installed
 
 IMAGES = 256  # that calibrate the entry, as `eval/profile_model.py` has it
 UNEVEN = tuple(  # schedules whose upper limits are looked at
-    VisionSchedule(enter=2, exit=leave, keep=keep)
+    VisionSchedule(enter=2, exit=leave, keep=keep, ranking="reading")
     for leave, keep in (
         (10, {}),
         (10, {3: 72, 4: 36, 7: 18}),

@@ -207,7 +207,7 @@ def schedule_yaml(results: dict[str, Any]) -> str:
         f"{chosen['why']}.\n"
     )
     return note + yaml.safe_dump(
-        {"enter": chosen["schedule"]["enter"], "exit": chosen["schedule"]["exit"], "keep": keep},
+        {**chosen["schedule"], "keep": keep},  # with the ranking that was measured
         sort_keys=False,
         default_flow_style=None,
     )

@@ -214,7 +214,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     (stored,) = (weight for name, weight in weights.items() if name.endswith("start.weight"))
     assert torch.equal(stored, entry.weight)
     schedule = json.loads((tmp_path / "run" / "vision_schedule.json").read_text())
-    assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}}
+    assert schedule == {"enter": 1, "exit": 3, "keep": {"2": 2}, "ranking": "question"}
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["schedule"]["enter"] == 1
     save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors", metadata={"weights": "others"})
     with pytest.raises(
