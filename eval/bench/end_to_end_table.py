@@ -143,9 +143,9 @@ def _bars(rows: list[dict[str, Any]], file: Path, title: str) -> Path:
     axes.set_xlim(left=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    what = "a training step" if rows[0]["part"] == "training" else "a request"
+    what = "A training step" if rows[0]["part"] == "training" else "A request"
     axes.set_title(
-        f"{what}, {rows[0]['batch']} x {rows[0]['text']} text tokens: {title}", loc="left", fontsize=9
+        f"{what}, {rows[0]['batch']} x {rows[0]['text']} text tokens\n{title}", loc="left", fontsize=9
     )
     axes.set_xlabel("ms")
     figure.legend(loc="outside lower center", ncols=7, frameon=False, fontsize=10)
