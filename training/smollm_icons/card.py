@@ -47,7 +47,8 @@ The drawings were resized, mirrored, tilted and recoloured for training.
 
 def model_card(record: dict[str, Any]) -> str:
     """The card as Markdown."""
-    return "\n".join([HEAD, _accuracy(record), _others(record), _tokens(record), _training(record), PARTS])
+    parts = [HEAD, _accuracy(record), _others(record), _tokens(record), _training(record), PARTS]
+    return "\n".join(part for part in parts if part)
 
 
 def _accuracy(record: dict[str, Any]) -> str:
