@@ -110,7 +110,7 @@ def draw(table: dict[str, Any]) -> str:
         figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.6), sharex=True, layout="constrained")
         seeds = iter(SEEDS)
         for name, base in table.items():
-            colour, dash, marker = LOOKS.get(name) or next(seeds)
+            colour, dash, marker = LOOKS.get(name.split()[0]) or next(seeds)
             for axis, part in zip(axes, ("hidden_before", "hidden_from"), strict=True):
                 rows = [row for row in base[part] if row["kl"] > 0]  # not where nothing is hidden
                 x = [row["layer"] for row in rows]
