@@ -196,7 +196,9 @@ def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
     held = config.model.schedule
     if held.enter is None:
         return None
-    schedule = VisionSchedule.from_dict({"enter": held.enter, "exit": held.exit, "keep": held.keep})
+    schedule = VisionSchedule(
+        enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
+    )
     try:
         schedule.validate(model.config.get_text_config().num_hidden_layers)
     except ValueError:

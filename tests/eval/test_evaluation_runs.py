@@ -21,12 +21,13 @@ from helpers.launch import free_port
 from helpers.tiny_base import save_tiny_base
 from PIL import Image
 
+from latefusion.data.question_file import rows_of
 from latefusion.eval.comparison import energy, results, run
 from latefusion.eval.comparison.answers import answer_questions
 from latefusion.eval.comparison.systems import policies_of
 from latefusion.eval.ledger import Ledger, Processes
 from latefusion.eval.metrics import Measure
-from latefusion.eval.tasks.base import Task, rows_of
+from latefusion.eval.tasks.base import Task
 from latefusion.eval.tasks.choice import circular
 from latefusion.eval.tasks.clusters import with_clusters
 from latefusion.eval.tasks.exact import questions_of_file

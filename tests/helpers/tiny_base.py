@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from latefusion.models.student.build import Student
 from latefusion.recipes.check import check_config
+from latefusion.recipes.compose import with_one_length
 from latefusion.recipes.schema import RECIPES, Config
 from latefusion.training import assemble
 from latefusion.training.embedded.architecture import build_config, build_model
@@ -43,7 +44,7 @@ def save_tiny_base(folder: Path, *, layers: int = 6, seed: int = 0) -> Path:
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", with_one_length(overrides))
 
 
 def configured(*overrides: str) -> Config:

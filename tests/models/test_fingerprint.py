@@ -309,10 +309,10 @@ def test_a_calibration_goes_on_with_the_same_weights_alone(tmp_path: Path) -> No
     arguments = calibrate.Arguments(
         model=str(base), samples=2, max_new_tokens=1, boundaries=[1], layer_thresholds=[0.9], tokens_thresholds=[1.0]
     )  # fmt: skip
-    rows, prefills = questions.read(arguments), []
+    (rows, others), prefills = questions.read(arguments), []
     for change in (lambda: None, lambda: saved_anew(base), lambda: None):
         model, processor = load_base(str(base), dtype=torch.float32)
         with attach(model, VisionSchedule()) as attachment:
-            prefills.append(Search(arguments, attachment, processor, rows).fingerprint())
+            prefills.append(Search(arguments, attachment, processor, rows, others).fingerprint())
         change()
     assert prefills[0] == prefills[1] != prefills[2]

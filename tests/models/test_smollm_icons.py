@@ -24,7 +24,7 @@ def test_missing_weights_are_refused(tmp_path):
 
 def test_depth_and_four_bits_are_known_without_the_packages(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    assert locate.known_layers("smollm_icons") == 30
+    assert locate.decoder_layers("smollm_icons") == 30
     with pytest.raises(ValueError, match="model=smollm_icons is small"):
         locate.check_four_bits("smollm_icons")
 

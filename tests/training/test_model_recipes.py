@@ -29,12 +29,13 @@ FAMILY = {
     "smolvlm_2b": "smolvlm",
     "gemma3_4b": "gemma3",
     "embedded": "embedded",
+    "smollm_icons": "llava",
     "llava_1_5_13b": "llava",
     "qwen2_5_vl_7b": "qwen2_5_vl",
     "internvl3_8b": "internvl",
 }
-SECOND = ("llava_1_5_13b", "qwen2_5_vl_7b", "internvl3_8b")  # other sizes of a family
-LAYERS = {"smolvlm_2b": 24, "gemma3_4b": 34, "llava_1_5_13b": 40, "embedded": 14}
+SECOND = ("llava_1_5_13b", "qwen2_5_vl_7b", "internvl3_8b", "smollm_icons")  # other sizes of a family
+LAYERS = {"smolvlm_2b": 24, "gemma3_4b": 34, "llava_1_5_13b": 40, "embedded": 14, "smollm_icons": 30}
 LAYERS |= dict.fromkeys(("qwen2_5_vl_3b", "qwen3_vl_4b"), 36)
 LAYERS |= dict.fromkeys(("llava_1_5_7b", "llava_next_mistral_7b"), 32)
 LAYERS |= dict.fromkeys(("llava_onevision_qwen2_7b", "qwen2_5_vl_7b", "internvl3_2b", "internvl3_8b"), 28)

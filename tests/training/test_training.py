@@ -215,6 +215,7 @@ def test_checkpoints_are_students_too(base, tmp_path):
         "enter": 2,
         "exit": 5,
         "keep": {"4": 2},
+        "ranking": "question",
     }
 
 
