@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -82,10 +84,11 @@ def contents(part: Mapping[str, Tensor]) -> bytes:
 
 
 def vision_weights(model: Any) -> tuple[Any, ...]:
-    """What tells two image encoders apart: where their weights lie, and whether their own adapters are on."""
+    """What tells two image encoders apart: where their weights lie, and which of their adapters are on."""
     modules = [module for part in beside_the_decoder(unwrapped(model)) for module in part.modules()]
     places = tuple(p.data_ptr() for module in modules for p in module.parameters(recurse=False))
-    return places, tuple(bool(m.disable_adapters) for m in modules if hasattr(m, "disable_adapters"))
+    switched = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return places, tuple((bool(m.disable_adapters), tuple(m.active_adapters)) for m in switched)
 
 
 def size(row: list[Tensor]) -> int:
