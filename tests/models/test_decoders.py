@@ -72,7 +72,7 @@ IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 VISION = torch.zeros(2, 12, dtype=torch.bool)
 VISION[0, 2:6] = VISION[1, 1:5] = True
 MASK = torch.ones_like(IDS)
-NEAR = 1e-4  # rounding that varies with the number of threads reaches 2.2e-5; a router that sees wrong rows, 3
+NEAR = 1e-4  # rounding differs by the number of threads, up to 2.2e-5; a wrong router is off by 3
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
