@@ -18,6 +18,7 @@ from latefusion.models.executor.around import Around
 from latefusion.models.executor.cache import is_scheduled
 from latefusion.models.executor.hooks import Hooks
 from latefusion.models.executor.prompt import PromptEnd
+from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
@@ -201,6 +202,10 @@ def attached(model: nn.Module) -> Attachment | None:
 def _check_policy(model: PreTrainedModel, policy: Policy, num_layers: int) -> None:
     """Raise ValueError if the policy does not fit, or needs an entry adapter that the model has lost."""
     policy.validate(num_layers)
+    attention = [recurrence_of(layer) is None for layer in model.get_decoder().layers]
+    check_attention = getattr(policy, "check_attention", None)
+    if check_attention is not None and not all(attention):
+        check_attention(attention)
     if getattr(policy, "enter", 0) > 0:
         check_entry(model)
 
@@ -220,7 +225,7 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     layers = decoder._modules.get("layers")
     fits = (
         isinstance(layers, nn.ModuleList)
-        and "norm" in decoder._modules
+        and last_norm(decoder) is not None
         and not model.config.is_encoder_decoder
     )
     root = next((name for name, module in model.named_modules() if module is layers), "")
@@ -239,9 +244,10 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
         )
     for layer in layers if fits else ():  # type: ignore[union-attr]
         takes = inspect.signature(layer.forward).parameters
-        fits = fits and "self_attn" in layer._modules and "position_embeddings" in takes
+        fits = fits and mixer_of(layer) is not None and "position_embeddings" in takes
         if fits:
             check_arguments(layer)
+            check_recurrence(layer)
     if not fits:
         raise ValueError(
             f"{type(model).__name__} has no decoder of self-attention layers with rotary positions; "
@@ -267,7 +273,7 @@ HANDED_ON = {
 
 def check_arguments(layer: Any) -> None:
     """Raise ValueError if a decoder layer takes more of every token than the executor hands on."""
-    config = getattr(layer.self_attn, "config", None)
+    config = getattr(mixer_of(layer), "config", None)
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(
             f"{type(layer).__name__} shares keys and values between layers, which would then have to see the same "

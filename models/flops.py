@@ -11,41 +11,99 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from latefusion.models.layer_kinds import attends, layer_kind
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from latefusion.models.executor.trace import TraceRecord
 
 
-def layer_flops(config: PretrainedConfig, tokens: int, *, past: int = 0, frozen: int = 0) -> int:
+def layer_flops(
+    config: PretrainedConfig, tokens: int, *, past: int = 0, frozen: int = 0, layer: int | None = None
+) -> int:
     """FLOPs (2 a multiply-add) of one decoder layer on `tokens` new tokens over `past` cached ones.
 
     `frozen` of the new tokens are only read: their keys and values are computed.
 
     Counts the q/k/v/o projections, attention (scores and weighted sum over every key: kernels are counted as
     `torch.utils.flop_counter` does, without the causal half) and the gated MLP. Norms, RoPE and softmax are left
-    out, as is customary (below 1%).
+    out, as is customary (below 1%). A layer that runs a recurrence costs `delta_flops` or `convolution_flops` in place
+    of attention, whatever is cached.
+
+    Args:
+        layer: its number, in decoders whose layers differ; None: a layer that attends with a softmax.
     """
     text = config.get_text_config()
     hidden, heads = text.hidden_size, text.num_attention_heads
     kv_heads = text.num_key_value_heads or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     whole = tokens - frozen
-    projections = 2 * hidden * head_dim * (2 * heads * whole + 2 * kv_heads * tokens)
+    mlp = 6 * whole * hidden * mlp_width(text)
+    kind = "full_attention" if layer is None else layer_kind(config, layer)
+    if kind == "linear_attention":
+        return delta_flops(text, whole) + mlp
+    if kind == "conv":
+        return convolution_flops(text, whole) + mlp
+    written = 2 + gates_attention(text)  # projections of queries, outputs and gates
+    projections = 2 * hidden * head_dim * (written * heads * whole + 2 * kv_heads * tokens)
     attention = 4 * whole * (past + tokens) * heads * head_dim
-    mlp = 6 * whole * hidden * text.intermediate_size
     return projections + attention + mlp
 
 
-def decoder_flops(config: PretrainedConfig, tokens: Sequence[int], frozen: Sequence[int] = ()) -> int:
+def delta_flops(text: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of a Gated DeltaNet (arXiv 2412.06464, equation 10) on `tokens` tokens, its projections included.
+
+    A token's recurrence, in each head with a state `d_k x d_v`: what the state holds for its key, the update by their
+    difference, and the reading by its query, `2 d_k d_v` each. Kernels for prefills work in chunks of 64 tokens and
+    compute more to be faster: `64 (5 d_k + 3 d_v)` a token and head, which is not counted.
+    """
+    heads, width_k, width_v = (
+        text.linear_num_value_heads,
+        text.linear_key_head_dim,
+        text.linear_value_head_dim,
+    )
+    keys, values = text.linear_num_key_heads * width_k, heads * width_v
+    projections = (
+        2 * text.hidden_size * (2 * keys + 3 * values + 2 * heads)
+    )  # q, k; v, gate, output; two rates
+    convolution = 2 * text.linear_conv_kernel_dim * (2 * keys + values)
+    return tokens * (projections + convolution + 6 * heads * width_k * width_v)
+
+
+def convolution_flops(text: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of a gated short convolution (LFM2, arXiv 2511.23404) on `tokens` tokens: projections and kernel."""
+    hidden = text.hidden_size
+    return tokens * (2 * hidden * 4 * hidden + 2 * hidden * text.conv_L_cache)
+
+
+def mlp_width(text: PretrainedConfig) -> int:
+    """The inner size of a layer's MLP; LFM2 derives it from `intermediate_size`."""
+    width: int = text.intermediate_size
+    if getattr(text, "block_auto_adjust_ff_dim", False):
+        width = int(2 * width / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            width = int(text.block_ffn_dim_multiplier * width)
+            width = -(-width // text.block_multiple_of) * text.block_multiple_of
+    return width
+
+
+def gates_attention(text: PretrainedConfig) -> bool:
+    """Whether attention projects a gate of the size of its queries: decoders that have a Gated DeltaNet do (Qwen)."""
+    return hasattr(text, "linear_num_value_heads")
+
+
+def decoder_flops(
+    config: PretrainedConfig, tokens: Sequence[int], frozen: Sequence[int] = (), *, first: int = 0
+) -> int:
     """FLOPs of a prefill whose layer `i` takes `tokens[i]` tokens (text and vision), padding not counted.
 
     Args:
         frozen: the number of them that are only read in each layer; empty: none.
+        first: the number of the layer that `tokens` begins with.
     """
-    return sum(
-        layer_flops(config, n, frozen=f) for n, f in zip(tokens, frozen or [0] * len(tokens), strict=True)
-    )
+    pairs = zip(tokens, frozen or [0] * len(tokens), strict=True)
+    return sum(layer_flops(config, n, frozen=f, layer=i) for i, (n, f) in enumerate(pairs, start=first))
 
 
 def projection_flops(config: PretrainedConfig, tokens: int) -> int:
@@ -53,7 +111,8 @@ def projection_flops(config: PretrainedConfig, tokens: int) -> int:
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * tokens * text.hidden_size * head_dim * (heads + 2 * (text.num_key_value_heads or heads))
+    queries = heads * (1 + gates_attention(text))
+    return 2 * tokens * text.hidden_size * head_dim * (queries + 2 * (text.num_key_value_heads or heads))
 
 
 def head_flops(config: PretrainedConfig, tokens: int) -> int:
@@ -158,7 +217,7 @@ class Account:
     Attributes:
         flops, dense_flops: of the decoder layers (`decoder_flops`).
         attention, dense_attention: pairs of a query and a key it may see (causal order), at least one of them a
-            vision token, summed over layers: "vision-related attention".
+            vision token, summed over the layers that attend with a softmax: "vision-related attention".
         attention_after, dense_attention_after: the same in the layers after the last that computes all vision
             tokens (for VisiPruner: after the fusion layer).
         vision, dense_vision: vision tokens, summed over layers.
@@ -191,19 +250,20 @@ class Account:
 
 def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account:
     """Sum up what the prompts of these records cost, and would have cost the dense model."""
-    totals = [0] * 8
+    totals, softmax = [0] * 8, attends(config)
     for record in records:
         n_text, n_vision = record.tokens[0] - record.vision[0], record.n_vision
         every = [n_vision] * len(record.tokens)
         full = [layer for layer, n in enumerate(record.vision) if n == n_vision]
         after = slice(full[-1] + 1 if full else 0, None)
+        reading = record.vision, record.frozen, record.reads
         row = (
             decoder_flops(config, record.tokens, record.frozen),
             decoder_flops(config, [n_text + n for n in every]),
-            vision_pairs(n_text, record.vision, record.frozen, record.reads),
-            vision_pairs(n_text, every),
-            vision_pairs(n_text, record.vision[after], record.frozen[after], record.reads[after]),
-            vision_pairs(n_text, every[after]),
+            vision_pairs(n_text, *reading, attention=softmax),
+            vision_pairs(n_text, every, attention=softmax),
+            vision_pairs(n_text, *(values[after] for values in reading), attention=softmax[after]),
+            vision_pairs(n_text, every[after], attention=softmax[after]),
             sum(record.vision),
             sum(every),
         )
@@ -212,15 +272,22 @@ def account(config: PretrainedConfig, records: Iterable[TraceRecord]) -> Account
 
 
 def vision_pairs(
-    n_text: int, vision: Sequence[int], frozen: Sequence[int] = (), reads: Sequence[int] = ()
+    n_text: int,
+    vision: Sequence[int],
+    frozen: Sequence[int] = (),
+    reads: Sequence[int] = (),
+    *,
+    attention: Sequence[bool] = (),
 ) -> int:
     """Causal pairs with a vision token in them, that is all pairs less those of text alone; over all layers.
 
     Args:
         frozen, reads: as in `TraceRecord`; frozen tokens are keys only. Empty: there are none.
+        attention: whether each layer attends with a softmax: a recurrence has no pairs. Empty: all do.
     """
-    computed = [n - f for n, f in zip(vision, frozen or [0] * len(vision), strict=True)]
-    return sum(pairs(n_text + n) - pairs(n_text) for n in computed) + sum(reads)
+    none, every = [0] * len(vision), [True] * len(vision)
+    layers = zip(vision, frozen or none, reads or none, attention or every, strict=True)
+    return sum(pairs(n_text + n - f) - pairs(n_text) + read for n, f, read, attends in layers if attends)
 
 
 def pairs(n: int) -> int:

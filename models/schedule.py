@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from latefusion.models.flops import decoder_flops, projection_flops, ranking_flops, vision_macs
+from latefusion.models.layer_kinds import attends, require_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,6 +49,10 @@ class VisionSchedule:
     the text before, at their original positions. Only their keys and values are computed, with the layer's own weights.
     Empty: no layer reads, the answer is blind; None: vision tokens are computed, in the band. `freeze_prefix`: the
     attention output of the text before the image is zero in every layer, while its MLP runs (ViCA's 7B model).
+
+    In a hybrid decoder, layers that run a recurrence (linear attention, a short convolution) read the tokens of the
+    band in their original order, and text alone elsewhere. They rank nothing, and `cross` cannot name them: a token
+    that they read changes their state, so it would not only be read.
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -141,6 +146,25 @@ class VisionSchedule:
                     f"choose at most {limit}."
                 )
 
+    def check_attention(self, attention: Sequence[bool]) -> None:
+        for layer in self.keep:
+            if self.ranking == "hidrop":
+                require_attention("a layer of keep", [layer], attention)
+            elif not any(attention[self.enter : layer]):
+                first = [i for i, attends in enumerate(attention) if attends and i >= self.enter][:1]
+                raise ValueError(
+                    f"keep={{{layer}: {self.keep[layer]}}} ranks by softmax attention, but layers {self.enter} to "
+                    f"{layer - 1} run a recurrence (linear attention or a convolution): "
+                    + (f"choose a layer above {first[0]}." if first else "no layer after them attends.")
+                )
+        if self.cross:
+            require_attention("a layer of cross", self.cross, attention)
+        if self.freeze_prefix:
+            raise ValueError(
+                "freeze_prefix=True silences attention, which the layers of this decoder that run a recurrence do not "
+                "have: leave it out."
+            )
+
     def begin(self, prompt: Prompt) -> Decision:
         from latefusion.models.policies.scheduled import (
             ScheduleDecision,  # lazy: a schedule is read without torch
@@ -160,7 +184,7 @@ class VisionSchedule:
             prompt,
             sees=self.sees(prompt.num_layers),
             keep=self.keep,
-            watch=self.watched,
+            watch=prompt.attending(self.watched),
             frozen=self.cross is not None,
             rows=self.asking,
             ahead=self.looked_ahead,
@@ -237,7 +261,8 @@ class VisionSchedule:
         Under HiDrop's rule the scores of one row, and the projections of the layers that are looked at.
         """
         rows = n_text if self.asking is None else min(self.asking, n_text)
-        flops = sum(ranking_flops(config, rows, vision_tokens[i]) for i in self.watched)
+        attention = attends(config)
+        flops = sum(ranking_flops(config, rows, vision_tokens[i]) for i in self.watched if attention[i])
         for layer in self.looked_ahead:
             tokens = n_text + vision_tokens[layer - 1]
             flops += projection_flops(config, tokens) + ranking_flops(config, 1, tokens)

@@ -77,7 +77,8 @@ def computed_flops(attachment: Attachment, config: PretrainedConfig, scored: int
         first: count the decoder from this layer on.
     """
     decoder = sum(
-        decoder_flops(config, tokens[first:], frozen[first:]) for tokens, frozen in attachment.sizes
+        decoder_flops(config, tokens[first:], frozen[first:], first=first)
+        for tokens, frozen in attachment.sizes
     )
     return decoder + head_flops(config, scored)
 

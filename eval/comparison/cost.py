@@ -21,6 +21,7 @@ from latefusion.eval.metrics import Spread, spread
 from latefusion.eval.tasks.base import Answer
 from latefusion.models.flops import decoder_flops, encoder_flops, vision_macs, vision_pairs
 from latefusion.models.inputs import encode_images
+from latefusion.models.layer_kinds import attends
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 
@@ -93,7 +94,8 @@ def compute(
         flops=fmean(flops(answer) for answer in answers),
         vision_macs=fmean(vision_macs(config, a.vision_tokens, frozen=any(a.frozen)) for a in answers),
         attention_pairs=fmean(
-            vision_pairs(a.text_tokens, a.vision_tokens, a.frozen, a.reads) for a in answers
+            vision_pairs(a.text_tokens, a.vision_tokens, a.frozen, a.reads, attention=attends(config))
+            for a in answers
         ),
         vision_tokens=[fmean(layer) for layer in layers],
         text_tokens=fmean(answer.text_tokens for answer in answers),

@@ -158,11 +158,15 @@ def band_cost(config: PretrainedConfig, shape: Shape) -> float:
 
 def _parts(config: PretrainedConfig, shape: Shape) -> tuple[float, float, float, float]:
     """In prefills: the head, what follows on its cache, text without vision, what follows and sees no vision."""
-    dense = layer_flops(config, shape.length)
-    behind = shape.length - shape.cut
+
+    def flops(tokens: int, past: int = 0) -> int:
+        layers = range(config.get_text_config().num_hidden_layers)
+        return sum(layer_flops(config, tokens, past=past, layer=i) for i in layers)
+
+    dense, behind = flops(shape.length), shape.length - shape.cut
     return (
-        layer_flops(config, shape.cut) / dense,
-        layer_flops(config, behind, past=shape.cut) / dense,
-        layer_flops(config, shape.length - shape.vision) / dense,
-        layer_flops(config, behind, past=shape.cut - shape.vision) / dense,
+        flops(shape.cut) / dense,
+        flops(behind, past=shape.cut) / dense,
+        flops(shape.length - shape.vision) / dense,
+        flops(behind, past=shape.cut - shape.vision) / dense,
     )

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.partial import starting_at
-from latefusion.models.flops import layer_flops
+from latefusion.models.flops import decoder_flops
 from latefusion.models.inputs import fresh_inputs
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.visipruner.decision import VisiPrunerDecision, effect_on_queries, prunable
@@ -177,8 +177,7 @@ def judge(batch: Batch, attachment: Attachment, logits: Tensor, dense: Tensor) -
     prompts = [
         [n - answer for n in record.tokens] for record, answer in zip(trace, answers, strict=True)
     ]  # [B, layers]
-    cost = {n: layer_flops(attachment.model.config, n) for n in {n for layers in prompts for n in layers}}
-    flops = [sum(cost[n] for n in layers) for layers in prompts]
+    flops = [decoder_flops(attachment.model.config, layers) for layers in prompts]
     vision = [np.mean(record.vision) for record in trace]
     return Outcome(
         kl.double().clamp(min=0).cpu().numpy(),

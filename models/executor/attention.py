@@ -92,6 +92,11 @@ class Watch:
     def enter(self, layer: int, attention: nn.Module) -> None:
         """Before each layer, after `check`."""
         if layer in self.decision.watch:
+            if not hasattr(attention, WATCHER):
+                raise ValueError(
+                    f"the policy looks at the attention of layer {layer}, but {type(attention).__name__} runs a "
+                    "recurrence: let it look at layers that attend with a softmax (`Prompt.attention`)."
+                )
             self._due = layer, attention
 
     def check(self) -> None:

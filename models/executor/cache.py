@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from latefusion.models.executor.layout import Layout
 
@@ -157,6 +157,7 @@ class ScheduledSlidingLayer(_Scheduled, DynamicSlidingWindowLayer):
 
 
 SUPPORTED: dict[type, Any] = {DynamicLayer: ScheduledLayer, DynamicSlidingWindowLayer: ScheduledSlidingLayer}
+UNCHANGED = {LinearAttentionLayer}  # a state of fixed size: a token that was not read has left no trace
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -166,7 +167,7 @@ def check_cache(cache: Cache | None) -> None:
     kinds = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    for kind in kinds - set(SUPPORTED) - set(SUPPORTED.values()):
+    for kind in kinds - UNCHANGED - set(SUPPORTED) - set(SUPPORTED.values()):
         raise ValueError(
             f"a vision policy cannot work with cache layers of type {kind.__name__}: "
             "pass past_key_values=DynamicCache() or leave cache_implementation unset."

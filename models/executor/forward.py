@@ -24,6 +24,7 @@ from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import narrows, segment_mask
 from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
+from latefusion.models.executor.recurrence import Gaps, mixer_of, recurrence_of
 from latefusion.models.executor.segment import Segment
 from latefusion.models.executor.selections import Selections
 from latefusion.models.policies.base import Decision, LooksAhead, Prompt, SeesEmbeddings, Selection
@@ -49,6 +50,7 @@ class Forward:
         recorded: keeps what is needed to expand what the model records of every layer; None if it records nothing.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
+        gaps: padding that recurrent layers run over.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Forward:
         recorded: Recorded | None,
         replayed: bool,
         uniform: bool,
+        gaps: Gaps,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
@@ -81,6 +84,7 @@ class Forward:
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.start = Track(tail=past, length=past)
         self.uniform = uniform and prompt is None and recorded is None
+        self.gaps = gaps
 
     # ---------------------------------------------------------------- around a layer
 
@@ -98,7 +102,7 @@ class Forward:
             self._look_ahead(i, layer, args, kwargs)
         hidden_states = self._select(i, args[0])
         if self.watch is not None and not is_skipped(layer):
-            self.watch.enter(i, layer.self_attn)
+            self.watch.enter(i, mixer_of(layer))
         if self.recorded is not None:
             self.recorded.enter(self.segment)
         cache = kwargs.get("past_key_values")
@@ -159,6 +163,7 @@ class Forward:
             self.segment = Segment()
             return full
         self._check_choice(i, selection)
+        self.gaps.check()
         # Tokens that are not active leave: they are removed by `layout.take` at the end.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
         n_text = [real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)]
@@ -217,6 +222,8 @@ class Forward:
             if ids is not None:  # flash attention would take ids with gaps for packed sequences
                 packs = is_flash_attention_requested(self.config)
                 kwargs["position_ids"] = None if packs else segment.take_ids(ids)
+        if recurrence_of(layer) is not None:
+            return {**kwargs, "attention_mask": self._rows_read(i, cache)}
         if segment.text is not None:
             kwargs[TEXT_ROWS] = segment.text
         if segment.silent is not None:
@@ -236,6 +243,19 @@ class Forward:
             causal=getattr(layer.self_attn, "is_causal", True),  # as transformers decides for its kernels
         )
         return kwargs
+
+    def _rows_read(self, i: int, cache: Cache | None) -> Tensor | None:
+        """The mask of a recurrent layer: which rows of its segment are tokens, bool `[B, n]`; None: all."""
+        layout = self.segment.layout
+        assert layout is not None
+        if self.segment.text is not None:
+            raise ValueError(
+                f"layer {i} runs a recurrence, which frozen vision tokens would change: freeze them in layers that "
+                "attend with a softmax."
+            )
+        if cache is not None:
+            cache.layers[i].padded_behind = self.gaps.behind  # type: ignore[union-attr]
+        return layout.valid
 
     # ---------------------------------------------------------------- for the policy
 

@@ -19,7 +19,8 @@ SILENT_ROWS = (
     "latefusion_silent_rows"  # likewise: bool, the rows among those that attend whose output is zero
 )
 _LOCK = threading.Lock()
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+OUTPUTS, MLPS = ("o_proj", "out_proj"), ("mlp", "feed_forward")  # names of one thing in different families
 ROW_BY_ROW = re.compile(
     r"norm|rotary|^(gate|g)_proj$|^sinks$"
 )  # other parts of an attention that frozen rows pass
@@ -37,7 +38,8 @@ class ReadingLayer:
     def __init__(self, layer: nn.Module):
         self.attention: nn.Module = layer.get_submodule("self_attn")
         self._calls = PerThread(_Call)
-        mlp = layer.get_submodule("mlp")
+        mlp = layer.get_submodule(_named(layer, MLPS))
+        self.output = _named(self.attention, OUTPUTS)
         self._handles: list[RemovableHandle] = [
             self.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             mlp.register_forward_pre_hook(self._take),
@@ -83,7 +85,7 @@ class ReadingLayer:
 
     def _hook_linears(self) -> None:
         """Put hooks on q_proj and o_proj as they are now: PEFT may have wrapped them since."""
-        for name in ("q_proj", "o_proj"):
+        for name in ("q_proj", self.output):
             linear = self.attention.get_submodule(name)
             if self._linears.get(name, (None, []))[0] is linear:
                 continue
@@ -138,12 +140,17 @@ def check_parts(layer: nn.Module) -> None:
     """Raise ValueError if a layer is not made of the parts that `ReadingLayer` puts its hooks on."""
     attention = layer.get_submodule("self_attn")
     missing = [name for name in PROJECTIONS if name not in attention._modules]
-    if missing or "mlp" not in layer._modules:
+    missing += [
+        "/".join(names) for part, names in ((attention, OUTPUTS), (layer, MLPS)) if not _named(part, names)
+    ]
+    if missing:
         raise ValueError(
-            f"{type(layer).__name__} has no {missing[0] if missing else 'mlp'}, so its vision tokens cannot be "
+            f"{type(layer).__name__} has no {missing[0]}, so its vision tokens cannot be "
             "frozen: use a schedule without cross."
         )
-    parts = [name for name in (*attention._modules, *attention._parameters) if name not in PROJECTIONS]
+    parts = [
+        name for name in (*attention._modules, *attention._parameters) if name not in PROJECTIONS + OUTPUTS
+    ]
     unknown = [name for name in parts if not ROW_BY_ROW.search(name)]
     if unknown:
         raise ValueError(
@@ -158,7 +165,12 @@ def _only_adds(layer: nn.Module) -> bool:
         name for name, _ in layer.named_children() if "norm" not in name.lower() and "dropout" not in name
     }
     values = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-    return parts == {"self_attn", "mlp"} and not values
+    return parts == {"self_attn", _named(layer, MLPS)} and not values
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> str:
+    """Which of these names one of the module's parts has; empty: none."""
+    return next((name for name in names if name in module._modules), "")
 
 
 def _zeros(rows: Layout, like: Tensor) -> Tensor:

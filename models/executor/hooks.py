@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import (
     PromptEnd,
+    earlier_tokens,
     end_of_labels,
     hides_no_question,
     padding_of,
@@ -34,6 +35,13 @@ from latefusion.models.executor.prompt import (
     real_tokens,
 )
 from latefusion.models.executor.recorded import Recorded
+from latefusion.models.executor.recurrence import (
+    Gaps,
+    by_length,
+    check_continued,
+    last_norm,
+    recurrence_of,
+)
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
@@ -59,7 +67,7 @@ class Hooks:
 
     Args:
         model: the Hugging Face model.
-        decoder: its decoder, which has `layers`, each with `self_attn`, and `norm`.
+        decoder: its decoder, which has `layers`, each with attention or a recurrence, and a last norm.
         multimodal: what calls the decoder and sees the images; the decoder itself in a bare language model.
         vision_mask: the user's own rule for what is vision, or None.
     """
@@ -81,8 +89,10 @@ class Hooks:
         )  # threads in a forward with a state; asked first, as most decode steps have none
         self._watched: set[int] = set()  # those of them whose policy looks at attention
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
-        self._reading: list[ReadingLayer] = []  # once a policy freezes
+        self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
+        recurrences = [recurrence_of(layer) for layer in self.layers]
+        self.attention = tuple(mixer is None for mixer in recurrences)  # per layer: it attends with a softmax
         self._takes_ids = any(map(_needs_positions, self.layers))
         let_modules_watch()
         self._handles = list(self._install())
@@ -103,11 +113,12 @@ class Hooks:
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        for handle in [*self._handles, *self._reading]:
+        for handle in [*self._handles, *self._reading.values()]:
             handle.remove()
-        for layer in self.layers:
-            vars(layer.self_attn).pop(WATCHER, None)
-        self._handles, self._reading = [], []
+        for layer, attends in zip(self.layers, self.attention, strict=True):
+            if attends:
+                vars(layer.self_attn).pop(WATCHER, None)
+        self._handles, self._reading = [], {}
         self._end()
 
     # ---------------------------------------------------------------- where the hooks are
@@ -127,8 +138,14 @@ class Hooks:
             yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
             if deepstack:
                 yield layer.register_forward_hook(partial(self._after_layer, i))
-            setattr(layer.self_attn, WATCHER, Watcher(self, i))
-        yield decoder.get_submodule("norm").register_forward_pre_hook(self._before_norm)
+            mixer = recurrence_of(layer)
+            if mixer is None:
+                setattr(layer.self_attn, WATCHER, Watcher(self, i))
+            else:
+                yield Around(mixer, "forward", partial(self._recur, mixer))
+        norm = last_norm(decoder)
+        assert norm is not None
+        yield norm.register_forward_pre_hook(self._before_norm)
         yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
     def _until_interrupted(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -153,7 +170,7 @@ class Hooks:
         running = self._running
         running.vision = running.padding = None
         self._set_forward(None)
-        for layer in self._reading:
+        for layer in self._reading.values():
             layer.forget()
 
     @torch.compiler.disable  # dynamo would take one thread's number for that of all
@@ -198,6 +215,9 @@ class Hooks:
         cache, entry = arguments.get("past_key_values"), entry_of(self.model)
         past = 0 if cache is None else cache.get_seq_length()
         touched = is_scheduled(cache)
+        recurrent = not all(self.attention)
+        if recurrent and past:
+            check_continued(cache)
         if running.vision is None and entry is None and not touched and past:
             return  # a decode step under a policy that removed nothing
         tokens = arguments.get("inputs_embeds")
@@ -223,6 +243,7 @@ class Hooks:
                 end=end,
                 position_ids=arguments.get("position_ids"),
                 num_layers=len(self.layers),
+                attention=self.attention if recurrent else (),
             )
         config = self.decoder.config
         window = attention_window(config)
@@ -248,6 +269,14 @@ class Hooks:
                     "say where the prompt ends, so the answer would choose them: pass labels, or name the last token "
                     "of each prompt with attachment.queries(index)."
                 )
+        gaps = Gaps()
+        if recurrent and prompt is not None:
+            if prompt.packed:
+                raise ValueError(
+                    "several samples are packed into a row (position_ids begin again), and the recurrent layers of "
+                    "this decoder would read one after the other: put them into rows of their own."
+                )
+            gaps = Gaps.of(prompt.real, earlier_tokens(running.padding, length, past))
         mask = arguments.get("attention_mask")
         records = [
             arguments.get(name, getattr(config, name, False))
@@ -264,9 +293,12 @@ class Hooks:
             entry=entry,
             enters=getattr(policy, "enter", 0),
             deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
-            recorded=Recorded() if any(r is not None and r is not False for r in records) else None,
+            recorded=Recorded(self.attention)
+            if any(r is not None and r is not False for r in records)
+            else None,
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
             uniform=is_uniform(cache),
+            gaps=gaps,
         )
         self._set_forward(forward)
         if prompt is not None:
@@ -317,9 +349,10 @@ class Hooks:
         """
         with _LOCK:
             if not self._reading:
-                for layer in self.layers:
+                layers = {i: self.layers[i] for i, attends in enumerate(self.attention) if attends}
+                for layer in layers.values():
                     check_parts(layer)
-                self._reading = [ReadingLayer(layer) for layer in self.layers]
+                self._reading = {i: ReadingLayer(layer) for i, layer in layers.items()}
 
     def attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of layer i's stock attention: shown to the policy, and on text rows alone over frozen tokens."""
@@ -331,6 +364,14 @@ class Hooks:
         if reads and narrows(self.decoder.config):
             return self._reading[i].attend(attention, module, *args, **kwargs)
         return attention(module, *args, **kwargs)
+
+    def _recur(self, mixer: Any, stock: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The stock recurrence of a layer; rows of several lengths that go on from a cache, one length at a time."""
+        forward = self._threads.get().forward if self._busy else None
+        layout = None if forward is None or not forward.past else forward.segment.layout
+        if layout is None or layout.valid is None:
+            return stock(*args, **kwargs)
+        return by_length(stock, layout, mixer.layer_idx, _named(mixer, args, kwargs))
 
     def _after_layer(self, i: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         forward = self._running.forward
@@ -379,6 +420,8 @@ def _ranks(decision: Decision | None) -> bool:
 
 def _needs_positions(layer: Any) -> bool:
     """Whether attention computes with position_ids: others take them for flash attention alone, and do without."""
+    if recurrence_of(layer) is not None:
+        return False
     ids = _parameters(layer.self_attn).get("position_ids")
     return ids is not None and ids.default is inspect.Parameter.empty
 

@@ -19,12 +19,14 @@ class Layout:
         valid: bool `[B, n]`, false for padding; None if there is none.
         rows: int64 `[B * n]`, the same positions counted over the flattened batch.
         length: T, the forward's tokens.
+        counts: of each sample, its tokens in the segment.
     """
 
     index: Tensor
     valid: Tensor | None
     rows: Tensor
     length: int
+    counts: tuple[int, ...]
 
     @classmethod
     def build(cls, active: Tensor, counts: Sequence[int]) -> Layout:
@@ -34,7 +36,7 @@ class Layout:
         index = torch.argsort(active.to(torch.int8), dim=1, stable=True)[:, length - n :]  # [B, n]
         valid = None if min(counts) == n else active.gather(1, index)
         start = torch.arange(0, batch * length, length, device=index.device)[:, None]  # [B, 1]
-        return cls(index, valid, (index + start).flatten(), length)
+        return cls(index, valid, (index + start).flatten(), length, tuple(counts))
 
     def take(self, full: Tensor) -> Tensor:
         """`[B, T, D]` (or one row `[1, T, D]` for all samples) -> `[B, n, D]`."""

@@ -38,6 +38,7 @@ def read_prompt(
     end: PromptEnd,
     position_ids: Tensor | None,
     num_layers: int,
+    attention: tuple[bool, ...] = (),
 ) -> Prompt | None:
     """The prompt of a forward; None if it has no vision tokens. One host sync, the only one whatever the policy.
 
@@ -46,6 +47,7 @@ def read_prompt(
         real: bool `[B, T]`, false for padding.
         past: tokens before this forward.
         position_ids: int64 `[B|1, T]` or `[axes, B|1, T]`, of the decoder; None: they are consecutive.
+        attention: per layer, whether it attends with a softmax; empty: all do.
 
     Raises:
         ValueError: the queries do not fit the batch.
@@ -92,6 +94,7 @@ def read_prompt(
         asks=tuple(map(bool, asking)),
         past=past,
         late=any(n_late),
+        attention=attention,
     )
 
 
@@ -134,6 +137,13 @@ def real_tokens(padding: Tensor | None, batch: int, length: int, device: torch.d
     if padding is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     return padding[:, -length:].to(device=device, dtype=torch.bool).expand(batch, -1)
+
+
+def earlier_tokens(padding: Tensor | None, length: int, past: int) -> Tensor | bool:
+    """Which rows have tokens before this forward's `length`, bool `[B|1, 1]`, or the same for all."""
+    if not past or padding is None or padding.shape[-1] <= length:
+        return past > 0
+    return padding[:, :-length].bool().any(1, keepdim=True)
 
 
 def padding_of(mask: Any) -> Tensor | None:

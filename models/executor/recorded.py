@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from latefusion.models.executor.cache import Keys
@@ -9,9 +11,16 @@ from latefusion.models.executor.segment import Segment
 
 
 class Recorded:
-    """The segments of a forward's layers, kept to expand what the stock model recorded inside them."""
+    """The segments of a forward's layers, kept to expand what the stock model recorded inside them.
 
-    def __init__(self) -> None:
+    Args:
+        attention: per layer, whether it attends with a softmax, and so reports attention maps.
+    """
+
+    def __init__(self, attention: Sequence[bool]) -> None:
+        self.layers = [
+            i for i, attends in enumerate(attention) if attends
+        ]  # those that report attention maps
         self.segments: list[
             tuple[Segment, Tensor | None]
         ] = []  # of each layer, with `full` as the layer began
@@ -55,7 +64,7 @@ class Recorded:
             rows = segment.query_index(narrowed=narrowed)  # [B, n]
             return _scattered(weights, rows, segment.layout.length)
 
-        return tuple(expand(i, weights) for i, weights in enumerate(maps))
+        return tuple(expand(i, weights) for i, weights in zip(self.layers, maps, strict=False))
 
 
 def _scattered(rows: Tensor, index: Tensor, length: int) -> Tensor:

@@ -5,7 +5,7 @@ All indices are *logical*: positions in the tokens of this forward as the stock 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -33,6 +33,8 @@ class Prompt:
         piece: it begins or ends inside an image, so there is more of it than is seen here (chunked prefill).
         packed: a row holds several samples, each with positions of its own.
         late: vision tokens come after the last query, so no text of the prompt has seen them.
+        attention: per layer, whether it attends with a softmax: others run a recurrence (linear attention, a
+            convolution), where no policy can look at attention. Empty: all do.
     """
 
     vision: Tensor
@@ -50,6 +52,11 @@ class Prompt:
     asks: tuple[bool, ...] = ()
     past: int = 0
     late: bool = False
+    attention: tuple[bool, ...] = ()
+
+    def attending(self, layers: Iterable[int]) -> list[int]:
+        """Those of the layers that attend with a softmax."""
+        return [layer for layer in layers if not self.attention or self.attention[layer]]
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,8 @@ class Policy(Protocol):
 
     It may also have two attributes. `enter`: the first layer with vision tokens, where the entry adapter runs in
     forwards without any. `freezes`: its vision tokens may be frozen, so a model that cannot do so is refused early.
+    And a method `check_attention(attention)`: raise ValueError if it looks at the attention of a layer that runs a
+    recurrence instead (`Prompt.attention`); asked for decoders that have such layers.
     """
 
     def validate(self, num_layers: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from latefusion.models.layer_kinds import require_attention
 from latefusion.models.policies.base import Prompt
 from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
 
@@ -36,6 +38,9 @@ class FastV:
 
     def validate(self, num_layers: int) -> None:
         check_layer("layer", self.layer, num_layers)
+
+    def check_attention(self, attention: Sequence[bool]) -> None:
+        require_attention("layer", [self.layer - 1], attention, shift=1)
 
     def begin(self, prompt: Prompt) -> AttentionRanking:
         return AttentionRanking({self.layer: self.keep_ratio}, prompt)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from latefusion.models.layer_kinds import require_attention
 from latefusion.models.policies.base import Prompt
 from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
 
@@ -55,6 +56,9 @@ class PyramidDrop:
     def validate(self, num_layers: int) -> None:
         for layer in self.keep_ratios:
             check_layer("a layer of keep_ratios", layer, num_layers)
+
+    def check_attention(self, attention: Sequence[bool]) -> None:
+        require_attention("a layer of keep_ratios", [i - 1 for i in self.keep_ratios], attention, shift=1)
 
     def begin(self, prompt: Prompt) -> AttentionRanking:
         return AttentionRanking(self.keep_ratios, prompt)

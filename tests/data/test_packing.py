@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.data_rows import IMAGE_PART, turn, write_rows
-from helpers.families import FAMILIES, MROPE_FAMILIES, prompt, shared
+from helpers.families import FAMILIES, HYBRID_FAMILIES, MROPE_FAMILIES, prompt, shared
 from helpers.quick_runs import run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, shake, tiny_student
 from PIL import Image
@@ -14,7 +14,7 @@ from latefusion.data.collate import IGNORE
 from latefusion.data.packing import Packed, check_isolation, fitted
 from latefusion.training import assemble
 
-PACKABLE = [family for family in FAMILIES if family != "paligemma"]
+PACKABLE = [family for family in FAMILIES if family not in ("paligemma", *HYBRID_FAMILIES)]
 
 
 def conversation(question: str, *answers: str) -> dict:

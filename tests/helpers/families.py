@@ -90,6 +90,32 @@ def gemma3(sliding_window: int = 8) -> Any:
     )
 
 
+def lfm2_vl(layer_types: list[str]) -> Any:
+    config = text(hf.Lfm2Config, layer_types=layer_types, num_hidden_layers=len(layer_types))
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return hf.Lfm2VlConfig(
+        vision_config=hf.Siglip2VisionConfig(**tower, patch_size=14, num_patches=16),
+        text_config=config,
+        image_token_id=IMAGE,
+        projector_hidden_size=HIDDEN,
+    )
+
+
+def qwen3_5(layer_types: list[str], kind: type = hf.Qwen3_5Config, **more: Any) -> Any:
+    config = text_dict(
+        kind,
+        layer_types=layer_types,
+        num_hidden_layers=len(layer_types),
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        rope_parameters={**MROPE, "partial_rotary_factor": 1.0},
+        **more,
+    )
+    return kind(vision_config={**QWEN_TOWER, "num_position_embeddings": 16}, text_config=config, **WITH_VIDEO)
+
+
 CONFIGS = {
     "llava": lambda: llava(hf.LlamaConfig),
     "llava_mistral": lambda: llava(hf.MistralConfig, sliding_window=None),
@@ -142,9 +168,22 @@ CONFIGS = {
         **WITH_VIDEO,
         **GLM_MARKS,
     ),
+    "lfm2_vl": lambda: lfm2_vl(["conv", "full_attention"] * (LAYERS // 2)),
+    "qwen3_5": lambda: qwen3_5(["linear_attention", "full_attention"] * (LAYERS // 2)),
 }
 FAMILIES = list(CONFIGS)
-MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_5")
+HYBRID_FAMILIES = ("lfm2_vl", "qwen3_5")  # recurrent layers before each softmax layer: 1, 3, 5
+
+
+def gradient_tolerance(family: str) -> float:
+    """Float32 chunks of the delta rule round apart from the loop by as much; in float64 both agree (test_hybrids)."""
+    return 2e-5 if family in HYBRID_FAMILIES else TOLERANCE
+
+
+def softmax(family: str, layer: int) -> int:
+    """This layer, or in a hybrid the next that attends with a softmax: for tests that look at attention."""
+    return layer | 1 if family in HYBRID_FAMILIES else layer
 
 
 def build_from(config: Any, attention: str = "sdpa", auto: type = hf.AutoModelForImageTextToText) -> Any:

@@ -1,7 +1,8 @@
 """The judge of the executor: the full-length stock model, told by 4-D masks what each layer must not see.
 
 Nothing is removed here and nothing is shared with the executor: hooks on an untouched model hide the columns
-of vision tokens in each layer's mask, and put a late token's input back in place when it enters.
+of vision tokens in each layer's mask, and put a late token's input back in place when it enters. A layer that runs a
+recurrence has no mask to hide tokens by: it is computed token by token, by `recurrences`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from helpers.recurrences import scan
 from torch import Tensor
 
 from latefusion.models.policies.base import Selection
@@ -65,6 +67,10 @@ def masked(
             if entry is not None:
                 rows = torch.where(entering[..., None], entry(rows), rows)
             hidden = torch.where(entering[..., None], rows, hidden)
+        if recurrence(layer) is not None:
+            mask = kwargs.get("attention_mask")  # [B, T]
+            state[i] = (torch.ones_like(vision) if mask is None else mask.bool()) & (~vision | seen[i])
+            return (hidden, *args[1:]), kwargs
         kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, hidden, vision & ~seen[i])
         return (hidden, *args[1:]), kwargs
 
@@ -83,10 +89,17 @@ def masked(
             return mask & ~hidden_cells
         return mask.masked_fill(hidden_cells, torch.finfo(mask.dtype).min)
 
+    def by_hand(i: int, mixer: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return scan(mixer, kwargs["hidden_states"], state[i])
+
     handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        mixer = recurrence(layer)
+        if mixer is not None:
+            after = lambda module, args, kwargs, out, i=i: by_hand(i, module, args, kwargs, out)  # noqa: E731
+            handles.append(mixer.register_forward_hook(after, with_kwargs=True))
         if frozen:
             handles.append(layer.register_forward_hook(after_layer))
     with gone_afterwards(handles):
@@ -145,6 +158,16 @@ def blinded(
         yield
 
 
+def recurrence(layer: Any) -> Any:
+    """The module of a layer that has no softmax attention; None for others."""
+    return next((part for name, part in layer.named_children() if name in ("conv", "linear_attn")), None)
+
+
+def attending(model: Any) -> list[int]:
+    """The layers that attend with a softmax."""
+    return [i for i, layer in enumerate(model.get_decoder().layers) if recurrence(layer) is None]
+
+
 def band(vision: Tensor, layers: int, enter: int = 0, exit: int | None = None) -> list[Tensor]:
     """`seen` of a plain band."""
     nothing = torch.zeros_like(vision)
@@ -173,14 +196,17 @@ def ranked(
     last = layers if exit is None else exit
     for layer, k in sorted(keep.items()):
         score: list[dict[int, float]] = [{} for _ in queries]
-        for watched in range(enter, layer):
+        reports = attending(eager)  # layers with attention maps
+        for watched in (i for i in range(enter, layer) if i in reports):
             values: dict[str, Tensor] = {}
             attention = eager.get_decoder().layers[watched].self_attn
             handle = attention.v_proj.register_forward_hook(
                 lambda m, a, out, values=values: values.update(v=out)
             )
             with masked(eager, vision, seen, entry=entry), torch.no_grad():
-                maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[watched]
+                maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[
+                    reports.index(watched)
+                ]
             handle.remove()
             heads, head_dim = maps.shape[1], attention.head_dim
             value = values["v"].unflatten(-1, (-1, head_dim))  # [B, T, Hkv, D]

@@ -13,6 +13,7 @@ from helpers.families import (
     MIXED,
     TOLERANCE,
     continued,
+    gradient_tolerance,
     prompt,
     shared,
     text_tokens,
@@ -60,7 +61,7 @@ def check_identity(family: str, side: str, attention: str, rows: list[str]) -> N
     model, inputs = shared(family, attention), prompt(family, rows, side)
     with torch.no_grad():
         logits, out = model(**inputs).logits, generate(model, inputs)
-        for everything in (VisionSchedule(), VisionSchedule(keep={1: 1000})):
+        for everything in (VisionSchedule(), VisionSchedule(keep={2: 1000})):
             with attach(model, everything):
                 assert torch.equal(model(**inputs).logits, logits)
                 same = generate(model, inputs)
@@ -156,7 +157,8 @@ def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
         (grads, loss), (again, loss_again) = gradients(model, inputs), gradients_checkpointed(model, inputs)
     assert grads.keys() == expected.keys()
     scale = max(grad.abs().max().item() for grad in expected.values())
-    assert max(gap(grads[name], expected[name]) for name in grads) / max(scale, 1.0) <= TOLERANCE
+    worst = max(gap(grads[name], expected[name]) for name in grads)
+    assert worst / max(scale, 1.0) <= gradient_tolerance(family)
     assert abs(loss - expected_loss) <= TOLERANCE
     assert loss == loss_again and all(torch.equal(grads[name], again[name]) for name in grads)
 

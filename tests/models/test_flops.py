@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from helpers.flop_counter import N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
+from helpers.families import CONFIGS, HYBRID_FAMILIES, build_from
+from helpers.flop_counter import CPU_ATTENTION, N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latefusion.models.attach import attach
@@ -82,3 +86,22 @@ def test_an_unknown_convention_is_refused() -> None:
         ValueError, match=r"^convention='tops' is unknown; use 'computed' or 'vision_only'\.$"
     ):
         VisionSchedule().flops(llama_config(2, "sdpa"), 1, 1, convention="tops")
+
+
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_recurrent_layers_cost_what_pytorch_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the delta rule itself, which stock computes in chunks: its `6 d_k d_v` are in the formula alone."""
+    config = CONFIGS[family]()
+    config.text_config.hidden_size = 128  # so that a kernel's few taps past the end count for little
+    model = build_from(config)
+    text, tokens = model.config.text_config, 120
+    rule = 0
+    if family == "qwen3_5":
+        state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+        rule = text.layer_types.count("linear_attention") * tokens * 6 * state
+        module = sys.modules[type(model.get_decoder()).__module__]
+        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", lambda q, k, v, **kwargs: (v, None))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+        model.get_decoder()(inputs_embeds=torch.randn(1, tokens, 128), use_cache=False)
+    formula = decoder_flops(model.config, [tokens] * text.num_hidden_layers) - rule
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)

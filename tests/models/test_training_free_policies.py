@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES, LAYERS, prompt, shared, text_tokens, vision_tokens
-from helpers.oracle import band, masked
+from helpers.families import FAMILIES, HYBRID_FAMILIES, LAYERS, prompt, shared, text_tokens, vision_tokens
+from helpers.oracle import attending, band, masked
 from torch import Tensor
 
 from latefusion.models.attach import attach
@@ -34,7 +34,8 @@ def by_attention(eager: Any, inputs: dict[str, Any], keep_ratios: dict[int, floa
     seen = band(vision, LAYERS)
     for layer, ratio in keep_ratios.items():
         with masked(eager, vision, seen):
-            maps = eager(**inputs, use_cache=False, output_attentions=True).attentions[layer - 1]
+            every = eager(**inputs, use_cache=False, output_attentions=True).attentions
+        maps = every[attending(eager).index(layer - 1)]
         chosen = torch.zeros_like(vision)
         for b in range(len(vision)):
             columns = seen[layer - 1][b].nonzero().flatten().tolist()
@@ -96,9 +97,17 @@ CASES: dict[str, tuple[Policy, Callable[[Any, dict[str, Any]], list[Tensor]]]] =
 }
 
 
+HYBRID_CASES = CASES | {  # stages begin after softmax layers
+    "pyramiddrop": (
+        PyramidDrop(keep_ratios={2: 0.75, 4: 0.3}),
+        lambda eager, inputs: by_attention(eager, inputs, {2: 0.75, 4: 0.3}),
+    ),
+}
+
+
 @torch.no_grad()
 def check(family: str, name: str, side: str, attention: str) -> None:
-    policy, reference = CASES[name]
+    policy, reference = (HYBRID_CASES if family in HYBRID_FAMILIES else CASES)[name]
     inputs, eager = prompt(family, ROWS, side), shared(family, "eager")
     vision, text = vision_tokens(inputs), text_tokens(inputs)
     seen = reference(eager, inputs)

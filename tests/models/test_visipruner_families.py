@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families import FAMILIES, LAYERS, continued, prompt, shared, text_tokens, vision_tokens
-from helpers.oracle import masked
+from helpers.families import FAMILIES, LAYERS, continued, prompt, shared, softmax, text_tokens, vision_tokens
+from helpers.oracle import attending, masked
 from torch import Tensor
 
 from latefusion.models.attach import attach
@@ -33,7 +33,7 @@ def shallow_maps(model: Any, vision: Tensor, ruled: Tensor, boundary: int) -> It
     Args:
         vision, ruled: bool `[B, T]`, vision tokens, and text that must not see them below `boundary`.
     """
-    file: Any = sys.modules[type(model.get_decoder().layers[0].self_attn).__module__]
+    file: Any = sys.modules[type(model.get_decoder().layers[attending(model)[0]].self_attn).__module__]
     stock, seen = file.eager_attention_forward, {}
 
     def edited(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -92,10 +92,12 @@ def expected(family: str, side: str, stages: tuple[str, ...]) -> Expected:
     model, inputs = shared(family, "eager"), prompt(family, ROWS, side)
     vision, ruled = vision_tokens(inputs), ruled_text(inputs)
     last = [int(row.nonzero().max()) for row in inputs["attention_mask"]]
-    policy = VisiPruner(boundary=2 if "shallow" in stages else 0, exit_patience=1, stages=stages)
+    boundary = softmax(family, 2 if "shallow" in stages else 0)
+    policy = VisiPruner(boundary=boundary, exit_patience=1, stages=stages)
     result = Expected(policy, [vision] * LAYERS, [None] * len(ROWS), [None] * len(ROWS))
     shallow = policy.boundary if "shallow" in stages else 0
-    for layer in range(policy.boundary + 1, LAYERS) if "middle" in stages else ():
+    middle = [i for i in attending(model) if i > policy.boundary]
+    for layer in middle if "middle" in stages else ():
         with shallow_maps(model, vision, ruled, shallow) as maps, masked(model, vision, result.seen):
             model(**inputs, use_cache=False)
         by_layer = {}
@@ -105,7 +107,7 @@ def expected(family: str, side: str, stages: tuple[str, ...]) -> Expected:
                 by_layer[b] = dict(
                     zip(columns, removal(maps[layer][0][b], maps[layer][1][b], row, columns), strict=True)
                 )
-        if layer == policy.boundary + 1:
+        if layer == middle[0]:
             lowest = sorted(min(cosine for cosine, _ in effects.values()) for effects in by_layer.values())
             norms = sorted(norm for effects in by_layer.values() for _, norm in effects.values())
             result.policy = replace(

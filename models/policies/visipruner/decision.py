@@ -41,7 +41,7 @@ class VisiPrunerDecision:
 
         shallow = range(min(rules.boundary, prompt.num_layers)) if "shallow" in rules.stages else range(0)
         middle = range(rules.boundary + 1, prompt.num_layers) if "middle" in rules.stages else range(0)
-        self.watch = {*shallow, *middle}
+        self.watch = set(prompt.attending([*shallow, *middle]))
 
         self.prunable = prunable(prompt)
         self._left_whole = [False] * len(self._counts)  # nothing of it may be removed

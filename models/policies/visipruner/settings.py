@@ -8,9 +8,11 @@ any kept token changes nothing, all of them leave too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from latefusion.models.layer_kinds import nearest_attention, require_attention
 from latefusion.models.policies.visipruner.rules import STAGES, Rules
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ __all__ = ["STAGES", "VisiPruner"]
 @dataclass(frozen=True, kw_only=True)
 class VisiPruner(Rules):
     """The paper's pruning, under the numbers that `Rules` describes.
+
+    All three look at softmax attention. Layers that run a recurrence instead (linear attention, a convolution) are
+    passed by: they read the vision tokens that are there, also below `boundary`, and no layer of them fuses or counts
+    for `exit_patience`.
 
     The shallow rule drops attention without renormalising the rest. It holds for the prompt's text after its first
     vision token; generated tokens (in training: answers) see all that is left. A prompt that ends in a vision token is
@@ -39,6 +45,16 @@ class VisiPruner(Rules):
             raise ValueError(
                 f"boundary={self.boundary} {why} of a decoder with layers 0 to {num_layers - 1}; "
                 f"choose at most {limit}."
+            )
+
+    def check_attention(self, attention: Sequence[bool]) -> None:
+        if self.boundary < len(attention):
+            require_attention("boundary", [self.boundary], attention)
+        if "middle" in self.stages and not any(attention[self.boundary + 1 :]):
+            last = nearest_attention(len(attention), attention)
+            raise ValueError(
+                f"boundary={self.boundary} leaves no layer to fuse in: no layer after it attends with a softmax; "
+                f"choose it before layer {last[0]}, the last that does."
             )
 
     def begin(self, prompt: Prompt) -> Decision:
