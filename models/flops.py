@@ -78,8 +78,11 @@ def convolution_flops(text: PretrainedConfig, tokens: int) -> int:
 
 
 def mlp_width(text: PretrainedConfig) -> int:
-    """The inner size of a layer's MLP; LFM2 derives it from `intermediate_size`."""
-    width: int = text.intermediate_size
+    """The inner size of a layer's MLP; LFM2 derives it from `intermediate_size`. Without one, of the active experts."""
+    width: int | None = getattr(text, "intermediate_size", None)
+    if width is None:
+        shared = getattr(text, "shared_expert_intermediate_size", 0)
+        return int(text.num_experts_per_tok * text.moe_intermediate_size + shared)
     if getattr(text, "block_auto_adjust_ff_dim", False):
         width = int(2 * width / 3)
         if text.block_ffn_dim_multiplier is not None:
@@ -89,7 +92,7 @@ def mlp_width(text: PretrainedConfig) -> int:
 
 
 def gates_attention(text: PretrainedConfig) -> bool:
-    """Whether attention projects a gate of the size of its queries: decoders that have a Gated DeltaNet do (Qwen)."""
+    """Whether attention projects a gate of the size of its queries: decoders with a Gated DeltaNet do (Qwen)."""
     return hasattr(text, "linear_num_value_heads")
 
 

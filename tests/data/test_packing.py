@@ -114,6 +114,12 @@ def test_a_model_in_which_samples_see_each_other_is_refused():
     check_isolation(model)
 
 
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_a_recurrence_that_reads_one_sample_after_the_other_is_refused(family):
+    with pytest.raises(ValueError, match=r"packed samples would see each other; use data\.pack=false"):
+        check_isolation(shared(family))
+
+
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [

@@ -6,6 +6,7 @@ in the loop.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -83,3 +84,19 @@ def scan(mixer: Any, hidden_states: Tensor, active: Tensor) -> Tensor:
         mixed = textbook(mixer, hidden_states[b, rows].double())
         output = output.index_put((torch.full_like(rows, b), rows), mixed.to(output.dtype))
     return output
+
+
+class _Float64:
+    """The module torch, in which float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def compute_in_float64(monkeypatch: Any, model: Any) -> Any:
+    """The model in float64, also where its code asks for float32 (norms, softmax, the delta rule)."""
+    monkeypatch.setattr(sys.modules[type(model.get_decoder()).__module__], "torch", _Float64())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return model.double()
