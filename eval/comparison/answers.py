@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.eval.comparison.encoded import EncodedImages
+from latefusion.eval.comparison.prefix import SharedPrefix
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
 from latefusion.eval.report.escape import terminal
@@ -30,7 +32,7 @@ def answer_questions(
     """Every system's greedy answers to every question of a task, in the order of its rows.
 
     Questions of like length share a batch. An image is encoded once for all its questions and for all systems that run
-    the same vision weights.
+    the same vision weights; layers that several policies compute alike run once a batch.
 
     Args:
         ledger: keeps answers as soon as they are there, and has those of an earlier start and of other processes. Of
@@ -124,10 +126,11 @@ def _ask(
     rows = [without_image(row) for row in questions] if first.blind else questions
     inputs = prompt_inputs(model, processor, rows)
     outputs, encoded = {}, None
-    for key, system in group.items():
-        with running(model, attachment, system):
-            encoded = encoded or images.encode(model, inputs)
-            outputs[key] = _generate(model, processor, attachment, encoded, longest)
+    with SharedPrefix(attachment).shared() if len(group) > 1 else nullcontext():
+        for key, system in group.items():
+            with running(model, attachment, system):
+                encoded = encoded or images.encode(model, inputs)
+                outputs[key] = _generate(model, processor, attachment, encoded, longest)
     return outputs
 
 

@@ -25,7 +25,7 @@ from latefusion.models.layer_kinds import attends
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 
-PEAK_PROMPTS = 3  # recording every allocation is slow
+PEAK_PROMPTS = 2  # recording every allocation is slow
 
 
 @dataclass(frozen=True)

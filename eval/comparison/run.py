@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -26,6 +26,9 @@ from latefusion.models.schedule import VisionSchedule
 SCHEMA = 3  # of report.json; raise it when a key changes its meaning
 NEW_TOKENS = 6  # generated while timing: the first and five further ones
 UNFINISHED = "unfinished.jsonl"  # answers of an evaluation that was interrupted
+NEAR = (
+    0.05  # of the vision tokens: budgets so near to each other share a row of random tokens, the larger one's
+)
 TOLERANCE = 0.005  # by which the dense base may miss a stored reference
 
 
@@ -134,18 +137,29 @@ def controls(
 ) -> dict[str, System]:
     """Systems that show what the vision tokens are worth: no image, and random tokens at the budget of each method.
 
-    A budget is a method's mean number of vision tokens a layer; the random row keeps as many in every layer.
+    A budget is a method's mean number of vision tokens a layer; a random row keeps as many in every layer.
     """
-    extra = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
     dense = tokens_a_layer(answers[reference])
-    for key, system in systems.items():
-        share = round(tokens_a_layer(answers[key]) / dense, 3) if dense else 1.0
-        if key != reference and not system.control and 0 < share < 1:
-            policy = named("random", keep_ratio=share)
-            extra[f"random_{share:g}"] = System(
-                name=f"Random {100 * share:.3g}%", policy=policy, control=True
-            )
+    shares = {
+        round(tokens_a_layer(answers[key]) / dense, 3) if dense else 1.0
+        for key, system in systems.items()
+        if key != reference and not system.control
+    }
+    extra = {"blind": System(name="No image", policy=VisionSchedule(), blind=True, control=True)}
+    for share in budgets(shares):
+        extra[f"random_{share:g}"] = System(
+            name=f"Random {100 * share:.3g}%", policy=named("random", keep_ratio=share), control=True
+        )
     return extra
+
+
+def budgets(shares: Collection[float]) -> list[float]:
+    """The budgets to ask about, largest first: one stands for those that are up to `NEAR` below it."""
+    kept: list[float] = []
+    for share in sorted(shares, reverse=True):
+        if 0 < share < 1 and not (kept and kept[-1] - share <= NEAR):
+            kept.append(share)
+    return kept
 
 
 def tokens_a_layer(answers: Sequence[Answer]) -> float:

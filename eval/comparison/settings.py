@@ -36,7 +36,7 @@ class Settings:
         batch_size: questions a batch (accuracy only; latency is measured at batch 1).
         latency_prompts, latency_repeats: prompts that latency and memory are measured on, and rounds over them.
         batches, lengths: batch sizes and text lengths that time is measured against; empty: not measured.
-        controls: add rows without the image, and with random tokens at each method's budget.
+        controls: add rows without the image, and with random tokens at the methods' budgets.
         stored: an earlier `report.json` whose reference row this run's must reproduce before others are asked.
         processes: those that share the questions; the main one measures costs and writes.
         seed: of the run that trained the checkpoint; None: there is none.
@@ -60,7 +60,7 @@ class Settings:
     baseline: str = "pruned"
     candidate: str = "student"
     batch_size: int = 96
-    latency_prompts: int = 6
+    latency_prompts: int = 4
     latency_repeats: int = 3
     batches: Sequence[int] = ()
     lengths: Sequence[int] = ()

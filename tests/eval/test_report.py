@@ -21,6 +21,7 @@ from helpers import evaluated_student
 from rich.console import Console
 
 from latefusion.eval.compare import compare, main
+from latefusion.eval.comparison.run import budgets
 from latefusion.eval.report import tables
 from latefusion.eval.report.__main__ import insert
 from latefusion.eval.report.figures import tokens_per_layer
@@ -133,6 +134,12 @@ def test_controls_have_no_image_or_the_budget_of_a_method(stored: dict[str, Any]
     assert systems["blind"]["vision_tokens"]["per_layer"] == [0, 0, 0, 0]
     assert systems["random_0.594"]["vision_tokens"]["per_layer"] == [10, 10, 10, 10]
     assert systems["random_0.328"]["vision_tokens"]["per_layer"] == [5, 5, 5, 5]
+
+
+def test_budgets_that_are_near_to_each_other_share_the_row_of_the_largest() -> None:
+    assert budgets([0.5, 0.533, 0.749, 0.451, 0.097, 0.1, 1.0, 0.0]) == [0.749, 0.533, 0.451, 0.1]
+    assert budgets([0.5, 0.45, 0.4]) == [0.5, 0.4]  # not a chain
+    assert budgets([1.0, 0.0]) == []
 
 
 def test_vision_costs_follow_their_conventions(stored: dict[str, Any]) -> None:
