@@ -226,7 +226,7 @@ class ScheduleConfig:
 
 @dataclass
 class RunScheduleConfig(ScheduleConfig):
-    """The schedule of the run; that of a profile replaces `enter`, `exit` and `keep` (docs/profile.md).
+    """The schedule of the run; that of a profile replaces `enter`, `exit`, `keep` and `ranking` (docs/profile.md).
 
     Attributes:
         enter: 0 for a recipe without a schedule: `recipe=dense`.

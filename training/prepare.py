@@ -153,7 +153,8 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
         return
     schedule = schedule_at(options.profile, written)
     options.enter, options.exit, options.keep = schedule.enter, schedule.exit, dict(schedule.keep)
-    for name in ("profile", "enter", "exit", "keep"):
+    options.ranking = schedule.ranking  # the rule that the keeps were measured under
+    for name in ("profile", "enter", "exit", "keep", "ranking"):
         cfg.schedule[name] = getattr(options, name)
 
 

@@ -14,6 +14,8 @@ from helpers.quick_runs import run_config
 from helpers.tiny_base import composed, configured
 
 from latefusion.models import profile_folder
+from latefusion.models.policies.configured import schedule_of
+from latefusion.models.schedule import RANKINGS, VisionSchedule
 from latefusion.training import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -107,6 +109,19 @@ def test_a_resumed_run_reads_its_profile_and_another_run_makes_its_own(base, tmp
         assert len(made) == times
         assert (config.schedule.enter, config.schedule.exit, config.schedule.keep) == (1, 3, {2: 2})
         assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_a_run_ranks_by_the_rule_that_the_profile_measured(ranking, base, tmp_path) -> None:
+    """Whatever rule the configuration names."""
+    schedule = VisionSchedule(enter=1, exit=4, keep={2: 2}, ranking=ranking)
+    (tmp_path / "schedule.yaml").write_text(json.dumps(schedule.to_dict()))
+    for other in RANKINGS:
+        options = (f"model.path={base}", f"schedule.profile={tmp_path}", f"schedule.ranking={other}")
+        config, cfg = configured(*options), composed(*options)
+        prepare.settle_schedule(config, cfg)
+        assert schedule_of(config.schedule) == schedule
+        assert cfg.schedule.ranking == ranking
 
 
 def test_a_folder_that_machines_do_not_share_is_refused(tmp_path: Path) -> None:
