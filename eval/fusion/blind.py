@@ -21,7 +21,9 @@ from latefusion.data.prompt_batches import Batch
 from latefusion.eval.fusion.effects import Answers
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.cache import SUPPORTED, ScheduledLayer, ScheduledSlidingLayer, Track
+from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.partial import input_of_layer, starting_at
+from latefusion.models.executor.recurrence import recurrence_of
 from latefusion.models.policies.base import AttentionCall, Policy, Prompt
 from latefusion.models.schedule import VisionSchedule
 
@@ -39,7 +41,8 @@ class KnockOut:
 
     Everything else is as in the dense model: vision tokens are computed in every layer, and attention of the text is
     renormalised over what is left ("attention knock-out", Geva et al., arXiv 2304.14767). Other policies apply to the
-    prompt's text alone; this one applies to the answer as well.
+    prompt's text alone; this one applies to the answer as well. In a layer that runs a recurrence, text reads text
+    alone; `without_vision` sees to that.
     """
 
     layers: Collection[int]
@@ -59,7 +62,7 @@ class _KnockOutDecision:
     fusion_layer = None
 
     def __init__(self, policy: KnockOut, prompt: Prompt):
-        self.prompt, self.watch = prompt, set(policy.layers)
+        self.prompt, self.watch = prompt, set(prompt.attending(policy.layers))
         blind = prompt.real & ~prompt.vision & (prompt.vision.cumsum(1) > 0)  # bool [B, T]
         most = int(blind.sum(1).amax())
         self.rows = blind.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # int64 [B, R]
@@ -85,6 +88,25 @@ class _KnockOutDecision:
             self.valid[:, :, None, None], blind.to(call.output.dtype), call.output.gather(1, index)
         )
         return call.output.scatter(1, index, blind)
+
+
+@contextmanager
+def without_vision(layers: Sequence[Any], batch: Batch) -> Iterator[None]:
+    """The recurrences of these layers run twice: over all tokens, and for the text over text alone."""
+    text = batch.real & ~batch.vision
+    layout = Layout.build(text, text.sum(1).tolist())
+
+    def join(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        rows = {"hidden_states": layout.take(kwargs["hidden_states"]), "attention_mask": layout.valid}
+        return layout.put(output, mixer.forward(**{**kwargs, **rows}))
+
+    mixers = [mixer for mixer in map(recurrence_of, layers) if mixer is not None]
+    handles = [mixer.register_forward_hook(join, with_kwargs=True) for mixer in mixers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -123,8 +145,10 @@ class Runner:
         """The answers of a forward over the whole prompt under `policy`."""
         batch = self.batch
         columns = batch.columns
+        blind = [self.layers[i] for i in policy.layers] if isinstance(policy, KnockOut) else []
         with (
             torch.no_grad(),
+            without_vision(blind, batch),
             self.attachment.using(policy),
             self.attachment.queries(batch.queries, answers=batch.labels != IGNORE),
         ):

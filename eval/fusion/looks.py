@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from latefusion.eval.fusion.blind import Runner
+from latefusion.models.executor.frozen_rows import output_projection
+from latefusion.models.executor.recurrence import last_norm, recurrence_of
 from latefusion.models.policies.base import AttentionCall, Prompt
 from latefusion.models.policies.visipruner.decision import removal_effect
 
@@ -72,10 +75,11 @@ def observe(
         ValueError: the model's logits are not finite.
     """
     watch, model, batch = Watch(), runner.model, runner.batch
+    last = batch.queries[:, 0]
     entering: list[Tensor] = []
     handle = runner.layers[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0].float()))
     try:
-        with states_at(runner.layers, batch.queries[:, 0]) as states:
+        with states_at(runner.layers, last) as states, written_at(runner.layers, last) as written_by:
             answers = runner.answers(watch)
     finally:
         handle.remove()
@@ -92,7 +96,7 @@ def observe(
     for layer, state in enumerate(states):
         top = logit_lens(model, state).topk(TOP)
         logit.append([(i, p) for i, p in zip(top.indices.tolist(), _rounded(top.values), strict=True)])
-        share, norm = value_output_lens(model, layer, watch.heads[layer])
+        share, norm = value_output_lens(model, layer, written_by[layer])
         best = share.max(-1)  # [B, H]
         heads = norm.argsort(dim=1, descending=True)[:, :TOP]
         value.append(
@@ -134,6 +138,8 @@ def observe(
 class Look:
     """One layer's attention of one sample's last prompt token, to the K vision tokens.
 
+    A layer that runs a recurrence (linear attention, a convolution) attends to nothing: 0 all of it, and cosines of 1.
+
     Attributes:
         share: of its attention, mean over heads, that falls on vision tokens (FastV, arXiv 2403.06764).
         entropy: of that attention among vision tokens, nats; log K if it is even, 0 if none falls on vision (which
@@ -162,13 +168,11 @@ class Watch:
         looks: per layer, per sample.
         attention: per layer `[B, T]`, attention of the last prompt token, mean over heads.
         values: per layer `[B, T]`, L1 norm of the value vectors, mean over heads.
-        heads: per layer `[B, H, D]`, each head's output for the last prompt token, before o_proj.
     """
 
     looks: list[list[Look]] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    heads: list[Tensor] = field(default_factory=list)
 
     def validate(self, num_layers: int) -> None:
         return None
@@ -182,31 +186,33 @@ class _Watching:
 
     def __init__(self, record: Watch, prompt: Prompt):
         self.record, self.prompt = record, prompt
-        self.watch = range(prompt.num_layers)
+        self.watch = prompt.attending(range(prompt.num_layers))
 
     def select(self, layer: int) -> None:
-        return None
+        if layer not in self.watch:
+            nothing = torch.zeros(self.prompt.vision.shape, device=self.prompt.vision.device)
+            self._record(nothing, nothing, nothing + 1, nothing)
 
     @torch.no_grad()
     def attended(self, layer: int, call: AttentionCall) -> None:
         prompt, length = self.prompt, self.prompt.vision.shape[1]
         weights = call.weights(call.compact_rows(prompt.queries[:, :1]))  # [B, H, 1, K]
         cosine, norm = removal_effect(weights, call.value)  # [B, 1, K]
-        grouped = weights.unflatten(1, (call.value.shape[1], -1))
-        output = (grouped @ call.value.float()[:, :, None]).flatten(1, 2)[:, :, 0]  # [B, H, D]
         attention = call.to_logical(weights[:, :, 0].mean(1), length)  # [B, T]
         values = call.to_logical(call.value.float().abs().sum(-1).mean(1), length)
         cosine, norm = call.to_logical(cosine[:, 0], length, fill=1.0), call.to_logical(norm[:, 0], length)
+        self._record(attention, values, cosine, norm)
+
+    def _record(self, attention: Tensor, values: Tensor, cosine: Tensor, norm: Tensor) -> None:
+        """One layer's; `[B, T]` each."""
         self.record.looks.append(
             [
                 look(attention[i][vision], values[i][vision], cosine[i][vision], norm[i][vision])
-                for i, vision in enumerate(prompt.vision)
+                for i, vision in enumerate(self.prompt.vision)
             ]
         )
         self.record.attention.append(attention)
         self.record.values.append(values)
-        self.record.heads.append(output)
-        return None
 
 
 def look(attention: Tensor, values: Tensor, cosine: Tensor, norm: Tensor) -> Look:
@@ -255,6 +261,40 @@ def states_at(layers: Sequence[nn.Module], index: Tensor) -> Iterator[list[Tenso
             handle.remove()
 
 
+@contextmanager
+def written_at(layers: Sequence[nn.Module], index: Tensor) -> Iterator[list[Tensor]]:
+    """Record what every layer's attention gives to its output projection at one position, in the forward inside.
+
+    `[B, H, D_head]` each, behind a gate where there is one; of a recurrence its output, `[B, 1, D]`.
+
+    Args:
+        index: int64 `[B]`.
+    """
+    written: list[Tensor] = []
+    rows = torch.arange(len(index), device=index.device)
+
+    def keep_input(width: int, projection: nn.Module, args: tuple[Any, ...]) -> None:
+        written.append(args[0][rows, index].unflatten(-1, (-1, width)))
+
+    def keep_output(mixer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        written.append(output[rows, index][:, None])
+
+    handles = []
+    for layer in layers:
+        mixer = recurrence_of(layer)
+        if mixer is None:
+            attention: Any = layer.self_attn
+            keep = partial(keep_input, attention.head_dim)
+            handles.append(output_projection(attention).register_forward_pre_hook(keep))
+        else:
+            handles.append(mixer.register_forward_hook(keep_output))
+    try:
+        yield written
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def logit_lens(model: Any, state: Tensor) -> Tensor:
     """Next-token probabilities if the decoder ended here: final norm, then lm_head (nostalgebraist, 2020).
@@ -265,7 +305,7 @@ def logit_lens(model: Any, state: Tensor) -> Tensor:
     Returns:
         float32 `[..., V]`.
     """
-    normed = model.get_decoder().get_submodule("norm")(state.to(model.dtype))
+    normed = last_norm(model.get_decoder())(state.to(model.dtype))  # type: ignore[misc]
     return model.get_output_embeddings()(normed).float().softmax(-1)
 
 
@@ -274,15 +314,19 @@ def value_output_lens(model: Any, layer: int, heads: Tensor) -> tuple[Tensor, Te
     """What each head writes, in words: its output through its slice of o_proj, then as `logit_lens`.
 
     VisiPruner (arXiv 2510.17205) reads in this way that shallow layers recognise the task. A head's contribution has
-    no bias.
+    no bias. A recurrence counts as one head.
 
     Args:
-        heads: outputs before o_proj, `[B, H, D_head]`.
+        heads: of this layer, as `written_at` records them.
 
     Returns:
         Probabilities float32 `[B, H, V]`, and the l2 norm of what each head adds to the residual stream `[B, H]`.
     """
-    o_proj = model.get_decoder().layers[layer].self_attn.o_proj  # its weights may be quantised
+    module = model.get_decoder().layers[layer]
+    if recurrence_of(module) is not None:
+        written = heads.float()
+        return logit_lens(model, written), written.norm(dim=-1)
+    o_proj = output_projection(module.self_attn)  # its weights may be quantised
     apart = torch.einsum("bhk,hg->bhgk", heads, torch.eye(heads.shape[1]).to(heads)).flatten(2)
     apart = apart.to(model.dtype)  # [B, H, H * D_head], all heads but one silent
     written = (o_proj(apart) - o_proj(torch.zeros_like(apart))).float()  # [B, H, D]

@@ -34,6 +34,7 @@ from latefusion.eval.fusion.decide import (
 from latefusion.eval.fusion.effects import interval, upper_limit
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.plan import KEEP_LAYERS, PROBES, SINGLES, START
+from latefusion.models.layer_kinds import attends
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import Calibration, TooFew
@@ -218,11 +219,19 @@ class Study:
             points.append(self.carried_out(schedule(keep), entry))
             return points[-1]
 
+        attention = attends(self.measurer.model.config)
+        # a keep ranks by softmax attention, so it begins after the band's first layer that has some
+        ranked = next((i for i in range(*band) if attention[i]), band[1]), band[1]
+        if not keep_layers(*ranked):
+            return [], []
+
         def price(most: int) -> float:
-            return sum(self.flops(schedule({layer: k})) for layer in keep_layers(*band, most) for k in sizes)
+            return sum(
+                self.flops(schedule({layer: k})) for layer in keep_layers(*ranked, most) for k in sizes
+            )
 
         most = max((n for n in range(2, KEEP_LAYERS + 1) if price(n) <= SINGLES), default=1)
-        for layer in keep_layers(*band, most):
+        for layer in keep_layers(*ranked, most):
             cost = 0.0
             for k in sizes:  # fewer tokens cannot cost less, nor less than what no sample may have shown
                 cost = max(

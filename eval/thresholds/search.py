@@ -47,6 +47,12 @@ class Search:
         rows: Questions,
         others: Questions | None = None,
     ):
+        if not all(attachment.attention):
+            raise ValueError(
+                f"calibrate.py records softmax attention in every layer, but layer {attachment.attention.index(False)} "
+                "of this decoder runs a recurrence (linear attention or a convolution): name VisiPruner's numbers "
+                "yourself, or profile the model for a VisionSchedule."
+            )
         self.arguments, self.attachment, self.rows, self.others = arguments, attachment, rows, others
         self.prompts = Prompts(arguments, attachment, processor, rows)
         self.confirming = None if others is None else Prompts(arguments, attachment, processor, others)

@@ -168,6 +168,11 @@ def _only_adds(layer: nn.Module) -> bool:
     return parts == {"self_attn", _named(layer, MLPS)} and not values
 
 
+def output_projection(attention: nn.Module) -> nn.Module:
+    """The projection after an attention's heads."""
+    return attention.get_submodule(_named(attention, OUTPUTS))
+
+
 def _named(module: nn.Module, names: tuple[str, ...]) -> str:
     """Which of these names one of the module's parts has; empty: none."""
     return next((name for name in names if name in module._modules), "")

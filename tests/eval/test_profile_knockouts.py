@@ -65,6 +65,8 @@ def all_knock_outs(runs: Runs) -> dict[tuple[str, int], Answers]:
         ("qwen3_vl", "sdpa"),
         ("gemma3", "sdpa"),
         ("paligemma", "sdpa"),
+        ("lfm2_vl", "sdpa"),
+        ("qwen3_5", "sdpa"),
     ],
 )
 def test_knock_outs_over_whole_prompts_equal_the_masked_oracle(family: str, attention: str) -> None:
@@ -121,6 +123,7 @@ def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
         ("llava", ["tt I ttt", "t I ttt"], WholeRuns),
         ("paligemma", ONE_IMAGE, WholeRuns),  # images see the text behind them
         ("gemma3", ["tt I I tttt"], WholeRuns),  # longer than the window of its local attention
+        ("lfm2_vl", ONE_IMAGE, WholeRuns),  # a state cannot be told apart from its vision tokens
         ("gemma3", ONE_IMAGE, CachedRuns),
         ("llava", ["tt I I tttt"], CachedRuns),
     ],

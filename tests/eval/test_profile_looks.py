@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.families import LAYERS, VOCAB, prompt, shared, text_tokens, vision_tokens
+from helpers.families import HYBRID_FAMILIES, LAYERS, VOCAB, prompt, shared, text_tokens, vision_tokens
+from helpers.oracle import recurrence
 
 from latefusion.eval.fusion import decide, looks, plan
 from latefusion.eval.fusion.effects import upper_limit
@@ -35,12 +36,18 @@ def seen():
     for handle in handles:
         handle.remove()
     watch, model = Watch(), shared("llava")
-    with attach(model, watch), torch.no_grad(), looks.states_at(model.get_decoder().layers, last) as states:
+    layers = model.get_decoder().layers
+    with (
+        attach(model, watch),
+        torch.no_grad(),
+        looks.states_at(layers, last) as states,
+        looks.written_at(layers, last) as heads,
+    ):
         logits = model(**inputs).logits
     torch.testing.assert_close(
         logits[text_tokens(inputs)], plain.logits[text_tokens(inputs)], atol=1e-5, rtol=1e-5
     )
-    return inputs, last, watch, states, plain, values
+    return inputs, last, watch, states, plain, values, heads
 
 
 def head_value(values: torch.Tensor, b: int, t: int, h: int) -> np.ndarray:
@@ -49,7 +56,7 @@ def head_value(values: torch.Tensor, b: int, t: int, h: int) -> np.ndarray:
 
 
 def test_looks_equal_loops_over_attention_maps(seen) -> None:
-    inputs, last, watch, _, plain, values = seen
+    inputs, last, watch, _, plain, values, _ = seen
     vision = vision_tokens(inputs)
     for layer, b in itertools.product(range(LAYERS), range(2)):
         observed, q, n = watch.looks[layer][b], int(last[b]), int(last[b]) + 1
@@ -109,7 +116,7 @@ def test_the_fusion_layer_is_the_first_below_the_threshold(seen) -> None:
 
 
 def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
-    _, last, _, states, plain, _ = seen
+    _, last, _, states, plain, *_ = seen
     model = shared("llava")
     for layer in range(LAYERS - 1):  # the last recorded state is normed already
         for b in range(2):
@@ -124,9 +131,9 @@ def test_logit_lens_equals_the_head_on_recorded_states(seen) -> None:
 
 
 def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
-    _, last, watch, _, plain, values = seen
+    _, last, _, _, plain, values, heads = seen
     model, layer = shared("llava"), 3
-    shares, norms = looks.value_output_lens(model, layer, watch.heads[layer])
+    shares, norms = looks.value_output_lens(model, layer, heads[layer])
     weight = model.get_decoder().layers[layer].self_attn.o_proj.weight.detach()
     total = torch.zeros(32)
     for b, h in itertools.product(range(2), range(4)):
@@ -137,31 +144,47 @@ def test_value_output_lens_equals_a_loop_over_heads(seen) -> None:
         total = total + written if b == 0 else total
         torch.testing.assert_close(norms[b, h], written.norm(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(shares[b, h], looks.logit_lens(model, written), atol=1e-5, rtol=1e-4)
-    whole = weight @ watch.heads[layer][0].flatten()
+    whole = weight @ heads[layer][0].flatten()
     torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma", "smolvlm", "glm4v"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma", "smolvlm", "glm4v", *HYBRID_FAMILIES])
 def test_lenses_end_where_the_model_ends_in_every_family(family: str) -> None:
     """Its logits at the last layer; its attention's output from all heads together."""
     model, inputs = shared(family), prompt(family, ["tt I ttt", "t I tttt"], side="right")
     last, watch, written = inputs["attention_mask"].sum(1) - 1, Watch(), {}
     layers = model.get_decoder().layers
+    mixers = [recurrence(layer) or layer.self_attn for layer in layers]
     handles = [
-        layer.self_attn.register_forward_hook(lambda m, a, out, i=i: written.update({i: out[0]}))
-        for i, layer in enumerate(layers)
+        mixer.register_forward_hook(
+            lambda m, a, out, i=i: written.update({i: out[0] if isinstance(out, tuple) else out})
+        )
+        for i, mixer in enumerate(mixers)
     ]
-    with attach(model, watch), torch.no_grad(), looks.states_at(layers, last) as states:
+    with (
+        attach(model, watch),
+        torch.no_grad(),
+        looks.states_at(layers, last) as states,
+        looks.written_at(layers, last) as heads,
+    ):
         logits = model(**inputs).logits
+    assert len(watch.looks) == len(watch.attention) == len(watch.values) == LAYERS
     for handle in handles:
         handle.remove()
     expected = torch.stack([logits[b, last[b]].softmax(0) for b in range(2)])
     torch.testing.assert_close(looks.logit_lens(model, states[-1]), expected, atol=1e-6, rtol=1e-4)
     for i, layer in enumerate(layers):
         whole = torch.stack([written[i][b, last[b]] for b in range(2)])
-        with torch.no_grad():
-            made = layer.self_attn.o_proj(watch.heads[i].flatten(1))
+        made = heads[i].flatten(1)
+        if recurrence(layer) is None:
+            assert watch.looks[i][0].share > 0
+            attention = layer.self_attn
+            with torch.no_grad():
+                made = (attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj)(made)
+        else:
+            assert watch.looks[i][0] == look(*torch.tensor([[0.0] * 4] * 2 + [[1.0] * 4, [0.0] * 4]))
         torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-4)
+        assert looks.value_output_lens(model, i, heads[i])[1].shape == heads[i].shape[:2]
 
 
 def test_nearest_words_and_kinds_equal_loops() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -343,3 +344,11 @@ def test_a_wrong_key_is_answered_with_those_that_exist(command: Any) -> None:
     with pytest.raises(SystemExit, match=r"max_new_tokens|batch_size") as error:
         command(["max_new_tokens=many" if command is not evaluate.main else "batch_size=many"])
     assert "many" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_decoder_with_recurrent_layers_is_refused() -> None:
+    attachment: Any = SimpleNamespace(attention=(True, False, True))
+    with pytest.raises(
+        ValueError, match="softmax attention in every layer, but layer 1 of this decoder runs a"
+    ):
+        Search(None, attachment, None, None)  # type: ignore[arg-type]

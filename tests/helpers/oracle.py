@@ -123,7 +123,8 @@ def blinded(
         still: before each layer up to this one, vision rows are put back to what the decoder was given (and, of
             deepstack, what the model has added since).
     """
-    decoder, state = model.get_decoder(), {}
+    decoder = model.get_decoder()
+    state: dict[Any, Any] = {}
     after = (vision.cumsum(1) > 0) & ~vision
     cells = after[:, None, :, None] & vision[:, None, None, :]  # [B, 1, T, T]
 
@@ -139,7 +140,8 @@ def blinded(
             for extra in state["deepstack"][:i]:
                 unmoved[vision] = unmoved[vision] + extra
             rows = torch.where(vision[..., None], unmoved, rows)
-        if i in hidden:
+        state[i] = kwargs.get("attention_mask")
+        if i in hidden and recurrence(layer) is None:
             mask, length = kwargs.get("attention_mask"), rows.shape[1]
             if mask is None:
                 mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -150,10 +152,21 @@ def blinded(
                 kwargs["attention_mask"] = torch.where(cells, torch.finfo(mask.dtype).min, mask)
         return (rows, *args[1:]), kwargs
 
+    def by_hand(i: int, mixer: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        real = torch.ones_like(vision) if state[i] is None else state[i].bool()
+        every = scan(mixer, kwargs["hidden_states"], real)
+        if i not in hidden:
+            return every
+        return torch.where(vision[..., None], every, scan(mixer, kwargs["hidden_states"], real & ~vision))
+
     handles = [decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)]
     for i, layer in enumerate(decoder.layers):
         hook = lambda module, args, kwargs, i=i: before_layer(i, module, args, kwargs)  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        mixer = recurrence(layer)
+        if mixer is not None:
+            after_mixer = lambda module, args, kwargs, out, i=i: by_hand(i, module, args, kwargs, out)  # noqa: E731
+            handles.append(mixer.register_forward_hook(after_mixer, with_kwargs=True))
     with gone_afterwards(handles):
         yield
 
