@@ -33,7 +33,7 @@ def base(tmp_path_factory):
     return save_tiny_base(tmp_path_factory.mktemp("base"), layers=4)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "lfm2_vl", "qwen3_5"])
 def test_an_affine_dense_model_is_calibrated_to_the_ceiling(family: str) -> None:
     """Dense states that are an affine map with a bias a place are reached."""
     model = shared(family)

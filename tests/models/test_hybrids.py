@@ -24,9 +24,10 @@ from helpers.families import (
     text_tokens,
     vision_tokens,
 )
-from helpers.forwards import generate, gradients, logits, ranking_rows
+from helpers.forwards import generate, gradients, gradients_checkpointed, logits, ranking_rows
 from helpers.oracle import attending, band, masked, ranked, recurrence
 from helpers.recurrences import compute_in_float64, scan
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from latefusion import VisionSchedule
@@ -34,6 +35,7 @@ from latefusion.models.attach import attach
 from latefusion.models.policies.fastv import FastV
 from latefusion.models.policies.pyramiddrop import PyramidDrop
 from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.models.student.build import decoder_linears
 
 # as published: three recurrent layers to one that attends, and LFM2's irregular pattern
 CONFIGS = {
@@ -342,3 +344,51 @@ def test_other_recurrent_decoders_are_exact(other: str) -> None:
         with attach(model, VisionSchedule(enter=enter, exit=exit), vision_mask=vision):
             for cached in (False, True):
                 assert close(model(**inputs, use_cache=cached).logits[written], expected)
+
+
+@every_family
+def test_adapters_on_recurrences_get_the_gradients_of_the_loop(family: str, monkeypatch: Any) -> None:
+    model, inputs = precise(monkeypatch, family, MIXED)
+    layers = model.get_decoder().layers
+    linears = [name for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert any(".conv.in_proj" in name or ".linear_attn.in_proj_qkv" in name for name in linears)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=decoder_linears(model))).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.2 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    vision = vision_tokens(inputs)
+    seen = band(vision, len(layers), BAND.enter, BAND.exit)
+    with masked(model, vision, seen, padding=inputs["attention_mask"]):
+        by_hand, loss = gradients(peft, inputs)
+    with attach(peft, BAND):
+        ours, same = gradients(peft, inputs)
+        again, _ = gradients_checkpointed(peft, inputs)
+    assert abs(loss - same) < EXACT and ours.keys() == by_hand.keys()
+    assert sum("lora_A" in name and bool(grad.any()) for name, grad in ours.items()) == len(linears)
+    assert all(close(ours[name], by_hand[name], EXACT) for name in by_hand)
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_visipruner_leaves_after_softmax_layers_that_do_not_use_vision() -> None:
+    """Fusion, then the exit, each in a softmax layer: tokens go before the recurrent layer behind it."""
+    model, inputs = build_from(lfm2_vl(["conv", "full_attention"] * 5)), prompt("lfm2_vl", MIXED)
+    vision, written = vision_tokens(inputs), text_tokens(inputs)
+    policy = VisiPruner(
+        boundary=1,
+        layer_threshold=1.0,
+        tokens_threshold=0.05,
+        exit_threshold=1e-6,
+        exit_patience=2,
+        stages=("middle", "deep"),
+    )
+    with attach(model, policy) as attachment:
+        ours, trace = logits(model, inputs)[written], attachment.trace
+    assert [record.fusion_layer for record in trace] == [3, None, 3]
+    assert [record.exit_layer for record in trace] == [8, None, 8]  # layers 5 and 7 do not use what was kept
+    kept = torch.zeros_like(vision)
+    for row, record in enumerate(trace):
+        kept[row, record.kept or []] = True
+    assert 0 < kept.sum() < vision.sum()
+    with masked(model, vision, [vision] * 4 + [kept] * 4 + [kept & False] * 2):
+        assert close(ours, logits(model, inputs, use_cache=False)[written])
