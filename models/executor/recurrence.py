@@ -21,6 +21,10 @@ from transformers.cache_utils import Cache
 from latefusion.models.executor.layout import Layout
 
 MIXERS = ("linear_attn", "conv")  # what a layer calls the module that runs its recurrence
+KNOWN = (  # parts and parameters of the recurrences that have been shown exact
+    {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias", "norm", "out_proj"},
+    {"in_proj", "conv", "out_proj"},
+)
 NORMS = ("norm", "embedding_norm")  # what decoders call the norm after their last layer
 
 
@@ -40,10 +44,18 @@ def last_norm(decoder: nn.Module) -> nn.Module | None:
 
 
 def check_recurrence(layer: nn.Module) -> None:
-    """Raise ValueError if padding in front of a row would change what the layer's recurrence makes of it."""
+    """Raise ValueError if the layer's recurrence is another than the known ones.
+
+    Or if padding in front of a row would change what it makes of the row.
+    """
     mixer = recurrence_of(layer)
     if mixer is None:
         return
+    if {name.partition(".")[0] for name, _ in mixer.named_parameters()} not in KNOWN:
+        raise ValueError(
+            f"{type(mixer).__name__} runs a recurrence that has not been shown exact without some tokens; those of "
+            "Qwen3.5 (Gated DeltaNet) and LFM2 (short convolutions) have."
+        )
     for name, part in mixer.named_modules():
         if name != "out_proj" and isinstance(getattr(part, "bias", None), Tensor):
             raise ValueError(

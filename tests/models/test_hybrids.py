@@ -249,6 +249,15 @@ def test_a_convolution_with_biases_is_refused() -> None:
         attach(build_from(config), VisionSchedule())
 
 
+def test_a_recurrence_of_another_kind_is_refused() -> None:
+    config = text(hf.Qwen3NextConfig, num_hidden_layers=4, num_experts=2, num_experts_per_tok=1)
+    model = build_from(config, auto=hf.AutoModelForCausalLM)
+    with pytest.raises(
+        ValueError, match="Qwen3NextGatedDeltaNet runs a recurrence that has not been shown exact"
+    ):
+        attach(model, VisionSchedule(), vision_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
 def test_transformers_itself_refuses_drafts_for_a_recurrent_state() -> None:
     model = build("qwen3_5")
     with attach(model, VisionSchedule(exit=4)), pytest.raises(ValueError, match="stateful"):
