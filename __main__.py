@@ -39,10 +39,6 @@ def main() -> None:
     sys.argv = [f"latefusion {name}", *sys.argv[2:]]
     try:
         runpy.run_module(f"latefusion.{COMMANDS[name][0]}", run_name="__main__", alter_sys=False)
-    except SystemExit as end:
-        if not isinstance(end.code, str) or not {"-h", "--help"} & set(sys.argv):
-            raise
-        print(end.code)  # a command that ends with its usage counts that as an error
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] == "latefusion":
             raise

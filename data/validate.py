@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from latefusion.data.local_files import check_local_files
-from latefusion.recipes.compose import compose_config, compose_tree, print_and_exit, without_cfg
+from latefusion.recipes.compose import HELP, compose_config, compose_tree, print_and_exit, without_cfg
 from latefusion.recipes.schema import QUESTION_SETS, Config, PartConfig
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(overrides: list[str]) -> None:
     """Run from the command line; invalid arguments end in one sentence."""
-    if any(word in ("-h", "--help") for word in overrides):
+    if HELP & set(overrides):
         print(__doc__)
         return
     overrides, printed = without_cfg(overrides)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -188,6 +188,10 @@ def table(changes: list[Change]) -> Table:
     return shown
 
 
+def _refuse(message: str) -> NoReturn:
+    sys.exit(f"error: {message}; --help explains them.")
+
+
 def main(words: list[str]) -> None:
     """Run from the command line; the exit code is 1 if anything got worse."""
     parser = argparse.ArgumentParser(
@@ -199,6 +203,7 @@ def main(words: list[str]) -> None:
         "--cost", type=float, default=0.02, help="rise of FLOPs or KV bytes let pass (default: 0.02)"
     )
     parser.add_argument("--cfg", choices=["job"], help="print these arguments and stop, as other commands do")
+    parser.error = _refuse  # type: ignore[method-assign]
     options = parser.parse_args(words)
     if options.cfg:
         print_and_exit(

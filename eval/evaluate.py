@@ -357,7 +357,7 @@ def processes_here() -> Processes:
 
 def main(words: Sequence[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
-    words = check_words(words or ["?"], Arguments, str(__doc__))  # without a word: the usage
+    words = check_words(words, Arguments, str(__doc__))
     try:
         arguments = parse_words(words, Arguments)
         check(arguments)  # before the processes are joined

@@ -22,7 +22,15 @@ from rich.console import Console
 from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.recipes.compose import compose_config, print_and_exit, refusal, unknown_key, without_cfg
+from latefusion.recipes.compose import (
+    HELP,
+    compose_config,
+    print_and_exit,
+    refusal,
+    refuse_bare_words,
+    unknown_key,
+    without_cfg,
+)
 from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig, Dtype
 
 if TYPE_CHECKING:
@@ -67,10 +75,14 @@ KEYS = ["model", "data", *NAMES]
 
 def main(words: Sequence[str]) -> None:
     """Run from the command line; invalid arguments end the program with one sentence."""
+    if HELP & set(words):
+        print(f"{__doc__}\n{Arguments.__doc__}")
+        return
     words, printed = without_cfg(words)
-    if any("=" not in word for word in words) or not (words or printed):
-        sys.exit(f"{__doc__}\n{Arguments.__doc__}")
+    refuse_bare_words(words)
     try:
+        if not words and not printed:
+            raise ValueError("name the model to profile: model=embedded, say; --help lists the keys.")
         arguments, config = parse(words)
         if printed:
             print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})

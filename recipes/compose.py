@@ -28,6 +28,7 @@ TYPES = {  # a type in words, and how OmegaConf says that a value has another
     "a list: KEY=[A,B]": "is not a ListConfig",
     "a dictionary: KEY={NAME: VALUE}": "^Cannot assign .* to Dict|^Invalid type assigned",
 }
+HELP = {"-h", "--help"}
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 
@@ -139,20 +140,29 @@ def check_words(
 ) -> list[str]:
     """The `key=value` words of a command line; a leading `--` is forgiven.
 
-    The program ends here with its usage if a word is not `key=value`, and with its configuration as YAML for
-    `--cfg job`, as Hydra's commands do.
+    The program ends here with its usage for `--help`, with its configuration as YAML for `--cfg job`, as Hydra's
+    commands do, and with one sentence if a word is not `key=value`.
 
     Args:
         kind: the dataclass of the keys.
         show: the configuration that these words make, for `--cfg job`; None: a `kind`.
     """
+    if HELP & set(words):
+        print(f"{usage}\n{kind.__doc__}")
+        sys.exit(0)
     words, printed = without_cfg(words)
     words = [word.removeprefix("--") for word in words]
-    if any("=" not in word for word in words):
-        sys.exit(f"{usage}\n{kind.__doc__}")
+    refuse_bare_words(words)
     if printed:
         print_and_exit(lambda: show(words) if show else merged_words(words, kind))
     return words
+
+
+def refuse_bare_words(words: Sequence[str]) -> None:
+    """End the program with one sentence if a word is not `key=value`."""
+    for word in words:
+        if "=" not in word:
+            sys.exit(f"error: {word} is not key=value; --help lists the keys.")
 
 
 def without_cfg(words: Sequence[str]) -> tuple[list[str], bool]:

@@ -114,7 +114,7 @@ def export(arguments: Arguments) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run from the command line; an export that cannot work stops with a one-line error."""
-    words = check_words(arguments or ["?"], Arguments, str(__doc__))  # without arguments: list the keys
+    words = check_words(arguments, Arguments, str(__doc__))
     try:
         chosen = parse_words(words, Arguments)
         check(chosen)

@@ -264,7 +264,6 @@ def test_a_broken_configuration_is_named(tmp_path):
         (["model=embedded", "policies=[fastv]", "reference=before.json"], "before.json"),
         (["checkpont=outputs/late_fusion"], "checkpont"),
         (["samples=many", "checkpoint=x"], "many"),
-        (["--help"], "split: of the questions"),
     ],
 )
 def test_command_line_says_what_is_wrong(arguments, says, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
             ["checkpoint=x", "output=y", "merge=ture"],
             "error: merge=ture does not exist; choose one of true, plain",
         ),
-        ([], "python training/export.py checkpoint="),
+        ([], "error: checkpoint is not set; add checkpoint=VALUE"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(arguments, sentence):

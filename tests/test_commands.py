@@ -1,0 +1,47 @@
+"""What every command does with `--help`, with `--cfg job`, without words and with a word that is not `key=value`."""
+
+from importlib import import_module
+
+import pytest
+
+from latefusion.__main__ import COMMANDS
+
+NEEDS = {"export": "checkpoint is not set", "import-llava": "is not set", "evaluate": "checkpoint="}
+NEEDS |= {"compare": "required: before, after", "profile": "name the model", "validate": "data.path=PATH"}
+HYDRA = ("train", "teach")  # tests/test_package.py runs them as a user does
+SHOWN = {"compare": ["--cfg", "job", "before", "after"]}
+
+
+def ended(command, words):
+    """The exit code, or the sentence, that a command ends with."""
+    main = import_module(f"latefusion.{COMMANDS[command][0]}").main
+    try:
+        main(words)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in HYDRA])
+def test_help_is_not_an_error(command, flag, capsys):
+    assert not ended(command, [flag])
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in HYDRA])
+def test_a_configuration_is_printed_and_nothing_runs(command, capsys):
+    assert not ended(command, SHOWN.get(command, ["--cfg", "job"]))
+    assert ":" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_without_words_a_sentence_says_what_is_needed(command):
+    sentence = ended(command, [])
+    assert sentence.startswith("error: ") and "\n" not in sentence and NEEDS[command] in sentence
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in (*HYDRA, "compare")])
+def test_a_word_that_is_no_key_is_refused_in_a_sentence(command):
+    sentence = ended(command, ["nonsense"])
+    assert sentence.startswith("error: nonsense is not") and "\n" not in sentence
