@@ -5,6 +5,6 @@ token's key lies where it would without an image. To read, in this order:
 
 1. `rows.py`: which rows of a step are text, and where their keys lie; numpy alone;
 2. `state.py`: hands vLLM attention metadata for those rows, beside its own;
-3. `decoder.py`: runs each layer on its rows;
-4. `llava.py`: the model around it; `refusals.py`: what is not served; `plugin.py`: what vLLM calls.
+3. `decoder.py`: runs each layer on its rows; `blocks.py`: which blocks of keys requests may share;
+4. `models.py`: the models around it; `refusals.py`: what is not served; `plugin.py`: what vLLM calls.
 """

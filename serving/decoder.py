@@ -1,4 +1,7 @@
-"""A Llama decoder whose layers run on the rows that they see, on vLLM's own layers."""
+"""A decoder whose layers run on the rows that they see, on vLLM's own Llama layers.
+
+Mistral's layers are Llama's, and Qwen2's are Llama's with biases (`models.py` says so to vLLM).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
 from latefusion.models.locate import SCHEDULE_KEY
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import ENTRY, EntryAdapter
-from latefusion.serving.state import READING, TEXT_ONLY, Step
+from latefusion.serving.blocks import LateFusionSpec
+from latefusion.serving.state import BAND, READING, TEXT_ONLY, Step
 
 
-class LateFusionLlamaModel(LlamaModel):
+class LateFusionModel(LlamaModel):
     """Layers outside the band, or all of them if vision tokens are frozen, run on text rows alone."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **settings: Any):
@@ -35,12 +39,14 @@ class LateFusionLlamaModel(LlamaModel):
                 raise ValueError(
                     f"layer {i} attends to a sliding window, which is not served with late fusion."
                 )
+            kind = BAND
             if self.cross is not None and i in self.cross:
-                _name_backend(attention, READING)
+                kind = READING
                 self.reading.append(attention.layer_name)
             elif self.cross is not None or not self.enter <= i < self.exit:
-                _name_backend(attention, TEXT_ONLY)
+                kind = TEXT_ONLY
                 self.text_only.append(attention.layer_name)
+            _name_backend(attention, kind)
         sizes = getattr(config, ENTRY)
         if sizes is not None:
             self.vision_entry = ServedEntry(hidden_size=config.hidden_size, **sizes).float()
@@ -70,12 +76,12 @@ class LateFusionLlamaModel(LlamaModel):
     def _band(self, positions: Tensor, full: Tensor, step: Step) -> Tensor:
         full, text = full.clone(), step.text
         if len(text):
-            full[text] = self._run(0, self.enter, positions[text], full[text])
+            full[text] = self._run(0, self.enter, positions[..., text], full[text])
         if self.adapts:
             full[step.vision] = self.vision_entry(full[step.vision], step.order)
         full = self._run(self.enter, self.exit, positions, full)
         if len(text):
-            full[text] = self.norm(self._run(self.exit, len(self.layers), positions[text], full[text]))
+            full[text] = self.norm(self._run(self.exit, len(self.layers), positions[..., text], full[text]))
         return full
 
     def _run(self, first: int, end: int, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -89,12 +95,12 @@ class LateFusionLlamaModel(LlamaModel):
         """Vision tokens stay what the projector made them; layers in `cross` write their keys, and text reads them."""
         assert self.cross is not None
         text = step.text
-        hidden_states, residual, text_positions = full[text], None, positions[text]
-        frozen, frozen_positions = full[step.vision], positions[step.vision]
+        hidden_states, residual, text_positions = full[text], None, positions[..., text]
+        frozen, frozen_positions = full[step.vision], positions[..., step.vision]
         if self.adapts and len(frozen):
             frozen = self.vision_entry(frozen, step.order)
         for i, layer in enumerate(self.layers):
-            if i not in self.cross:
+            if i not in self.cross or not len(frozen):
                 if len(text):
                     hidden_states, residual = layer(text_positions, hidden_states, residual)
                 continue
@@ -127,15 +133,23 @@ class ServedEntry(EntryAdapter):
         return set(state)
 
 
-class LateFusionLlamaForCausalLM(LlamaForCausalLM):
+class LateFusionForCausalLM(LlamaForCausalLM):
     """vLLM's, around the decoder above."""
 
-    def _init_model(self, vllm_config: Any, prefix: str = "", **settings: Any) -> LateFusionLlamaModel:
-        return LateFusionLlamaModel(vllm_config=vllm_config, prefix=prefix, **settings)
+    def _init_model(self, vllm_config: Any, prefix: str = "", **settings: Any) -> LateFusionModel:
+        return LateFusionModel(vllm_config=vllm_config, prefix=prefix, **settings)
 
 
 def _name_backend(attention: Any, kind: str) -> None:
-    attention.attn_backend = subclass_attention_backend_with_overrides(kind, attention.attn_backend, {})
+    """Give the layer a backend class of its own name, and keys whose blocks are shared up to the first image."""
+    backend: Any = attention.attn_backend
+
+    def customize_spec(cls: Any, spec: Any) -> LateFusionSpec:
+        return LateFusionSpec.of(backend.customize_spec(spec))
+
+    attention.attn_backend = subclass_attention_backend_with_overrides(
+        kind, backend, {"customize_spec": classmethod(customize_spec)}
+    )
 
 
 def _projected(attention: Any, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

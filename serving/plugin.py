@@ -7,7 +7,8 @@ from typing import Any
 
 from latefusion.serving.refusals import VERSION, check_config
 
-OUTER, INNER = "LateFusionLlavaForConditionalGeneration", "LateFusionLlamaForCausalLM"
+DECODER = "LateFusionForCausalLM"
+MODELS = ("LateFusionLlavaForConditionalGeneration", "LateFusionQwen2_5_VLForConditionalGeneration")
 log = logging.getLogger("vllm.latefusion")
 
 
@@ -25,9 +26,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    ModelRegistry.register_model(OUTER, "latefusion.serving.llava:LateFusionLlavaForConditionalGeneration")
-    ModelRegistry.register_model(INNER, "latefusion.serving.decoder:LateFusionLlamaForCausalLM")
-    MODELS_CONFIG_MAP[OUTER] = Defaults
+    ModelRegistry.register_model(DECODER, f"latefusion.serving.decoder:{DECODER}")
+    for name in MODELS:
+        ModelRegistry.register_model(name, f"latefusion.serving.models:{name}")
+        MODELS_CONFIG_MAP[name] = Defaults
 
 
 class Defaults:
@@ -35,17 +37,8 @@ class Defaults:
 
     @staticmethod
     def verify_and_update_config(config: Any) -> None:
-        """Raise ValueError for what is not served.
-
-        Prefix caching: text behind an image has its keys in blocks that hold the image, so another question about
-        the same image would read the first question's keys. Compilation and CUDA graphs: not built.
-        """
+        """Raise ValueError for what is not served; switch compilation and CUDA graphs off, which are not built."""
         check_config(config)
-        if config.cache_config.enable_prefix_caching:
-            log.warning(
-                "latefusion: prefix caching is off, a block of an image also holds its question's keys."
-            )
-            config.cache_config.enable_prefix_caching = False
         if not config.model_config.enforce_eager:
             log.warning(
                 "latefusion: compilation and CUDA graphs are off (enforce_eager), they are not built."

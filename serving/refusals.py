@@ -8,7 +8,8 @@ from latefusion.models.locate import SCHEDULE_KEY
 from latefusion.models.schedule import VisionSchedule
 
 VERSION = "0.32.0"  # of vLLM; the hooks that the plug-in uses are vLLM's own, and may move in any release
-DECODERS = ("llama",)
+DECODERS = {"llava": ("llama", "mistral", "qwen2"), "qwen2_5_vl": ("qwen2_5_vl_text",)}  # by type of model
+TOWERS = {"llava": ("clip_vision_model", "siglip_vision_model"), "qwen2_5_vl": ("qwen2_5_vl_vision",)}
 
 
 def check_config(config: Any) -> None:
@@ -27,7 +28,6 @@ def check_config(config: Any) -> None:
         ),
         (config.speculative_config is not None, "speculative decoding was not tested; leave it out"),
         (parallel.pipeline_parallel_size > 1, "the decoder is not divided; use pipeline_parallel_size=1"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism was not tested; use tensor_parallel_size=1"),
         (parallel.data_parallel_size > 1, "data parallelism was not tested; start one server for each GPU"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -41,6 +41,10 @@ def check_config(config: Any) -> None:
         (
             model.enable_prompt_embeds,
             "prompt embeddings name no vision tokens; leave out enable_prompt_embeds",
+        ),
+        (
+            bool(model.multimodal_config.video_pruning_rate),
+            "vision tokens are removed by its schedule alone; leave out video_pruning_rate",
         ),
         (model.runner_type != "generate", "only runner=generate was tested"),
         (model.quantization is not None, "quantised weights were not tested; leave out quantization"),
@@ -66,11 +70,13 @@ def check_model(config: Any) -> VisionSchedule:
         )
     if schedule.freeze_prefix:
         raise ValueError("freeze_prefix=True is not served: train a student without it.")
-    if config.model_type != "llava" or text.model_type not in DECODERS:
-        raise ValueError(
-            f"a {config.model_type} with a {text.model_type} decoder is not served, only a llava with one of "
-            f"{', '.join(DECODERS)}: run this student with latefusion.load."
-        )
+    for name, part, table in (("decoder", text, DECODERS), ("vision tower", config.vision_config, TOWERS)):
+        if part.model_type not in table.get(config.model_type, ()):
+            served = "; ".join(f"{model} with {', '.join(parts)}" for model, parts in table.items())
+            raise ValueError(
+                f"a {config.model_type} with a {part.model_type} {name} is not served, only {served}: run this "
+                "student with latefusion.load."
+            )
     kinds = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "sliding_window", None) is not None or kinds - {"full_attention"}:
         raise ValueError(

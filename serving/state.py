@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from latefusion.serving.rows import Sequences, StepRows, step_rows
 
 # Layers with a backend of their own name get their own group of attention metadata, over the same KV-cache blocks
-TEXT_ONLY, READING = "TextOnly", "Reading"
+BAND, TEXT_ONLY, READING = "Band", "TextOnly", "Reading"
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class LateFusionState(DefaultModelState):
         )
         number = next(i for i, groups in enumerate(attn_groups) if groups)
         assert sum(map(bool, attn_groups)) == 1, "one KV-cache group"
-        stock, outside, reading = (
+        band, outside, reading = (
             [[group for group in groups if _kind(group) == kind] for groups in attn_groups]
-            for kind in ("", TEXT_ONLY, READING)
+            for kind in (BAND, TEXT_ONLY, READING)
         )
         metadata = {}
-        if any(stock):
+        if any(band):
             metadata = super().prepare_attn(
-                input_batch, cudagraph_mode, block_tables, slot_mappings, stock, kv_cache_config, **more
+                input_batch, cudagraph_mode, block_tables, slot_mappings, band, kv_cache_config, **more
             )
         n = input_batch.num_reqs
         rows = step_rows(
@@ -155,4 +155,4 @@ class LateFusionState(DefaultModelState):
 
 def _kind(group: Any) -> str:
     name = group.backend.__name__
-    return next((kind for kind in (TEXT_ONLY, READING) if name.startswith(kind)), "")
+    return next(kind for kind in (BAND, TEXT_ONLY, READING) if name.startswith(kind))

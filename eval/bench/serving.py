@@ -1,11 +1,14 @@
 """Time late-fusion models in vLLM against the same model dense, on a CPU or a GPU; runs where vLLM is installed.
 
     python eval/bench/serving.py --json docs/results/serving_cpu.json
-    python eval/bench/serving.py --layers 32 --hidden 4096 --dtype bfloat16 --in-flight 1 8 32 --json serving_gpu.json
+    python eval/bench/serving.py --layers 32 --hidden 4096 --tower clip-l --dtype bfloat16 --in-flight 1 8 32 \\
+        --rounds 1 --json serving_gpu.json
 
-Weights are random: only shapes count. Each system runs in a process of its own, in turns. `stock` is vLLM's own LLaVA,
-`dense` is the plug-in with a schedule in which every layer sees every vision token. Seconds are of the thread that
-computes (`time.thread_time`) on a CPU, of the clock on a GPU, and include the vision tower.
+The second is LLaVA-1.5-7B's shape on a GPU, in about ten minutes. Weights are random: only shapes count, and all
+systems share one file of them. Each system runs in a process of its own, in turns. `stock` is vLLM's own LLaVA, `dense`
+is the plug-in with a schedule in which every layer sees every vision token. Seconds are of the thread that computes
+(`time.thread_time`) on a CPU, of the clock on a GPU, and include the vision tower. With requests in flight, all begin
+at once, and the time to the first token is each one's, by the clock.
 """
 
 from __future__ import annotations
@@ -22,6 +25,20 @@ from pathlib import Path
 from typing import Any
 
 VISION, TEXT, ANSWER = 576, 62, 16  # tokens of an image and of text in a prompt, and of an answer
+TOWERS: dict[str, dict[str, int]] = {  # both give 576 tokens an image
+    "small": {"image_size": 192, "patch_size": 8, "num_hidden_layers": 1},
+    "clip-l": {
+        "image_size": 336,
+        "patch_size": 14,
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+    },
+}
+
+
+SYSTEMS = ("stock", "dense", "band", "cross")
 
 
 def schedules(layers: int) -> dict[str, dict[str, Any] | None]:
@@ -31,10 +48,10 @@ def schedules(layers: int) -> dict[str, dict[str, Any] | None]:
     return {"stock": None, "dense": {"enter": 0}, "band": band, "cross": {"cross": cross}}
 
 
-def write_models(folder: Path, layers: int, hidden: int, dtype: str) -> None:
-    """A random LLaVA with a small tower, under each schedule."""
+def write_models(folder: Path, options: argparse.Namespace) -> None:
+    """A random LLaVA under each schedule; the folders share the file of its weights."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from latefusion.models.base_model import load_processor
@@ -42,6 +59,7 @@ def write_models(folder: Path, layers: int, hidden: int, dtype: str) -> None:
     from latefusion.models.schedule import VisionSchedule
     from latefusion.models.student.whole import forget, record
 
+    layers, hidden, tower = options.layers, options.hidden, TOWERS[options.tower]
     values = json.loads((EMBEDDED_WEIGHTS / "config.json").read_text())
     heads = hidden // 64 if hidden < 4096 else hidden // 128
     values["text_config"] |= {
@@ -53,33 +71,37 @@ def write_models(folder: Path, layers: int, hidden: int, dtype: str) -> None:
         "num_hidden_layers": layers,
         "max_position_embeddings": 2048,
     }
-    values["vision_config"] |= {"image_size": 192, "patch_size": 8, "num_hidden_layers": 1}
+    values["vision_config"] |= tower
     values["image_seq_length"] = VISION
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values)).to(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(values))
     processor: Any = load_processor("embedded")
     processor.tokenizer.model_max_length = 2048
-    side = {"height": 192, "width": 192}
+    side = dict.fromkeys(("height", "width"), tower["image_size"])
     processor.image_processor.size = processor.image_processor.crop_size = side
+    weights = {
+        key.replace("vision_tower.", "vision_tower.vision_model.")  # the names that vLLM's own class knows
+        if "vision_tower." in key and "vision_model" not in key
+        else key: weight.cpu().contiguous()
+        for key, weight in model.state_dict().items()
+        if key != "lm_head.weight"  # tied
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name, schedule in schedules(layers).items():
         if schedule is None:
             forget(model)
         else:
             record(model, VisionSchedule.from_dict(schedule))
-        model.save_pretrained(folder / name)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = getattr(torch, options.dtype)
+        model.config.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-    file = folder / "stock" / "model.safetensors"  # with the names that vLLM's own class knows
-    weights = load_file(file)
-    renamed = {
-        key.replace("vision_tower.", "vision_tower.vision_model.")
-        if "vision_tower." in key and "vision_model" not in key
-        else key: weight
-        for key, weight in weights.items()
-    }
-    save_file(renamed, file, metadata={"format": "pt"})
+        os.link(folder / "model.safetensors", folder / name / "model.safetensors")
 
 
-def measure(folder: str, dtype: str, repeats: int, in_flight: list[int]) -> dict[str, Any]:
+def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds to the first token, of a decoding step, and for batches of requests."""
     import numpy as np
     import torch
@@ -89,36 +111,49 @@ def measure(folder: str, dtype: str, repeats: int, in_flight: list[int]) -> dict
     clock = time.perf_counter if torch.cuda.is_available() else time.thread_time
     llm = LLM(
         folder,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=options.dtype,
+        disable_log_stats=False,  # measures each request's first token
         enforce_eager=True,
         enable_prefix_caching=False,
         max_model_len=1024,
         max_num_batched_tokens=1024,
-        max_num_seqs=max([4, *in_flight]),
+        max_num_seqs=max([4, *options.in_flight]),
         block_size=32,
         limit_mm_per_prompt={"image": 1},
         mm_processor_cache_gb=0,
     )
-    rng = np.random.default_rng(0)
+    rng, side = np.random.default_rng(0), TOWERS[options.tower]["image_size"]
 
     def prompt() -> Any:
-        image = Image.fromarray(rng.integers(0, 255, (192, 192, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
         ids = [1, 3, *rng.integers(6, 99, TEXT).tolist()]
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": [image]}}
 
-    def seconds(prompts: list[Any], tokens: int) -> float:
+    def answered(prompts: list[Any], tokens: int) -> tuple[float, list[float]]:
+        """Seconds until all are answered, and until the first token of each."""
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens)
         start = clock()
-        llm.generate(
-            prompts, SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens), use_tqdm=False
-        )
-        return clock() - start
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        end = clock()
+        return end - start, [output.metrics.first_token_latency for output in outputs]  # type: ignore[union-attr]
+
+    def seconds(prompts: list[Any], tokens: int) -> float:
+        return answered(prompts, tokens)[0]
 
     seconds([prompt()], 2)  # warm
-    first = [seconds([prompt()], 1) for _ in range(repeats)]
-    whole = [seconds([prompt()], 1 + ANSWER) for _ in range(repeats)]
+    first = [seconds([prompt()], 1) for _ in range(options.repeats)]
+    whole = [seconds([prompt()], 1 + ANSWER) for _ in range(options.repeats)]
     step = (statistics.median(whole) - statistics.median(first)) / ANSWER
-    batches = {str(n): n / seconds([prompt() for _ in range(n)], ANSWER) for n in in_flight}
-    return {"first_token": first, "decoding_step": step, "requests_per_second": batches}
+    batches = {}
+    for n in options.in_flight:
+        seconds([prompt() for _ in range(n)], 2)  # warm
+        taken, latencies = answered([prompt() for _ in range(n)], ANSWER)
+        batches[str(n)] = {
+            "requests_per_second": n / taken,
+            "first_token_median": statistics.median(latencies),
+            "first_token_worst": max(latencies),
+        }
+    return {"first_token": first, "decoding_step": step, "in_flight": batches}
 
 
 def main() -> None:
@@ -128,6 +163,8 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--tower", choices=list(TOWERS), default="small")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
@@ -136,14 +173,14 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        result = measure(options.worker, options.dtype, options.repeats, options.in_flight)
+        result = measure(options.worker, options)
         print("RESULT " + json.dumps(result))
         return
     results: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder), options.layers, options.hidden, options.dtype)
+        write_models(Path(folder), options)
         for _ in range(options.rounds):
-            for name in schedules(options.layers):
+            for name in options.systems:
                 results.setdefault(name, []).append(_in_a_process(f"{folder}/{name}", options))
     rows = {}
     for name, runs in results.items():
@@ -154,20 +191,20 @@ def main() -> None:
             "first_token_median": statistics.median(first),
             "first_token": first,
             "decoding_step": [run["decoding_step"] for run in runs],
-            "requests_per_second": [run["requests_per_second"] for run in runs],
+            "in_flight": [run["in_flight"] for run in runs],
         }
         print(
             f"{name:6} first token {min(first):.3f} s at best, {rows[name]['first_token_median']:.3f} s median"
         )
     if options.json:
-        about = {"layers": options.layers, "hidden": options.hidden, "dtype": options.dtype}
+        about = {name: getattr(options, name) for name in ("layers", "hidden", "tower", "dtype")}
         about |= {"vision_tokens": VISION, "text_tokens": TEXT + 1, "command": " ".join(sys.argv)}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"about": about, "systems": rows}, indent=1) + "\n")
 
 
 def _in_a_process(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--worker", folder, "--dtype", options.dtype]
+    words = [sys.executable, __file__, "--worker", folder, "--dtype", options.dtype, "--tower", options.tower]
     words += ["--repeats", str(options.repeats), "--in-flight", *map(str, options.in_flight)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

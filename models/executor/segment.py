@@ -54,9 +54,15 @@ class Segment:
         """The segment's rows of a layer's RoPE: `(cos, sin)`, one complex tensor, or None in a layer without."""
         if embeddings is None:
             return None
-        tensors = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)  # [B|1, T, D] each
-        taken = self.once("rope", tensors, lambda: tuple(map(self.take, tensors)))
+        tensors = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
+        taken = self.once("rope", tensors, lambda: tuple(map(self._take_embedding, tensors)))
         return taken[0] if isinstance(embeddings, Tensor) else taken
+
+    def _take_embedding(self, full: Tensor) -> Tensor:
+        """The segment's rows of `[B|1, T, D]`, or of `[axes, B|1, T, D]`: M-RoPE before transformers 5.17."""
+        if self.layout is not None and full.dim() == 4 and full.shape[2] == self.layout.length:
+            return torch.stack([self.layout.take(axis) for axis in full])
+        return self.take(full)
 
     def take_ids(self, ids: Tensor) -> Tensor:
         """The segment's columns of position ids `[B|1, T]` or `[axes, B|1, T]`."""

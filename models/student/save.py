@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from dataclasses import dataclass, fields
@@ -31,6 +32,9 @@ from latefusion.models.student.entry import ENTRY, entry_shape, install_entry
 from latefusion.models.student.whole import forget, record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_TYPE = (
+    "LATEFUSION (a student: load its folder with latefusion.load, from pip install 'latefusion[train]')"
+)
 WRITTEN = {  # settings of LoRA that `build_student` writes or PEFT adds; all others must be PEFT's defaults
     *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"),
     *("task_type", "peft_type", "peft_version", "inference_mode", "revision", BASE),
@@ -65,12 +69,23 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     """
     if isinstance(student.model, PeftModel):
         student.model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        _refuse_stock_peft(Path(folder))
     else:
         record(student.model, student.schedule)
         spare_deepspeed_the_guess()
         student.model.save_pretrained(folder, state_dict=state_dict)
     student.processor.save_pretrained(folder)
     student.schedule.save(folder)
+
+
+def _refuse_stock_peft(folder: Path) -> None:
+    """Name a type of adapters that PEFT does not know: alone it would drop the entry adapter and the schedule.
+
+    PEFT's error names the type, which is therefore a sentence.
+    """
+    file = folder / ADAPTER_CONFIG
+    if file.is_file():  # one process writes it
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": PEFT_TYPE}, indent=2) + "\n")
 
 
 def spare_deepspeed_the_guess() -> None:
@@ -150,7 +165,7 @@ def lora_config(folder: Path) -> LoraConfig:
         ValueError: the file is damaged, or sets what `build_student` never does.
     """
     settings = adapter_settings(folder)
-    if settings.get("peft_type") != "LORA":
+    if settings.get("peft_type") not in (PEFT_TYPE, "LORA"):  # of an earlier format
         raise ValueError(
             f"{folder / ADAPTER_CONFIG} describes adapters of type {settings.get('peft_type')!r}; a student has LORA."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from helpers.old_transformers import TAKES_ENCODED, taking_encoded
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -196,7 +197,7 @@ def build_from(config: Any, attention: str = "sdpa", auto: type = hf.AutoModelFo
                 weight.mul_(4.0)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # random models write anything
-    return model.eval()
+    return model.eval() if TAKES_ENCODED else taking_encoded(model.eval(), (IMAGE, VIDEO))
 
 
 def build(family: str, attention: str = "sdpa") -> Any:

@@ -109,7 +109,7 @@ def tokenizer(*special: str, named: dict[str, str] | None = None) -> hf.PreTrain
     )
 
 
-def _qwen(kind: type, template: str, patch_size: int) -> Any:
+def qwen(kind: type, template: str, patch_size: int, videos: Any = None) -> Any:
     side = 4 * patch_size
     images = Qwen2VLImageProcessorPil(
         patch_size=patch_size, size={"shortest_edge": side * side, "longest_edge": 4 * side * side}
@@ -117,7 +117,7 @@ def _qwen(kind: type, template: str, patch_size: int) -> Any:
     words = tokenizer(
         "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
     )
-    return kind(images, words, None, chat_template=template.replace("{{ IMAGE }}", QWEN_IMAGE))
+    return kind(images, words, videos, chat_template=template.replace("{{ IMAGE }}", QWEN_IMAGE))
 
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
@@ -147,8 +147,8 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
         vision_feature_select_strategy="full",
         chat_template=CHATML.replace("{{ IMAGE }}", "{{ '<image>' }}"),
     ),
-    "qwen2_5_vl": lambda: _qwen(hf.Qwen2_5_VLProcessor, SYSTEM + CHATML, 14),
-    "qwen3_vl": lambda: _qwen(hf.Qwen3VLProcessor, CHATML, 16),
+    "qwen2_5_vl": lambda: qwen(hf.Qwen2_5_VLProcessor, SYSTEM + CHATML, 14),
+    "qwen3_vl": lambda: qwen(hf.Qwen3VLProcessor, CHATML, 16),
     "internvl": lambda: hf.InternVLProcessor(
         GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=2),
         tokenizer(

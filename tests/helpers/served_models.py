@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from helpers.served_bases import Base
 from PIL import Image
 
 from latefusion.models.attach import attached
-from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import install_entry
 from latefusion.models.student.restore import load
 from latefusion.models.student.whole import record
 
-IMAGE, BOS, VOCABULARY, N_VISION = 3, 1, 99, 144  # of the embedded base
+BOS = 1
 TOP = 5  # log-probabilities that vLLM gives for each token
 # Text tokens before the image, behind it, and behind a second one (0: there is none); 0 before: text alone
 LENGTHS = ((1, 12, 0), (9, 7, 0), (40, 5, 0), (3, 20, 0), (0, 33, 0), (5, 6, 4), (70, 2, 0))
@@ -25,12 +25,15 @@ LENGTHS = ((1, 12, 0), (9, 7, 0), (40, 5, 0), (3, 20, 0), (0, 33, 0), (5, 6, 4),
 class Request:
     """Token ids with one placeholder for each image."""
 
+    base: Base
     ids: list[int]
     images: list[Image.Image] = field(default_factory=list)
 
     @property
     def expanded(self):
-        return [i for token in self.ids for i in [token] * (N_VISION if token == IMAGE else 1)]
+        """The ids with a placeholder for each vision token."""
+        lengths = iter([self.base.tokens(image) for image in self.images])
+        return [i for token in self.ids for i in [token] * (next(lengths) if token == self.base.image else 1)]
 
     @property
     def prompt(self):
@@ -38,40 +41,31 @@ class Request:
         return {"prompt_token_ids": self.ids, **more}
 
 
-def picture(seed):
-    """Squares on a bright ground."""
-    rng = np.random.default_rng(seed)
-    pixels = np.full((96, 96, 3), 230, np.uint8)
-    for _ in range(6):
-        (x, y), side = rng.integers(0, 70, 2), rng.integers(10, 26)
-        pixels[y : y + side, x : x + side] = rng.integers(0, 255, 3)
-    return Image.fromarray(pixels)
+def words(base, rng, n):
+    return rng.integers(*base.words, n).tolist()
 
 
-def words(rng, n):
-    return rng.integers(6, VOCABULARY, n).tolist()
-
-
-def requests():
+def requests(base, lengths=LENGTHS):
     made = []
-    for i, (before, behind, last) in enumerate(LENGTHS):
+    for i, (before, behind, last) in enumerate(lengths):
         rng = np.random.default_rng(100 + i)
         if before == 0:
-            made.append(Request([BOS, *words(rng, behind)]))
+            made.append(Request(base, [BOS, *words(base, rng, behind)]))
             continue
-        ids = [BOS, *words(rng, before - 1), IMAGE, *words(rng, behind)]
+        ids = [BOS, *words(base, rng, before - 1), base.image, *words(base, rng, behind)]
         if last:
-            ids += [IMAGE, *words(rng, last)]
-        made.append(Request(ids, [picture(seed) for seed in (i, 50 + i)[: 1 + bool(last)]]))
+            ids += [base.image, *words(base, rng, last)]
+        seeds = (i, 50 + i)[: 1 + bool(last)]
+        made.append(Request(base, ids, [base.picture(seed) for seed in seeds]))
     return made
 
 
-def save_student(folder, schedule, entry=False):
-    """The embedded base under a schedule, as a merged student is written; with `entry` a random entry adapter."""
-    model, processor = load_base("embedded", dtype=torch.float32)
+def save_student(folder, schedule, base, entry=False):
+    """A base under a schedule, as a merged student is written; with `entry` a random entry adapter."""
+    model = base.model
     if entry:
         torch.manual_seed(0)
-        adapter = install_entry(model, 4, N_VISION)
+        adapter = install_entry(model, 4, 1 if base.sizes_differ else base.tokens(base.picture(0)))
         with torch.no_grad():
             for weight in adapter.parameters():
                 weight.normal_(0, 0.1)
@@ -79,7 +73,7 @@ def save_student(folder, schedule, entry=False):
             adapter.start.weight.add_(0.03 * torch.randn_like(adapter.start.weight))
     record(model, schedule)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    base.processor.save_pretrained(folder)
     return str(folder)
 
 
@@ -89,6 +83,7 @@ class Answer:
 
     ids: list[int]
     logprobs: list
+    cached: int = 0  # tokens of the prompt that vLLM found in its prefix cache
 
 
 def in_transformers(folder, batch, steps, dense=False):
@@ -101,9 +96,9 @@ def in_transformers(folder, batch, steps, dense=False):
         ids = torch.tensor([request.expanded])
         more = {}
         if request.images:
-            more["pixel_values"] = processor.image_processor(request.images, return_tensors="pt")[
-                "pixel_values"
-            ]
+            more = dict(processor.image_processor(request.images, return_tensors="pt"))
+        if model.config.model_type == "qwen2_5_vl":
+            more["mm_token_type_ids"] = (ids == request.base.image).int()
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids,
@@ -154,6 +149,7 @@ def in_vllm(llm, batch, steps):
         Answer(
             list(output.outputs[0].token_ids),
             [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs],
+            output.num_cached_tokens,
         )
         for output in outputs
     ]

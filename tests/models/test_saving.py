@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, build, prompt
 from helpers.tiny_base import shake
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
@@ -171,6 +171,15 @@ from latefusion.models.attach import attached
 print(attached(model).policy)
 """
 
+WITHOUT_LATEFUSION = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "latefusion":
+            raise ModuleNotFoundError(f"No module named '{name}'")
+sys.meta_path.insert(0, Hidden())
+"""
+
 
 @pytest.mark.slow
 def test_a_merged_student_never_runs_dense_without_a_word(tmp_path, stand_in):
@@ -186,6 +195,11 @@ def test_a_merged_student_never_runs_dense_without_a_word(tmp_path, stand_in):
     parts = {"first": "", "second": "", "settings": ""}
     code, _, errors = in_a_new_process(IN_TRANSFORMERS.format(**parts), folder)
     assert code and "contains custom code" in errors and "trust_remote_code=True" in errors
+    parts = {"first": WITHOUT_LATEFUSION, "second": "", "settings": "trust_remote_code=True"}
+    code, _, errors = in_a_new_process(IN_TRANSFORMERS.format(**parts), folder)
+    assert code and "packages that were not found in your environment: latefusion" in errors
+    assert "pip install latefusion" in errors
+    parts = {"first": "", "second": "", "settings": ""}
     values = json.loads((folder / "config.json").read_text())
     del values["auto_map"]
     (folder / "config.json").write_text(json.dumps(values))
@@ -245,6 +259,21 @@ def test_adapters_without_the_entry_that_they_trained_are_refused(tmp_path, stan
         ValueError, match=r"was trained with an entry adapter, but adapter_model\.safetensors"
     ):
         load(tmp_path / "adapter", dtype=torch.float32)
+
+
+def test_stock_peft_refuses_a_student_and_names_what_loads_it(tmp_path, stand_in):
+    """It would leave out entry adapter and schedule without a word."""
+    saved_student("llava", PLAIN, tmp_path, stand_in)
+    model, _ = base.load_base(str(tmp_path / "base"), dtype=torch.float32)
+    for refusing in (
+        lambda: PeftModel.from_pretrained(model, tmp_path / "adapter"),
+        lambda: PeftConfig.from_pretrained(tmp_path / "adapter"),
+        lambda: AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter"),
+    ):
+        with pytest.raises(KeyError, match=r"load its folder with latefusion\.load, from pip install"):
+            refusing()
+    edit(tmp_path / "adapter" / "adapter_config.json", peft_type="LORA")  # of an earlier format
+    load(tmp_path / "adapter", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

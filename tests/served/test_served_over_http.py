@@ -15,7 +15,8 @@ import urllib.request
 
 import pytest
 import torch
-from helpers.served_models import picture, save_student
+from helpers.served_bases import base
+from helpers.served_models import save_student
 
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.restore import load
@@ -25,7 +26,9 @@ SECONDS = 300  # to start
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_student(tmp_path_factory.mktemp("student"), VisionSchedule(enter=0, exit=11))
+    return save_student(
+        tmp_path_factory.mktemp("student"), VisionSchedule(enter=0, exit=11), base("embedded")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +99,16 @@ def answer_of(address, folder, question, picture):
 
 def test_a_server_answers_about_images_as_the_executor_does(address, folder):
     model, processor = load(folder, dtype=torch.float32)
-    answered = set()
+    picture, answered = base("embedded").picture(3), set()
     for question in ("how many squares are there?", "what color is the circle?", "is there a red square?"):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = processor(text=text, images=picture(3), return_tensors="pt")
+        inputs = processor(text=text, images=picture, return_tensors="pt")
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert answer_of(address, folder, question, picture(3)).strip() == expected.strip()
+        assert answer_of(address, folder, question, picture).strip() == expected.strip()
         answered.add(expected)
     assert len(answered) > 1

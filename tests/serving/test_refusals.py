@@ -36,7 +36,9 @@ def vllm_config(**changed):
     model = {"enable_prompt_embeds": False, "runner_type": "generate", "quantization": None}
     values = {"use_v2_model_runner": True, "lora_config": None, "speculative_config": None}
     values |= {"kv_transfer_config": None}
-    cache = {"cache_dtype": "auto", "enable_prefix_caching": True}
+    cache = {"cache_dtype": "auto"}
+    multimodal = SimpleNamespace(video_pruning_rate=changed.get("video_pruning_rate"))
+    model["multimodal_config"] = multimodal
     for group in (parallel, model, values, cache):
         group |= {name: changed[name] for name in changed if name in group}
     return SimpleNamespace(
@@ -61,6 +63,7 @@ def vllm_config(**changed):
         ({"enable_dbo": True}, "enable_dbo"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"video_pruning_rate": 0.5}, "leave out video_pruning_rate"),
         ({"runner_type": "pooling"}, "runner=generate"),
         ({"quantization": "fp8"}, "quantised weights"),
         ({"cache_dtype": "fp8"}, "quantised KV cache"),
@@ -85,8 +88,9 @@ def test_an_option_that_was_not_shown_exact_is_refused(changed, sentence):
         ({"schedule": VisionSchedule(cross=[2], freeze_prefix=True)}, "freeze_prefix=True is not served"),
         ({"sliding_window": 8}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"family": "llava_mistral", "sliding_window": 8}, "sliding window"),
         ({"family": "llava_next"}, "a llava_next with a .* decoder is not served"),
-        ({"family": "qwen2_5_vl"}, "a qwen2_5_vl with a .* decoder is not served"),
+        ({"family": "qwen3_vl"}, "a qwen3_vl with a .* decoder is not served"),
     ],
 )
 def test_a_student_that_cannot_be_served_says_why(config, sentence):
@@ -94,12 +98,25 @@ def test_a_student_that_cannot_be_served_says_why(config, sentence):
         check_model(config_of(**config))
 
 
-def test_what_vllm_has_on_by_default_and_is_not_exact_is_off(caplog):
+@pytest.mark.parametrize("family", ["llava", "llava_mistral", "llava_qwen2", "qwen2_5_vl"])
+def test_what_is_served_passes(family):
+    assert check_model(config_of(family)) == BAND
+
+
+def test_another_vision_tower_is_refused():
+    config = config_of()
+    config.vision_config.model_type = "pixtral"
+    with pytest.raises(
+        ValueError, match="a llava with a pixtral vision tower is not served, only llava with"
+    ):
+        check_model(config)
+
+
+def test_what_vllm_has_on_by_default_and_is_not_built_is_off(caplog):
     config = vllm_config()
     with caplog.at_level(logging.WARNING, "vllm.latefusion"):
         Defaults.verify_and_update_config(config)
-    assert config.cache_config.enable_prefix_caching is False and config.model_config.enforce_eager is True
-    assert "prefix caching is off" in caplog.text and "CUDA graphs are off" in caplog.text
+    assert config.model_config.enforce_eager is True and "CUDA graphs are off" in caplog.text
 
 
 def test_another_vllm_gets_no_late_fusion_model_and_a_sentence(monkeypatch, caplog):
