@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,11 +96,10 @@ class LateFusionLlavaForConditionalGeneration(LateFusion, LlavaForConditionalGen
             "model.language_model.": "language_model.model.",
             "model.multi_modal_projector.": "multi_modal_projector.",
             "lm_head.": "language_model.lm_head.",
-            "model.vision_tower.vision_model.": "vision_tower.vision_model.",
-            "model.vision_tower.": "vision_tower.vision_model.",
-            "vision_tower.vision_model.": "vision_tower.vision_model.",
-            "vision_tower.": "vision_tower.vision_model.",
-        }
+        },
+        orig_to_new_regex={
+            re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"): "vision_tower.vision_model.",
+        },
     )
 
 

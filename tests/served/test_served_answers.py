@@ -49,6 +49,12 @@ def test_other_decoders_answer_as_in_the_executor(name, schedule, tmp_path):
     compare(tmp_path, SHALLOW[schedule], name, entry=True, max_num_batched_tokens=budget)
 
 
+def test_two_processes_share_the_heads(tmp_path, monkeypatch):
+    """Tensor parallelism: rows of a step are the same in both. Triton's interpreter stops vLLM's compiled embedding."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    compare(tmp_path, SHALLOW["cross"], "qwen2", True, max_num_batched_tokens=100, tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("edges", [(0, 11), (5, None)], ids=str)
 def test_a_band_may_begin_or_end_with_the_decoder(edges, tmp_path):
     enter, end = edges

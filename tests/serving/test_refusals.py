@@ -56,7 +56,6 @@ def vllm_config(**changed):
         ({"lora_config": object()}, "LoRA adapters"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=1"),
         ({"data_parallel_size": 2}, "data parallelism"),
         ({"decode_context_parallel_size": 2}, "context parallel"),
         ({"prefill_context_parallel_size": 2}, "context parallel"),
