@@ -4,9 +4,10 @@
 
 Systems of the same key are compared. On the same questions and images, with `predictions.jsonl` beside both reports, a
 difference of accuracy is paired, and its 95% interval knows which questions share an image; else the samples count as
-independent. It is worse if the interval lies below zero, overall or in a task. Decoder FLOPs and KV bytes, which hardly
-vary, are worse if they rise by more than `--cost`; latency, as a ratio to the reference, if its quartiles lie above
-those before. Question types are shown and do not count: with so many comparisons some would fail by chance.
+independent. It is worse if the interval lies below zero, overall or in a task. FLOPs (the decoder's, and the whole
+prefill's with vision tower, projector and head) and KV bytes, which hardly vary, are worse if they rise by more than
+`--cost`; latency, as a ratio to the reference, if its quartiles lie above those before. Question types are shown and do
+not count: with so many comparisons some would fail by chance.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from latefusion.eval.tasks.base import Answer
 
 PREDICTIONS = "predictions.jsonl"
+COSTS = {"flops": "decoder FLOPs", "prefill_flops": "whole prefill FLOPs", "kv_bytes": "KV bytes"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
                 a, b = first["accuracy"]["types"][name], second["accuracy"]["types"][name]
                 change = _independent(second["name"], f"accuracy, {name}", a, b)
                 changes.append(change if several else replace(change, worse=False))
-        for name, what in (("flops", "decoder FLOPs"), ("kv_bytes", "KV bytes")):
+        for name, what in COSTS.items():
             if name in first and name in second:
                 changes.append(_cost(second["name"], what, first[name]["mean"], second[name]["mean"], cost))
         for name, what in (("ttft", "time to first token"), ("tpot", "time per token")):

@@ -124,6 +124,23 @@ def beside_the_decoder(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.base_model.children() if module is not decoder]
 
 
+def with_blank_vision(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same shape whose vision tower and projector are zeros on the CPU; its decoder has no memory.
+
+    It counts the work of an encoder whose weights lie in shards. Buffers, which no engine shards, are the model's.
+    """
+    with torch.device("meta"):
+        blank = type(model)(model.config).to(model.dtype).eval()
+    for part, sharded in zip(beside_the_decoder(blank), beside_the_decoder(model), strict=True):
+        buffers = dict(sharded.named_buffers())
+        part.to_empty(device="cpu")
+        for tensor in part.parameters():
+            tensor.data.zero_()
+        for name, buffer in part.named_buffers():
+            buffer.copy_(buffers[name]) if name in buffers else buffer.zero_()
+    return blank
+
+
 def _nf4(path: str, dtype: torch.dtype, place: dict[str, Any]) -> BitsAndBytesConfig:
     """Settings for 4 bits in the decoder's layers alone: a part that trains in full cannot be quantised."""
     with torch.device("meta"):

@@ -148,7 +148,9 @@ def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch leaves it out
     # a projector in training is float32 beside a bfloat16 tower: as in training, autocast brings them together
     mixed = len({parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}) > 1
-    cast = torch.autocast(model.device.type, torch.bfloat16, enabled=mixed)
+    cast = torch.autocast(
+        inputs.get("pixel_values", torch.empty(0)).device.type, torch.bfloat16, enabled=mixed
+    )
     with torch.no_grad(), cast, FlopCounterMode(display=False, custom_mapping=fused) as counter:
         encode_images(model, inputs)
     return counter.get_total_flops()

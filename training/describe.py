@@ -15,6 +15,7 @@ from latefusion.data.bad_rows import Bad
 from latefusion.data.collate import IGNORE
 from latefusion.data.printing import short
 from latefusion.data.streaming import Stream
+from latefusion.models.base_model import with_blank_vision
 from latefusion.models.flops import outside_flops, prefill_share
 from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
@@ -157,20 +158,25 @@ def describe(
 
 
 def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any] | None) -> str:
-    """The same with vision tower, projector and head, which a schedule does not change; empty if they cannot run yet.
+    """The same with vision tower, projector and head, which a schedule does not change; empty if they are not counted.
 
     Args:
         flops, dense: of the decoder, under the schedule and without.
         example: a batch of one sample with images.
     """
-    if example is None or any(hasattr(weight, "ds_id") for weight in model.parameters()):  # ZeRO-3: in shards
+    if example is None:
         return ""
+    inner, device = unwrapped(model), model.device
+    if any(
+        hasattr(weight, "ds_id") for weight in model.parameters()
+    ):  # ZeRO-3: in shards, which cannot run yet
+        inner, device = with_blank_vision(inner), torch.device("cpu")
     inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        name: value.to(device, inner.dtype if value.is_floating_point() else None)
         for name, value in example.items()
         if isinstance(value, torch.Tensor)
     }
-    outside = outside_flops(unwrapped(model), inputs)
+    outside = outside_flops(inner, inputs)
     if outside is None:
         return ""
     return (

@@ -162,8 +162,8 @@ def per_token(sums: dict[str, float]) -> dict[str, float]:
     taught = sums.get("taught", sums["tokens"])  # without a teacher, kl is 0
     if taught:
         means["kl"] = sums["kl"] / taught
-    if taught and "known" in sums:
-        means["teacher_right"] = _significant(sums["known"] / taught)
+    if taught and "teacher_right" in sums:
+        means["teacher_right"] = _significant(sums["teacher_right"] / taught)
     return means
 
 

@@ -96,7 +96,7 @@ class Objective:
         Returns:
             The loss, and sums over tokens: of its two terms, `ce` and `kl` (as of a teacher in every step), and the
             number of `tokens`; with a teacher also how many of them it scored, `taught`, and how many of these labels
-            are its first choice, `known`.
+            are its first choice, `teacher_right`.
         """
         inputs = dict(batch)
         offline_tokens, offline_logprobs = (
@@ -145,7 +145,7 @@ class Objective:
         terms = {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
         if self.teacher is not None or (self.weight > 0 and offline_tokens is not None):
             right = choices == label if choices is not None else torch.zeros_like(label)
-            terms |= {"taught": self.taught * learnt.sum(), "known": right.sum()}
+            terms |= {"taught": self.taught * learnt.sum(), "teacher_right": right.sum()}
         if self.counts:
             terms["flops"] = torch.tensor(
                 teacher_flops + self._student_flops(learnt.numel()), device=ce.device

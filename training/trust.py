@@ -146,14 +146,14 @@ def measure(
     right = answers = 0
     for samples in _draw(dataset, config.train.seed, config.train.batch_size):
         batch = guard(samples)
-        right_here, total = answers_known(batch["labels"], choose(batch))
+        right_here, total = answers_right(batch["labels"], choose(batch))
         right, answers = right + right_here, answers + total
         if answers >= ANSWERS:
             break
     return right, answers
 
 
-def answers_known(labels: Tensor, choices: Tensor) -> tuple[int, int]:
+def answers_right(labels: Tensor, choices: Tensor) -> tuple[int, int]:
     """Answers whose every token was chosen, and all answers.
 
     Args:

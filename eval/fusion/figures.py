@@ -38,6 +38,7 @@ from latefusion.eval.fusion.style import (
     quartiles,
     shade,
 )  # fmt: skip
+from latefusion.models.flops import prefill_share
 
 
 def draw(profile: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -338,5 +339,14 @@ def pareto(profile: dict[str, Any]) -> Figure:
     bound_line(axis, profile, 102)
     axis.set_xlabel("decoder FLOPs of the prefill, % of dense")
     axis.set_xlim(0, 103)
+    if (outside := profile.get("outside")) is not None:
+        whole = axis.secondary_xaxis(
+            "top",
+            functions=(
+                lambda decoder: 100 * prefill_share(decoder / 100, outside),
+                lambda share: share * (1 + outside) - 100 * outside,
+            ),
+        )
+        whole.set_xlabel("FLOPs of the whole prefill (tower, projector and head too), % of dense")
     figure.legend(loc="outside upper center", ncols=1, alignment="left")
     return figure

@@ -167,7 +167,9 @@ def taken(rows, some) -> list:
     return rows.__getitems__(some) if isinstance(rows, Stream) else [rows[i] for i in some]
 
 
-def agree(path, lines: list[bytes], bad: list[bool], *, streaming: bool, out) -> None:
+def assert_validate_and_training_agree(
+    path, lines: list[bytes], bad: list[bool], *, streaming: bool, out
+) -> None:
     """`validate` lists the rows that are bad, and training leaves out these, or stops at each, for the same reasons."""
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     data = configuration(path, streaming=streaming).data
@@ -197,7 +199,7 @@ def test_validate_lists_just_what_training_leaves_out(folder, tmp_path, streamin
     named = [{**row, "id": f"row {i % 20}"} if i % 3 else row for i, row in enumerate([*GOOD, *BAD])]
     lines = [*(json.dumps(row).encode() for row in named), *BROKEN]
     bad = [False] * len(GOOD) + [True] * (len(BAD) + len(BROKEN))
-    agree(folder / "all.jsonl", lines, bad, streaming=streaming, out=tmp_path)
+    assert_validate_and_training_agree(folder / "all.jsonl", lines, bad, streaming=streaming, out=tmp_path)
 
 
 @pytest.mark.slow
@@ -208,7 +210,9 @@ def test_they_agree_on_any_rows_in_any_order(folder, tmp_path_factory, drawn, st
     for row in drawn:
         lines.append(row if isinstance(row, bytes) else json.dumps({**row[0][0], "id": row[1]}).encode())
         bad.append(True if isinstance(row, bytes) else row[0][1])
-    agree(folder / "any.jsonl", lines, bad, streaming=streaming, out=tmp_path_factory.mktemp("out"))
+    assert_validate_and_training_agree(
+        folder / "any.jsonl", lines, bad, streaming=streaming, out=tmp_path_factory.mktemp("out")
+    )
 
 
 def test_every_row_has_a_size_to_be_grouped_by(folder):

@@ -55,8 +55,8 @@ def test_features_and_logits_are_those_of_the_batch(base, rows, runs):
     assert sorted(encoded) == sorted(expected)
     both = [one["mm_encoder_outputs"]["image"].pooler_output for one in (encoded, expected)]
     assert len(both[0]) == len(both[1]) == 6
-    for mine, others in zip(*both, strict=True):
-        torch.testing.assert_close(mine, others, atol=1e-5, rtol=1e-4)
+    for alone, in_batch in zip(*both, strict=True):
+        torch.testing.assert_close(alone, in_batch, atol=1e-5, rtol=1e-4)
     with attach(model, VisionSchedule(enter=2, exit=9)):
         logits = [model(**fresh_inputs(one)).logits for one in (encoded, expected)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
@@ -100,6 +100,28 @@ def test_another_encoder_has_features_of_its_own(base):
     with student.disable_adapter():
         off = vision_weights(student)
     assert on != off
+
+
+@torch.no_grad()
+def test_students_that_share_a_base_have_features_of_their_own(base, rows):
+    """Each has trained the projector; one encoder after the other is on, in any order."""
+    model, processor = base
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    students = get_peft_model(twin(model), settings, adapter_name="first")
+    students.add_adapter("second", settings)
+    for name, weight in students.named_parameters():
+        if "modules_to_save.second" in name:
+            weight.copy_(weight + 0.1)
+    inputs = prompt_inputs(model, processor, rows[:1])
+    expected, images = {}, EncodedImages()
+    for name in ("first", "second"):
+        students.set_adapter(name)
+        expected[name] = encode_images(students, inputs)["mm_encoder_outputs"]["image"].pooler_output[0]
+    assert not torch.allclose(expected["first"], expected["second"], atol=1e-2)
+    for name in ("first", "second", "first"):
+        students.set_adapter(name)
+        output = images.encode(students, inputs)["mm_encoder_outputs"]["image"].pooler_output[0]
+        torch.testing.assert_close(output, expected[name], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -78,9 +78,9 @@ def rounds(document, lmms_eval_specific_kwargs=None, previous_output=None, round
     return visual(document), document['question'], False, previous_output, 'one'
 
 def both(document, results):
-    (said,) = results
-    assert len(said) == 2
-    return {'both_right': float([text.strip() for text in said] == [document['answer']] * 2)}
+    (rounds,) = results
+    assert len(rounds) == 2
+    return {'both_right': float([text.strip() for text in rounds] == [document['answer']] * 2)}
 """
 
 

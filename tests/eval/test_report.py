@@ -381,9 +381,9 @@ def test_a_report_on_other_images_is_not_paired(
 def test_dearer_is_a_regression_and_a_little_dearer_is_not(
     run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    def dearer(factor: float) -> Any:
+    def dearer(factor: float, what: str = "flops") -> Any:
         def change(report: dict[str, Any]) -> None:
-            report["systems"]["student"]["flops"]["mean"] *= factor
+            report["systems"]["student"][what]["mean"] *= factor
 
         return change
 
@@ -391,6 +391,8 @@ def test_dearer_is_a_regression_and_a_little_dearer_is_not(
     worse = [c.what for c in compare(run[0], changed(run[0], tmp_path / "b", dearer(1.03))) if c.worse]
     assert worse == ["decoder FLOPs"]
     assert not any(c.worse for c in compare(run[0], tmp_path / "b", cost=0.05))
+    tower = changed(run[0], tmp_path / "c", dearer(1.03, "prefill_flops"))  # the decoder's are as before
+    assert [c.what for c in compare(run[0], tower) if c.worse] == ["whole prefill FLOPs"]
 
 
 def test_slower_beyond_its_quartiles_is_a_regression(

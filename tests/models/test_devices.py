@@ -62,7 +62,7 @@ def forward(model: Any, inputs: dict[str, Any], policy: Any, *, steps: int) -> l
     return results
 
 
-def check(family: str, policy: str) -> None:
+def assert_same_on_the_device(family: str, policy: str) -> None:
     steps = 0 if family in MROPE_FAMILIES else 2
     expected = forward(shared(family), prompt(family, MIXED), POLICIES[policy], steps=steps)
     elsewhere = forward(move(build(family)), moved(prompt(family, MIXED)), POLICIES[policy], steps=steps)
@@ -72,14 +72,14 @@ def check(family: str, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies(policy):
-    check("llava", policy)
+    assert_same_on_the_device("llava", policy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keeps", "cross", "visipruner"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, policy):
-    check(family, policy)
+    assert_same_on_the_device(family, policy)
 
 
 @pytest.mark.parametrize(

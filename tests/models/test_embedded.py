@@ -21,7 +21,7 @@ from latefusion.training.embedded.card import model_card
 from latefusion.training.embedded.grounding import grounded_phrases
 from latefusion.training.embedded.optimiser import orthogonalise
 from latefusion.training.embedded.pseudo_vision import SIDE, patch_labels, sample_patches
-from latefusion.training.embedded.record import score, summary
+from latefusion.training.embedded.record import score
 from latefusion.training.embedded.stages import STAGES, Learner
 from latefusion.training.embedded.train_base import build_learner, load_finished, run_stage
 from latefusion.training.embedded.vocabulary import (
@@ -35,6 +35,7 @@ from latefusion.training.embedded.vocabulary import (
     encode,
     split_words,
 )
+from latefusion.training.outcomes import summary
 
 TINY = {"tower_width": 32, "tower_layers": 1, "width": 32, "layers": 7, "heads": 2, "mlp": 32}
 
@@ -69,11 +70,11 @@ def test_processor_survives_a_folder(processor, tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path)
     scene, questions = make_scene("test", 0)
     prompt = [turn("user", questions[0].question, render(scene)), turn("assistant", questions[0].answer)]
-    ours, theirs = (
+    built, read = (
         p.apply_chat_template([prompt], tokenize=True, return_dict=True, return_tensors="pt")
         for p in (processor, loaded)
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and set(ours) == set(theirs)
+    assert all(torch.equal(built[name], read[name]) for name in built) and set(built) == set(read)
 
 
 def test_a_prompt_is_bos_vision_question(processor):
@@ -317,7 +318,7 @@ def test_the_record_reaches_the_bar_and_the_card_says_what_it_says():
 
 def test_summary_counts_and_brackets():
     outcomes = {kind: [True, False] for kind in TYPES}
-    result = summary(outcomes)
+    result = summary(outcomes, TYPES, digits=2)
     assert result["all"]["questions"] == 2 * len(TYPES) and result["all"]["accuracy"] == 50
     assert result["all"]["low"] < 50 < result["all"]["high"]
     assert result["reading"]["high"] - result["reading"]["low"] > result["all"]["high"] - result["all"]["low"]

@@ -119,11 +119,12 @@ def test_layers_never_wait_for_the_device(policy: str) -> None:
             cache = model(**inputs).past_key_values
             mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
             ids = torch.full((len(MIXED), 1), 5, device="cuda")
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            step = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
         finally:
             first.remove()
             last.remove()
             torch.cuda.set_sync_debug_mode(allowed)
+    assert step.logits.isfinite().all()  # and no wait raised on the way
 
 
 def test_gradients_equal_those_on_the_cpu() -> None:

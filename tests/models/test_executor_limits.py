@@ -112,9 +112,16 @@ def test_an_exchange_of_tokens_is_found_too() -> None:
 def test_tokens_that_were_only_read_may_return_and_late_ones_may_come() -> None:
     model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
     vision = vision_tokens(inputs)
-    for policy in (CROSS, Fixed(seen(vision, 0, 2, 4, 4, 3, 0)), Fixed(seen(vision, 2, 2, 4, 0, 0, 0))):
-        with torch.no_grad(), attach(model, policy):
+    n = int(vision.sum())
+    for policy, numbers in (
+        (CROSS, [0, n, 0, n, 0, 0]),
+        (Fixed(seen(vision, 0, 2, 4, 4, 3, 0)), [0, 2, 4, 4, 3, 0]),
+        (Fixed(seen(vision, 2, 2, 4, 0, 0, 0)), [2, 2, 4, 0, 0, 0]),
+    ):
+        with torch.no_grad(), attach(model, policy) as attachment:
             model(**inputs)
+            (record,) = attachment.trace
+        assert record.vision == numbers
 
 
 def test_without_a_look_at_the_tokens_the_counts_tell() -> None:

@@ -53,7 +53,9 @@ def ragged(vision: torch.Tensor) -> list[torch.Tensor]:
     return [none, vision, some, some, fewer, none]
 
 
-def check(model: Any, inputs: dict[str, Any], seen: list[torch.Tensor], counted: bool = True) -> None:
+def assert_equal_to_the_masked_model(
+    model: Any, inputs: dict[str, Any], seen: list[torch.Tensor], counted: bool = True
+) -> None:
     """Uncached and cached prefill against the masked model."""
     vision, text = vision_tokens(inputs), inputs["input_ids"] > 0
     text = text & ~vision
@@ -103,7 +105,7 @@ def test_two_conversations_packed_into_one_row(attention: str) -> None:
 
 def test_the_hosts_ignorance_of_counts_changes_nothing() -> None:
     inputs = prompt("llava", MIXED)
-    check(build("llava"), inputs, ragged(vision_tokens(inputs)), counted=False)
+    assert_equal_to_the_masked_model(build("llava"), inputs, ragged(vision_tokens(inputs)), counted=False)
 
 
 # ---------------------------------------------------------------- local attention
@@ -123,8 +125,8 @@ def test_a_sliding_window_counts_all_tokens(family: str, attention: str) -> None
     model = build_from(sliding(family), attention)
     for side in ("left", "right"):
         inputs = prompt("llava", MIXED, side)
-        check(model, inputs, band(vision_tokens(inputs), LAYERS, 2, 4))
-        check(model, inputs, ragged(vision_tokens(inputs)))
+        assert_equal_to_the_masked_model(model, inputs, band(vision_tokens(inputs), LAYERS, 2, 4))
+        assert_equal_to_the_masked_model(model, inputs, ragged(vision_tokens(inputs)))
     inputs = prompt("llava", MIXED)
     seen = ragged(vision_tokens(inputs))
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_paligemma_stays_bidirectional_without_token_types() -> None:
         for rows in (MIXED, EVEN):
             inputs = prompt("paligemma", rows)
             del inputs["token_type_ids"]
-            check(model, inputs, ragged(vision_tokens(inputs)))
+            assert_equal_to_the_masked_model(model, inputs, ragged(vision_tokens(inputs)))
 
 
 # ---------------------------------------------------------------- other inputs
@@ -159,7 +161,7 @@ def test_paligemma_stays_bidirectional_without_token_types() -> None:
 def test_videos_are_vision(family: str) -> None:
     inputs = prompt(family, ["tt V ttt", "tttt", "t V t V tt"])
     model = build(family)
-    check(model, inputs, band(vision_tokens(inputs), LAYERS, 2, 4))
+    assert_equal_to_the_masked_model(model, inputs, band(vision_tokens(inputs), LAYERS, 2, 4))
     with torch.no_grad(), attach(model, BAND) as attachment:
         model(**inputs)
     assert [record.tokens[2] - record.tokens[0] for record in attachment.trace] == [4, 0, 8]
@@ -170,7 +172,7 @@ def test_pixels_go_through_the_vision_tower() -> None:
     inputs = prompt("llava", MIXED)
     del inputs["mm_encoder_outputs"]
     inputs["pixel_values"] = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
-    check(model, inputs, ragged(vision_tokens(inputs)))
+    assert_equal_to_the_masked_model(model, inputs, ragged(vision_tokens(inputs)))
 
 
 def test_placeholders_are_found_in_embeddings_too() -> None:

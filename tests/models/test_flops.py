@@ -6,13 +6,16 @@ import sys
 
 import pytest
 import torch
+from helpers.data_rows import IMAGE_PART, grey_image, turn
 from helpers.families import CONFIGS, HYBRID_FAMILIES, build_from
 from helpers.flop_counter import CPU_ATTENTION, N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
+from helpers.models_with_processors import collator_of, model_and_processor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latefusion.models.attach import attach
-from latefusion.models.flops import decoder_flops, layer_flops
+from latefusion.models.base_model import with_blank_vision
+from latefusion.models.flops import decoder_flops, encoder_flops, layer_flops
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 
@@ -79,6 +82,19 @@ def test_the_literatures_numbers_for_llava_1_5_7b() -> None:
     hidrop = VisionSchedule(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})
     assert round(dense / 1e12, 2) == 3.82
     assert round(hidrop.flops(llava, 64, 576, convention="vision_only") / 1e12, 2) == 0.42
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3"])
+def test_an_encoder_of_zeros_is_counted_like_the_real_one(family: str) -> None:
+    model, _ = model_and_processor(family)
+    sample = {
+        "messages": [turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")],
+        "images": [grey_image(90).resize((28, 28))],
+    }
+    batch = collator_of(family)([sample])
+    blank = with_blank_vision(model)
+    assert {weight.device.type for weight in blank.get_decoder().parameters()} == {"meta"}
+    assert encoder_flops(blank, dict(batch)) == encoder_flops(model, dict(batch)) > 0
 
 
 def test_an_unknown_convention_is_refused() -> None:

@@ -110,8 +110,9 @@ def test_what_does_not_rank_trains_as_before(model: Any) -> None:
     for policy in (VisionSchedule(enter=1, exit=4), VisionSchedule(cross=[1, 3]), named("divprune")):
         with attach(model, policy), warnings.catch_warnings():
             warnings.simplefilter("error")
-            model(**inputs)
-            model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100))
+            unlabelled = model(**inputs).logits
+            labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+            assert torch.equal(model(**inputs, labels=labels).logits, unlabelled)
 
 
 def test_labels_that_teach_the_question_are_refused(model: Any) -> None:

@@ -10,6 +10,7 @@ from helpers.tiny_base import BAND, SMALL, composed, save_tiny_base, tiny_studen
 
 from latefusion.data import sources
 from latefusion.training import assemble, monitor
+from latefusion.training.describe import whole_prefill
 
 
 def layer(n, d, m):
@@ -50,6 +51,16 @@ def test_flops_are_those_of_the_tokens_that_each_layer_computed(teacher):
             assert bare <= taught <= dense
         else:
             assert taught == (0 if teacher == "none" else dense)
+
+
+def test_the_whole_prefill_is_counted_while_weights_lie_in_shards():
+    _, student = tiny_student("teacher=none")
+    rows = sources.scenes("validation", n_scenes=1)
+    example = assemble.collator_of(student)([rows[0]])
+    counted = whole_prefill(2e9, 4e9, student.model, example)
+    for weight in student.model.parameters():  # as DeepSpeed's ZeRO-3 leaves them
+        weight.ds_id, weight.data = 0, torch.empty(0)
+    assert whole_prefill(2e9, 4e9, student.model, example) == counted != ""
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_every_engine_goes_the_way_of_one_process(
     steps = trajectory(launcher, tmp_path, f"engine={engine}")
     worst = max(
         abs(a - b) / max(b, 1e-9)  # kl is 0 without a teacher
-        for ours, theirs in zip(steps, alone, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
+        for step, expected in zip(steps, alone, strict=True)
+        for a, b in zip(step, expected, strict=True)
     )
     print(f"{engine}, {launcher}: {worst:.1e}")
-    for ours, theirs in zip(steps, alone, strict=True):
-        assert ours == pytest.approx(theirs, rel=3e-4)
+    for step, expected in zip(steps, alone, strict=True):
+        assert step == pytest.approx(expected, rel=3e-4)

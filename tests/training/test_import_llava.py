@@ -126,14 +126,14 @@ def test_the_weights_are_those_that_were_released(released, tmp_path: Path, reci
         embeds[vision] = original.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[
             0
         ]
-        theirs = (
+        released_logits = (
             original.model.language_model(inputs_embeds=embeds).last_hidden_state @ original.lm_head.weight.T
         )
     assert vision.sum() == 4
-    torch.testing.assert_close(ours[..., : len(WORDS)], theirs)
-    mean = theirs.mean(-1)
+    torch.testing.assert_close(ours[..., : len(WORDS)], released_logits)
+    mean = released_logits.mean(-1)
     torch.testing.assert_close(ours[..., len(WORDS)], mean)  # <image> is never the likeliest word
-    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert torch.equal(ours.argmax(-1), released_logits.argmax(-1))
 
 
 def test_weights_in_torch_files_and_a_tower_of_their_own(released, tmp_path: Path) -> None:

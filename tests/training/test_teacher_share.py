@@ -70,7 +70,7 @@ def test_over_the_steps_the_loss_is_that_of_a_teacher_in_every_step(student):
             ce, kl = terms["ce"].item(), terms["kl"].item()
             assert loss == pytest.approx(ce + 0.7 / share * kl, rel=1e-5)
             assert kl == (pytest.approx(full[0][1]["kl"].item(), rel=1e-5) if ran else 0)
-            assert terms["known"] == (full[0][1]["known"] if ran else 0)
+            assert terms["teacher_right"] == (full[0][1]["teacher_right"] if ran else 0)
 
 
 def test_where_the_teacher_does_not_run_nothing_of_it_is_computed(student):

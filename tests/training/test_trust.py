@@ -29,14 +29,14 @@ def test_an_answer_is_known_if_the_first_choice_is_right_at_each_of_its_tokens()
     labels[1, 1] = 9  # right
     labels[1, 8] = 4  # wrong, at the end of a row
     choices = torch.tensor([5, 6, 7, 0, 9, 3])
-    assert trust.answers_known(labels, choices) == (2, 4)
-    assert trust.answers_known(labels, torch.tensor([5, 6, 7, 8, 9, 4])) == (4, 4)
-    assert trust.answers_known(torch.full((1, 3), IGNORE), torch.tensor([], dtype=torch.long)) == (0, 0)
+    assert trust.answers_right(labels, choices) == (2, 4)
+    assert trust.answers_right(labels, torch.tensor([5, 6, 7, 8, 9, 4])) == (4, 4)
+    assert trust.answers_right(torch.full((1, 3), IGNORE), torch.tensor([], dtype=torch.long)) == (0, 0)
 
 
 def test_answers_next_to_each_other_in_the_batch_are_two():
     labels = torch.tensor([[IGNORE, IGNORE, 3], [IGNORE, 4, IGNORE]])
-    assert trust.answers_known(labels, torch.tensor([3, 0])) == (1, 2)
+    assert trust.answers_right(labels, torch.tensor([3, 0])) == (1, 2)
 
 
 def test_weights_scale_each_token_and_all_ones_change_nothing():
@@ -72,14 +72,14 @@ def test_by_label_a_token_counts_by_the_teachers_probability_of_its_label():
     places = (batch["queries"], batch["labels"] != IGNORE)
     with torch.no_grad(), student.attachment.queries(*places), teacher.queries(*places):
         s, t = student.model(**inputs).logits, base(**inputs).logits
-    kl, known = 0.0, 0
+    kl, right = 0.0, 0
     for b, p in (batch["labels"] != IGNORE).nonzero().tolist():
         p_t, p_s = (torch.softmax(x[b, p - 1].double() / 1.5, -1) for x in (t, s))
         kl += 1.5**2 * (p_t[batch["labels"][b, p]] * (p_t * (p_t / p_s).log()).sum()).item()
-        known += int(t[b, p - 1].argmax() == batch["labels"][b, p])
+        right += int(t[b, p - 1].argmax() == batch["labels"][b, p])
     assert terms["kl"].item() == pytest.approx(kl, rel=1e-4) and kl > 0
     assert loss.item() == pytest.approx(terms["ce"].item() + 0.7 * kl, rel=1e-4)
-    assert terms["known"].item() == known
+    assert terms["teacher_right"].item() == right
 
 
 def settle(overrides, monkeypatch=None, resumed=None, measured=None):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from scipy.stats import binomtest
 from torch import Tensor
 
 from latefusion.data.scene_questions import TYPES
@@ -26,11 +25,11 @@ from latefusion.training.embedded.card import model_card
 from latefusion.training.embedded.pseudo_vision import SIDE
 from latefusion.training.embedded.stages import STAGES, Learner
 from latefusion.training.embedded.vocabulary import build_processor
+from latefusion.training.outcomes import Outcomes, pooled, summary
 
 DATA_SEEDS = (0, 1, 2)
 GENERATED_SCENES = 25  # of validation, whose questions are also asked one by one through `generate`
 TABLE_SCENES = 5000  # of train, for the table of most frequent answers
-Outcomes = dict[str, list[bool]]
 
 
 def score(logits: Tensor, packed: Packed) -> Iterable[tuple[str, bool]]:
@@ -75,27 +74,6 @@ def table_answers(seed: int) -> Outcomes:
             answers = seen[question.question].most_common(1)
             outcomes[question.type].append(bool(answers) and answers[0][0] == question.answer)
     return outcomes
-
-
-def summary(outcomes: Outcomes) -> dict[str, dict[str, float]]:
-    """Accuracy in percent by type and over all, with its 95% interval (Wilson, questions taken as
-    independent).
-    """
-    result = {}
-    for kind in (*TYPES, "all"):
-        rights = [r for rs in outcomes.values() for r in rs] if kind == "all" else outcomes[kind]
-        interval = binomtest(sum(rights), len(rights)).proportion_ci(method="wilson")
-        result[kind] = {
-            "questions": len(rights),
-            "accuracy": round(100 * sum(rights) / len(rights), 2),
-            "low": round(100 * float(interval.low), 2),
-            "high": round(100 * float(interval.high), 2),
-        }
-    return result
-
-
-def pooled(by_seed: Iterable[Outcomes]) -> Outcomes:
-    return {kind: [right for outcomes in by_seed for right in outcomes[kind]] for kind in TYPES}
 
 
 @torch.no_grad()
@@ -165,8 +143,10 @@ def write_record(
         },
         "test": {
             name: {
-                "by_seed": {str(s): summary(o) for s, o in zip(DATA_SEEDS, by_seed, strict=True)},
-                "pooled": summary(pooled(by_seed)),
+                "by_seed": {
+                    str(s): summary(o, TYPES, digits=2) for s, o in zip(DATA_SEEDS, by_seed, strict=True)
+                },
+                "pooled": summary(pooled(by_seed), TYPES, digits=2),
             }
             for name, by_seed in outcomes.items()
         },

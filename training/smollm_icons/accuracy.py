@@ -11,11 +11,10 @@ from torch import Tensor
 
 from latefusion.data.icons.board_questions import TYPES, board_questions
 from latefusion.data.icons.boards import Board
+from latefusion.training.outcomes import Outcomes
 from latefusion.training.smollm_icons.batch import Sample
 from latefusion.training.smollm_icons.learner import Learner
 from latefusion.training.smollm_icons.question_tree import VISION, question_tree
-
-Outcomes = dict[str, list[bool]]
 
 
 @torch.no_grad()

@@ -6,15 +6,13 @@ A part is `SPLIT/SEED`, `other_picture/SEED` or `random_tokens/K`.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from latefusion.data.icons.board_questions import TYPES
 from latefusion.data.icons.boards import SPLITS
-from latefusion.training.smollm_icons.accuracy import Outcomes, answer_boards
+from latefusion.training.outcomes import Outcomes, summary
+from latefusion.training.smollm_icons.accuracy import answer_boards
 from latefusion.training.smollm_icons.features import Features
 from latefusion.training.smollm_icons.learner import Learner
 
@@ -50,29 +48,10 @@ def measure_part(
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(answers(learner(), part, features, n_boards)))
     outcomes: Outcomes = json.loads(path.read_text())
-    print(part, {kind: row["accuracy"] for kind, row in summary(outcomes).items()}, flush=True)
+    print(part, {kind: row["accuracy"] for kind, row in accuracies(outcomes).items()}, flush=True)
     return outcomes
 
 
-def summary(outcomes: Outcomes) -> dict[str, dict[str, float]]:
-    """Accuracy in percent by type and over all, with its 95% interval (Wilson, questions as independent)."""
-    table = {}
-    for kind in (*TYPES, "all"):
-        rights = [r for values in outcomes.values() for r in values] if kind == "all" else outcomes[kind]
-        interval = binomtest(sum(rights), len(rights)).proportion_ci(method="wilson")
-        table[kind] = {
-            "questions": len(rights),
-            "accuracy": round(100 * sum(rights) / len(rights), 1),
-            "low": round(100 * float(interval.low), 1),
-            "high": round(100 * float(interval.high), 1),
-        }
-    return table
-
-
-def pooled(parts: Sequence[Outcomes]) -> Outcomes:
-    """The outcomes of several measurements together."""
-    together: Outcomes = defaultdict(list)
-    for part in parts:
-        for kind, rights in part.items():
-            together[kind] += rights
-    return together
+def accuracies(outcomes: Outcomes) -> dict[str, dict[str, float]]:
+    """`summary` over the questions about boards."""
+    return summary(outcomes, TYPES, digits=1)

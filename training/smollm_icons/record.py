@@ -16,17 +16,16 @@ import torch
 
 from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.packages import PACKAGES
-from latefusion.training.smollm_icons.accuracy import Outcomes
+from latefusion.training.outcomes import Outcomes, pooled
 from latefusion.training.smollm_icons.card import model_card
 from latefusion.training.smollm_icons.features import Features
 from latefusion.training.smollm_icons.learner import Learner, language_model
 from latefusion.training.smollm_icons.measured import (
     BOARDS,
     DATA_SEEDS,
+    accuracies,
     measure_part,
     parts_of,
-    pooled,
-    summary,
 )
 from latefusion.training.smollm_icons.projector import Projector
 from latefusion.training.smollm_icons.weights import read_weights, save_weights
@@ -59,11 +58,11 @@ def tables(measured: dict[str, Outcomes]) -> dict[str, Any]:
         by_kind[kind][number] = outcomes
     result: dict[str, Any] = {}
     for kind, parts in by_kind.items():
-        each = {number: summary(outcomes)["all"] for number, outcomes in parts.items()}
+        each = {number: accuracies(outcomes)["all"] for number, outcomes in parts.items()}
         if kind == "random_tokens":
             result[kind] = each
         else:
-            result[kind], result[f"{kind}_by_seed"] = summary(pooled(list(parts.values()))), each
+            result[kind], result[f"{kind}_by_seed"] = accuracies(pooled(list(parts.values()))), each
     return result
 
 
@@ -109,7 +108,7 @@ def main() -> None:
         others[name] = {"steps": json.loads((Path(other) / "run.json").read_text())["steps_done"]}
         for split in ("test", "new_drawings"):
             parts = [measure(Path(other), f"{split}/{seed}") for seed in options.seeds]
-            others[name][split] = summary(pooled(parts))
+            others[name][split] = accuracies(pooled(parts))
     record["others"] = others
     record["measured"], record["versions"] = tables(measured), versions()
     save_weights(learner, options.output)
