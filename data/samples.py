@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("system", "user", "assistant")
 IMAGE_TYPES = ("image", "image_url")
 IMAGE_KEYS = ("image", "path", "url", "image_url", "base64")  # where a part of a message keeps its own image
-UNSUPPORTED = {
-    "video": ("video", "videos"),
-    "audio": ("audio", "audios"),
-}  # columns that hold more than images
+UNSUPPORTED = {  # columns that hold more than images: video, videos, video_url, audio_path, ...
+    kind: re.compile(rf"{kind}s?(_?(url|uri|path|file|name|filename|byte|frame)s?)?", re.IGNORECASE)
+    for kind in ("video", "audio")
+}
 
 
 class BadSample(ValueError):
@@ -104,7 +105,7 @@ def conversation_of(
 def refuse_unsupported(record: dict[str, Any]) -> None:
     """Raise BadSample if a record has video or audio."""
     for kind, names in UNSUPPORTED.items():
-        if column := next((name for name in names if record.get(name)), None):
+        if column := next((name for name in record if names.fullmatch(str(name)) and record[name]), None):
             raise BadSample(f"has {kind} in its column {column!r}; only text and images can be learnt")
 
 

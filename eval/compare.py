@@ -24,9 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from latefusion.data.escape import terminal
 from latefusion.eval import metrics
 from latefusion.eval.evaluate import read_report
-from latefusion.eval.report.escape import terminal
 from latefusion.eval.report.tables import prefix
 from latefusion.recipes.compose import print_and_exit
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.eval.report.escape import terminal
+from latefusion.data.escape import terminal
 from latefusion.models.locate import check_base
 from latefusion.models.policies import RECIPES, recipe_of
 from latefusion.recipes.compose import check_words, parse_words

@@ -64,12 +64,14 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scope:
     """What holds inside `using` and `queries`, and inside `generate`: the policy, and where prompts end."""
 
     policy: Policy
     end: PromptEnd = field(default_factory=PromptEnd)
+    outer: Scope | None = None  # None: outside of all
+    ended: bool = False
 
 
 class Attachment(Hooks):
@@ -81,7 +83,7 @@ class Attachment(Hooks):
 
     def __init__(self, *, policy: Policy, **parts: Any):
         self._scope = Scope(policy)
-        self._scopes: ContextVar[Scope] = ContextVar("scope")
+        self._scopes: ContextVar[Scope | None] = ContextVar("scope", default=None)
         super().__init__(**parts)
         try:
             self._prepare(policy)
@@ -94,7 +96,7 @@ class Attachment(Hooks):
     @property
     def policy(self) -> Policy:
         """What the forwards of this thread run under."""
-        return self._scopes.get(self._scope).policy
+        return self._here.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
@@ -102,8 +104,12 @@ class Attachment(Hooks):
         self._scope = replace(self._scope, policy=policy)
 
     @property
+    def _here(self) -> Scope:
+        return self._scopes.get() or self._scope
+
+    @property
     def prompt_end(self) -> PromptEnd:
-        return self._scopes.get(self._scope).end
+        return self._here.end
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[Attachment]:
@@ -152,11 +158,24 @@ class Attachment(Hooks):
 
     @contextmanager
     def _inside(self, **changes: Any) -> Iterator[None]:
-        token = self._scopes.set(replace(self._scopes.get(self._scope), **changes))
+        outer = self._scopes.get()
+        scope = replace(self._here, outer=outer, **changes)
+        self._scopes.set(scope)
         try:
             yield
         finally:
-            self._scopes.reset(token)
+            scope.ended, innermost = True, self._scopes.get()
+            last = innermost
+            while last is not None and last.ended:
+                last = last.outer
+            self._scopes.set(last)
+            if (
+                innermost is not scope
+            ):  # a generator that was left half-way, or that another thread goes on with
+                raise RuntimeError(
+                    "`using` and `queries` ended in another order, thread or task than they began, so a forward may "
+                    "have run under another policy: put them around calls of the model, not around a yield."
+                )
 
     @property
     def last(self) -> PrefillTrace | TextTrace | None:
@@ -187,7 +206,7 @@ class Attachment(Hooks):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._scopes = ContextVar("scope")
+        self._scopes = ContextVar("scope", default=None)
 
 
 def attached(model: nn.Module) -> Attachment | None:

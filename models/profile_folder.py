@@ -29,7 +29,7 @@ def read_schedule(path: str | Path) -> VisionSchedule:
         )
     try:
         values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error).splitlines()[0].strip()
         raise ValueError(f"{file} is not a schedule in YAML ({reason}); profile the model again.") from None
     if not isinstance(values, dict):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from latefusion.models.flops import decoder_flops, projection_flops, ranking_flops, vision_macs
 from latefusion.models.layer_kinds import attends, require_attention
+from latefusion.models.policies.checks import whole_number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,10 +66,17 @@ class VisionSchedule:
     freeze_prefix: bool = False
 
     def __post_init__(self) -> None:
+        keep, cross = self.keep, self.cross
+        if not isinstance(keep, Mapping) or isinstance(cross, str) or not isinstance(cross, Iterable | None):
+            raise ValueError(
+                f"keep={keep!r} must map layers to numbers of tokens, and cross={cross!r} list layers."
+            )
+        if not isinstance(self.freeze_prefix, bool):
+            raise ValueError(f"freeze_prefix={self.freeze_prefix!r} must be true or false.")
         for name in ("enter", "exit"):
             if (layer := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _whole_number(name, layer))
-        keep = {_whole_number("keep", i): _whole_number("keep", k) for i, k in self.keep.items()}
+                object.__setattr__(self, name, whole_number(name, layer))
+        keep = {whole_number("keep", i): whole_number("keep", k) for i, k in self.keep.items()}
         keep = dict(sorted(keep.items()))
         object.__setattr__(self, "keep", keep)
         if self.ranking not in RANKINGS:
@@ -108,7 +115,7 @@ class VisionSchedule:
                     "freeze_prefix=True is for frozen vision tokens: name the layers that read with cross."
                 )
             return
-        cross = tuple(sorted({_whole_number("cross", layer) for layer in self.cross}))
+        cross = tuple(sorted({whole_number("cross", layer) for layer in self.cross}))
         object.__setattr__(self, "cross", cross)
         if self.ranking == "hidrop" and self.keep:
             raise ValueError(
@@ -312,20 +319,13 @@ class VisionSchedule:
         if unknown:
             raise ValueError(f"a vision schedule has no {unknown[0]!r}; it has {', '.join(names)}.")
         enter, keep, cross = values.get("enter") or 0, values.get("keep") or {}, values.get("cross")
-        if not isinstance(keep, Mapping) or isinstance(cross, str) or not isinstance(cross, Sequence | None):
-            raise ValueError(
-                f"keep={keep!r} must map layers to numbers of tokens, and cross={cross!r} list layers."
-            )
-        freeze_prefix = values.get("freeze_prefix", False)
-        if not isinstance(freeze_prefix, bool):
-            raise ValueError(f"freeze_prefix={freeze_prefix!r} must be true or false.")
         return cls(
             enter=enter,
             exit=values.get("exit"),
             keep=keep,
             cross=cross,
             ranking=values.get("ranking", _unsaid_ranking(keep)),
-            freeze_prefix=freeze_prefix,
+            freeze_prefix=values.get("freeze_prefix", False),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -341,23 +341,11 @@ class VisionSchedule:
         """
         file = Path(folder) / SCHEDULE_FILE
         try:
-            return cls.from_dict(json.loads(file.read_text()))
-        except ValueError as error:
+            return cls.from_dict(json.loads(file.read_text("utf-8-sig")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def _unsaid_ranking(keep: Mapping[Any, Any]) -> Any:
     """The rule of plain values that name none: that of the students saved before there was another default."""
     return "reading" if keep else "question"
-
-
-def _whole_number(name: str, value: Any) -> int:
-    """A layer or a number of tokens; JSON has layers as text where they are keys."""
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
-    try:
-        if not isinstance(value, bool):
-            return index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{name} has {value!r} where a whole number must be.")

@@ -212,7 +212,7 @@ def stored_values(path: Path) -> Any:
     """
     try:
         return OmegaConf.create(_as_text(yaml.safe_load(path.read_text())) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}).") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from latefusion.data.escape import markdown
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import stored_values
 from latefusion.training.trust import read
@@ -118,14 +119,14 @@ def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) 
     )
     base = str(OmegaConf.select(config, "model.path") or "unknown")
     return _TEXT.format(
-        name=_cell(OmegaConf.select(config, "name") or path.name),
+        name=markdown(OmegaConf.select(config, "name") or path.name),
         base=json.dumps(base),
-        base_name=_cell(base),
+        base_name=markdown(base),
         band=band,
         kind=kind,
         use=(USE_PLAIN if form is Form.plain else USE).format(folder=json.dumps(folder)),
         schedule=json.dumps(schedule.to_dict(), indent=2),
-        training="\n".join(f"| {what} | {_cell(value)} |" for what, value in _training(config, path)),
+        training="\n".join(f"| {what} | {markdown(value)} |" for what, value in _training(config, path)),
         metrics=_metrics(path),
     )
 
@@ -166,7 +167,7 @@ def _metrics(path: Path) -> str:
             flops = f"{system['flops']['ratio']:.0%}"
             if "prefill_flops" in system:
                 flops += f" ({system['prefill_flops']['ratio']:.0%})"
-            lines.append(f"| {_cell(system['name'])} | {_accuracy(system)} | {flops} |")
+            lines.append(f"| {markdown(system['name'])} | {_accuracy(system)} | {flops} |")
     except (KeyError, TypeError, AttributeError, ValueError):
         lines = []
     return (
@@ -188,11 +189,3 @@ def _systems(path: Path) -> list[Any]:
 def _accuracy(system: Any) -> str:
     overall = system["accuracy"]["overall"]
     return f"{overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})"
-
-
-def _cell(value: Any) -> str:
-    """A value as plain text in Markdown: no HTML, no link, no further cell or line."""
-    text = " ".join(str(value).split())
-    for mark in "\\`[]|":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,14 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.local_files import check_local_files
-from latefusion.models.locate import ADAPTER_CONFIG, check_base, check_four_bits, decoder_layers
+from latefusion.models.locate import (
+    ADAPTER_CONFIG,
+    BASE,
+    adapter_settings,
+    check_base,
+    check_four_bits,
+    decoder_layers,
+)
 from latefusion.models.policies.configured import check_depths, check_schedule_set, schedule_of
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
@@ -140,8 +146,8 @@ def check_init(config: Config, folder: str) -> None:
         raise FileNotFoundError(
             f"no student at {folder}: it has no {ADAPTER_CONFIG}; name a folder with init=FOLDER."
         )
-    earlier = json.loads(file.read_text())
-    if (base := earlier["base_model_name_or_path"]) != config.model.path:
+    earlier = adapter_settings(folder)
+    if (base := earlier[BASE]) != config.model.path:
         raise ValueError(
             f"the student at {folder} has the base {base}, but model.path={config.model.path}; name that base, or, if "
             f"it only moved, write its new place as base_model_name_or_path in {file}."

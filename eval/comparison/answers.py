@@ -9,12 +9,12 @@ from typing import Any
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latefusion.data.escape import terminal
 from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.comparison.prefix import SharedPrefix
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
-from latefusion.eval.report.escape import terminal
 from latefusion.eval.tasks.base import Answer, Task
 from latefusion.models.inputs import fresh_inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latefusion.eval.report import escape
+from latefusion.data import escape
 from latefusion.eval.report.methods import methods
 from latefusion.eval.report.tables import headline, markdown
 

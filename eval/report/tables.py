@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from latefusion.eval.report import escape
+from latefusion.data import escape
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def headline(results: dict[str, Any], shown: Callable[[str], str] = str) -> str:
     """The result in one sentence: candidate against reference and baseline, with intervals.
 
     Args:
-        shown: makes text of a name where the sentence stands (`report/escape.py`).
+        shown: makes text of a name where the sentence stands (`data/escape.py`).
     """
     roles, systems = results["roles"], results["systems"]
     student, pruned = systems[roles["candidate"]], systems[roles["baseline"]]

@@ -45,7 +45,7 @@ from latefusion.models.executor.recurrence import (
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
-from latefusion.models.policies.base import Decision, Policy, Prompt
+from latefusion.models.policies.base import Decision, Policy, Prompt, SeesEmbeddings
 from latefusion.models.student.entry import entry_of
 
 _LOCK = threading.Lock()
@@ -269,6 +269,11 @@ class Hooks:
                     "say where the prompt ends, so the answer would choose them: pass labels, or name the last token "
                     "of each prompt with attachment.queries(index)."
                 )
+        if prompt is not None and past + length < (self.prompt_end.length or 0) and _looks(decision):
+            raise ValueError(
+                f"{type(policy).__name__} chooses vision tokens by the whole prompt, which comes in chunks here: leave "
+                "prefill_chunk_size out, or use a schedule without keep."
+            )
         gaps = Gaps()
         if recurrent and prompt is not None:
             if prompt.packed:
@@ -416,6 +421,11 @@ class Watcher:
 def _ranks(decision: Decision | None) -> bool:
     """Whether vision tokens are chosen by what text pays attention to."""
     return decision is not None and bool(decision.watch or getattr(decision, "ahead", ()))
+
+
+def _looks(decision: Decision | None) -> bool:
+    """Whether vision tokens are chosen by anything that a part of the prompt does not show."""
+    return _ranks(decision) or isinstance(decision, SeesEmbeddings)
 
 
 def _needs_positions(layer: Any) -> bool:

@@ -47,16 +47,25 @@ def named(name: str, **overrides: Any) -> Policy:
             something that is not a policy.
         FileNotFoundError: there is no such file.
     """
-    arguments: Any = yaml.safe_load(recipe_of(name).read_text())
+    try:
+        arguments: Any = yaml.safe_load(recipe_of(name).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error).splitlines()[0].strip()
+        raise ValueError(
+            f"policy {name} is not YAML ({reason}); it needs _target_ and plain arguments, in UTF-8."
+        ) from None
     if not isinstance(arguments, dict):
         raise ValueError(f"policy {name} holds no keys; it needs _target_ and the arguments of that class.")
     policy = policy_class(str(arguments.pop("_target_", None)), name)
-    exists = sorted(inspect.signature(policy).parameters)
-    for key in overrides:
+    exists, arguments = sorted(inspect.signature(policy).parameters), arguments | overrides
+    for key in map(str, arguments):
         if key not in exists:
             hint = did_you_mean(key, exists)
             raise ValueError(f"policy {name} has no {key!r}{hint}; it has {', '.join(exists)}.")
-    return policy(**arguments | overrides)
+    try:
+        return policy(**arguments)
+    except TypeError as error:  # a class that takes no such values, or cannot be made
+        raise ValueError(f"policy {name} cannot be made of its arguments: {error}.") from None
 
 
 def policy_class(target: str, name: str) -> type[Policy]:

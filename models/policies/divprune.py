@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.ranking import check_ratio, on_device, share
+from latefusion.models.policies.checks import check_ratio, number, settle
+from latefusion.models.policies.ranking import on_device, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class DivPrune:
     keep_ratio: float = 0.098
 
     def __post_init__(self) -> None:
+        settle(self, number, "keep_ratio")
         check_ratio("keep_ratio", self.keep_ratio)
 
     def validate(self, num_layers: int) -> None:

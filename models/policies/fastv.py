@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from latefusion.models.layer_kinds import require_attention
 from latefusion.models.policies.base import Prompt
-from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
+from latefusion.models.policies.checks import check_layer, check_ratio, number, settle, whole_number
+from latefusion.models.policies.ranking import AttentionRanking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class FastV:
     keep_ratio: float = 0.5
 
     def __post_init__(self) -> None:
+        settle(self, whole_number, "layer")
+        settle(self, number, "keep_ratio")
         if self.layer < 1:
             raise ValueError(f"layer={self.layer} must be 1 or above: tokens are ranked by the layer before.")
         check_ratio("keep_ratio", self.keep_ratio)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from latefusion.models.layer_kinds import require_attention
 from latefusion.models.policies.base import Prompt
-from latefusion.models.policies.ranking import AttentionRanking, check_layer, check_ratio
+from latefusion.models.policies.checks import check_layer, check_ratio, number, whole_number
+from latefusion.models.policies.ranking import AttentionRanking
 
 PAPER = {8: 0.5, 16: 0.25, 24: 0.125}  # LLaVA-1.5-7B, 32 layers
 
@@ -35,7 +36,15 @@ class PyramidDrop:
     keep_ratios: Mapping[int, float] = field(default_factory=lambda: dict(PAPER))
 
     def __post_init__(self) -> None:
-        ratios = {int(layer): float(ratio) for layer, ratio in sorted(self.keep_ratios.items())}
+        if not isinstance(self.keep_ratios, Mapping):
+            raise ValueError(
+                f"keep_ratios={self.keep_ratios!r} must map layers to shares: {{8: 0.5, 16: 0.25}}."
+            )
+        ratios = {
+            whole_number("keep_ratios", layer): number("keep_ratios", ratio)
+            for layer, ratio in self.keep_ratios.items()
+        }
+        ratios = dict(sorted(ratios.items()))
         object.__setattr__(self, "keep_ratios", ratios)
         if not ratios:
             raise ValueError("keep_ratios={} drops nothing; name at least one {layer: share}.")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
-from latefusion.models.policies.ranking import check_layer, check_ratio, on_device, share
+from latefusion.models.policies.checks import check_layer, check_ratio, number, settle, whole_number
+from latefusion.models.policies.ranking import on_device, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle(self, whole_number, "layer", "seed")
+        settle(self, number, "keep_ratio")
         if self.layer < 0:
             raise ValueError(f"layer={self.layer} must not be negative; layers count from 0.")
         check_ratio("keep_ratio", self.keep_ratio)

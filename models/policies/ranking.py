@@ -10,22 +10,6 @@ from torch import Tensor
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 
 
-def check_ratio(name: str, ratio: float) -> None:
-    """Raise ValueError unless `ratio` is a share of the vision tokens to keep."""
-    if not 0 < ratio <= 1:
-        raise ValueError(
-            f"{name}={ratio} is the share of vision tokens to keep; choose it above 0, at most 1."
-        )
-
-
-def check_layer(name: str, layer: int, num_layers: int) -> None:
-    """Raise ValueError unless the decoder has this layer."""
-    if layer >= num_layers:
-        raise ValueError(
-            f"{name}={layer} is beyond a decoder with layers 0 to {num_layers - 1}; choose at most {num_layers - 1}."
-        )
-
-
 def share(n_vision: Sequence[int], ratio: float) -> tuple[int, ...]:
     """How many of each sample's vision tokens stay: the rounded share, at least one of any."""
     return tuple(min(n, max(1, round(n * ratio))) for n in n_vision)

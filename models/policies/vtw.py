@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latefusion.models.policies.base import Decision, Prompt
-from latefusion.models.policies.ranking import check_layer
+from latefusion.models.policies.checks import check_layer, settle, whole_number
 from latefusion.models.schedule import VisionSchedule
 
 
@@ -28,6 +28,7 @@ class VTW:
     layer: int = 15
 
     def __post_init__(self) -> None:
+        settle(self, whole_number, "layer")
         if self.layer < 1:
             raise ValueError(
                 f"layer={self.layer} leaves no layer that sees vision tokens; choose 1 or above."

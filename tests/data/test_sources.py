@@ -88,6 +88,13 @@ BAD_MESSAGES = [
         {"messages": [QUESTION, ANSWER], "videos": ["a.mp4"]},
         "has video in its column 'videos'; only text and",
     ),
+    *(
+        (
+            {"messages": [QUESTION, ANSWER], name: "a"},
+            f"has {name[:5].lower()} in its column '{name}'; only text",
+        )
+        for name in ("video_url", "video_path", "Video", "audio_file", "audio_urls")
+    ),
     ({"messages": [turn("user", "<video>?"), ANSWER]}, "has a placeholder <video> in turn 0; only text and"),
     (
         {"messages": [turn("user", {"type": "image", "image": "a.png"}, IMAGE_PART), ANSWER]},

@@ -15,6 +15,7 @@ from torch import Tensor
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
 from latefusion.models.executor.selections import Selections
+from latefusion.models.policies import named
 from latefusion.models.policies.base import Prompt, Selection
 
 BAND = VisionSchedule(enter=2, exit=4)
@@ -66,6 +67,24 @@ def test_keeps_refuse_a_chunk_that_ends_or_begins_inside_an_image() -> None:
         with attachment.using(BAND):
             generate(model, inputs, prefill_chunk_size=4)  # a band decides nothing by the prompt
         generate(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["keep", "fastv", "visipruner", "divprune"])
+def test_generate_in_chunks_is_refused_where_the_whole_prompt_chooses(name: str) -> None:
+    """The image is whole in the first chunk, but the question is not."""
+    policy = {
+        "keep": KEEPS,
+        "fastv": named("fastv", layer=1),
+        "visipruner": named("visipruner", boundary=1),
+        "divprune": named("divprune"),
+    }[name]
+    model, inputs = build("llava"), prompt("llava", ["tt I tttttt"])
+    with attach(model, policy):
+        with pytest.raises(
+            ValueError, match="by the whole prompt, which comes in chunks here: leave prefill_"
+        ):
+            generate(model, inputs, prefill_chunk_size=8)
+        generate(model, inputs, prefill_chunk_size=12)
 
 
 # ---------------------------------------------------------------- tokens that return

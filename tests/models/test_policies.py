@@ -132,6 +132,69 @@ def test_a_policy_file_runs_no_code(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value) and not mark.exists()
 
 
+WRONG_FILES = {
+    "a Latin-1 byte": (b"_target_: {}\nlayer: 2 # \xe9\n", "is not YAML .'utf-8' codec can't decode"),
+    "a tag": (
+        b"_target_: {}\nlayer: !!python/name:os.system\n",
+        "is not YAML .could not determine a constructor",
+    ),
+    "a broken list": (b"_target_: {}\nlayer: [1\n", "is not YAML"),
+    "deep nesting": (b"[" * 5000, "is not YAML"),
+    "a key misspelt": (b"_target_: {}\nlayr: 2\n", "has no 'layr' .did you mean layer"),
+    "a key that is a number": (b"_target_: {}\n1: 2\n", "has no '1'"),
+    "half a layer": (b"_target_: {}\nlayer: 2.5\n", "layer has 2.5 where a whole number must be"),
+    "a layer in words": (b"_target_: {}\nlayer: two\n", "layer has 'two' where a whole number must be"),
+    "no layer": (b"_target_: {}\nlayer: null\n", "layer has None where a whole number must be"),
+    "a flag for a layer": (b"_target_: {}\nlayer: true\n", "layer has True where a whole number must be"),
+    "an interpolation": (b"_target_: {}\nlayer: ${oc.env:HOME}\n", r"layer has '\$.*' where a whole number"),
+    "a list for a share": (
+        b"_target_: {}\nkeep_ratio: [1]\n",
+        r"keep_ratio has \[1\] where a number must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+@pytest.mark.parametrize("target", ["fastv.FastV", "random.Random"])
+def test_what_is_wrong_in_a_policy_file_is_a_sentence(target: str, case: str, tmp_path: Path) -> None:
+    content, sentence = WRONG_FILES[case]
+    file = tmp_path / "policy.yaml"
+    file.write_bytes(content.replace(b"{}", f"latefusion.models.policies.{target}".encode()))
+    with pytest.raises(ValueError, match=sentence):
+        named(str(file))
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        (lambda: VTW(layer=2.5), "layer has 2.5 where a whole number"),
+        (lambda: PyramidDrop(keep_ratios=3), "keep_ratios=3 must map layers to shares"),
+        (lambda: PyramidDrop(keep_ratios={"a": 0.5}), "keep_ratios has 'a' where a whole number"),
+        (lambda: DivPrune(keep_ratio=None), "keep_ratio has None where a number"),
+        (lambda: VisiPruner(boundary=1.5), "boundary has 1.5 where a whole number"),
+        (lambda: VisiPruner(layer_threshold="x"), "layer_threshold has 'x' where a number"),
+        (lambda: VisiPruner(stages="deep"), "stages='deep' must be a list of"),
+        (lambda: VisionSchedule(keep=[4, 8]), r"keep=\[4, 8\] must map layers"),
+        (lambda: VisionSchedule(cross=3), "cross=3 list layers"),
+        (lambda: VisionSchedule(cross=[1], freeze_prefix="no"), "freeze_prefix='no' must be true or false"),
+    ],
+)
+def test_an_argument_of_another_type_is_a_sentence(policy: Any, sentence: str) -> None:
+    """Half a layer would never come, and the policy prune nothing without a word."""
+    with pytest.raises(ValueError, match=sentence):
+        policy()
+
+
+def test_a_schedule_saved_by_an_editor_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    VisionSchedule(enter=2).save(tmp_path)
+    file = tmp_path / "vision_schedule.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert VisionSchedule.load(tmp_path) == VisionSchedule(enter=2)
+    file.write_text("[" * 5000)
+    with pytest.raises(ValueError, match=r"vision_schedule.json is damaged"):
+        VisionSchedule.load(tmp_path)
+
+
 def test_a_policy_file_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "secret")
     (tmp_path / "policy.yaml").write_text(

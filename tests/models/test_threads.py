@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import sys
 import threading
@@ -222,3 +223,42 @@ def test_each_thread_has_its_own_trace() -> None:
         worker.start()
         worker.join()
         assert len(attachment.trace) == 2
+
+
+# ---------------------------------------------------------------- generators that hold a `using`
+
+
+def test_generators_that_end_in_another_order_leave_no_policy_behind() -> None:
+    """Each is closed half-way; the first ends inside the second."""
+
+    def held(attachment: Any, policy: Any) -> Iterator[None]:
+        with attachment.using(policy):
+            yield
+            yield
+
+    model = build("llava")
+    with attach(model, VisionSchedule()) as attachment:
+        first, second = held(attachment, POLICIES["keeps"]), held(attachment, POLICIES["band"])
+        next(first)
+        next(second)
+        with pytest.raises(RuntimeError, match="ended in another order, thread or task than they began"):
+            first.close()
+        assert attachment.policy is POLICIES["band"]
+        second.close()
+        assert attachment.policy == VisionSchedule()
+
+
+def test_a_generator_that_goes_on_in_another_context_says_so() -> None:
+    """As a web server runs each step of a streamed answer."""
+
+    def steps(attachment: Any) -> Iterator[torch.Tensor]:
+        with attachment.using(POLICIES["band"]):
+            yield logits(model, inputs)
+
+    model, inputs = build("llava"), prompt("llava", ROWS[0])
+    with attach(model, VisionSchedule()) as attachment:
+        stream = steps(attachment)
+        contextvars.copy_context().run(next, stream)
+        with pytest.raises(RuntimeError, match="put them around calls of the model, not around a yield"):
+            contextvars.copy_context().run(next, stream)
+        assert attachment.policy == VisionSchedule()

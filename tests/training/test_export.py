@@ -118,6 +118,7 @@ def test_a_card_holds_what_a_foreign_folder_says_as_text(checkpoint, tmp_path, m
     assert "hidden-key" not in card and "| teacher | ${oc.env:SECRET} |" in card
     assert "| seed | ${train.steps} |" in card and "| data | a \\| b |" in card
     assert "<img" not in card and r"| \[click\](http" in card
+    assert "http://x" not in card  # which a page makes a link of, also without brackets
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "a\nlicense: mit"
 
 

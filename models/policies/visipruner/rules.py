@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from latefusion.models.policies.checks import number, settle, whole_number
 
 STAGES = ("shallow", "middle", "deep")
 
@@ -37,6 +40,10 @@ class Rules:
     sink_rule: str = "first"
 
     def __post_init__(self) -> None:
+        settle(self, whole_number, "boundary", "exit_patience")
+        settle(self, number, "layer_threshold", "tokens_threshold", "exit_threshold")
+        if isinstance(self.stages, str) or not isinstance(self.stages, Iterable):
+            raise ValueError(f"stages={self.stages!r} must be a list of 'shallow', 'middle', 'deep'.")
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise ValueError("stages=() prunes nothing; name at least one of 'shallow', 'middle', 'deep'.")
