@@ -130,7 +130,8 @@ def with_blank_vision(model: PreTrainedModel) -> PreTrainedModel:
     It counts the work of an encoder whose weights lie in shards. Buffers, which no engine shards, are the model's.
     """
     with torch.device("meta"):
-        blank = type(model)(model.config).to(model.dtype).eval()
+        blank: Any = type(model)(model.config)
+    blank = blank.to(model.dtype).eval()
     for part, sharded in zip(beside_the_decoder(blank), beside_the_decoder(model), strict=True):
         buffers = dict(sharded.named_buffers())
         part.to_empty(device="cpu")

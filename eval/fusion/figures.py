@@ -340,13 +340,14 @@ def pareto(profile: dict[str, Any]) -> Figure:
     axis.set_xlabel("decoder FLOPs of the prefill, % of dense")
     axis.set_xlim(0, 103)
     if (outside := profile.get("outside")) is not None:
-        whole = axis.secondary_xaxis(
-            "top",
-            functions=(
-                lambda decoder: 100 * prefill_share(decoder / 100, outside),
-                lambda share: share * (1 + outside) - 100 * outside,
-            ),
-        )
-        whole.set_xlabel("FLOPs of the whole prefill (tower, projector and head too), % of dense")
+
+        def whole_of(decoder: Any) -> Any:
+            return 100 * prefill_share(decoder / 100, outside)
+
+        def decoder_of(whole: Any) -> Any:
+            return whole * (1 + outside) - 100 * outside
+
+        above = axis.secondary_xaxis("top", functions=(whole_of, decoder_of))
+        above.set_xlabel("FLOPs of the whole prefill (tower, projector and head too), % of dense")
     figure.legend(loc="outside upper center", ncols=1, alignment="left")
     return figure

@@ -14,6 +14,12 @@ from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
 from latefusion.data.printing import printable
 
 
+def test_a_name_cannot_turn_a_line_of_a_message_around():
+    assert printable("a\u202egpj.exe\u2066") == "a\\u202egpj.exe\\u2066"
+    hebrew = "\u05e9\u05dc\u05d5\u05dd \u200d"  # runs from right to left by itself
+    assert printable(hebrew) == hebrew
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -46,13 +52,6 @@ from latefusion.data.printing import printable
         (Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point"),
     ],
 )
-def test_a_name_cannot_turn_a_line_of_a_message_around():
-    assert printable("a\u202egpj.exe\u2066") == "a\\u202egpj.exe\\u2066"
-    assert (
-        printable("\u05e9\u05dc\u05d5\u05dd \u200d") == "\u05e9\u05dc\u05d5\u05dd \u200d"
-    )  # right-to-left text stays
-
-
 def test_what_cannot_be_used_is_one_sentence(tmp_path, source, reason):
     with pytest.raises(BadImage, match=reason) as error:
         load_image(source, tmp_path)
