@@ -21,10 +21,11 @@ from transformers.cache_utils import Cache
 from latefusion.models.executor.layout import Layout
 
 MIXERS = ("linear_attn", "conv")  # what a layer calls the module that runs its recurrence
-KNOWN = (  # parts and parameters of the recurrences that have been shown exact
+EXACT = (  # parts and parameters of the recurrences that have been shown exact
     {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias", "norm", "out_proj"},
     {"in_proj", "conv", "out_proj"},
 )
+STATES = ("conv_states", "recurrent_states")  # of a cache layer
 NORMS = ("norm", "embedding_norm")  # what decoders call the norm after their last layer
 
 
@@ -44,14 +45,14 @@ def last_norm(decoder: nn.Module) -> nn.Module | None:
 
 
 def check_recurrence(layer: nn.Module) -> None:
-    """Raise ValueError if the layer's recurrence is another than the known ones.
+    """Raise ValueError if the layer's recurrence is none of `EXACT`.
 
-    Or if padding in front of a row would change what it makes of the row.
+    Also if padding in front of a row would change what it makes of the row.
     """
     mixer = recurrence_of(layer)
     if mixer is None:
         return
-    if {name.partition(".")[0] for name, _ in mixer.named_parameters()} not in KNOWN:
+    if {name.partition(".")[0] for name, _ in mixer.named_parameters()} not in EXACT:
         raise ValueError(
             f"{type(mixer).__name__} runs a recurrence that has not been shown exact without some tokens; those of "
             "Qwen3.5 (Gated DeltaNet) and LFM2 (short convolutions) have."
@@ -123,9 +124,6 @@ def by_length(stock: Callable[..., Tensor], layout: Layout, layer_idx: int, kwar
         output[index, -n:] = stock(**call)
         _write_back(cache.layers[layer_idx], part.layers[layer_idx], index)
     return output
-
-
-STATES = ("conv_states", "recurrent_states")
 
 
 def _rows_of(cache: Cache, layer_idx: int, index: Tensor) -> Cache:
