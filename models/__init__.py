@@ -1,8 +1,8 @@
 """Which tokens each decoder layer sees, and everything that has to hold for it: executor, policies, students, weights.
 
 A *policy* answers for one prompt which vision tokens each layer sees. `attach` puts it on a Hugging Face model; the
-*executor* carries it out with hooks: tokens that leave are gathered out of the hidden states, and the model around the
-layers goes on as if nothing had been removed. To read the core, in this order:
+*executor* carries it out around the layers: tokens that leave are gathered out of the hidden states, and the model
+around the layers goes on as if nothing had been removed. To read the core, in this order:
 
 1. `schedule.py`: `VisionSchedule`, the policy that is known ahead of time;
 2. `policies/base.py`: what any policy is asked, and what it is shown (`Prompt`, `Selection`, `AttentionCall`);

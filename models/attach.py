@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from latefusion.models.executor.around import Around
 from latefusion.models.executor.cache import is_scheduled
-from latefusion.models.executor.hooks import Hooks
+from latefusion.models.executor.hooks import HOOKS, Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
@@ -211,11 +211,8 @@ class Attachment(Hooks):
 
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model (or of the model inside PEFT), or None."""
-    for hook in _hugging_face_model(model).get_decoder()._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)  # hooks may be plain functions
-        if isinstance(owner, Attachment):
-            return owner
-    return None
+    attachment: Attachment | None = vars(_hugging_face_model(model).get_decoder()).get(HOOKS)
+    return attachment
 
 
 def _check_policy(model: PreTrainedModel, policy: Policy, num_layers: int) -> None:

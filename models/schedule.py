@@ -172,7 +172,7 @@ class VisionSchedule:
                 "have: leave it out."
             )
 
-    def begin(self, prompt: Prompt) -> Decision:
+    def begin(self, prompt: Prompt) -> Decision | None:
         from latefusion.models.policies.scheduled import (
             ScheduleDecision,  # lazy: a schedule is read without torch
         )
@@ -187,9 +187,12 @@ class VisionSchedule:
                 "freeze_prefix=True concerns the text before the image, which an earlier forward has computed: prefill "
                 "the prompt at once."
             )
+        sees = self.sees(prompt.num_layers)
+        if all(sees) and not self.keep and self.cross is None:
+            return None
         return ScheduleDecision(
             prompt,
-            sees=self.sees(prompt.num_layers),
+            sees=sees,
             keep=self.keep,
             watch=prompt.attending(self.watched),
             frozen=self.cross is not None,

@@ -69,6 +69,7 @@ class Watch:
         self.decision, self.plain, self.replayed = decision, plain, replayed
         self._due: tuple[int, nn.Module] | None = None  # the running layer, until its attention was seen
         self._ahead: int | None = None  # the layer that is looked at before it runs
+        self._unseen = _Unseen()
 
     @contextmanager
     def ahead(self, layer: int) -> Iterator[None]:
@@ -133,7 +134,7 @@ class Watch:
                 return attention(module, query, key, value, mask, **kwargs)
             self._due = None
         query_index, key_index = indices(key.shape[2])
-        few = _Rows(module, query, key, mask, kwargs)
+        few = _Rows(module, query, key, mask, kwargs, self._unseen)
         cut = self._can_be_cut(few, module)
         weights: Any = None  # of the attention, where the implementation gives them
 
@@ -191,11 +192,39 @@ class _Looked(Exception):
     """Ends a layer that was only to be looked at."""
 
 
+class _Unseen:
+    """What the last few rows that were scored did not see: layers of one segment score the same rows under one mask.
+
+    Masks, rows and keys are compared by identity, while this holds them.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Tensor] | None = None
+
+    def once(self, sources: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it gave for the same sources."""
+        if self._last is None or not _same(self._last[0], sources):
+            self._last = sources, make()
+        return self._last[1]
+
+
+def _same(sources: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return all(a is b or (isinstance(a, tuple) and a == b) for a, b in zip(sources, others, strict=True))
+
+
 class _Rows:
     """A few query rows of one attention call."""
 
-    def __init__(self, module: nn.Module, query: Tensor, key: Tensor, mask: Mask, kwargs: Mapping[str, Any]):
-        self.query, self.key, self.mask = query, key, mask
+    def __init__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Mask,
+        kwargs: Mapping[str, Any],
+        unseen: _Unseen | None = None,
+    ):
+        self.query, self.key, self.mask, self.unseen = query, key, mask, unseen or _Unseen()
         scaling, causal = kwargs.get("scaling"), kwargs.get("is_causal")
         self.scaling: float = query.shape[-1] ** -0.5 if scaling is None else scaling
         self.causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -227,13 +256,15 @@ class _Rows:
     @torch.no_grad()
     def scores(self, index: Tensor, keys: Tensor) -> Tensor:
         """Scores of the rows `index` before their softmax, at the `keys` int64 `[B, n]`, float32 `[B, H, R, n]`."""
-        rows = self.key.transpose(1, 2)  # [B, K, Hkv, D]
-        start = torch.arange(0, rows.shape[0] * rows.shape[1], rows.shape[1], device=keys.device)
-        places = (keys + start[:, None]).flatten()
-        chosen = (
-            rows.flatten(0, 1).index_select(0, places).unflatten(0, keys.shape)
-        )  # gather is ten times slower
-        return self._scores(index, chosen.transpose(1, 2), keys)
+        (batch, _, length, dim), n = self.key.shape, keys.shape[1]
+        if batch == 1:
+            chosen = self.key.index_select(2, keys[0])  # [1, Hkv, n, D]
+        else:  # gather is ten times slower
+            start = torch.arange(0, batch * length, length, device=keys.device)
+            rows = self.key.transpose(1, 2).flatten(0, 1)  # [B * K, Hkv, D]
+            chosen = rows.index_select(0, (keys + start[:, None]).flatten()).view(batch, n, -1, dim)
+            chosen = chosen.transpose(1, 2)
+        return self._scores(index, chosen, keys)
 
     def _weights(self, index: Tensor) -> Tensor:
         scores = self._scores(index, self.key, None)
@@ -244,15 +275,21 @@ class _Rows:
 
     def _scores(self, index: Tensor, key: Tensor, keys: Tensor | None) -> Tensor:
         query = self._query(index).float() * self.scaling  # [B, H, R, D]
-        grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * R, D]
+        grouped = query.view(len(query), key.shape[1], -1, query.shape[3])  # [B, Hkv, G * R, D]
         with in_float32(query.device.type):
             scores = (grouped @ key.float().mT).view(*query.shape[:3], -1)  # [B, H, R, n]
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
+        shape = (self.query.shape[2], self.key.shape[2], self.causal)
+        hidden = self.unseen.once((self.mask, index, keys, shape), lambda: self._hidden(index, keys))
+        if hidden.dtype == torch.bool:
+            return scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        return scores.add_(hidden)
+
+    def _hidden(self, index: Tensor, keys: Tensor | None) -> Tensor:
+        """What these rows do not see (bool), or what is added to scores for it, `[B, H|1, R, n]`."""
         mask = self._mask(index, keys)
-        if mask.dtype == torch.bool:
-            return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        return scores.add_(mask)
+        return ~mask if mask.dtype == torch.bool else mask
 
     def _mask(self, index: Tensor, keys: Tensor | None = None) -> Tensor:
         """What these rows see of the keys `keys` `[B, n]` (None: all): bool or additive, `[B, H|1, R, n]`."""

@@ -176,17 +176,18 @@ def check_cache(cache: Cache | None) -> None:
 
 def is_scheduled(cache: Cache | None) -> bool:
     """Whether any layer of the cache holds fewer tokens than were seen."""
-    return cache is not None and any(isinstance(layer, _Scheduled) for layer in cache.layers)
+    for layer in () if cache is None else cache.layers:  # noqa: SIM110 - any() costs a decode step a call a layer
+        if isinstance(layer, _Scheduled):
+            return True
+    return False
 
 
 def is_uniform(cache: Cache | None) -> bool:
     """Whether every layer holds the same number of tokens for all samples, and sees all that it holds."""
-    layers = [] if cache is None else cache.layers
-    return all(
-        type(layer) is ScheduledLayer and not layer.track.ragged
-        for layer in layers
-        if isinstance(layer, _Scheduled)
-    )
+    for layer in () if cache is None else cache.layers:
+        if isinstance(layer, _Scheduled) and (type(layer) is not ScheduledLayer or layer.track.ragged):
+            return False
+    return True
 
 
 def is_scheduled_layer(cache: Cache | None, layer_idx: int) -> bool:

@@ -6,11 +6,13 @@ enter, and are removed, in `_switch` and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,8 +78,9 @@ class Forward:
         self.entering = None if entry is None else Entering(entry, prompt)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
         self.selections = None if prompt is None else Selections(prompt)
-        self.ahead = decision.ahead if isinstance(decision, LooksAhead) else ()
+        self.ahead = decision.ahead if decision is not None and isinstance(decision, LooksAhead) else ()
         self.watch: Watch | None = None
+        self.replayed = replayed
         if decision is not None and (decision.watch or self.ahead):
             self.watch = Watch(decision=decision, plain=plain, replayed=replayed)
         self.segment = Segment()  # of the running layer; this one computes all tokens
@@ -85,23 +88,35 @@ class Forward:
         self.start = Track(tail=past, length=past)
         self.uniform = uniform and prompt is None and recorded is None
         self.gaps = gaps
+        self.can_rest = self.uniform and self.entering is None  # nothing is left to do without a mask
 
     # ---------------------------------------------------------------- around a layer
 
-    def enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A layer's arguments in compact coordinates; None if they stay as they are."""
+    def enter_layer(
+        self,
+        i: int,
+        layer: nn.Module,
+        stock: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A layer's arguments in compact coordinates; the same objects if they stay as they are.
+
+        Args:
+            stock: the layer's own forward.
+        """
         if (
             self.uniform
             and kwargs.get("attention_mask") is None
             and (i != self.enters or self.entering is None)
         ):
-            return None  # a decode step: no mask to translate, and the cache counts new tokens itself
+            return args, kwargs  # a decode step: no mask to translate, and the cache counts new tokens itself
         if self.watch is not None:
             self.watch.check()
         if i in self.ahead:
-            self._look_ahead(i, layer, args, kwargs)
+            self._look_ahead(i, layer, stock, args, kwargs)
         hidden_states = self._select(i, args[0])
-        if self.watch is not None and not is_skipped(layer):
+        if self.watch is not None and not is_skipped(stock):
             self.watch.enter(i, mixer_of(layer))
         if self.recorded is not None:
             self.recorded.enter(self.segment)
@@ -109,13 +124,13 @@ class Forward:
         if checkpoints(layer):
             cache = None  # the layer is about to drop it, too
         if self.segment.layout is None and not is_scheduled_layer(cache, i):
-            return None if hidden_states is args[0] else ((hidden_states, *args[1:]), kwargs)
+            return (args if hidden_states is args[0] else (hidden_states, *args[1:])), kwargs
         return (hidden_states, *args[1:]), self._compact(i, layer, hidden_states, kwargs, cache)
 
-    def leave_layer(self, i: int, output: Tensor) -> Tensor | None:
-        """A layer's output at full length where the model is going to add to it; None if it stays as it is."""
-        if self.segment.layout is None or i >= self.deepstack:
-            return None
+    def leave_layer(self, i: int, output: Any) -> Any:
+        """A layer's output, at full length where the model is going to add to it."""
+        if i >= self.deepstack or self.segment.layout is None:
+            return output
         self.expanded = True
         output = self.segment.expand(output)
         if self.recorded is not None:
@@ -134,7 +149,7 @@ class Forward:
 
     def _select(self, i: int, hidden_states: Tensor) -> Tensor:
         """Ask the policy before layer i; the hidden states of the tokens that the layer computes."""
-        if i == 0 and isinstance(self.decision, SeesEmbeddings):
+        if i == 0 and self.decision is not None and isinstance(self.decision, SeesEmbeddings):
             self.decision.embedded(hidden_states)
         if self.prompt is None and self.entering is not None and 0 < i == self.enters:
             hidden_states = self.entering.run_idle(hidden_states)
@@ -260,7 +275,14 @@ class Forward:
     # ---------------------------------------------------------------- for the policy
 
     @torch.no_grad()
-    def _look_ahead(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _look_ahead(
+        self,
+        i: int,
+        layer: nn.Module,
+        stock: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         """Show the decision the attention of layer i on the tokens of the layer before; nothing else comes of it."""
         assert self.watch is not None
         check_whole(layer)
@@ -269,7 +291,7 @@ class Forward:
         copied = None if cache is None or checkpoints(layer) else without_effect(cache, i)
         kwargs = self._compact(i, layer, hidden_states, {**kwargs, "past_key_values": copied}, copied)
         with self.watch.ahead(i):
-            layer.forward(hidden_states, *args[1:], **kwargs)
+            stock(hidden_states, *args[1:], **kwargs)
 
     def attend(self, i: int, attention: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The attention of layer i, shown to the policy, which watches some; `args` are the function's."""
@@ -299,9 +321,16 @@ def checkpoints(layer: nn.Module) -> bool:
     return layer.training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
 
 
+def in_shards(module: nn.Module) -> bool:
+    """Whether the module's weights are spread over processes, which gather them at a call of the module itself."""
+    return isinstance(module, FSDPModule) or any(
+        hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in module.parameters()
+    )
+
+
 def check_whole(layer: nn.Module) -> None:
     """Raise ValueError if the layer's weights lie in shards, which only a call of the layer itself gathers."""
-    if isinstance(layer, FSDPModule) or any(hasattr(weight, "ds_id") for weight in layer.parameters()):
+    if in_shards(layer):
         raise ValueError(
             'ranking="hidrop" looks into a layer before it runs, which weights in shards (ZeRO-3, FSDP2) do not allow: '
             'use ZeRO-2 or DDP, or ranking="reading".'

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from latefusion.models.executor.around import Around
 from latefusion.models.executor.attention import Attention
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.threads import PerThread
@@ -18,6 +19,7 @@ TEXT_ROWS = "latefusion_text_rows"  # the layer hands it to its attention with i
 SILENT_ROWS = (
     "latefusion_silent_rows"  # likewise: bool, the rows among those that attend whose output is zero
 )
+Stock = Callable[..., Any]
 _LOCK = threading.Lock()
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 OUTPUTS, MLPS = ("o_proj", "out_proj"), ("mlp", "feed_forward")  # names of one thing in different families
@@ -27,36 +29,48 @@ ROW_BY_ROW = re.compile(
 
 
 class ReadingLayer:
-    """Hooks inside one decoder layer, idle unless the layer is called with `TEXT_ROWS`, a `Layout` over its input.
+    """Stands around the parts of a decoder layer, idle unless it is called with `TEXT_ROWS`, a `Layout` over its input.
 
     Then norms, k_proj and v_proj work on every row, q_proj, attention, o_proj and the MLP on these rows alone. What
     they leave out is zero, so that a frozen row keeps its state through both residual additions; in layers that do more
     to a row than that (experts beside the MLP, a scale), the state is put back at the end. The argument travels with
     the call: gradient checkpointing, which calls the layer a second time, brings it again.
+
+    Args:
+        readers: who may call it with `TEXT_ROWS`; while it is empty, the parts run by themselves.
     """
 
-    def __init__(self, layer: nn.Module):
-        self.attention: nn.Module = layer.get_submodule("self_attn")
+    def __init__(self, layer: nn.Module, readers: Collection[Any]):
+        self.layer, self.readers = layer, readers
         self._calls = PerThread(_Call)
-        mlp = layer.get_submodule(_named(layer, MLPS))
-        self.output = _named(self.attention, OUTPUTS)
-        self._handles: list[RemovableHandle] = [
-            self.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
-            mlp.register_forward_pre_hook(self._take),
-            mlp.register_forward_hook(self._after_mlp),
-        ]
-        if not _only_adds(layer):
-            self._handles.append(layer.register_forward_hook(self._restore, with_kwargs=True))
-        self._linears: dict[str, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._parts: dict[str, Around] = {}
+        self._only_adds = _only_adds(layer)
+        self.output = _named(layer.get_submodule("self_attn"), OUTPUTS)
+        self.mlp = _named(layer, MLPS)
+        self.put_on_top()
+
+    def put_on_top(self) -> None:
+        """Stand around the parts as they are now: PEFT may have wrapped them since, or Liger put kernels in place."""
+        for name, run in (
+            ("self_attn", self._run_attention),
+            ("self_attn.q_proj", self._run_queries),
+            (f"self_attn.{self.output}", self._run_output),
+            (self.mlp, self._run_mlp),
+        ):
+            part, around = self.layer.get_submodule(name), self._parts.get(name)
+            if around is not None and around.module is part and around.on_top:
+                continue
+            with _LOCK:  # another thread may be here, too
+                if self._parts.get(name) is around:
+                    self._parts[name] = Around(part, "forward", run, occasions=self.readers)
+                    if around is not None:
+                        around.remove()
 
     def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in [
-            *self._handles,
-            *(handle for _, handles in self._linears.values() for handle in handles),
-        ]:
-            handle.remove()
-        self._handles, self._linears = [], {}
+        """Give the parts back."""
+        for part in self._parts.values():
+            part.remove()
+        self._parts = {}
 
     def forget(self) -> None:
         """Forget the call that this thread is in; after a forward that was interrupted."""
@@ -73,59 +87,43 @@ class ReadingLayer:
         index = rows.index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # [B, H, n, D]
         output, weights = attention(module, query.gather(2, index), *args, **kwargs)  # [B, n, H, D]
         flat = output.flatten(2)
-        return rows.put(_zeros(rows, flat), flat).unflatten(2, output.shape[2:]), weights
+        return _put(rows, flat).unflatten(2, output.shape[2:]), weights
 
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run_attention(self, stock: Stock, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = self._calls.get()
-        call.rows, call.silent = kwargs.get(TEXT_ROWS), kwargs.get(SILENT_ROWS)
+        call.rows, call.silent = kwargs.pop(TEXT_ROWS, None), kwargs.pop(SILENT_ROWS, None)
+        return stock(*args, **kwargs)
+
+    def _run_queries(self, stock: Stock, args: tuple, kwargs: dict[str, Any]) -> Any:
+        rows = self._calls.get().rows
+        if rows is None:
+            return stock(*args, **kwargs)
+        return _put(rows, stock(rows.take(args[0]), *args[1:], **kwargs))
+
+    def _run_output(self, stock: Stock, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """o_proj on the attention output of the text rows, zero where they are silent."""
+        call = self._calls.get()
         if call.rows is None and call.silent is None:
-            return None
-        self._hook_linears()
-        return args, {name: value for name, value in kwargs.items() if name not in (TEXT_ROWS, SILENT_ROWS)}
+            return stock(*args, **kwargs)
+        attended = args[0] if call.rows is None else call.rows.take(args[0])
+        if call.silent is not None:
+            attended = attended.masked_fill(call.silent[..., None], 0)
+        output = stock(attended, *args[1:], **kwargs)
+        return output if call.rows is None else _put(call.rows, output)
 
-    def _hook_linears(self) -> None:
-        """Put hooks on q_proj and o_proj as they are now: PEFT may have wrapped them since."""
-        for name in ("q_proj", self.output):
-            linear = self.attention.get_submodule(name)
-            if self._linears.get(name, (None, []))[0] is linear:
-                continue
-            with _LOCK:  # another thread may be here, too
-                before, handles = self._linears.get(name, (None, []))
-                if before is not linear:
-                    hooks = [
-                        linear.register_forward_pre_hook(self._take if name == "q_proj" else self._take_loud),
-                        linear.register_forward_hook(self._put),
-                    ]
-                    self._linears[name] = linear, hooks
-                    for handle in handles:
-                        handle.remove()
-
-    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _run_mlp(self, stock: Stock, args: tuple, kwargs: dict[str, Any]) -> Any:
         rows = self._calls.get().rows
-        return None if rows is None else (rows.take(args[0]), *args[1:])
-
-    def _take_loud(self, module: nn.Module, args: tuple) -> tuple | None:
-        """What o_proj gets: the attention output of the text rows, zero where they are silent."""
-        args, silent = self._take(module, args) or args, self._calls.get().silent
-        return args if silent is None else (args[0].masked_fill(silent[..., None], 0), *args[1:])
-
-    def _put(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        rows = self._calls.get().rows
-        return None if rows is None else rows.put(_zeros(rows, output), output)
-
-    def _after_mlp(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        several = isinstance(output, tuple)  # with what a router says of the rows
-        whole = self._put(module, args, output[0] if several else output)
-        if whole is not None and several:
-            whole = (whole, *output[1:])  # type: ignore[assignment]
         self.forget()  # the MLP comes last
-        return whole
+        if rows is None:
+            return stock(*args, **kwargs)
+        output = stock(rows.take(args[0]), *args[1:], **kwargs)
+        if isinstance(output, tuple):  # with what a router says of the rows
+            return (_put(rows, output[0]), *output[1:])
+        return _put(rows, output)
 
-    def _restore(
-        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        rows = kwargs.get(TEXT_ROWS)
-        return None if rows is None else rows.put(args[0], rows.take(output))
+    def restore(self, rows: Layout, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """The layer's output, with the state that the other rows than `rows` had before."""
+        return output if self._only_adds else rows.put(hidden_states, rows.take(output))
 
 
 class _Call:
@@ -176,6 +174,11 @@ def output_projection(attention: nn.Module) -> nn.Module:
 def _named(module: nn.Module, names: tuple[str, ...]) -> str:
     """Which of these names one of the module's parts has; empty: none."""
     return next((name for name in names if name in module._modules), "")
+
+
+def _put(rows: Layout, output: Tensor) -> Tensor:
+    """Some rows' output `[B, n, D]` among all rows, `[B, N, D]`; zero at the others."""
+    return rows.put(_zeros(rows, output), output)
 
 
 def _zeros(rows: Layout, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The hooks through which a policy reaches a model; the model's own forward runs untouched.
+"""Where a policy reaches a model: around the forwards of its parts, which run untouched (`Around`).
 
 Everything that belongs to one forward is held in `Running`, one for every thread, and dropped when the forward ends,
 also where it is interrupted: one attached model can serve several threads.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import is_flash_attention_requested
 
-from latefusion.models.executor.around import Around
+from latefusion.models.executor.around import NOT_EXPORTED, Around
 from latefusion.models.executor.attention import WATCHER, Attention, let_modules_watch
 from latefusion.models.executor.cache import check_cache, is_scheduled, is_uniform
-from latefusion.models.executor.forward import Forward, checkpoints
+from latefusion.models.executor.forward import Forward, checkpoints, in_shards
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.prompt import (
@@ -45,9 +45,13 @@ from latefusion.models.executor.recurrence import (
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
-from latefusion.models.policies.base import Decision, Policy, Prompt, SeesEmbeddings
-from latefusion.models.student.entry import entry_of
+from latefusion.models.policies.base import Decision, Policy, Prompt, SeesEmbeddings, Selection
+from latefusion.models.student.entry import ENTRY
 
+HOOKS = "_latefusion_hooks"
+"""Attribute of a decoder that has a policy: its `Hooks`."""
+
+REPLAYS = "replays"  # checkpointing may compute a layer again that read frozen tokens, outside of any forward
 _LOCK = threading.Lock()
 
 
@@ -63,7 +67,7 @@ class Running:
 
 
 class Hooks:
-    """Hooks on a multimodal model, its decoder, the decoder's layers and its last norm.
+    """What stands around the forwards of a multimodal model, its decoder and the decoder's layers, and before its norm.
 
     Args:
         model: the Hugging Face model.
@@ -84,17 +88,19 @@ class Hooks:
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.vision_mask = vision_mask
         self._threads = PerThread(Running)
-        self._busy: set[int] = (
-            set()
-        )  # threads in a forward with a state; asked first, as most decode steps have none
+        # threads in a forward with a state; asked first, as most decode steps have none
+        self._busy: set[int] = set()
         self._watched: set[int] = set()  # those of them whose policy looks at attention
+        self._readers: set[int | str] = set()  # those of them that read frozen tokens, and REPLAYS
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
         recurrences = [recurrence_of(layer) for layer in self.layers]
         self.attention = tuple(mixer is None for mixer in recurrences)  # per layer: it attends with a softmax
         self._takes_ids = any(map(_needs_positions, self.layers))
-        let_modules_watch()
+        self._window = attention_window(decoder.config)
+        self._one_mask = self._window is None and all(self.attention)  # the layers are handed the same
+        self._deepstack = "deepstack_visual_embeds" in _parameters(decoder)
         self._handles = list(self._install())
 
     @property
@@ -118,43 +124,41 @@ class Hooks:
         for layer, attends in zip(self.layers, self.attention, strict=True):
             if attends:
                 vars(layer.self_attn).pop(WATCHER, None)
+        vars(self.decoder).pop(HOOKS, None)
         self._handles, self._reading = [], {}
-        self._end()
 
     # ---------------------------------------------------------------- where the hooks are
 
     def _install(self) -> Iterator[Any]:
         decoder = self.decoder
+        setattr(decoder, HOOKS, self)
         if self.model is not self.multimodal:
             yield Around(self.model, "forward", self._keep_labels)
         if self.multimodal is not decoder:
-            yield self.multimodal.register_forward_pre_hook(self._before_multimodal, with_kwargs=True)
-            yield Around(self.multimodal, "forward", self._until_interrupted)
-            yield self.multimodal.register_forward_hook(self._after_multimodal, always_call=True)
-        yield decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        yield Around(decoder, "forward", self._until_interrupted)
-        deepstack = "deepstack_visual_embeds" in _parameters(decoder)
+            yield Around(self.multimodal, "forward", self._run_multimodal)
+        yield Around(decoder, "forward", self._run_decoder)
         for i, layer in enumerate(self.layers):
-            yield layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
-            if deepstack:
-                yield layer.register_forward_hook(partial(self._after_layer, i))
+            yield Around(layer, "forward", partial(self._run_layer, i, layer), occasions=self._busy)
             mixer = recurrence_of(layer)
-            if mixer is None:
-                setattr(layer.self_attn, WATCHER, Watcher(self, i))
-            else:
-                yield Around(mixer, "forward", partial(self._recur, mixer))
+            if mixer is not None:
+                yield Around(mixer, "forward", partial(self._recur, mixer), occasions=self._busy)
         norm = last_norm(decoder)
         assert norm is not None
         yield norm.register_forward_pre_hook(self._before_norm)
-        yield decoder.register_forward_hook(self._after_decoder, always_call=True)
 
-    def _until_interrupted(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The stock forward. torch runs always_call hooks after an Exception, but not after a KeyboardInterrupt."""
-        try:
-            return stock(*args, **kwargs)
-        except BaseException:
-            self._end()
-            raise
+    @torch.compiler.disable  # dynamo would take one thread's number for that of all
+    def _set_forward(self, forward: Forward | None) -> None:
+        """The calling thread's forward begins, or ends (None)."""
+        self._running.forward = forward
+        thread = threading.get_ident()
+        for threads, there in (
+            (self._busy, forward is not None),
+            (self._watched, forward is not None and forward.watch is not None),
+            (self._readers, False),  # until a selection freezes
+        ):
+            (threads.add if there else threads.discard)(thread)
+
+    # ---------------------------------------------------------------- the hooks, in the order of a forward
 
     def _keep_labels(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock forward of the whole model, whose labels say where prompts end."""
@@ -165,37 +169,18 @@ class Hooks:
         finally:
             running.labels = None
 
-    def _end(self) -> None:
-        """Drop everything of this thread's forward."""
-        running = self._running
-        running.vision = running.padding = None
-        self._set_forward(None)
-        for layer in self._reading.values():
-            layer.forget()
-
-    @torch.compiler.disable  # dynamo would take one thread's number for that of all
-    def _set_forward(self, forward: Forward | None) -> None:
-        """The calling thread's forward begins, or ends (None)."""
-        self._running.forward = forward
-        thread = threading.get_ident()
-        for threads, there in (
-            (self._busy, forward is not None),
-            (self._watched, forward is not None and forward.watch is not None),
-        ):
-            (threads.add if there else threads.discard)(thread)
-
-    @property
-    def attends(self) -> bool:
-        """Whether any thread's attention may have to be shown to a policy, or run on some rows alone."""
-        return bool(self._watched or self._reading)
-
-    # ---------------------------------------------------------------- the hooks, in the order of a forward
-
-    def _before_multimodal(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._look(module, _named(module, args, kwargs))
+    def _run_multimodal(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock forward, once its vision tokens are found."""
+        self._look(self.multimodal, _named(self.multimodal, args, kwargs))
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self._running.vision = self._running.padding = None
 
     def _look(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         """Find the vision tokens of the forward, and refuse what cannot work, before anything is computed."""
+        if torch.jit.is_tracing():
+            raise ValueError(NOT_EXPORTED)
         running = self._running
         if self.vision_mask is not None:
             running.vision = vision_of_mask(self.vision_mask, arguments)
@@ -206,20 +191,49 @@ class Hooks:
         if running.vision is not None:
             check_cache(arguments.get("past_key_values"))
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        running, arguments = self._running, _named(module, args, kwargs)
+    def _run_decoder(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock forward under the policy; what it holds of it is dropped at its end, whatever ends it."""
+        arguments = _named(self.decoder, args, kwargs)
+        if self.multimodal is self.decoder:
+            self._look(self.decoder, arguments)
+        forward = None
+        try:
+            forward = self._begin(arguments)
+            output = stock(*args, **kwargs)
+        except BaseException:
+            for layer in self._reading.values():
+                layer.forget()
+            raise
+        finally:
+            if self._busy:
+                self._set_forward(None)
+            if self.multimodal is self.decoder:
+                self._running.vision = self._running.padding = None
+        if forward is not None and forward.recorded is not None and isinstance(output, ModelOutput):
+            states, maps = output.get("hidden_states"), output.get("attentions")
+            if states is not None:
+                output["hidden_states"] = forward.recorded.hidden_states(states, output["last_hidden_state"])
+            if maps is not None:
+                output["attentions"] = forward.recorded.attentions(
+                    maps, narrowed=narrows(self.decoder.config)
+                )
+        return output
+
+    def _begin(self, arguments: dict[str, Any]) -> Forward | None:
+        """The state of a forward with these arguments, set for this thread; None: nothing of ours takes part in it."""
+        running = self._running
         if running.forward is not None:
             self._set_forward(None)
-        if self.multimodal is self.decoder:
-            self._look(module, arguments)
-        cache, entry = arguments.get("past_key_values"), entry_of(self.model)
+        cache, entry = arguments.get("past_key_values"), self.model._modules.get(ENTRY)
         past = 0 if cache is None else cache.get_seq_length()
         touched = is_scheduled(cache)
         recurrent = not all(self.attention)
         if recurrent and past:
             check_continued(cache)
+        if running.vision is None and entry is not None and not _counts_on_every_process(entry):
+            entry = None
         if running.vision is None and entry is None and not touched and past:
-            return  # a decode step under a policy that removed nothing
+            return None  # a decode step under a policy that removed nothing
         tokens = arguments.get("inputs_embeds")
         tokens = arguments["input_ids"] if tokens is None else tokens
         batch, length = tokens.shape[:2]
@@ -246,11 +260,10 @@ class Hooks:
                 attention=self.attention if recurrent else (),
             )
         config = self.decoder.config
-        window = attention_window(config)
-        local = window is not None and past + length > window
+        local = self._window is not None and past + length > self._window
         if local and (prompt is not None or touched) and is_flash_attention_requested(config):
             raise ValueError(
-                f"flash attention would count its sliding window of {window} over the tokens that are left, "
+                f"flash attention would count its sliding window of {self._window} over the tokens that are left, "
                 f'not over all {past + length}: load the model with attn_implementation="sdpa".'
             )
         if prompt is not None and self._takes_ids and is_flash_attention_requested(config):
@@ -274,6 +287,11 @@ class Hooks:
                 f"{type(policy).__name__} chooses vision tokens by the whole prompt, which comes in chunks here: leave "
                 "prefill_chunk_size out, or use a schedule without keep."
             )
+        if prompt is not None:
+            check_cache(cache)
+        if decision is None and entry is None and not touched:  # every token takes part in every layer
+            self._note(prompt, None, (), real, past)
+            return None
         gaps = Gaps()
         if recurrent and prompt is not None:
             if prompt.packed:
@@ -306,14 +324,31 @@ class Hooks:
             gaps=gaps,
         )
         self._set_forward(forward)
+        if forward.watch is not None:
+            self._let_layers_be_watched()
+        self._note(
+            prompt, decision, () if forward.selections is None else forward.selections.steps, real, past
+        )
+        return forward
+
+    def _note(
+        self,
+        prompt: Prompt | None,
+        decision: Decision | None,
+        steps: Sequence[tuple[int, Selection]],
+        real: Tensor | None,
+        past: int,
+    ) -> None:
+        """Keep what the attachment's trace tells of a prefill."""
         if prompt is not None:
-            assert forward.selections is not None
-            check_cache(cache)
-            running.last = self._last = PrefillTrace(
-                prompt, decision, forward.selections.steps, by_question=forward.watch is not None
+            last: PrefillTrace | TextTrace = PrefillTrace(
+                prompt, decision, steps, by_question=_ranks(decision)
             )
         elif real is not None and not past:
-            running.last = self._last = TextTrace(real, len(self.layers))
+            last = TextTrace(real, len(self.layers))
+        else:
+            return
+        self._running.last = self._last = last
 
     def _check_labels(self, policy: Policy, prompt: Prompt, labels: Tensor) -> None:
         """Raise ValueError if `labels` teach the question, too; else say once that they tell where prompts end."""
@@ -335,16 +370,38 @@ class Hooks:
                 stacklevel=2,
             )
 
-    def _before_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self._busy:
-            return None
+    def _run_layer(self, i: int, layer: nn.Module, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock layer on the tokens of its segment."""
         forward = self._threads.get().forward
         if forward is None:
-            return None
-        changed = forward.enter_layer(i, layer, args, kwargs)
+            return stock(*args, **kwargs)
+        if i == 0 and forward.can_rest and self._one_mask and kwargs.get("attention_mask") is None:
+            self._set_forward(None)  # a decode step without a mask: no layer has anything to translate
+            return stock(*args, **kwargs)
+        args, kwargs = forward.enter_layer(i, layer, stock, args, kwargs)
         if forward.selections is not None and forward.selections.freezes:
-            self.prepare_reading()
-        return changed
+            self._begin_reading(i, forward.replayed)
+        output = stock(*args, **kwargs)
+        if forward.segment.text is not None:
+            output = self._reading[i].restore(forward.segment.text, args[0], output)
+        return forward.leave_layer(i, output)
+
+    @torch.compiler.disable
+    def _begin_reading(self, i: int, replayed: bool) -> None:
+        """Layer i of this thread's forward may read frozen tokens."""
+        self.prepare_reading()
+        self._readers.add(threading.get_ident())
+        if replayed:
+            self._readers.add(REPLAYS)
+        if i in self._reading:
+            self._reading[i].put_on_top()
+
+    def _let_layers_be_watched(self) -> None:
+        """Give attention modules their watchers, which stay until `detach`."""
+        let_modules_watch()
+        for i, attends in enumerate(self.attention):
+            if attends and WATCHER not in vars(self.layers[i].self_attn):
+                setattr(self.layers[i].self_attn, WATCHER, Watcher(self, i))
 
     def prepare_reading(self) -> None:
         """Let layers read frozen tokens.
@@ -357,7 +414,8 @@ class Hooks:
                 layers = {i: self.layers[i] for i, attends in enumerate(self.attention) if attends}
                 for layer in layers.values():
                     check_parts(layer)
-                self._reading = {i: ReadingLayer(layer) for i, layer in layers.items()}
+                self._reading = {i: ReadingLayer(layer, self._readers) for i, layer in layers.items()}
+                self._let_layers_be_watched()
 
     def attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of layer i's stock attention: shown to the policy, and on text rows alone over frozen tokens."""
@@ -372,36 +430,15 @@ class Hooks:
 
     def _recur(self, mixer: Any, stock: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The stock recurrence of a layer; rows of several lengths that go on from a cache, one length at a time."""
-        forward = self._threads.get().forward if self._busy else None
+        forward = self._threads.get().forward
         layout = None if forward is None or not forward.past else forward.segment.layout
         if layout is None or layout.valid is None:
             return stock(*args, **kwargs)
         return by_length(stock, layout, mixer.layer_idx, _named(mixer, args, kwargs))
 
-    def _after_layer(self, i: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        forward = self._running.forward
-        return None if forward is None else forward.leave_layer(i, output)
-
     def _before_norm(self, module: nn.Module, args: tuple) -> tuple | None:
         forward = self._running.forward
         return None if forward is None else (forward.finish(args[0]), *args[1:])
-
-    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        forward = self._running.forward
-        if forward is not None:
-            self._set_forward(None)
-        if self.multimodal is self.decoder:
-            self._after_multimodal(module, args, output)
-        if forward is None or forward.recorded is None or not isinstance(output, ModelOutput):
-            return
-        states, maps = output.get("hidden_states"), output.get("attentions")
-        if states is not None:
-            output["hidden_states"] = forward.recorded.hidden_states(states, output["last_hidden_state"])
-        if maps is not None:
-            output["attentions"] = forward.recorded.attentions(maps, narrowed=narrows(self.decoder.config))
-
-    def _after_multimodal(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._running.vision = self._running.padding = None
 
 
 class Watcher:
@@ -412,7 +449,8 @@ class Watcher:
 
     @property
     def awake(self) -> bool:
-        return self.hooks.attends
+        """Whether any thread's attention may have to be shown to a policy, or run on some rows alone."""
+        return bool(self.hooks._watched or self.hooks._readers)
 
     def __call__(self, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.hooks.attend(self.layer, attention, module, *args, **kwargs)
@@ -425,7 +463,12 @@ def _ranks(decision: Decision | None) -> bool:
 
 def _looks(decision: Decision | None) -> bool:
     """Whether vision tokens are chosen by anything that a part of the prompt does not show."""
-    return _ranks(decision) or isinstance(decision, SeesEmbeddings)
+    return _ranks(decision) or (decision is not None and isinstance(decision, SeesEmbeddings))
+
+
+def _counts_on_every_process(entry: nn.Module) -> bool:
+    """Whether a forward without vision tokens has to run the entry adapter, for its gradients or its shards."""
+    return torch.is_grad_enabled() or in_shards(entry)
 
 
 def _needs_positions(layer: Any) -> bool:

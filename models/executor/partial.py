@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from latefusion.models.executor.around import beneath
 
 
 class _Reached(Exception):
@@ -19,9 +21,9 @@ def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def is_skipped(layer: nn.Module) -> bool:
-    """Whether the layer does not compute anything, inside `starting_at`."""
-    return vars(layer).get("forward") is _skip
+def is_skipped(stock: Callable[..., Any]) -> bool:
+    """Whether a layer's `forward` does not compute anything, inside `starting_at`."""
+    return stock is _skip
 
 
 @contextmanager
@@ -44,16 +46,14 @@ def starting_at(layers: Sequence[nn.Module], first: int, state: Tensor | None) -
     def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (state, *args[1:])
 
-    # prepended: a policy's own hook, which gathers tokens, must see the replaced state
     handle = layers[first].register_forward_pre_hook(replace, prepend=True)
-    for layer in layers[:first]:
-        layer.forward = _skip
     try:
-        yield
+        with ExitStack() as skipped:
+            for layer in layers[:first]:  # a policy still runs around them: it selects tokens layer by layer
+                skipped.enter_context(beneath(layer, "forward", _skip))
+            yield
     finally:
         handle.remove()
-        for layer in layers[:first]:
-            del layer.forward
 
 
 def input_of_layer(layers: Sequence[nn.Module], last: int, forward: Callable[[], Any]) -> Tensor:

@@ -56,26 +56,35 @@ def read_prompt(
     vision, column = vision & real, torch.arange(length, device=real.device)
     of_prompt = real if end.length is None else real & (column < end.length - past)  # bool [B, T]
     last = length - 1 - of_prompt.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
-    queries = last if end.queries is None else end.queries.to(real.device)
-    if queries.shape[0] != batch:
-        raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
-    asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
-    queries = torch.where(queries < 0, last, queries) if queries.shape[1] else last
-    text = real & ~vision & (vision.cumsum(1) > 0) & (column <= queries.amax(1, keepdim=True))
-    if end.answers is not None:
-        answers = end.answers[:, :length].to(real.device)
-        text &= ~pad(
-            answers, (0, length - answers.shape[1])
-        )  # what was generated since comes after all queries
-    answer = real & ~vision & ~text & (vision.cumsum(1) > 0)
+    queries, asks, late = last, None, None
+    if end.queries is not None:
+        queries = end.queries.to(real.device)
+        if queries.shape[0] != batch:
+            raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
+        asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
+        queries = torch.where(queries < 0, last, queries) if queries.shape[1] else last
+        late = vision & (column > queries.amax(1, keepdim=True))
+    after = real & ~vision & (vision.cumsum(1) > 0)  # bool [B, T]
+    text, answer = after, None
+    if end.queries is not None or end.answers is not None or end.length is not None:
+        text = after & (column <= queries.amax(1, keepdim=True))
+        if end.answers is not None:
+            answers = end.answers[:, :length].to(real.device)
+            # what was generated since comes after all queries
+            text = text & ~pad(answers, (0, length - answers.shape[1]))
+        answer = after & ~text
     tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
-    cut = vision[:, :1] & bool(past)  # [B, 1], begins inside an image
-    if end.queries is None:
-        cut |= vision.gather(1, last)  # or ends there
-    late = vision & (column > queries.amax(1, keepdim=True)) & (end.queries is not None)
-    masks = (vision, real, text, answer, tail, cut, restarts(position_ids, real), asks, late)
-    numbers = torch.stack([mask.sum(1) for mask in masks]).tolist()
-    n_vision, n_real, n_text, n_answer, tails, cuts, packed, asking, n_late = map(tuple, numbers)
+    cut = vision[:, :1] if past else None  # [B, 1], begins inside an image
+    if end.queries is None:  # or ends there
+        ends = vision.gather(1, last)
+        cut = ends if cut is None else cut | ends
+    packed = restarts(position_ids, real)
+    masks = {"vision": vision, "real": real, "text": text, "tail": tail}
+    others = {"answer": answer, "cut": cut, "packed": packed, "asks": asks, "late": late}
+    masks |= {name: mask for name, mask in others.items() if mask is not None}
+    numbers = torch.stack([mask.sum(1) for mask in masks.values()]).tolist()
+    counts = {name: tuple(row) for name, row in zip(masks, numbers, strict=True)}
+    n_vision, none = counts["vision"], (0,) * batch
     if not any(n_vision):
         return None
     return Prompt(
@@ -84,16 +93,16 @@ def read_prompt(
         queries=queries,
         text=text,
         n_vision=n_vision,
-        n_real=n_real,
-        n_text=n_text,
-        n_answer=n_answer,
-        tail=min(tails),
+        n_real=counts["real"],
+        n_text=counts["text"],
+        n_answer=counts.get("answer", none),
+        tail=min(counts["tail"]),
         num_layers=num_layers,
-        piece=any(cuts),
-        packed=any(packed),
-        asks=tuple(map(bool, asking)),
+        piece=any(counts.get("cut", none)),
+        packed=any(counts.get("packed", none)),
+        asks=tuple(map(bool, counts.get("asks", (1,) * batch))),
         past=past,
-        late=any(n_late),
+        late=any(counts.get("late", none)),
         attention=attention,
     )
 
@@ -120,10 +129,13 @@ def hides_no_question(labels: Tensor, real: Tensor) -> Tensor:
     return (learnt & (real.cumsum(1) <= 2)).any()
 
 
-def restarts(position_ids: Tensor | None, real: Tensor) -> Tensor:
-    """Where positions begin again although no padding lies between, as they do in packed rows, bool `[B, T - 1]`."""
+def restarts(position_ids: Tensor | None, real: Tensor) -> Tensor | None:
+    """Where positions begin again although no padding lies between, as they do in packed rows, bool `[B, T - 1]`.
+
+    None: nowhere, since they are consecutive.
+    """
     if position_ids is None:
-        return torch.zeros_like(real[:, 1:])
+        return None
     position = position_ids[0] if position_ids.dim() == 3 else position_ids  # [B|1, T]
     return (position[:, 1:] < position[:, :-1]) & real[:, 1:] & real[:, :-1]
 

@@ -32,7 +32,7 @@ class Recorded:
         self.segments.append((segment, segment.full))
 
     def hidden_states(self, states: tuple[Tensor | None, ...], last: Tensor) -> tuple[Tensor | None, ...]:
-        """Recorded hidden states (input of layer 0, outputs of all layers) at full length.
+        """Recorded hidden states (input of layer 0, which is at full length, and outputs of all layers) at full length.
 
         A vision token that a layer does not compute has the state it had before.
 
@@ -47,8 +47,8 @@ class Recorded:
             assert full is not None
             return segment.layout.put(full, state)
 
-        steps = [self.segments[0], *self.segments]
-        return tuple(expand(state, *step) for state, step in zip(states, steps, strict=True))
+        layers = zip(states[1:], self.segments, strict=True)
+        return (states[0], *(expand(state, *segment) for state, segment in layers))
 
     def attentions(self, maps: tuple[Tensor | None, ...], *, narrowed: bool) -> tuple[Tensor | None, ...]:
         """Recorded attention maps at full size: zero where a token does not take part, as query or as key."""

@@ -65,7 +65,7 @@ class Selections:
         wrong = [b for b, (count, most) in enumerate(pairs) if count > most]
         if self._looks and not wrong:
             back = selection.vision & self._computed & ~now.vision
-            wrong = back.any(1).nonzero().flatten().tolist()
+            wrong = back.any(1).nonzero().flatten().tolist() if back.any() else []
         if wrong:
             raise ValueError(
                 f"the policy brings back vision tokens of sample {wrong[0]} in layer {layer} that were computed and "

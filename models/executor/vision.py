@@ -46,7 +46,8 @@ def find_vision(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Tensor 
         return None
     input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if input_ids is not None:
-        return torch.stack([input_ids == token for token in tokens]).any(0)
+        first, *others = (input_ids == token for token in tokens)
+        return torch.stack([first, *others]).any(0) if others else first
     if inputs_embeds is None:
         return None
     embed = model.get_input_embeddings()

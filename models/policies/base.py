@@ -175,5 +175,5 @@ class Policy(Protocol):
     def validate(self, num_layers: int) -> None:
         """Raise ValueError, in one sentence that names value and fix, if it does not fit such a decoder."""
 
-    def begin(self, prompt: Prompt) -> Decision:
-        """Called once a forward that brings vision tokens, before layer 0."""
+    def begin(self, prompt: Prompt) -> Decision | None:
+        """Called once a forward that brings vision tokens, before layer 0; None: all take part in every layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,25 @@ from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
 
 ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a segment's layers hold what ranks: the same tensors for all of them.
+
+    Attributes:
+        key_index: of the segment's `AttentionCall`s.
+        rows: compact places of the asking rows, int64 `[B, R]`, at most `ROWS_AT_ONCE` each.
+        keys: places of the vision tokens among the keys, int64 `[B, n]`.
+        present: bool `[B, n]`, false where a sample has fewer; None: nowhere.
+        positions: logical positions of `keys`, int64 `[B, n]`.
+    """
+
+    key_index: Tensor
+    rows: tuple[Tensor, ...]
+    keys: Tensor
+    present: Tensor | None
+    positions: Tensor
 
 
 class ScheduleDecision:
@@ -44,7 +64,7 @@ class ScheduleDecision:
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
         self.rows = asking(prompt, rows) if watch else prompt.queries  # int64 [B, R]
-        self._places: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of a segment: see `attended`
+        self._places: _Places | None = None  # of the running segment
         self.ahead = ahead
         self.silent = prefix(prompt) if silent else None  # bool [B, T]
 
@@ -66,19 +86,19 @@ class ScheduleDecision:
 
     @torch.no_grad()
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        if self._places is None or self._places[0] is not call.key_index:  # the first layer of a segment
+        places = self._places
+        if places is None or places.key_index is not call.key_index:  # the first layer of a segment
             keys, present = vision_keys(call, self.kept, self.counts)
-            self._places = call.key_index, call.compact_rows(self.rows), keys, present
-        _, rows, keys, present = self._places
-        values = log_size(call.value, keys, present)  # [B, Hkv, n]
-        if self.scores is None:
-            self.scores = values.new_zeros(self.kept.shape)
-        positions = call.key_index.gather(1, keys).clamp(
-            min=0
-        )  # where a key is not a vision token, its share is 0
-        for part in rows.split(ROWS_AT_ONCE, dim=1):
-            share = reading_share(call.scores(part, keys), values)  # [B, n]
-            self.scores = self.scores.scatter_reduce(1, positions, share, "amax")
+            # where a key is not a vision token, its share is 0
+            positions = call.key_index.gather(1, keys).clamp(min=0)
+            parts = call.compact_rows(self.rows).split(ROWS_AT_ONCE, dim=1)
+            self._places = places = _Places(call.key_index, parts, keys, present, positions)
+        values = log_size(call.value, places.keys, places.present)  # [B, Hkv, n]
+        for part in places.rows:
+            share = reading_share(call.scores(part, places.keys), values)  # [B, n]
+            if self.scores is None:
+                self.scores = values.new_zeros(self.kept.shape)
+            self.scores.scatter_reduce_(1, places.positions, share, "amax")
         return None
 
     def looked(self, layer: int, call: AttentionCall) -> None:
@@ -106,33 +126,34 @@ def reading_share(scores: Tensor, values: Tensor) -> Tensor:
     What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
     sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
     As `a` is a softmax of `scores`, whose denominator is the same for all tokens, the share is one of
-    `2 * scores + log(|v|^2)` over the vision tokens alone.
+    `2 * (scores + log |v|)` over the vision tokens alone.
 
     Args:
         scores: of attention, before its softmax, float32 `[B, H, R, n]`; changed in place.
-        values: log(|v|^2) of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is not a vision token.
+        values: log |v| of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is not a vision token.
     """
-    grouped = scores.unflatten(1, (values.shape[1], -1))  # [B, Hkv, G, R, n]
-    share = grouped.mul_(2).add_(values[:, :, None, None]).softmax(-1)
+    grouped = scores.view(len(scores), values.shape[1], -1, *scores.shape[2:])  # [B, Hkv, G, R, n]
+    share = grouped.add_(values[:, :, None, None]).mul_(2).softmax(-1)
     return share.nan_to_num_(0).amax((1, 2, 3))  # nan: the row sees no vision token
 
 
-def log_size(value: Tensor, keys: Tensor, present: Tensor) -> Tensor:
-    """log(|v|^2) of the values `[B, Hkv, K, D]` at `keys` `[B, n]`, -inf where none is `present`, `[B, Hkv, n]`."""
-    size = value.float().square().sum(-1)  # [B, Hkv, K]
+def log_size(value: Tensor, keys: Tensor, present: Tensor | None) -> Tensor:
+    """log |v| of the values `[B, Hkv, K, D]` at `keys` `[B, n]`, -inf where none is `present`, `[B, Hkv, n]`."""
+    size = torch.linalg.vector_norm(value.float(), dim=-1)  # [B, Hkv, K]
     size = size.gather(2, keys[:, None].expand(-1, value.shape[1], -1)).log()  # [B, Hkv, n]
-    return size.masked_fill(~present[:, None], float("-inf"))
+    return size if present is None else size.masked_fill(~present[:, None], float("-inf"))
 
 
-def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Where the vision tokens (bool `[B, T]`, `counts` a sample) stand among a layer's keys, without a host sync.
 
     Returns:
-        int64 `[B, n]`, and bool `[B, n]`: false where a sample has fewer, and the index is that of another key.
+        int64 `[B, n]`, and bool `[B, n]`: false where a sample has fewer, and the index is that of another key; None if
+        none has.
     """
     among = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
     order = among.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
-    return order, among.gather(1, order)
+    return order, None if min(counts) == order.shape[1] else among.gather(1, order)
 
 
 def asking(prompt: Prompt, most: int | None = None) -> Tensor:

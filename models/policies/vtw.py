@@ -37,5 +37,5 @@ class VTW:
     def validate(self, num_layers: int) -> None:
         check_layer("layer", self.layer, num_layers)
 
-    def begin(self, prompt: Prompt) -> Decision:
+    def begin(self, prompt: Prompt) -> Decision | None:
         return VisionSchedule(exit=self.layer).begin(prompt)

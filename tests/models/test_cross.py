@@ -300,6 +300,7 @@ def test_a_deep_copy_and_a_detached_model_are_their_own() -> None:
             assert torch.equal(twin(**inputs).logits, expected)
         assert torch.equal(model(**inputs).logits, dense)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().modules())
+        assert not any("forward" in vars(module) for module in model.modules())
         assert torch.equal(twin(**inputs).logits, expected)
 
 
@@ -352,3 +353,15 @@ def test_it_says_what_it_is() -> None:
         ValueError, match=r"^cross=\[1, 4\] has no band that could narrow; use train\.narrow=0"
     ):
         schedule.widened(0.5, 6)
+
+
+def test_kernels_that_come_later_compute_the_text_rows_alone() -> None:
+    """As Liger's do, which a trainer puts in place of a module's `forward`."""
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    layer = model.get_decoder().layers[1]
+    parts = (layer.mlp, layer.self_attn.q_proj, layer.self_attn.o_proj, layer.self_attn)
+    with torch.no_grad(), attach(model, VisionSchedule(cross=(1, 4))):
+        expected = model(**inputs).logits
+        for part in parts:
+            part.forward = type(part).forward.__get__(part)
+        assert torch.equal(model(**inputs).logits, expected)

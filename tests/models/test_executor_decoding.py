@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from typing import Any
 
@@ -429,3 +430,31 @@ def test_static_and_quantised_caches_are_refused_before_any_compute() -> None:
         with pytest.raises(ValueError, match="cache layers of type Fp8QuantizedLayer"):
             model(**inputs, past_key_values=quantised)
     assert not calls
+
+
+# ---------------------------------------------------------------- what a decode step costs
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [(VisionSchedule(), 1), (BAND, 4), (KEEPS, 8), (VisionSchedule(cross=(1, 3)), 13)],
+    ids=["all", "band", "keeps", "cross"],
+)
+def test_a_decode_step_runs_little_of_ours(policy: VisionSchedule, most: int) -> None:
+    """At most so many calls of our functions a layer, beside those of the whole step."""
+    model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and "/models/executor/" in frame.f_code.co_filename
+
+    with torch.no_grad(), attach(model, policy):
+        cache = model(**copy.deepcopy(inputs)).past_key_values
+        mask = pad(inputs["attention_mask"], (0, 1), value=1)
+        sys.setprofile(count)
+        try:
+            model(input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+        finally:
+            sys.setprofile(None)
+    assert calls <= most * LAYERS + 70

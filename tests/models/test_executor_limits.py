@@ -17,6 +17,7 @@ from latefusion.models.attach import attach
 from latefusion.models.executor.selections import Selections
 from latefusion.models.policies import named
 from latefusion.models.policies.base import Prompt, Selection
+from latefusion.models.policies.visipruner.settings import VisiPruner
 
 BAND = VisionSchedule(enter=2, exit=4)
 KEEPS = VisionSchedule(enter=1, exit=5, keep={2: 3, 4: 2})
@@ -258,7 +259,19 @@ def test_an_offloaded_cache_on_a_gpu(schedule: VisionSchedule) -> None:
     assert torch.equal(torch.stack(kept.logits), torch.stack(offloaded.logits))
 
 
-# ---------------------------------------------------------------- torch.compile
+# ---------------------------------------------------------------- torch.export, torch.compile
+
+
+def test_an_export_is_refused_in_a_sentence() -> None:
+    model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
+    with torch.no_grad(), attach(model, BAND) as attachment:
+        sentence = r"^a model under a policy cannot be exported: .* \(docs/serving.md\)\.$"
+        with pytest.raises(AttributeError, match=sentence):
+            torch.export.export(model, (), {**inputs, "use_cache": False})
+        with pytest.raises(ValueError, match=sentence):
+            torch.jit.trace(lambda ids: model(**{**inputs, "input_ids": ids}).logits, inputs["input_ids"])
+        attachment.detach()
+        assert torch.export.export(model, (), {**inputs, "use_cache": False}) is not None
 
 
 @pytest.mark.slow
@@ -270,3 +283,20 @@ def test_a_compiled_model_gives_the_same_logits() -> None:
     with torch.no_grad(), attach(model, BAND):
         expected = model(**inputs, use_cache=False).logits
         assert close(compiled(**inputs, use_cache=False).logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy",
+    [KEEPS, VisiPruner(boundary=1, layer_threshold=0.99, tokens_threshold=0.7)],
+    ids=["keeps", "visipruner"],
+)
+def test_compiled_layers_are_watched(policy: Any) -> None:
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    torch._dynamo.reset()
+    with torch.no_grad(), attach(model, policy) as attachment:
+        expected, trace = model(**inputs, use_cache=False).logits, attachment.trace
+        for layer in model.get_decoder().layers:
+            layer.compile(backend="eager")
+        assert close(model(**inputs, use_cache=False).logits, expected)
+        assert attachment.trace == trace and trace[0].vision[-1] < trace[0].n_vision

@@ -172,6 +172,9 @@ def test_decisions_agree_with_vision_tokens(schedule: VisionSchedule, seed: int)
     decision = schedule.begin(prompt)
     active, entered = vision, schedule.enter == 0
     expected = [schedule.vision_tokens(NUM_LAYERS, n) for n in n_vision]
+    if decision is None:
+        assert expected == [[n] * NUM_LAYERS for n in n_vision]
+        return
     for layer in range(NUM_LAYERS):
         selection = decision.select(layer)
         if selection is not None:
