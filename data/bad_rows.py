@@ -24,7 +24,7 @@ TRIES = 1000  # rows drawn for one that is bad
 BLOCK = 100  # rows of a stream that are read together
 ROW_ONLY = (  # what in a reason belongs to one row, and what stands for it in the summary
     (re.compile(r" \(.*\)$"), ""),
-    (re.compile(r"(?<=bad image: ).*?(?= (?:cannot|is|has) )"), "FILE"),
+    (re.compile(r"(?<=bad image: |bad video: ).*?(?= (?:cannot|is|has) )"), "FILE"),
     (re.compile(r"(?<=message part ).*(?=; parts)"), "…"),
     (re.compile(r"(?<![\w=./'-])\d[\d,]*(?!\w)"), "N"),
 )
@@ -216,7 +216,9 @@ def findings(rows: Checked, collator: Collator | None, *, workers: int) -> Itera
     yield from DataLoader(Findings(rows, collator), batch_size=None, num_workers=workers)
 
 
-def stream_findings(table: Any, folder: Path | None, collator: Collator | None) -> Iterator[Finding]:
+def stream_findings(
+    table: Any, folder: Path | None, collator: Collator | None, *, max_frames: int
+) -> Iterator[Finding]:
     """One finding a row of a stream (as `sources.stream` gives it), in order."""
     for number in range(table.num_shards):
         shard = Shard(table, BLOCK, number)
@@ -225,7 +227,8 @@ def stream_findings(table: Any, folder: Path | None, collator: Collator | None) 
                 row = records.slice(at, 1)
                 name = name_of(row) or place
                 try:
-                    yield Finding(name, rejected(sample_of(python_row(row), folder), collator))
+                    sample = sample_of(python_row(row), folder, max_frames=max_frames)
+                    yield Finding(name, rejected(sample, collator))
                 except BadSample as error:
                     yield Finding(name, str(error))
 

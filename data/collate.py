@@ -13,8 +13,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from latefusion.data.printing import first_line
-from latefusion.data.samples import BadSample, TooLong
+from latefusion.data.samples import BadSample, Refused, TooLong, videos_of_sample
 from latefusion.data.turns import isolate_turns
+from latefusion.data.videos import Video, unreadable, video_arguments
 from latefusion.models.base_model import load_processor
 from latefusion.models.executor.prompt import IGNORE
 from latefusion.models.executor.vision import vision_token_ids
@@ -37,7 +38,7 @@ class BadRow(ValueError):
 
 
 class Collator:
-    """A list of `{"messages", "images"}` samples to the model's inputs, with `labels` and `queries`.
+    """A list of `{"messages", "images"}` samples (and `videos`) to the model's inputs, with `labels` and `queries`.
 
     A batch is what the processor returns (`input_ids` `[B, T]`, `pixel_values`, ..., padded on the
     right), and
@@ -60,6 +61,7 @@ class Collator:
             None: turns see those before them. It needs sdpa or eager attention and plain positions.
         ranked: a policy of the run chooses vision tokens by the text that follows them. Then a second image after an
             answer is a bad row: one question would have to rank the tokens of images that it has not read.
+        family: the model's type; a video is a bad row to a family that is not known to read it (`videos.FAMILIES`).
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class Collator:
         max_length: int | None = None,
         isolate: torch.dtype | None = None,
         ranked: bool = False,
+        family: str = "",
     ):
+        self.family = family
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
         self.isolate, self.ranked = isolate, ranked
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
@@ -86,11 +90,11 @@ class Collator:
         rendered = [self.rendered(at, sample) for at, sample in enumerate(samples)]
         texts, spans = zip(*rendered, strict=True)
         try:
-            batch, moved = self.process(texts, [list(s["images"]) for s in samples])
+            batch, moved = self.process(texts, samples)
         except Exception as error:  # whatever a processor leads to, with an image of one pixel, say
             for at, sample in enumerate(samples):
                 try:
-                    self.process(texts[at : at + 1], [list(sample["images"])])
+                    self.process(texts[at : at + 1], [sample])
                 except Exception as alone:
                     raise self.bad(
                         at, sample, f"does not go through the processor: {first_line(alone)}"
@@ -150,10 +154,15 @@ class Collator:
             text, spans = self.render(sample["messages"])
         except Exception as error:  # whatever a template's expressions lead to
             raise self.bad(at, sample, f"is refused by the chat template: {first_line(error)}") from error
-        placeholder = self.processor.image_token
-        if (shown := text.count(placeholder)) != len(sample["images"]):
-            n = len(sample["images"])
-            raise self.bad(at, sample, f"has {n} image(s) but {shown} times {placeholder} in its text")
+        videos = videos_of_sample(sample)
+        if videos and (reason := unreadable(self.family)):
+            raise self.bad(at, sample, f"has a video: {reason}")
+        for kind, media in (("image", sample["images"]), ("video", videos)):
+            placeholder = getattr(self.processor, f"{kind}_token", None)
+            shown = text.count(placeholder) if isinstance(placeholder, str) else 0
+            if (kind == "image" or media) and shown != len(media):
+                reason = f"has {len(media)} {kind}(s) but {shown} times {placeholder} in its text"
+                raise self.bad(at, sample, reason)
         for turn, message in enumerate(sample["messages"]):
             reserved = self.reserved + (self.stop if message["role"] == "assistant" else ())
             for part in message["content"]:
@@ -167,14 +176,18 @@ class Collator:
         return BadRow(at, sample.get("id", at), BadSample(reason))
 
     def process(
-        self, texts: Sequence[str], images: list[list[Any]]
+        self, texts: Sequence[str], samples: Sequence[dict[str, Any]]
     ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
         """The processor's batch, and for each text where its placeholders stood and what replaced them."""
+        images = [list(sample["images"]) for sample in samples]
+        videos = [video for sample in samples for video in videos_of_sample(sample)]
+        check_mix(self.family, any(images), videos)
         bos = self.processor.tokenizer.bos_token
         with _replacements(self.processor) as moved:
             batch = self.processor(
                 text=list(texts),
                 images=images if any(images) else None,
+                **video_arguments(videos, self.family),
                 add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
                 padding=True,
                 padding_side="right",
@@ -228,6 +241,14 @@ class Collator:
         return text, closed
 
 
+def check_mix(family: str, images: bool, videos: Sequence[Video]) -> None:
+    """Raise Refused if a batch has images and videos and the family's processor keeps only the videos."""
+    if images and videos and family == "smolvlm":
+        raise Refused(
+            "smolvlm's processor takes images or videos, not both in one batch; use data that have only one of them."
+        )
+
+
 def reserved_tokens(processor: Any, vision_ids: Sequence[int]) -> tuple[str, ...]:
     """The tokens that no text of a row may contain, because they would be read as structure.
 
@@ -266,6 +287,7 @@ def build_collator(
         max_length=max_length,
         isolate=isolate,
         ranked=ranked,
+        family=config.model_type,
     )
 
 

@@ -1,4 +1,4 @@
-"""Draw rows to measure on: rows with images, cut after the first answer, different images first."""
+"""Draw rows to measure on: rows with images or videos, cut after the first answer, different ones first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from latefusion.data.bad_rows import Bad, Checked, usable
 from latefusion.data.load import Mixture, parts_of, rows_of, training_data
-from latefusion.data.samples import first_exchange
+from latefusion.data.samples import first_exchange, videos_of_sample
 from latefusion.data.sources import Rows
 from latefusion.data.streaming import Lazy
 from latefusion.models.fingerprint import image_fingerprint
@@ -60,7 +60,7 @@ def prompt_rows(data: DataConfig, split: str | None, needed: int) -> Any:
     if data.streaming:
         return StreamStart(training_data(data).first(2 * needed))
     parts = [rows_of(part) for part in parts_of(data)]
-    rows = [Rows(part.table, part.images, answered=False) for part in parts]
+    rows = [Rows(p.table, p.images, answered=False, max_frames=p.max_frames) for p in parts]
     weights = [part.weight for part in parts_of(data)]
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed))
 
@@ -81,7 +81,7 @@ def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[Image
             bad.append(row)
             continue
         sample = first_exchange(row)
-        if not sample["images"]:
+        if not shows(sample):
             continue
         images = images_key(sample)
         image_rows.append(ImageRow(i, images, times[images]))
@@ -95,7 +95,13 @@ def images_key(row: dict[str, Any]) -> frozenset[Hashable]:
     """A key that rows about the same images share: their pixels, or the scene that they show."""
     if "scene" in row:
         return frozenset([row["scene"]])
-    return frozenset(image_fingerprint(image) for image in row["images"])
+    images: list[Hashable] = [image_fingerprint(image) for image in row["images"]]
+    return frozenset(images + [video.fingerprint() for video in videos_of_sample(row)])
+
+
+def shows(sample: dict[str, Any]) -> bool:
+    """Whether a sample has an image or a video."""
+    return bool(sample["images"] or videos_of_sample(sample))
 
 
 def opened(rows: Any, image_rows: Sequence[ImageRow]) -> list[dict[str, Any]]:
@@ -136,7 +142,7 @@ def distinct_images(
     for i in range(len(rows)):
         row = rows[i]
         sample = None if isinstance(row, Bad) else first_exchange(row)
-        if sample is not None and (not sample["images"] or ("scene" in sample and sample["scene"] in seen)):
+        if sample is not None and (not shows(sample) or ("scene" in sample and sample["scene"] in seen)):
             continue
         if not fits(row) or sample is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -41,7 +42,10 @@ def training_data(data: DataConfig) -> Any:
     if data.streaming:
         streams = [streamed(part) for part in parts]
         tables = [table for table, _ in streams]
-        make = [partial(_row, folder=folder) for _, folder in streams]
+        make = [
+            partial(_row, folder=folder, max_frames=part.max_frames)
+            for part, (_, folder) in zip(parts, streams, strict=True)
+        ]
         return Stream(
             tables,
             make,
@@ -63,10 +67,11 @@ def data_fingerprint(dataset: Any) -> str:
 
 
 def parts_of(data: DataConfig) -> list[PartConfig]:
-    """The sources of a mixture, or the one source."""
+    """The sources of a mixture, or the one source, each with its number of frames."""
     if data.source is Source.mixture:
-        return data.parts
-    return [PartConfig(source=data.source, path=data.path or "", images=data.images, split=data.split)]
+        return [replace(part, max_frames=part.max_frames or data.max_frames) for part in data.parts]
+    one = PartConfig(source=data.source, path=data.path or "", images=data.images, split=data.split)
+    return [replace(one, max_frames=data.max_frames)]
 
 
 def rows_of(part: PartConfig) -> sources.Rows:
@@ -79,6 +84,7 @@ def rows_of(part: PartConfig) -> sources.Rows:
         rows = sources.llava(part.path, part.images)
     else:
         rows = sources.dataset(part.path, split=part.split, images=part.images)
+    rows.max_frames = part.max_frames or rows.max_frames
     if len(rows) == 0:
         raise ValueError(f"the data at {part.path} have no rows; name others with data.path=PATH.")
     return rows
@@ -88,9 +94,9 @@ def streamed(part: PartConfig) -> Any:
     return sources.stream(part.path, split=part.split, images=part.images)
 
 
-def _row(table: Any, folder: Any) -> dict[str, Any]:
+def _row(table: Any, folder: Any, max_frames: int) -> dict[str, Any]:
     """A sample of a one-row Arrow table; text that is not UTF-8 shows only when it is read."""
-    return sample_of(sources.python_row(table), folder)
+    return sample_of(sources.python_row(table), folder, max_frames=max_frames)
 
 
 class Mixture(Dataset):
@@ -165,7 +171,7 @@ def evaluation_questions(config: Config) -> Any:
     data, options = config.data, config.eval
     if data.eval_path is not None:
         if Path(data.eval_path).is_file():
-            questions = question_rows(data.eval_path, key="data.eval_path")
+            questions = question_rows(data.eval_path, key="data.eval_path", max_frames=data.max_frames)
         else:
             questions = undecoded(sources.read(data.eval_path, split=options.split))
     elif data.source in QUESTION_SETS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latefusion.data.collate import IGNORE, Collator, label_columns
+from latefusion.data.videos import TIMES
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import encode_images, fresh_inputs
 
@@ -46,7 +47,7 @@ class Batch:
 
     Attributes:
         names: of the samples.
-        inputs: of the model; images as `mm_encoder_outputs`, so that no forward encodes them again.
+        inputs: of the model; images and videos as `mm_encoder_outputs`, so that no forward encodes them again.
         labels: int64 `[B, T]`, the answer's tokens, -100 elsewhere; queries: int64 `[B, Q]`, the token before it.
         vision: bool `[B, T]`.
     """
@@ -100,7 +101,8 @@ def collated(
     inputs: dict[str, Any] = dict(collator(samples))
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            inputs[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
+            pixels = value.is_floating_point() and name != TIMES
+            inputs[name] = value.to(model.device, model.dtype if pixels else None)
     labels, queries = inputs.pop("labels"), inputs.pop("queries")
     tokens = torch.tensor(sorted(set(vision_token_ids(model.base_model.config).values())))
     vision = torch.isin(inputs["input_ids"], tokens.to(model.device)) & inputs["attention_mask"].bool()

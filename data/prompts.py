@@ -8,7 +8,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from latefusion.data.collate import check_mix
 from latefusion.data.images import BadImage, load_image
+from latefusion.data.videos import TIMES, BadVideo, Video, load_video, unreadable, video_arguments
 
 
 def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
@@ -35,6 +37,20 @@ def images_of(row: dict[str, Any]) -> list[Image.Image]:
         raise BadImage(f"question {row.get('id', '')} has a bad image: {error}.") from None
 
 
+def videos_of(row: dict[str, Any]) -> list[Video]:
+    """The videos of a row, opened: of its column `videos`, as `load_video` takes them.
+
+    Raises:
+        BadVideo: one of them cannot be used.
+        NoDecoder: one is a file, and what decodes it is not installed.
+    """
+    videos = row.get("videos") or []
+    try:
+        return [video if isinstance(video, Video) else load_video(video) for video in videos]
+    except BadVideo as error:
+        raise BadVideo(f"question {row.get('id', '')} has a bad video: {error}.") from None
+
+
 def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a row up to where the answer begins."""
     if row.get("messages") is not None:
@@ -44,18 +60,18 @@ def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
             {**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]}
             for m in messages
         ]
-    parts = [{"type": "image"} for _ in _sources(row)]
+    parts = [{"type": "image"} for _ in _sources(row)] + [{"type": "video"} for _ in row.get("videos") or []]
     text = {"type": "text", "text": row.get("prompt") or row["question"]}
     return [{"role": "user", "content": [*parts, text]}]
 
 
 def without_image(row: dict[str, Any]) -> dict[str, Any]:
-    """The same question, asked blindly."""
+    """The same question, asked blindly: without its images and videos."""
     messages = [
-        {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
+        {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
         for message in prompt_of(row)
     ]
-    return {**row, "messages": messages, "images": []}
+    return {**row, "messages": messages, "images": [], "videos": []}
 
 
 def prompt_text(processor: Any, row: dict[str, Any]) -> str:
@@ -67,25 +83,51 @@ def prompt_inputs(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) ->
     """Tensors of several prompts, padded on the left: `input_ids` `[B, T]`, `pixel_values`, ...
 
     Raises:
-        ValueError: an image cannot be used, or a text has a token written in it that would be read as an image.
+        ValueError: an image or a video cannot be used, or a text has a token written in it that would be read as one.
     """
     texts = [prompt_text(processor, row) for row in rows]
-    images = [images_of(row) for row in rows]
-    for row, text, shown in zip(rows, texts, images, strict=True):
-        if (count := text.count(processor.image_token)) != len(shown):
-            raise ValueError(
-                f"question {row.get('id', '')} has {len(shown)} image(s) but {count} times "
-                f"{processor.image_token} in its text."
-            )
+    images, videos = [images_of(row) for row in rows], [videos_of(row) for row in rows]
+    for row, text, *shown in zip(rows, texts, images, videos, strict=True):
+        for kind, media in zip(("image", "video"), shown, strict=True):
+            token = getattr(processor, f"{kind}_token", None)
+            count = text.count(token) if isinstance(token, str) else 0
+            if (kind == "image" or media) and count != len(media):
+                raise ValueError(
+                    f"question {row.get('id', '')} has {len(media)} {kind}(s) but {count} times {token} in its text."
+                )
+    return processed(model, processor, texts, images, [video for of_row in videos for video in of_row])
+
+
+def processed(
+    model: Any, processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], videos: Sequence[Video]
+) -> dict[str, Any]:
+    """Tensors of prompts on the model's device, padded on the left.
+
+    Args:
+        images: of each text.
+        videos: of all texts, one after another.
+
+    Raises:
+        ValueError: the model is not known to read videos, or takes no images beside them.
+    """
+    family = model.config.model_type
+    if videos and (reason := unreadable(family)):
+        raise ValueError(f"{reason}.")
+    check_mix(family, any(images), videos)
     inputs = processor(
-        text=texts,
-        images=images if any(images) else None,
+        text=list(texts),
+        images=list(images) if any(images) else None,
+        **video_arguments(videos, family),
         padding=True,
         padding_side="left",
         return_tensors="pt",
     )
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    times = inputs.get(TIMES)
+    moved = dict(inputs.to(model.device, dtype=model.dtype))
+    return moved if times is None else {**moved, TIMES: times.to(model.device)}
 
 
 def _sources(row: dict[str, Any]) -> list[Any]:
-    return (row["images"] or []) if "images" in row else [row["image"]]
+    if "images" in row:
+        return row["images"] or []
+    return [row["image"]] if "image" in row else []

@@ -19,12 +19,21 @@ from latefusion.data.images import is_data_url
 from latefusion.data.json_file import Broken, json_records, read_json
 from latefusion.data.local_files import FORMATS, JSON, check_conversations, check_images
 from latefusion.data.printing import first_line, short
-from latefusion.data.samples import RECORD, BadSample, image_sources, record_name, sample_of, size_of
+from latefusion.data.samples import (
+    COLUMNS,
+    MEDIA,
+    RECORD,
+    BadSample,
+    record_name,
+    sample_of,
+    size_of,
+    sources_of,
+)
 from latefusion.data.scenes import load_scenes
-from latefusion.models.fingerprint import rows_fingerprint
+from latefusion.data.videos import MAX_FRAMES
+from latefusion.models.fingerprint import fingerprint, rows_fingerprint
 
 CONVERSATIONS = ("messages", "conversations")
-IMAGES = ("images", "image")
 PROBED = 20  # images whose absence, all of them, means that the folder is wrong
 
 
@@ -41,10 +50,18 @@ class Rows(Dataset):
             `images` (or `image`).
         images: the folder that image paths are relative to.
         answered: a conversation without a last answer is a bad row.
+        max_frames: of a video, the most frames that are shown.
     """
 
-    def __init__(self, table: datasets.Dataset, images: Path | None, *, answered: bool = True):
-        self.table, self.images, self.answered = table, images, answered
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        images: Path | None,
+        *,
+        answered: bool = True,
+        max_frames: int = MAX_FRAMES,
+    ):
+        self.table, self.images, self.answered, self.max_frames = table, images, answered, max_frames
 
     def __len__(self) -> int:
         return len(self.table)
@@ -55,7 +72,12 @@ class Rows(Dataset):
         Raises:
             BadSample: the row cannot be used.
         """
-        return sample_of(python_row(self.table[index : index + 1]), self.images, answered=self.answered)
+        return sample_of(
+            python_row(self.table[index : index + 1]),
+            self.images,
+            answered=self.answered,
+            max_frames=self.max_frames,
+        )
 
     def identity(self, index: int) -> str:
         """The row's name in the data, or its number if it has none."""
@@ -66,24 +88,34 @@ class Rows(Dataset):
         return index
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Characters of text and number of images of every row, without opening an image."""
+        """Characters of text and number of images of every row (see `size_of`), without opening any."""
         if RECORD in self.table.column_names:
             records = self.table.select_columns([RECORD]).with_format(None)
-            return [size_of(json.loads(row[RECORD])) for row in records]
-        counts = _image_counts(self.table)
+            return [size_of(json.loads(row[RECORD]), self.max_frames) for row in records]
+        images, videos = (_counts(self.table, COLUMNS[kind]) for kind in MEDIA)
         texts = self.table.select_columns([n for n in CONVERSATIONS if n in self.table.column_names])
-        sizes = [size_of(_readable(text)) for text in texts]
+        sizes = [size_of(_readable(text), self.max_frames) for text in texts]
         return [
-            (characters, max(in_parts, in_column))
-            for (characters, in_parts), in_column in zip(sizes, counts, strict=True)
+            (characters, max(in_parts, image + self.max_frames * video))
+            for (characters, in_parts), image, video in zip(sizes, images, videos, strict=True)
         ]
 
     def fingerprint(self) -> str:
-        """Hash of the rows in their order and of their images' contents (`rows_fingerprint` says of how many)."""
+        """Hash of the rows in their order and of the contents of their images and videos (see `rows_fingerprint`)."""
+        rows = self._rows_fingerprint()
+        return rows if self.max_frames == MAX_FRAMES else fingerprint(rows, self.max_frames)
+
+    def _rows_fingerprint(self) -> str:
         if RECORD not in self.table.column_names:
             return rows_fingerprint(self.table, self.images, whole=False)
         texts = (row[RECORD] for row in self.table.with_format(None))
-        rows = ({RECORD: text, "images": image_sources(json.loads(text))} for text in texts)
+        rows = (
+            {
+                RECORD: text,
+                "images": [source for kind in MEDIA for source in sources_of(json.loads(text), kind)],
+            }
+            for text in texts
+        )
         return rows_fingerprint(rows, self.images, whole=False)
 
 
@@ -120,12 +152,14 @@ def json_rows(path: str, images: str | None) -> Rows:
         raise ValueError(f"the data at {path} have no rows; name others with data.path=PATH.") from None
     folder = Path(images) if images is not None else file.parent
     first = table.select(range(min(PROBED, len(table))))
-    sources = [source for row in first for source in image_sources(json.loads(row[RECORD]))]
-    names = [name for name in sources if isinstance(name, str) and not is_data_url(name)]
-    if names and all(_lost(folder / name) for name in names):
-        raise FileNotFoundError(
-            f"no image {short(names[0])} in {folder}; download the images there, or name yours: data.images=FOLDER."
-        )
+    for kind in MEDIA:
+        sources = [source for row in first for source in sources_of(json.loads(row[RECORD]), kind)]
+        names = [name for name in sources if isinstance(name, str) and not is_data_url(name)]
+        if names and all(_lost(folder / name) for name in names):
+            raise FileNotFoundError(
+                f"no {kind} {short(names[0])} in {folder}; download the {kind}s there, or name yours: "
+                "data.images=FOLDER."
+            )
     return Rows(table.with_format("arrow"), folder)
 
 
@@ -268,9 +302,9 @@ def _readable(table: Any) -> dict[str, Any]:
         return {}
 
 
-def _image_counts(table: datasets.Dataset) -> list[int]:
-    """Number of images in the image column of every row; the column may be a list of any Arrow kind, or no list."""
-    name = next((n for n in IMAGES if n in table.column_names), None)
+def _counts(table: datasets.Dataset, names: tuple[str, ...]) -> list[int]:
+    """Number of images (or videos) in a column of every row; the column may be a list of any Arrow kind, or no list."""
+    name = next((n for n in names if n in table.column_names), None)
     if name is None:
         return [0] * len(table)
     column = table.select_columns([name])[:][name]

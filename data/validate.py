@@ -94,9 +94,10 @@ def part_findings(part: PartConfig, collator: Any, *, workers: int, streaming: b
     # lazy: keeps argument errors fast
     from latefusion.data.bad_rows import Checked, findings, stream_findings
     from latefusion.data.load import rows_of, streamed
+    from latefusion.data.videos import MAX_FRAMES
 
     if streaming:
-        return stream_findings(*streamed(part), collator)
+        return stream_findings(*streamed(part), collator, max_frames=part.max_frames or MAX_FRAMES)
     return findings(Checked(rows_of(part)), collator, workers=workers)
 
 

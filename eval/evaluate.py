@@ -29,7 +29,7 @@ from latefusion.models.locate import check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import world_size
-from latefusion.recipes.schema import Config
+from latefusion.recipes.schema import Config, DataConfig
 
 if TYPE_CHECKING:
     from latefusion.eval.comparison.settings import Settings
@@ -54,6 +54,7 @@ class Arguments:
         sources: folder or hub id of single benchmarks: `sources.pope=lmms-lab/POPE`.
         split: of the questions; none: each benchmark's usual one.
         samples: how many questions of each task; none: all.
+        max_frames: the most frames shown of a video of `data`; none: as the checkpoint was trained, else 16.
         output: folder for the report; none: `evaluation_<what>` in the checkpoint's folder.
         batch_size: questions a batch.
         controls: add rows without the image and with random tokens at each method's budget.
@@ -71,6 +72,7 @@ class Arguments:
     sources: dict[str, str] = field(default_factory=dict)
     split: str | None = None
     samples: int | None = None
+    max_frames: int | None = None
     output: str | None = None
     batch_size: int = 96
     controls: bool = True
@@ -151,7 +153,7 @@ def check_arguments(arguments: Arguments) -> None:
         )
     if arguments.data is not None and arguments.tasks:
         raise ValueError("data=FILE and tasks=[...] exclude each other; choose one.")
-    for name in ("samples", "batch_size"):
+    for name in ("samples", "batch_size", "max_frames"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     for name in ("batches", "lengths"):
@@ -315,7 +317,8 @@ def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:
     from latefusion.eval.tasks.exact import questions_of_file
 
     if arguments.data is not None:
-        tasks = [questions_of_file(arguments.data)]
+        trained = (config.data if config is not None else DataConfig).max_frames
+        tasks = [questions_of_file(arguments.data, max_frames=arguments.max_frames or trained)]
     elif arguments.tasks or config is None:
         home = os.path.join(".", arguments.data_dir)  # what begins with a full stop is no hub id
         names = arguments.tasks or [usual_set(arguments.model or "")]

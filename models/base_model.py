@@ -96,9 +96,12 @@ def load_processor(
     place = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(readable(path), **place, **(settings or {}))
-    except ImportError as error:  # SmolVLM's needs num2words, PIL's relatives need torchvision
+    except ImportError as error:  # SmolVLM's needs num2words, those of videos need torchvision
         reason = " ".join(str(error).split())
-        raise ValueError(f"the processor of {path} needs a package that is not here: {reason}") from None
+        raise ValueError(
+            f"the processor of {path} needs a package that is not here (latefusion[video] has num2words and "
+            f"torchvision): {reason}"
+        ) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latefusion.models.attach import attached
 from latefusion.models.executor.trace import PrefillTrace, TraceRecord
 from latefusion.models.flops import Account, account, encoder_flops, head_flops
+from latefusion.models.inputs import PIXELS
 from latefusion.models.picture import Patches, draw
 
 
@@ -162,7 +163,11 @@ def explain(
         raise ValueError(f"{len(images)} images given for prompts with {n_images}; pass one for each.")
     shown: list[Any] = list(images) if images is not None else pixels(inputs.get("pixel_values"), n_images)
     grids = inputs.get("image_grid_thw")
-    tower = encoder_flops(attachment.model, dict(inputs)) if "pixel_values" in inputs else None
+    if PIXELS["video"] in inputs:  # runs of tokens are not images: tokens are shown by layer alone
+        shown, grids = [], None
+    tower = None
+    if any(name in inputs for name in PIXELS.values()):
+        tower = encoder_flops(attachment.model, dict(inputs))
     vision = sum(record.n_vision for record in attachment.trace)
     samples, at = [], 0
     for record, mask, lengths in zip(attachment.trace, masks, runs, strict=True):

@@ -7,7 +7,7 @@ fitted entry, a run to resume) keeps the fingerprints of what it was made from. 
     model_fingerprint(path)          weights, configuration, generation settings, schedule; of adapters also the base
     processor_fingerprint(processor) image settings, chat template, tokenizer
     rows_fingerprint(rows)           every row in order, the contents of its images included
-    image_fingerprint(image)         one image, in any form a data set stores it in
+    image_fingerprint(image)         one image or video, in any form a data set stores it in
     fingerprint(value, ...)          settings: plain values, dataclasses, enums
 
 Contents are what counts: a file that is copied, moved or touched keeps its fingerprint.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -43,12 +44,14 @@ SETTLED = (
 MEMORY = Path(
     os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "latefusion", "fingerprints"
 )
-IMAGE_COLUMNS = ("image", "images")
-PART_TYPES = ("image", "image_url")
-PART_KEYS = ("image", "path", "url", "image_url")
+IMAGE_COLUMNS = ("image", "images", "video", "videos")
+PART_TYPES = ("image", "image_url", "video", "video_url")
+PART_KEYS = ("image", "video", "frames", "path", "url", "image_url", "video_url")
+HELD = ("bytes", "frames", "video", "path", "url")  # where a mapping keeps an image or a video
 BLOCK = 128  # rows
 READ_BLOCKS = 80  # `whole=False` reads the images of the first 10,240 rows ...
 EVERY = 64  # ... and of every 64th block after them
+DIGITS = re.compile(r"(\d+)")
 NOT_COMPARED = (
     "processor_class",
     "auto_map",
@@ -131,20 +134,27 @@ def processor_fingerprint(processor: Any) -> str:
 
 
 def image_fingerprint(image: Any, folder: Path | None = None) -> str:
-    """Hash of an image as it is stored: encoded contents, the same in a file as in bytes; or a picture's pixels.
+    """Hash of an image or a video as it is stored: encoded contents, the same in a file as in bytes; or pixels.
 
     Args:
-        image: a picture, bytes, a path, base64 text, or `{"bytes", "path"}` as `datasets` stores images.
+        image: a picture, bytes, a path, base64 text, or `{"bytes", "path"}` as `datasets` stores images; also a folder
+            or a list of a video's frames, and what else `data.videos.load_video` takes.
         folder: that paths are relative to.
     """
+    settings = _settings(image)
     source = _source(image, folder)
+    if isinstance(source, list | tuple):
+        frames = [image_fingerprint(frame, folder) for frame in source]
+        return fingerprint(frames, settings) if settings else fingerprint(frames)
+    if settings:
+        return fingerprint(image_fingerprint(source, folder), settings)
     if isinstance(source, Path):
         return file_hash(source)
     return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else fingerprint(source)
 
 
 def rows_fingerprint(rows: Any, folder: Path | None = None, *, whole: bool = True) -> str:
-    """Hash of rows, in their order; images count by their contents, in `image`, `images` and the parts of `messages`.
+    """Hash of rows, in their order; images and videos count by their contents, in columns and parts of `messages`.
 
     Rows that were lost, added, changed or reordered, and swapped images, all give another hash.
 
@@ -299,7 +309,7 @@ def _listed(images: Any) -> Iterable[Any]:
 
 
 def _inside(messages: Any) -> Iterator[Any]:
-    """The images that parts of messages hold themselves: `{"type": "image", "image": "a.png"}`."""
+    """The images and videos that parts of messages hold themselves: `{"type": "image", "image": "a.png"}`."""
     if isinstance(messages, list | tuple):
         for item in messages:
             yield from _inside(item)
@@ -311,21 +321,45 @@ def _inside(messages: Any) -> Iterator[Any]:
 
 
 def _source(image: Any, folder: Path | None) -> Any:
-    """What holds an image's contents: bytes, a picture, or the path of a file that is there; else what it says."""
+    """What holds an image's contents: bytes, a picture, or the path of a file that is there; else what it says.
+
+    Of a folder of frames: their paths.
+    """
     if isinstance(image, Mapping):
-        inside = image.get("bytes")
-        return inside if inside is not None else _source(image.get("path", image.get("url")), folder)
+        held = next((image[name] for name in HELD if image.get(name) is not None), None)
+        return held if isinstance(held, bytes) else _source(held, folder)
     if isinstance(image, str | Path):
         path = (folder or Path()) / image
         with suppress(OSError, ValueError):  # base64 text is too long for a path
             if path.is_file():
                 return path
+            if path.is_dir():
+                return frames_of_folder(path)
     return image
 
 
+def frames_of_folder(folder: Path) -> list[Path]:
+    """The images in a folder that is a video, in the order of their names, numbers by value: `f2.png`, `f10.png`."""
+    suffixes = Image.registered_extensions()
+    files = [file for file in folder.absolute().iterdir() if file.suffix.lower() in suffixes]
+    shown = [file for file in files if not file.name.startswith(".")]
+    return sorted(
+        shown, key=lambda file: [(int(t), "") if t.isdecimal() else (-1, t) for t in DIGITS.split(file.name)]
+    )
+
+
+def _settings(image: Any) -> dict[str, Any]:
+    """What a row says of its video beside where it lies: frames a second, how many are shown."""
+    if not isinstance(image, Mapping):
+        return {}
+    return {name: image[name] for name in ("fps", "max_frames") if image.get(name) is not None}
+
+
 def _size(image: Any, folder: Path | None) -> Any:
-    """Number of bytes that an image is stored in; a picture's fingerprint."""
+    """Number of bytes that an image is stored in; a picture's fingerprint. Of a video's frames, that of each."""
     source = _source(image, folder)
+    if isinstance(source, list | tuple):
+        return [_size(frame, folder) for frame in source]
     if isinstance(source, Path):
         with suppress(OSError):
             return source.stat().st_size

@@ -125,13 +125,13 @@ def head_flops(config: PretrainedConfig, tokens: int) -> int:
 
 
 def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
-    """FLOPs of vision tower and projector on the images of these inputs, as torch counts them while they run.
+    """FLOPs of vision tower and projector on images and videos of these inputs, as torch counts them while they run.
 
     Returns:
-        0 without images; None if they cannot be counted: images that were encoded before, videos, or an attention
-        kernel that torch does not count.
+        0 without images; None if they cannot be counted: images that were encoded before, or an attention kernel that
+        torch does not count.
     """
-    if any(name in inputs for name in ("mm_encoder_outputs", "pixel_values_videos")):
+    if "mm_encoder_outputs" in inputs:
         return None
     import torch  # lazy: the rest of this module is arithmetic
     from torch.utils.flop_counter import FlopCounterMode

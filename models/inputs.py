@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the model's inputs, by kind
+
 
 def unwrapped(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT's wrapper, or the model itself if it is not wrapped."""
@@ -16,28 +18,38 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace `pixel_values` by the features that the decoder receives, so that no later forward encodes them.
+    """Replace the pixels of images and videos by the features that the decoder receives, encoded once.
 
     Args:
         model: an image-text model, with or without PEFT's wrapper.
-        inputs: the model's keyword arguments; without `pixel_values` they are returned as they are.
+        inputs: the model's keyword arguments; without pixels they are returned as they are.
 
     Returns:
-        The inputs with `mm_encoder_outputs` in place of `pixel_values`; the grids stay, M-RoPE needs them.
+        The inputs with `mm_encoder_outputs` in place of pixels; the grids stay, M-RoPE needs them.
     """
-    if "pixel_values" not in inputs:
+    return with_features(unwrapped(model).base_model, inputs)
+
+
+def with_features(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """As `encode_images`, by the modules of `model` itself."""
+    encoded = {kind: vision_features(model, inputs, kind) for kind, name in PIXELS.items() if name in inputs}
+    if not encoded:
         return dict(inputs)
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return {**rest, "mm_encoder_outputs": {"image": image_features(unwrapped(model).base_model, inputs)}}
+    rest = {name: value for name, value in inputs.items() if name not in PIXELS.values()}
+    return {**rest, "mm_encoder_outputs": encoded}
 
 
-def image_features(model: Any, inputs: Mapping[str, Any]) -> Any:
-    """Call `model.get_image_features` with those of the inputs that it takes; `pooler_output` goes into the decoder."""
-    encoder = unwrapped(
-        model
-    ).base_model.get_image_features  # FSDP2 hides the arguments of its own, outer method
+def vision_features(model: Any, inputs: Mapping[str, Any], kind: str = "image") -> Any:
+    """Call `model.get_image_features` (or `get_video_features`) with those of the inputs that it takes.
+
+    What goes into the decoder is its `pooler_output`.
+    """
+    method = f"get_{kind}_features"
+    encoder = getattr(
+        unwrapped(model).base_model, method
+    )  # FSDP2 hides the arguments of its own, outer method
     names = [name for name in inspect.signature(encoder).parameters if name in inputs]
-    return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
+    return getattr(model, method)(**{name: inputs[name] for name in names}, return_dict=True)
 
 
 def fresh_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def check_config(cfg: DictConfig) -> Config:
         ("data.turns", config.data.turns),
         ("data.shuffle_buffer", config.data.shuffle_buffer),
         ("data.max_length", config.data.max_length or 1),
+        ("data.max_frames", config.data.max_frames),
+        *((f"data.parts[{i}].max_frames", part.max_frames) for i, part in enumerate(config.data.parts)),
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
         ("schedule.samples", config.schedule.samples),
@@ -59,7 +61,7 @@ def check_config(cfg: DictConfig) -> Config:
         ("eval.samples", 1 if config.eval.samples is None else config.eval.samples),
         ("data.scenes", 1 if config.data.scenes is None else config.data.scenes),
     ):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{key}={value} must be at least 1.")
     for key, number in (
         ("train.learning_rate", train.learning_rate),

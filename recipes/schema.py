@@ -146,13 +146,18 @@ class Group(Enum):
 
 @dataclass
 class PartConfig:
-    """A source of a mixture; `weight` is its share of the rows, relative to those of the others."""
+    """A source of a mixture; `weight` is its share of the rows, relative to those of the others.
+
+    Attributes:
+        max_frames: in place of `data.max_frames`.
+    """
 
     source: Source = Source.dataset
     path: str = MISSING
     images: str | None = None
     split: str = "train"
     weight: float = 1.0
+    max_frames: int | None = None
 
 
 @dataclass
@@ -162,7 +167,8 @@ class DataConfig:
     Attributes:
         source: kind of source.
         path: file, dataset folder or hub id (unused by `mixture`, and by `scenes`, `icons` and `easy_vqa`).
-        images: folder that the image paths in the data are relative to.
+        images: folder that the image and video paths in the data are relative to.
+        max_frames: the most frames of a video that the model is shown, evenly spaced from its first to its last.
         split: split to train on; `eval.split` names the one to evaluate on.
         streaming: read rows as they are used, for data that do not fit on the disk; they are shuffled in a buffer.
         shuffle_buffer: rows in that buffer.
@@ -187,6 +193,7 @@ class DataConfig:
     source: Source = MISSING
     path: str | None = None
     images: str | None = None
+    max_frames: int = 16
     split: str = "train"
     streaming: bool = False
     shuffle_buffer: int = 1000

@@ -16,6 +16,7 @@ from latefusion.data.collate import IGNORE
 from latefusion.data.printing import short
 from latefusion.data.streaming import Stream
 from latefusion.models.base_model import with_blank_vision
+from latefusion.models.executor.vision import vision_tokens
 from latefusion.models.flops import outside_flops, prefill_share
 from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
@@ -112,7 +113,7 @@ def describe(
     model, schedule = student.model, student.schedule
     ids, n = batch["input_ids"], len(batch["input_ids"])
     prompt = torch.arange(ids.shape[1]) <= batch["queries"][:, :1]  # bool [B, T]: up to the first answer
-    vision = ids == model.config.image_token_id
+    vision = vision_tokens(model.config, ids)
     n_vision, n_text = (round(int((prompt & part).sum()) / n) for part in (vision, ~vision))
     total = sum(numel(p) for p in model.parameters())
     trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)

@@ -109,7 +109,7 @@ class Objective:
         learnt = targets != IGNORE  # bool [B, R]
         inputs.update(logits_to_keep=columns, use_cache=False)
         raw = inputs  # images not encoded: what another model's own tower takes
-        if self.share_images and "pixel_values_videos" not in inputs:
+        if self.share_images:
             with torch.no_grad():
                 inputs = self.tower.encode(inputs)
                 if self.tower.needs_blank(raw):

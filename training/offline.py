@@ -25,6 +25,7 @@ from torch import Tensor
 from latefusion.data.bad_rows import SKIPPED_FILE, Bad, Guard, skipped
 from latefusion.data.collate import IGNORE, BadRow, Collator, collator_without_weights
 from latefusion.data.load import training_data
+from latefusion.data.samples import videos_of_sample
 from latefusion.models.fingerprint import model_identity
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import teacher
@@ -79,6 +80,8 @@ def prompt_hash(ids: Tensor, labels: Tensor, queries: Tensor, pad: int, sample: 
     digest.update(queries.unique().numpy().tobytes())
     for image in sample["images"]:
         digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+    for video in videos_of_sample(sample):
+        digest.update(video.fingerprint().encode())
     return digest.hexdigest()
 
 

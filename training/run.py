@@ -19,6 +19,7 @@ from latefusion.data.collate import collator_without_weights
 from latefusion.data.load import check_questions, evaluation_questions, training_data
 from latefusion.data.samples import Refused, sentence
 from latefusion.data.streaming import MARKS, Stream
+from latefusion.models.inputs import PIXELS
 from latefusion.models.policies.configured import evaluates
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
@@ -106,7 +107,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))
-            example = next((one for one in alone if "pixel_values" in one), None)
+            example = next((one for one in alone if any(name in one for name in PIXELS.values())), None)
             print(describe(config, student, beginning, batch, example, dataset, objective.other), flush=True)
             if trust is not None:
                 trust.write(config.output_dir)

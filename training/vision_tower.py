@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from latefusion.models.inputs import image_features, unwrapped
+from latefusion.data.samples import Refused
+from latefusion.models.inputs import PIXELS, unwrapped, vision_features, with_features
 
-IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+IMAGE_INPUTS = (*PIXELS.values(), "mm_encoder_outputs")
 
 
 class VisionTower:
@@ -37,18 +38,16 @@ class VisionTower:
         return self.blank is not None and not any(name in inputs for name in IMAGE_INPUTS)
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs with `pixel_values`, if there are any, replaced by the features that the decoder receives."""
-        if "pixel_values" not in inputs:
-            return dict(inputs)
-        rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        return {**rest, "mm_encoder_outputs": {"image": self._features(inputs)}}
+        """The inputs with the pixels, if there are any, replaced by the features that the decoder receives."""
+        return with_features(self._owner(), inputs)
 
     def encode_blank(self, device: torch.device) -> Tensor:
         """Zero, computed from the features of the blank image, so that gradients run through the tower."""
         assert self.blank is not None
         moved = {name: torch.as_tensor(value).to(device) for name, value in self.blank.items()}
         with self._autocast(device):
-            return 0.0 * sum(features.sum() for features in self._features(moved).pooler_output)
+            features = vision_features(self._owner(), moved)
+            return 0.0 * sum(of_image.sum() for of_image in features.pooler_output)
 
     def run_first(self, inputs: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor | None]:
         """Run the tower before a forward, if the other processes need it.
@@ -58,7 +57,9 @@ class VisionTower:
         """
         if self.needs_blank(inputs):
             return inputs, self.encode_blank(device)
-        if self.sharded and "pixel_values_videos" not in inputs:
+        if self.sharded:
+            if PIXELS["video"] in inputs:  # processes would run the tower in different orders
+                raise Refused("videos are not trained with weights in shards (ZeRO-3); use ZeRO-2 or DDP.")
             with self._autocast(device) if torch.is_grad_enabled() else nullcontext():
                 return self.encode(inputs), None
         return inputs, None
@@ -77,11 +78,11 @@ class VisionTower:
         finally:
             hook.remove()
 
-    def _features(self, inputs: Mapping[str, Any]) -> Any:
+    def _owner(self) -> Any:
         owner = self.model
         if not isinstance(owner, FSDPModule):  # under FSDP2 the outermost module gathers the weights
             owner = unwrapped(owner).base_model
-        return image_features(owner, inputs)
+        return owner
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         """Engines put autocast around the forward alone; a projector that trains is float32 in a bfloat16 model."""

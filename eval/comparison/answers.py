@@ -16,6 +16,7 @@ from latefusion.eval.comparison.prefix import SharedPrefix
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
 from latefusion.eval.tasks.base import Answer, Task
+from latefusion.models.executor.vision import vision_tokens
 from latefusion.models.inputs import fresh_inputs
 
 
@@ -89,15 +90,16 @@ def ledger_key(system: str, task: str, name: str) -> str:
 
 
 def batches_of(tokenizer: Any, plain: Dataset, size: int) -> list[list[int]]:
-    """Row numbers in batches: rows of like length together, rows without an image apart from the others."""
+    """Row numbers in batches: those of like length together, rows without images and with videos apart."""
     questions = plain["prompt"] if "prompt" in plain.column_names else plain["question"]
     lengths = [len(ids) for ids in tokenizer(list(questions)).input_ids]
-    bare = (
-        [not images for images in plain["images"]] if "images" in plain.column_names else [False] * len(plain)
-    )
+    images, videos = (plain[n] if n in plain.column_names else None for n in ("images", "videos"))
+    kinds = [
+        (images is None or bool(images[i]), videos is not None and bool(videos[i])) for i in range(len(plain))
+    ]
     batches = []
-    for without in (False, True):
-        order = sorted((i for i in range(len(plain)) if bare[i] is without), key=lambda i: (lengths[i], i))
+    for kind in sorted(set(kinds), reverse=True):
+        order = sorted((i for i in range(len(plain)) if kinds[i] == kind), key=lambda i: (lengths[i], i))
         batches += [order[i : i + size] for i in range(0, len(order), size)]
     return batches
 
@@ -141,7 +143,7 @@ def _generate(
     kwargs = fresh_inputs(inputs)
     output = model.generate(**kwargs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     texts = processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    n_text = (mask.bool() & (ids != model.config.image_token_id)).sum(1).tolist()
+    n_text = (mask.bool() & ~vision_tokens(model.config, ids)).sum(1).tolist()
     return list(zip(texts, attachment.trace, n_text, strict=True))
 
 

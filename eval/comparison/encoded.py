@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from latefusion.models.base_model import beside_the_decoder
-from latefusion.models.inputs import encode_images, image_features, unwrapped
+from latefusion.models.inputs import PIXELS, encode_images, unwrapped, vision_features
 
 LIMIT = 2**30  # bytes of features that are kept
 
@@ -24,7 +24,7 @@ class EncodedImages:
 
     Images are encoded one at a time, so that features do not depend on what else a batch holds, nor on where an
     interrupted evaluation goes on. Where a model's tensors do not have a row an image (patches of all images in one),
-    a batch is encoded as a whole, every time.
+    and for videos, a batch is encoded as a whole, every time.
     """
 
     def __init__(self, limit: int = LIMIT):
@@ -49,7 +49,7 @@ class EncodedImages:
         if key in self.features:
             self.features.move_to_end(key)
             return self.features[key]
-        output = image_features(unwrapped(model).base_model, part).pooler_output
+        output = vision_features(unwrapped(model).base_model, part).pooler_output
         row = self.features[key] = list(output) if isinstance(output, list | tuple) else [output]
         self.bytes += size(row)
         while self.bytes > self.limit and len(self.features) > 1:
@@ -60,8 +60,8 @@ class EncodedImages:
 
 def rows_of_images(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
     """The inputs of the image encoder, one row of each at a time; None if they are not a row an image."""
-    pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor):
+    pixels = inputs.get(PIXELS["image"])
+    if not isinstance(pixels, Tensor) or PIXELS["video"] in inputs:
         return None
     about = {
         name: value

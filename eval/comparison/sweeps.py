@@ -16,6 +16,7 @@ from latefusion.data.prompts import prompt_inputs, prompt_of
 from latefusion.eval.comparison.cost import generate, seconds
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.metrics import spread
+from latefusion.models.executor.vision import vision_tokens
 from latefusion.models.flops import decoder_flops
 from latefusion.models.inputs import encode_images, fresh_inputs
 
@@ -53,7 +54,7 @@ def against_text(
             model, processor, [{**row, "messages": [{"role": "user", "content": content}]}]
         )
         if inputs["input_ids"].shape[1] <= limit:
-            points.append((int((inputs["input_ids"] != model.config.image_token_id).sum()), inputs))
+            points.append((int((~vision_tokens(model.config, inputs["input_ids"])).sum()), inputs))
     measured = _measure(model=model, inputs=[inputs for _, inputs in points], answers=False, **common)
     return [{"text_tokens": n, "systems": point} for (n, _), point in zip(points, measured, strict=True)]
 

@@ -9,6 +9,7 @@ import datasets
 
 from latefusion.data.question_file import question_rows, rows_of
 from latefusion.data.question_sets import MADE_FROM, load_questions
+from latefusion.data.videos import MAX_FRAMES
 from latefusion.eval.tasks.base import SHORT, Files, Task, mapped, read_config
 from latefusion.recipes.schema import Source
 
@@ -60,9 +61,13 @@ def gqa(where: str, split: str) -> Task:
     return Task(name="gqa", rows=rows, max_new_tokens=16, split=part, source=files.where)
 
 
-def questions_of_file(path: str, key: str = "data") -> Task:
+def questions_of_file(path: str, key: str = "data", *, max_frames: int = MAX_FRAMES) -> Task:
     """Questions of a user's file, as `data/question_file.py` reads them; `key` names the file in errors."""
     file = Path(path)
     return Task(
-        name=file.stem, rows=question_rows(path, key), split=file.name, source=path, max_new_tokens=None
+        name=file.stem,
+        rows=question_rows(path, key, max_frames=max_frames),
+        split=file.name,
+        source=path,
+        max_new_tokens=None,
     )

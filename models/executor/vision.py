@@ -23,6 +23,12 @@ def vision_token_ids(config: PretrainedConfig) -> dict[str, int]:
     return {modality: token for modality, token in ids.items() if token is not None}
 
 
+def vision_tokens(config: PretrainedConfig, input_ids: Tensor) -> Tensor:
+    """The placeholder tokens of every modality, bool of the shape of `input_ids`."""
+    ids = torch.tensor(sorted(set(vision_token_ids(config).values())), device=input_ids.device)
+    return torch.isin(input_ids, ids)
+
+
 def find_vision(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Tensor | None:
     """The placeholder tokens of the modalities whose features come with this forward, bool `[B, T]`.
 

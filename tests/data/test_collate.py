@@ -231,10 +231,10 @@ def test_what_the_processor_refuses_is_one_sample_not_a_batch(monkeypatch):
     collate = collator()
     process = collate.process
 
-    def narrow(texts, images):
-        if any(image.width < 2 for row in images for image in row):
+    def narrow(texts, samples):
+        if any(image.width < 2 for sample in samples for image in sample["images"]):
             raise ValueError("mean must have 1 elements\nand more")
-        return process(texts, images)
+        return process(texts, samples)
 
     monkeypatch.setattr(collate, "process", narrow)
     thin = {**ONE, "images": [Image.new("RGB", (1, 9))], "id": "thin"}

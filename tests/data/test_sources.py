@@ -79,23 +79,32 @@ BAD_MESSAGES = [
         "a message of role 'tool'; it can be system, ",
     ),
     (
-        {"messages": [turn("user", {"type": "video"}), ANSWER]},
-        "a message part .*video.*; parts are texts and",
+        {"messages": [turn("user", {"type": "audio"}), ANSWER]},
+        "a message part .*audio.*; parts are texts, images and videos",
     ),
     ({"messages": [turn("user", IMAGE_PART, "?"), ANSWER]}, r"has 0 image\(s\) but 1 placeholder\(s\)"),
     ({"messages": [turn("user", "?"), ANSWER], "images": ["a.png"]}, r"has 1 image\(s\) but 0 placeholder"),
     (
-        {"messages": [QUESTION, ANSWER], "videos": ["a.mp4"]},
-        "has video in its column 'videos'; only text and",
+        {"messages": [QUESTION, ANSWER], "audios": ["a.wav"]},
+        "has audio in its column 'audios'; only text, images",
+    ),
+    ({"messages": [turn("user", {"type": "video"}), ANSWER]}, r"has 0 video\(s\) but 1 placeholder\(s\)"),
+    (
+        {"messages": [turn("user", "<video>?"), ANSWER]},
+        "has <video> in a text part of turn 0; give the video",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "<video>?"}, ANSWER]},
+        r"has 0 video\(s\) but 1 placeholder\(s\)",
     ),
     *(
         (
             {"messages": [QUESTION, ANSWER], name: "a"},
-            f"has {name[:5].lower()} in its column '{name}'; only text",
+            f"has {name[:5].lower()} in its column '{name}'; "
+            + ("name it videos" if name[0] in "vV" else "only text, images"),
         )
         for name in ("video_url", "video_path", "Video", "audio_file", "audio_urls")
     ),
-    ({"messages": [turn("user", "<video>?"), ANSWER]}, "has a placeholder <video> in turn 0; only text and"),
     (
         {"messages": [turn("user", {"type": "image", "image": "a.png"}, IMAGE_PART), ANSWER]},
         r"has 0 image\(s\) in its column but 1 image part\(s\) without an image",

@@ -87,7 +87,7 @@ def test_a_json_list_and_a_table_are_read_like_lines(tmp_path: Path) -> None:
 
 
 def test_a_question_about_a_video_is_not_asked_without_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"line 1 \(has video in its column 'video'"):
+    with pytest.raises(ValueError, match=r"line 1 \(a\.mp4 cannot be read"):
         questions_of_file(file_of(tmp_path, {**QUESTION, "image": None, "video": "a.mp4"}))
 
 

@@ -1,0 +1,114 @@
+"""Video files: decoded frames against the frames that were written, in every container; damage in one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from helpers.data_rows import ANSWER, turn, write_rows
+from PIL import Image
+
+from latefusion.data import sources
+from latefusion.data.bad_rows import Checked, findings
+from latefusion.data.videos import BadVideo, load_video
+
+KINDS = {
+    "a.mp4": ("libx264", "yuv420p"),
+    "a.mkv": ("libx264", "yuv420p"),
+    "a.webm": ("libvpx", "yuv420p"),
+    "a.avi": ("mpeg4", "yuv420p"),
+    "a.mov": ("libx264rgb", "rgb24"),
+    "a.ts": ("mpeg2video", "yuv420p"),
+    "lossless.mkv": ("ffv1", "bgr0"),
+    "a.gif": ("gif", "rgb8"),
+}
+
+
+def write(path: Path, *, frames: int = 30, rate: int = 25, size: tuple[int, int] = (64, 48)) -> Path:
+    """A video whose frames are grey, 8 brighter from one to the next, with a white left edge."""
+    codec, pixels = KINDS[path.name]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        for i in range(frames):
+            picture = np.full((size[1], size[0], 3), 8 * i, np.uint8)
+            picture[:, :16] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_frames_shown_are_those_written_at_their_places(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name)
+    video = load_video(name, tmp_path, max_frames=5)
+    assert video.indices == (0, 7, 14, 22, 29) and video.total == 30 and video.frames.shape == (5, 48, 64, 3)
+    assert video.rate == pytest.approx(25)
+    tolerance = 0 if name == "lossless.mkv" else 70 if name == "a.gif" else 8
+    greys = video.frames[:, 24, 40].astype(int)  # [5, 3]
+    assert abs(greys - 8 * np.array(video.indices)[:, None]).max() <= tolerance
+    assert video.frames[:, 24, 4].min() > 200
+    data = path.read_bytes()
+    for source in (data, {"bytes": data, "path": None}):
+        assert np.array_equal(load_video(source, max_frames=5).frames, video.frames)
+    everything = load_video(path, max_frames=100)
+    assert everything.indices == tuple(range(30))
+
+
+def test_a_rotated_video_is_shown_upright(tmp_path: Path) -> None:
+    """A telephone films sideways and writes how to turn; the matrix of a quarter turn is put into the file by hand."""
+    data = bytearray(write(tmp_path / "a.mp4").read_bytes())
+    plain = load_video(bytes(data), max_frames=1).frames[0]
+    one, none = (1 << 16).to_bytes(4, "big"), bytes(4)
+    identity = one + none * 3 + one + none * 3 + (1 << 30).to_bytes(4, "big")
+    at = data.index(identity, data.index(b"tkhd"))
+    minus = (-(1 << 16)).to_bytes(4, "big", signed=True)
+    quarter = none + one + none + minus + none * 4 + (1 << 30).to_bytes(4, "big")
+    data[at : at + len(identity)] = quarter
+    turned = load_video(bytes(data), max_frames=1).frames[0]
+    assert turned.shape == (64, 48, 3)
+    assert np.array_equal(turned, np.rot90(plain, -1))  # clockwise: the left edge is on top
+    assert turned[4].min() > 200
+
+
+def test_damaged_files_and_what_is_no_video_are_one_sentence_each(tmp_path: Path) -> None:
+    whole, matroska = write(tmp_path / "a.mp4").read_bytes(), write(tmp_path / "a.mkv").read_bytes()
+    write(tmp_path / "a.ts")
+    sound = io.BytesIO()
+    with av.open(sound, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    files = {
+        "cut.mp4": (whole[: len(whole) // 2], "cannot be decoded"),
+        "cut.mkv": (matroska[: len(matroska) * 2 // 3], "is cut off"),
+        "empty.mp4": (b"", "0 bytes"),
+        "note.mp4": (b"hello there" * 50, "cannot be decoded"),
+        "list.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\na.ts\n#EXT-X-ENDLIST\n", "not a video"),
+        "list.ffconcat": (b"ffconcat version 1.0\nfile a.mp4\n", "not a video"),
+        "still.png": (picture.getvalue(), "not a video"),
+        "sound.mp4": (sound.getvalue(), "has no moving picture"),
+    }
+    for name, (data, reason) in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BadVideo, match=reason) as error:
+            load_video(name, tmp_path)
+        assert "\n" not in str(error.value) and name in str(error.value)
+    rows = [
+        {"id": name, "messages": [turn("user", {"type": "video"}, "?"), ANSWER], "videos": [name]}
+        for name in ("a.mp4", *files)
+    ]
+    path = write_rows(tmp_path, *rows, name="rows.jsonl")
+    listed = list(findings(Checked(sources.dataset(path, split="train")), None, workers=0))
+    assert listed[0].reason is None and [finding.id for finding in listed[1:]] == list(files)
+    assert all(finding.reason.startswith("has a bad video: ") for finding in listed[1:])
+    assert json.loads(Path(path).read_text().splitlines()[0])["id"] == "a.mp4"
