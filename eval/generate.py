@@ -1,6 +1,7 @@
-"""Ask a model about an image under one or several policies; print the answers and what each policy saved.
+"""Ask a model about an image or a video under one or several policies; print the answers and what each policy saved.
 
     python eval/generate.py model=embedded image=photo.png prompt="what is at the top left?" policy=visipruner
+    python eval/generate.py model=HUB_ID video=clip.mp4 max_frames=8 prompt="where does it go?" policy=dense,fastv
     python eval/generate.py policy=dense,visipruner,fastv fastv.layer=4 picture=kept.svg
 
 Without an image it takes a test image of `scenes` (`icons` for model=smollm_icons), and its question.
@@ -37,6 +38,8 @@ class Arguments:
     Attributes:
         model: a name in recipes/model (which also has VisiPruner's thresholds for it), a folder or a hub id.
         image: files, with commas between them.
+        video: files or folders of frames, with commas between them.
+        max_frames: the most frames of a video that the model is shown.
         prompt: the question.
         policy: names in recipes/policy or YAML files, with commas between them; `NAME.argument=value` changes one.
         max_new_tokens: longest answer.
@@ -45,6 +48,8 @@ class Arguments:
 
     model: str = "embedded"
     image: str | None = None
+    video: str | None = None
+    max_frames: int = 16
     prompt: str | None = None
     policy: str = "dense,visipruner"
     max_new_tokens: int = 64
@@ -101,23 +106,43 @@ def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any])
 
 
 def question_of(arguments: Arguments) -> dict[str, Any]:
-    """The prompt as a row of `messages` and `images`."""
+    """The prompt as a row of `messages`, `images` and `videos`."""
     from latefusion.data.images import load_image  # lazy: keeps argument errors fast
     from latefusion.data.question_sets import load_questions, usual_set
+    from latefusion.data.videos import load_video
 
-    if arguments.image is None:
+    if arguments.max_frames < 1:
+        raise ValueError(f"max_frames={arguments.max_frames} must be at least 1.")
+    if arguments.image is None and arguments.video is None:
         row = load_questions(usual_set(arguments.model), "test", n_images=1)[0]
-        images, text = [row["image"]], arguments.prompt or row["question"]
+        images, videos, text = [row["image"]], [], arguments.prompt or row["question"]
     else:
-        files = [name.strip() for name in arguments.image.split(",")]
-        for file in files:
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"no image at {file}; name a file with image=FILE.")
-        images, text = [load_image(file) for file in files], arguments.prompt
-        if not text:
+        files, clips = (
+            [name.strip() for name in names.split(",")] if names else []
+            for names in (arguments.image, arguments.video)
+        )
+        for kind, names in (("image", files), ("video", clips)):
+            for name in names:
+                if not (Path(name).is_file() or (kind == "video" and Path(name).is_dir())):
+                    raise FileNotFoundError(f"no {kind} at {name}; name a file with {kind}=FILE.")
+        if not arguments.prompt:
             raise ValueError('prompt is not set; add prompt="YOUR QUESTION".')
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-    return {"messages": [{"role": "user", "content": content}], "images": images, "question": text}
+        images, text = [load_image(file) for file in files], arguments.prompt
+        videos = [load_video(clip, max_frames=arguments.max_frames) for clip in clips]
+    shown = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+    return {"messages": messages, "images": images, "videos": videos, "question": text}
+
+
+def check_videos(path: str, row: dict[str, Any]) -> None:
+    """Raise ValueError if the row has videos and the model's family is not known to read them, before weights load."""
+    from transformers import AutoConfig  # lazy: keeps argument errors fast
+
+    from latefusion.data.videos import unreadable
+    from latefusion.models.locate import readable
+
+    if row["videos"] and (reason := unreadable(AutoConfig.from_pretrained(readable(path)).model_type)):
+        raise ValueError(f"{reason}.")
 
 
 def answer(
@@ -127,12 +152,14 @@ def answer(
     import torch  # lazy: keeps argument errors fast
 
     from latefusion.data.prompts import prompt_inputs
+    from latefusion.data.videos import frames_in_words
     from latefusion.eval.memory import kv_cache_bytes
     from latefusion.models.attach import attach
     from latefusion.models.base_model import compute_dtype, load_base
     from latefusion.models.explain import explain
     from latefusion.models.schedule import VisionSchedule
 
+    check_videos(path, row)
     model: Any
     model, processor = load_base(path, dtype=compute_dtype())
     if torch.cuda.is_available():
@@ -180,6 +207,8 @@ def answer(
                 f"{kv_cache_bytes(out.past_key_values) / 1e6:.2f} MB",
             )
     console.print(table)
+    if row["videos"] and not row["images"]:
+        console.print(frames_in_words(row["videos"], sample.record.n_vision, model.config.model_type))
     if saved:
         shares = ", ".join(f"{terminal(Path(name).name)} {share:.1%}" for name, share in saved.items())
         console.print(

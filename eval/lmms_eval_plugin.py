@@ -26,6 +26,8 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from latefusion.data.images import load_image
+from latefusion.data.prompts import processed
+from latefusion.data.videos import MAX_FRAMES, Video, load_video
 from latefusion.eval.comparison.systems import System, running
 from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
@@ -42,9 +44,8 @@ MANIFEST = ModelManifest(
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
-Chat = tuple[
-    list[dict[str, Any]], list[Image.Image]
-]  # messages as chat templates take them, and their pictures
+# messages as chat templates take them, their pictures and their videos
+Chat = tuple[list[dict[str, Any]], list[Image.Image], list[Video]]
 
 
 class Pair(GenerationResult):
@@ -78,19 +79,30 @@ class Until(StoppingCriteria):
         )
 
 
-def user(text: str, pictures: Sequence[Image.Image]) -> Chat:
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    return [{"role": "user", "content": content}], [load_image(picture) for picture in pictures]
+def user(text: str, shown: Sequence[Any], max_frames: int) -> Chat:
+    """A question of lmms-eval's older interface, where a picture is an image and a text names a video's file."""
+    kinds = ["video" if isinstance(one, str) else "image" for one in shown]
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+    images = [load_image(one) for one, kind in zip(shown, kinds, strict=True) if kind == "image"]
+    videos = [one for one, kind in zip(shown, kinds, strict=True) if kind == "video"]
+    opened = [load_video(video, max_frames=max_frames) for video in videos]
+    return [{"role": "user", "content": content}], images, opened
 
 
-def chat_of(messages: list[Any]) -> Chat:
+def chat_of(messages: list[Any], max_frames: int) -> Chat:
     chat = ChatMessages(messages=messages)
-    images, *others = chat.extract_media()
+    images, videos, *others = chat.extract_media()
     if any(others):
         raise ValueError(
-            "this task shows video or audio, which latefusion cannot read; choose tasks of images."
+            "this task has sound, which latefusion cannot read; choose tasks of images and videos."
         )
-    return chat.to_hf_messages(), [load_image(image) for image in images]
+    opened = [load_video(video, max_frames=max_frames) for video in videos]
+    # of a video's part nothing but its place is for the chat template
+    written = [
+        {**m, "content": [{"type": "video"} if p["type"] == "video" else p for p in m["content"]]}
+        for m in chat.to_hf_messages()
+    ]
+    return written, [load_image(image) for image in images], opened
 
 
 def generation(settings: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +139,7 @@ class LateFusion(lmms):
         device: None: CUDA if there is one, else the CPU.
         dtype: `bfloat16`, `float16` or `float32`; None: bfloat16 where the hardware has it.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`; None: the model's default.
+        max_frames: the most frames of a video that the model is shown.
         arguments: of the policy, in place of its recipe's (`keep_ratio=0.25`).
 
     Raises:
@@ -146,9 +159,11 @@ class LateFusion(lmms):
         device: str | None = None,
         dtype: str | None = None,
         attn_implementation: str | None = None,
+        max_frames: int | str = MAX_FRAMES,
         **arguments: Any,
     ):
         super().__init__()
+        self.max_frames = int(max_frames)
         if (checkpoint is None) == (pretrained is None):
             raise ValueError(
                 "name either a trained checkpoint=FOLDER or a base pretrained=PATH in --model_args."
@@ -218,19 +233,20 @@ class LateFusion(lmms):
         for request in requests:
             if len(request.args) == 2:  # an answer without its prompt
                 context, answer = request.args
-                chats.append(user(context, []))
+                chats.append(user(context, [], self.max_frames))
             else:
                 context, target, visual, document, task, split = request.args
                 row = self.task_dict[task][split][document]
                 answer = target if isinstance(target, str) else str(target(row))
-                chats.append(user(context, visual(row) or [] if visual is not None else []))
+                shown = visual(row) or [] if visual is not None else []
+                chats.append(user(context, shown, self.max_frames))
             answers.append(answer)
         return self._batched(chats, answers, self._losses, "answers of the tasks", apart=False)
 
     def _chat(self, request: Instance) -> Chat:
         """What a request asks: `args` are context, messages of a document, settings, document, task, split."""
         _, messages_of, _, document, task, split = request.args
-        return chat_of(messages_of(self.task_dict[task][split][document]))
+        return chat_of(messages_of(self.task_dict[task][split][document]), self.max_frames)
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[2])
@@ -242,11 +258,16 @@ class LateFusion(lmms):
         _, messages_of, _, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return chat_of(messages_of(row)), False, answered, handed
+            return chat_of(messages_of(row), self.max_frames), False, answered, handed
         messages, done, kept, handed = messages_of(
             row, round_idx=number, previous_output=answered, previous_round_info=handed
         )
-        return chat_of(messages or []), done, answered if kept is None else list(kept), handed
+        return (
+            chat_of(messages or [], self.max_frames),
+            done,
+            answered if kept is None else list(kept),
+            handed,
+        )
 
     def _batched(
         self,
@@ -259,11 +280,11 @@ class LateFusion(lmms):
     ) -> list[Any]:
         """Results of `work` on batches, in the order of `chats`.
 
-        Prompts with and without pictures never share a batch; with `apart`, nor do prompts of different settings.
+        Prompts with and without pictures, or videos, share no batch; with `apart`, nor do those of different settings.
         """
         groups: dict[Hashable, list[int]] = {}
         for i, (chat, setting) in enumerate(zip(chats, settings, strict=True)):
-            groups.setdefault((repr(setting) if apart else "", not chat[1]), []).append(i)
+            groups.setdefault((repr(setting) if apart else "", not chat[1], not chat[2]), []).append(i)
         by_chat: dict[int, Any] = {}
         with tqdm(total=len(chats), disable=self.rank != 0, desc=f"latefusion, {name}") as bar:
             for group in groups.values():
@@ -275,19 +296,15 @@ class LateFusion(lmms):
         return [by_chat[i] for i in range(len(chats))]
 
     def _inputs(self, texts: list[str], chats: Sequence[Chat]) -> Any:
-        pictures = [list(images) for _, images in chats]
-        return self.processor(
-            text=texts,
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device, dtype=self.model.dtype)
+        videos = [video for *_, of_chat in chats for video in of_chat]
+        return processed(
+            unwrapped(self.model), self.processor, texts, [images for _, images, _ in chats], videos
+        )
 
     def _prompts(self, chats: Sequence[Chat]) -> list[str]:
         return [
             self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            for messages, _ in chats
+            for messages, *_ in chats
         ]
 
     def _generate(self, chats: list[Chat], settings: list[dict[str, Any]]) -> list[GenerationResult]:
@@ -347,7 +364,7 @@ class LateFusionSimple(LateFusion):
     def _chat(self, request: Instance) -> Chat:
         """`args` are context, settings, pictures of a document, document, task, split."""
         context, _, visual, document, task, split = request.args
-        return user(context, visual(self.task_dict[task][split][document]) or [])
+        return user(context, visual(self.task_dict[task][split][document]) or [], self.max_frames)
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[1])
@@ -358,8 +375,13 @@ class LateFusionSimple(LateFusion):
         context, _, visual, text_of, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return user(context, visual(row) or []), False, answered, handed
+            return user(context, visual(row) or [], self.max_frames), False, answered, handed
         pictures, text, done, kept, handed = text_of(
             row, previous_output=answered, round_idx=number, previous_round_info=handed
         )
-        return user(text or "", pictures or []), done, answered if kept is None else list(kept), handed
+        return (
+            user(text or "", pictures or [], self.max_frames),
+            done,
+            answered if kept is None else list(kept),
+            handed,
+        )

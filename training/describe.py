@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from latefusion.data.bad_rows import Bad
 from latefusion.data.collate import IGNORE
 from latefusion.data.printing import short
+from latefusion.data.samples import videos_of_sample
 from latefusion.data.streaming import Stream
+from latefusion.data.videos import frames_in_words
 from latefusion.models.base_model import with_blank_vision
 from latefusion.models.executor.vision import vision_tokens
 from latefusion.models.flops import outside_flops, prefill_share
@@ -136,6 +138,7 @@ def describe(
     )
     return "\n".join(
         [
+            *videos_in_words(samples, vision, model.config.model_type),
             *borrowed(config.model),
             *unknown_words(samples, student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
@@ -156,6 +159,23 @@ def describe(
             ),
         ]
     )
+
+
+def videos_in_words(samples: Sequence[Any], vision: torch.Tensor, family: str) -> list[str]:
+    """How many frames the first samples with videos show, and what they cost; empty if none has any.
+
+    Args:
+        vision: bool `[B, T]`, of the batch of these samples; one that cannot be used (`Bad`) stands for another there.
+    """
+    rows = [
+        i
+        for i, sample in enumerate(samples)
+        if not isinstance(sample, Bad) and videos_of_sample(sample) and not sample["images"]
+    ]
+    if not rows or any(isinstance(sample, Bad) for sample in samples):
+        return []
+    videos = [video for i in rows for video in videos_of_sample(samples[i])]
+    return [frames_in_words(videos, int(vision[rows].sum()), family)]
 
 
 def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any] | None) -> str:

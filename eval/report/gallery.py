@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latefusion.data.prompts import images_of
+from PIL import Image
+
+from latefusion.data.prompts import images_of, videos_of
 from latefusion.eval.metrics import normalise
 from latefusion.eval.tasks.base import Answer, Task
 
@@ -75,6 +77,9 @@ def disagreements(
             for key, of_system in answers.items()
         ]
         kind = base.type if len(tasks) == 1 else f"{task.name}, {base.type}"
+        videos = [] if images else videos_of(task.rows[row])
+        if videos:  # the frame in the middle
+            images = [Image.fromarray(videos[0].frames[len(videos[0].frames) // 2])]
         uri = data_uri(images[0]) if images else ""
         examples.append(Example(tuple(why), uri, base.question, base.answer, kind, shown))
     return examples, counts

@@ -203,7 +203,7 @@ def test_generate_answers_and_compares(base: str, tmp_path: Path, capsys: pytest
     [
         (["policy=dens"], r"policy=dens does not exist \(did you mean dense\?\)"),
         (["policy=vtw", "vtw.leyer=3"], r"policy vtw has no 'leyer' \(did you mean layer\?\)"),
-        (["polcy=vtw"], "the keys are model, image, prompt, policy"),
+        (["polcy=vtw"], "the keys are model, image, video, max_frames, prompt, policy"),
         (["image=nowhere.png", "prompt=x"], "no image at nowhere.png; name a file with image=FILE"),
         (["image=x.png"], "prompt is not set"),
         (["policy=pyramiddrop"], "a layer of keep_ratios=8 is beyond a decoder with layers 0 to 5"),
