@@ -96,14 +96,15 @@ def test_a_student_is_trained_resumed_taught_and_evaluated(
             data=str(home / "questions.jsonl"),
             output=str(home / "report"),
             batch_size=2,
+            controls=False,
             batches=[],
             lengths=[],
         )
     )
     assert report is not None
-    answers = [json.loads(line) for line in (home / "report" / "answers.jsonl").read_text().splitlines()]
-    dense = {a["id"]: a for a in answers if a["system"] == "dense"}
-    seen = {name: answer["vision"][0] for name, answer in dense.items()}
+    lines = (home / "report" / "predictions.jsonl").read_text().splitlines()
+    dense = [answer for answer in map(json.loads, lines) if answer["system"] == "dense"]
+    seen = {answer["id"]: answer["tokens"][0] - answer["text_tokens"] for answer in dense}
     n = {"qwen2_5_vl": 8, "llava_onevision": 5}[home.name.rstrip("0123456789")]
     assert seen == {"q0": n, "q1": n, "q2": n, "bare": 0}  # the four frames that the student was trained on
 
