@@ -1,4 +1,4 @@
-"""Draw rows to measure on: rows with images or videos, cut after the first answer, different ones first."""
+"""Draw rows to measure on: rows with images, cut after the first answer, different images first."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def prompt_rows(data: DataConfig, split: str | None, needed: int) -> Any:
 
 
 def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[ImageRow], list[Bad]]:
-    """Rows that have images before their first answer, new images first, and rows that cannot be used.
+    """Rows that have images and no videos before their first answer, new images first, and rows that cannot be used.
 
     Rows are opened in an order drawn by `seed`, until there are `needed` different images; None: all rows.
     """
@@ -81,7 +81,7 @@ def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[Image
             bad.append(row)
             continue
         sample = first_exchange(row)
-        if not shows(sample):
+        if not sample["images"] or videos_of_sample(sample):
             continue
         images = images_key(sample)
         image_rows.append(ImageRow(i, images, times[images]))
@@ -95,8 +95,7 @@ def images_key(row: dict[str, Any]) -> frozenset[Hashable]:
     """A key that rows about the same images share: their pixels, or the scene that they show."""
     if "scene" in row:
         return frozenset([row["scene"]])
-    images: list[Hashable] = [image_fingerprint(image) for image in row["images"]]
-    return frozenset(images + [video.fingerprint() for video in videos_of_sample(row)])
+    return frozenset(image_fingerprint(image) for image in row["images"])
 
 
 def shows(sample: dict[str, Any]) -> bool:
@@ -129,7 +128,7 @@ class NoImages(ValueError):
 def distinct_images(
     rows: Sequence[dict[str, Any]], n: int, fits: Callable[[Any], bool] = lambda row: not isinstance(row, Bad)
 ) -> list[dict[str, Any]]:
-    """The first `n` rows with images, each up to its first answer, no image (`scene`, if rows have it) twice.
+    """The first `n` rows with images or videos, each up to its first answer, no image (`scene`, if rows have it) twice.
 
     Args:
         fits: whether a row, which may be `Bad`, can be used; it may raise.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator, build_collator
 from latefusion.data.prompt_batches import Group, batches, counts
+from latefusion.data.samples import videos_of_sample
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
 from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
@@ -80,7 +81,10 @@ def profile(
     conditions = {
         **about,
         "batch_size": batch_size,
-        "fit_on": sorted(fingerprint(sample["messages"], sample["images"]) for sample in fit_on),
+        "fit_on": sorted(
+            fingerprint(s["messages"], s["images"], *(v.fingerprint() for v in videos_of_sample(s)))
+            for s in fit_on
+        ),
     }
 
     def ledger_of(name: str, groups: Sequence[Group]) -> Ledger:

@@ -16,7 +16,9 @@ from helpers.data_rows import ANSWER, QUESTION, llava_turns, text_part, turn, wr
 from PIL import Image
 
 from latefusion.data import sources
+from latefusion.data.bad_rows import Checked
 from latefusion.data.collate import BadRow, Collator
+from latefusion.data.draw import distinct_images, with_images
 from latefusion.data.load import data_fingerprint, training_data
 from latefusion.data.prompts import prompt_of, videos_of, without_image
 from latefusion.data.samples import BadSample, Refused, first_exchange, sample_of
@@ -184,6 +186,16 @@ def test_only_the_videos_before_the_first_answer_are_measured_on(clips: Path) ->
     ]
     sample = first_exchange(sample_of({"messages": turns, "videos": ["other", "clip"]}, clips))
     assert len(sample["messages"]) == 2 and [greys(v) for v in sample["videos"]] == [[0, 1, 2]]
+
+
+def test_profiles_pass_over_rows_with_videos_and_the_entry_is_fitted_on_them(clips: Path) -> None:
+    shown = {"messages": [turn("user", PICTURE, "?"), ANSWER], "images": ["a.png"]}
+    both = {"messages": [turn("user", PICTURE, VIDEO, "?"), ANSWER], "images": ["a.png"], "videos": ["clip"]}
+    filmed = {"messages": [turn("user", VIDEO, "?"), ANSWER], "videos": ["clip"]}
+    rows = Checked(sources.dataset(write_rows(clips, filmed, both, shown, name="rows.jsonl"), split="train"))
+    drawn, bad = with_images(rows, needed=None, seed=0)
+    assert [row.row for row in drawn] == [2] and not bad
+    assert len(distinct_images(rows, 3)) == 3
 
 
 def test_a_row_of_the_hub_may_not_name_a_video_of_this_machine(clips: Path) -> None:
