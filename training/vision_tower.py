@@ -20,6 +20,12 @@ from latefusion.models.inputs import PIXELS, unwrapped, vision_features, with_fe
 IMAGE_INPUTS = (*PIXELS.values(), "mm_encoder_outputs")
 
 
+def refuse_videos(inputs: Mapping[str, Any]) -> None:
+    """Raise Refused for inputs with videos: of weights in shards, processes would run the tower in different orders."""
+    if PIXELS["video"] in inputs:
+        raise Refused("videos are not trained with weights in shards (ZeRO-3, FSDP2); use ZeRO-2 or DDP.")
+
+
 class VisionTower:
     """The vision tower and projector of `model`.
 
@@ -39,7 +45,10 @@ class VisionTower:
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with the pixels, if there are any, replaced by the features that the decoder receives."""
-        return with_features(self._owner(), inputs)
+        owner = self._owner()
+        if isinstance(owner, FSDPModule):
+            refuse_videos(inputs)
+        return with_features(owner, inputs)
 
     def encode_blank(self, device: torch.device) -> Tensor:
         """Zero, computed from the features of the blank image, so that gradients run through the tower."""
@@ -58,8 +67,7 @@ class VisionTower:
         if self.needs_blank(inputs):
             return inputs, self.encode_blank(device)
         if self.sharded:
-            if PIXELS["video"] in inputs:  # processes would run the tower in different orders
-                raise Refused("videos are not trained with weights in shards (ZeRO-3); use ZeRO-2 or DDP.")
+            refuse_videos(inputs)
             with self._autocast(device) if torch.is_grad_enabled() else nullcontext():
                 return self.encode(inputs), None
         return inputs, None

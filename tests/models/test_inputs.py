@@ -6,14 +6,14 @@ from types import MethodType
 import torch
 from helpers.tiny_base import tiny_base
 
-from latefusion.models.inputs import image_features
+from latefusion.models.inputs import vision_features
 
 
 def test_images_are_encoded_through_a_method_that_was_wrapped():
     """FSDP2 wraps the outermost module's method, and Python then takes the first argument for `self`."""
     model, _ = tiny_base()
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16), "input_ids": torch.zeros(1, 4)}
-    expected = image_features(model, inputs).pooler_output
+    expected = vision_features(model, inputs).pooler_output
     method = model.get_image_features
 
     @wraps(method)
@@ -21,5 +21,5 @@ def test_images_are_encoded_through_a_method_that_was_wrapped():
         return method(*args, **kwargs)
 
     model.get_image_features = MethodType(wrapped, model)
-    for features, others in zip(image_features(model, inputs).pooler_output, expected, strict=True):
+    for features, others in zip(vision_features(model, inputs).pooler_output, expected, strict=True):
         assert torch.equal(features, others)
