@@ -173,22 +173,18 @@ def merged(folder: Path) -> dict[str, Any]:
         dense = {cell["seed"]: cell for cell in groups.get(("dense", share, noise, transfer), [])}
         row: dict[str, Any] = {"arm": arm, "share": share, "noise": noise, "transfer": transfer, "tests": {}}
         systems = {cell["seed"]: cell["systems"]["student"] for cell in members}
+        first = next(iter(systems.values()))
         for test in TESTS:
             values = {seed: 100 * right(system, test) for seed, system in systems.items()}
-            against = {
-                seed: asdict(difference(system, dense[seed]["systems"]["student"], test))
-                for seed, system in systems.items()
-                if seed in dense and arm != "dense"
-            }
+            others = {seed: dense[seed]["systems"]["student"] for seed in systems if seed in dense}
             row["tests"][test] = {
                 "by_seed": values,
-                **mean_over_seeds(list(values.values())),
-                "against_dense": {
-                    "by_seed": against,
-                    **mean_over_seeds([100 * gap["difference"]["value"] for gap in against.values()]),
-                },
+                **(
+                    of_questions(first, test) if len(systems) == 1 else mean_over_seeds(list(values.values()))
+                ),
+                "against_dense": gaps(systems, {} if arm == "dense" else others, test),
+                "against_base": gaps(systems, dict.fromkeys(systems, base["dense"]) if base else {}, test),
             }
-        first = next(iter(systems.values()))
         if base is not None:
             row |= {name: first[name] / base["dense"][name] for name in ("flops", "prefill_flops")}
         rows.append(
@@ -199,13 +195,35 @@ def merged(folder: Path) -> dict[str, Any]:
 
 
 def base_row(name: str, system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """A row of the base, which has no seeds: Wilson intervals over its questions."""
-    tests = {}
-    for test in TESTS:
-        estimate = metrics.accuracy(scores(system, test), clusters(system, test))
-        tests[test] = {"mean": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+    """A row of the base, which has no seeds: intervals over its questions."""
+    tests = {
+        test: of_questions(system, test)
+        | {"against_base": gaps({0: system}, {} if name == "dense" else {0: base["dense"]}, test)}
+        for test in TESTS
+    }
     ratios = {key: system[key] / base["dense"][key] for key in ("flops", "prefill_flops")}
     return {"arm": f"base, {name}", "tests": tests, **ratios}
+
+
+def of_questions(system: dict[str, Any], test: str) -> dict[str, float]:
+    """Accuracy with its interval over questions, which know that several share a picture."""
+    estimate = metrics.accuracy(scores(system, test), clusters(system, test))
+    return {"mean": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+
+
+def gaps(
+    systems: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], test: str
+) -> dict[str, Any]:
+    """Systems less others by seed, on the same questions, and the mean over the seeds that both have."""
+    by_seed = {
+        seed: asdict(difference(system, others[seed], test))
+        for seed, system in systems.items()
+        if seed in others
+    }
+    return {
+        "by_seed": by_seed,
+        **mean_over_seeds([100 * gap["difference"]["value"] for gap in by_seed.values()]),
+    }
 
 
 def scores(system: dict[str, Any], test: str) -> list[float]:
@@ -241,20 +259,21 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-HEAD = ("arm", "seeds", *TESTS, "against dense LoRA, test", "decoder FLOPs", "whole prefill")
+AGAINST = {"against_base": "against the dense base, test", "against_dense": "against dense LoRA, test"}
+HEAD = ("arm", "seeds", *TESTS, *AGAINST.values(), "decoder FLOPs", "whole prefill")
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """The table's rows, as text: % right, brackets are 95% (over questions for the base, over seeds for students)."""
+    """The table's rows, as text: % right, brackets are 95% (over questions for one seed, else over seeds)."""
     table = []
     for row in result["rows"]:
-        gap = row["tests"]["test"].get("against_dense")
+        of_test = row["tests"]["test"]
         table.append(
             [
                 label(row),
-                str(len(row["tests"]["test"].get("by_seed", ""))) if gap else "",
+                str(len(of_test["by_seed"])) if "by_seed" in of_test else "",
                 *(interval(row["tests"][test]) for test in TESTS),
-                against(gap) if gap else "",
+                *(against(of_test[name]) if name in of_test else "" for name in AGAINST),
                 *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
             ]
         )

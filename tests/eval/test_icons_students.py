@@ -57,6 +57,10 @@ def test_rows_have_means_over_seeds_and_differences_on_the_same_questions(cells)
     assert [gaps[seed]["difference"]["value"] for seed in (0, 1, 2)] == [-0.25, 0.0, -0.25]
     assert isclose(student["against_dense"]["mean"], -50 / 3)
     assert student["against_dense"]["low"] < -50 / 3 < student["against_dense"]["high"]
+    of_base = student["against_base"]["by_seed"]  # the base answers all four
+    assert [of_base[seed]["difference"]["value"] for seed in (0, 1, 2)] == [-0.5, 0.0, -0.5]
+    pruned, base = (rows[f"base, {name}"]["tests"]["test"]["against_base"] for name in ("pruned", "dense"))
+    assert pruned["mean"] == -25.0 and base["mean"] is None
     assert rows["late_fusion"]["flops"] == 40 / 90
     assert rows["late_fusion"]["prefill_flops"] == 50 / 100
     assert rows["dense"]["tests"]["test"]["against_dense"]["mean"] is None
@@ -68,8 +72,10 @@ def test_one_seed_has_its_interval_over_questions_in_the_table(cells):
     (cells / "dense_2_0.json").unlink()
     table = {line[0]: line for line in bench.lines(merged(cells))}
     assert table["late_fusion"][1] == "3"
-    assert table["late_fusion"][5].startswith("-25.0 (")
-    assert table["dense"][5] == table["base, dense"][5] == ""
+    assert table["late_fusion"][6].startswith("-25.0 (")
+    assert table["dense"][6] == table["base, dense"][6] == table["base, dense"][5] == ""
+    assert table["base, pruned"][5].startswith("-25.0 (")
+    assert table["dense"][1] == "1" and table["dense"][2].startswith("75.0 (")  # over its questions
     text = bench.markdown(merged(cells))
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
