@@ -1,6 +1,7 @@
 """Three stages in bases that nobody here shaped, and in planted controls: a table and a picture from several runs.
 
     python eval/bench/icons_stages.py seed0=RUN/stages.json ... --json docs/results/icons_stages.json
+    python eval/bench/icons_stages.py --json docs/results/icons_stages.json --svg docs/icons_stages.svg
 
 Files come from `training/smollm_icons/fusion_stages.py`. The base's early stage ends where hiding the picture in
 layers [0, a) first costs more than BOUND, and its late stage begins at the smallest b whose [b, end) costs no more.
@@ -137,7 +138,7 @@ def draw(table: dict[str, Any]) -> str:
     light = "; ".join(f"{variable}: {colour}" for colour, variable in VARIABLES.items())
     dark = "; ".join(f"{variable}: {colour}" for variable, colour in DARK.items())
     style = f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}</style>"
-    title = "KL of hiding the picture in some layers, bases of three seeds and two controls"
+    title = f"KL of hiding the picture in some layers: {', '.join(table)}"
     return re.sub(
         r"<svg([^>]*)>",
         rf"<svg xmlns='http://www.w3.org/2000/svg' xmlns:xlink='http://www.w3.org/1999/xlink' width='560'"
@@ -151,12 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", help="NAME=FILE, in the order of the table")
+    parser.add_argument(
+        "files", nargs="*", help="NAME=FILE, in the order of the table; none: draw what --json holds"
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    table = {}
+    table = {} if options.files else json.loads(options.json.read_text())["bases"]
     for argument in options.files:
         name, _, path = argument.partition("=")
         table[name] = summarise(json.loads(Path(path).read_text()), rng)
@@ -164,7 +167,8 @@ def main() -> None:
         print(f"{name}: {base['accuracy']}% right, layers before {base['unused_first_layers']} "
               f"{base['unused_first_layers_95']} and from {base['unused_from_layer']} {base['unused_from_layer_95']} "
               "do not need the picture")  # fmt: skip
-    options.json.write_text(json.dumps({"bound": BOUND, "bases": table}) + "\n")
+    if options.files:
+        options.json.write_text(json.dumps({"bound": BOUND, "bases": table}) + "\n")
     if options.svg:
         options.svg.write_text(draw(table))
 

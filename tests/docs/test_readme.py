@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from latefusion.eval.bench import icons_students
 from latefusion.eval.report import tables
 from latefusion.eval.report.__main__ import insert
 
@@ -81,6 +82,25 @@ def test_the_first_table_is_of_the_same_file() -> None:
         value, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("value", "low", "high"))
         assert name.startswith(system["name"]) and right == f"{value} ({low}–{high})"
         assert flops == [f"{system[key]['ratio']:.0%}" for key in ("flops", "prefill_flops")]
+
+
+def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
+    page, students = (ROOT / "docs/evidence.md").read_text(), results("icons_students")
+    assert insert(page, "students", icons_students.markdown(students) + "\n") == page
+    (table,) = re.findall(r"<!-- icons -->\n(.*?)<!-- /icons -->", README, flags=re.DOTALL)
+    rows = {row["arm"]: row for row in students["rows"]}
+    arms = ("base, dense", "base, pruned", "late_fusion")
+    for arm, line in zip(arms, table.splitlines()[2:], strict=True):
+        test, row = rows[arm]["tests"]["test"], rows[arm]
+        right = f"{test['mean']:.1f} ({test['low']:.1f}–{test['high']:.1f})"
+        assert line.endswith(f"| {right} | {row['flops']:.0%} | {row['prefill_flops']:.0%} |")
+    (table,) = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", page, flags=re.DOTALL)
+    methods = results("icons_methods")["systems"].values()
+    for system, line in zip(methods, table.splitlines()[2:], strict=True):
+        accuracy = system["accuracy"]["overall"]
+        value, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("value", "low", "high"))
+        assert f"| {value} ({low}–{high}) |" in line
+        assert line.endswith(f"| {system['flops']['ratio']:.0%} | {system['prefill_flops']['ratio']:.0%} |")
 
 
 def test_the_recipe_is_that_of_the_tables() -> None:
