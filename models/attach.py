@@ -20,6 +20,7 @@ from latefusion.models.executor.hooks import HOOKS, Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
+from latefusion.models.executor.unfit import check_stepwise, reason_unfit
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
@@ -53,7 +54,7 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
             f"{type(inner).__name__} has a policy already: detach it, or use its `using(policy)`."
         )
     decoder, multimodal = _decoder(inner), inner.base_model
-    if vision_mask is None and (multimodal is decoder or not vision_token_ids(multimodal.config)):
+    if vision_mask is None and not vision_token_ids(multimodal.config):
         raise ValueError(
             f"{type(inner).__name__} has no image_token_id or video_token_id to tell vision tokens by: "
             "pass vision_mask."
@@ -265,10 +266,8 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
             check_arguments(layer)
             check_recurrence(layer)
     if not fits:
-        raise ValueError(
-            f"{type(model).__name__} has no decoder of self-attention layers with rotary positions; "
-            "use a decoder-only model such as LLaVA or Qwen2-VL."
-        )
+        raise ValueError(reason_unfit(model, decoder))
+    check_stepwise(decoder)
     return decoder
 
 
@@ -283,6 +282,8 @@ HANDED_ON = {
     "use_cache",
     "output_attentions",
     "output_router_logits",
+    "per_layer_input",
+    "shared_kv_states",
 }
 """Arguments of a decoder layer that the executor translates, or that say nothing of single tokens."""
 
@@ -290,17 +291,19 @@ HANDED_ON = {
 def check_arguments(layer: Any) -> None:
     """Raise ValueError if a decoder layer takes more of every token than the executor hands on."""
     config = getattr(mixer_of(layer), "config", None)
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "altup_num_inputs", 1) > 1:
         raise ValueError(
-            f"{type(layer).__name__} shares keys and values between layers, which would then have to see the same "
-            "tokens: no policy can be carried out on it yet."
+            f"{type(layer).__name__} carries several states of every token (AltUp), of which a policy would have to "
+            "remove and put back all: no policy can be carried out on it yet."
         )
-    unused = {"shared_kv_states"}
-    if not getattr(config, "hidden_size_per_layer_input", 0):
-        unused.add("per_layer_input")
+    if getattr(config, "num_kv_shared_layers", 0) and not hasattr(layer.self_attn, "is_kv_shared_layer"):
+        raise ValueError(
+            f"{type(layer).__name__} shares keys and values between layers in a way that has not been tested: no "
+            "policy can be carried out on it yet."
+        )
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for name, parameter in inspect.signature(layer.forward).parameters.items():
-        if name not in HANDED_ON | unused and parameter.kind not in kinds:
+        if name not in HANDED_ON and parameter.kind not in kinds:
             raise ValueError(
                 f"{type(layer).__name__} takes {name}, which would have to follow the tokens that stay: no policy can "
                 "be carried out on it yet."

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from latefusion.models.executor.layout import Layout
 
@@ -157,7 +163,10 @@ class ScheduledSlidingLayer(_Scheduled, DynamicSlidingWindowLayer):
 
 
 SUPPORTED: dict[type, Any] = {DynamicLayer: ScheduledLayer, DynamicSlidingWindowLayer: ScheduledSlidingLayer}
-UNCHANGED = {LinearAttentionLayer}  # a state of fixed size: a token that was not read has left no trace
+UNCHANGED = {
+    LinearAttentionLayer,  # a state of fixed size: a token that was not read has left no trace
+    DummyLayer,  # nothing: the layer attends to the keys of another, or not at all
+}
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -247,6 +256,15 @@ def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | 
     number = _stored(store, computed)
     store.track, store.announced = store.track.append(layout, length), True
     return Keys(store.track, number, width, offset)
+
+
+def all_keys(cache: Cache | None, layer_idx: int, start: Track, length: int) -> Keys:
+    """What a layer's attention will see that has computed every token, before its cache stores this forward's."""
+    track = start.append(None, length)
+    if cache is None or layer_idx >= len(cache.layers):
+        return Keys(track, number=track.length, width=track.length, offset=0)
+    width, offset = cache.layers[layer_idx].get_mask_sizes(length)
+    return Keys(track, number=width, width=width, offset=offset)
 
 
 def without_effect(cache: Cache, layer_idx: int) -> Cache:

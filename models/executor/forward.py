@@ -7,6 +7,7 @@ enter, and are removed, in `_switch` and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import is_flash_attention_requested
 
 from latefusion.models.executor.attention import Attention, Watch
-from latefusion.models.executor.cache import Track, advance, is_scheduled_layer, without_effect
+from latefusion.models.executor.cache import (
+    Keys,
+    Track,
+    advance,
+    all_keys,
+    is_scheduled_layer,
+    without_effect,
+)
 from latefusion.models.executor.entering import Entering
 from latefusion.models.executor.frozen_rows import SILENT_ROWS, TEXT_ROWS
 from latefusion.models.executor.layout import Layout
-from latefusion.models.executor.masks import narrows, segment_mask
+from latefusion.models.executor.masks import narrows, segment_mask, shared_mask
 from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.recurrence import Gaps, mixer_of, recurrence_of
 from latefusion.models.executor.segment import Segment
 from latefusion.models.executor.selections import Selections
+from latefusion.models.executor.shared_keys import is_reusing, kind_of, reuses_keys, stores_keys
 from latefusion.models.policies.base import Decision, LooksAhead, Prompt, SeesEmbeddings, Selection
 
 
@@ -48,7 +57,7 @@ class Forward:
         prompt_marked: `queries` names where the prompts of a row end.
         entry: the entry adapter, if the model has one.
         enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
-        deepstack: the number of first layers after each of which the model itself adds to the full hidden states.
+        deepstack: the layers after which the model itself adds to the full hidden states.
         recorded: keeps what is needed to expand what the model records of every layer; None if it records nothing.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
@@ -67,7 +76,7 @@ class Forward:
         prompt_marked: bool,
         entry: nn.Module | None,
         enters: int,
-        deepstack: int,
+        deepstack: frozenset[int],
         recorded: Recorded | None,
         replayed: bool,
         uniform: bool,
@@ -86,6 +95,9 @@ class Forward:
         self.segment = Segment()  # of the running layer; this one computes all tokens
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.start = Track(tail=past, length=past)
+        self.shared: dict[
+            Any, Keys
+        ] = {}  # by kind of layer, what the layer holds whose keys later ones reuse
         self.uniform = uniform and prompt is None and recorded is None
         self.gaps = gaps
         self.can_rest = self.uniform and self.entering is None  # nothing is left to do without a mask
@@ -123,13 +135,27 @@ class Forward:
         cache = kwargs.get("past_key_values")
         if checkpoints(layer):
             cache = None  # the layer is about to drop it, too
-        if self.segment.layout is None and not is_scheduled_layer(cache, i):
+        if self.segment.layout is None and not self._lacks_keys(i, layer, cache):
             return (args if hidden_states is args[0] else (hidden_states, *args[1:])), kwargs
-        return (hidden_states, *args[1:]), self._compact(i, layer, hidden_states, kwargs, cache)
+        compact = self._compact(i, layer, hidden_states, kwargs, cache)
+        return (hidden_states, *self._compact_inputs(args[1:])), compact
+
+    def _lacks_keys(self, i: int, layer: nn.Module, cache: Cache | None) -> bool:
+        """Whether a layer that computes all tokens attends to fewer; what a source layer holds is noted."""
+        if reuses_keys(layer):
+            return not self.shared[kind_of(layer)].complete
+        lacks = is_scheduled_layer(cache, i)
+        if stores_keys(layer) and not lacks:
+            self.shared[kind_of(layer)] = all_keys(cache, i, self.start, self.length)
+        return lacks
+
+    def _compact_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a layer is handed by position after its hidden states: Gemma 4's `per_layer_input` `[B, T, P]`."""
+        return tuple(self.segment.take(arg) if isinstance(arg, Tensor) else arg for arg in args)
 
     def leave_layer(self, i: int, output: Any) -> Any:
         """A layer's output, at full length where the model is going to add to it."""
-        if i >= self.deepstack or self.segment.layout is None:
+        if self.segment.layout is None or i not in self.deepstack:
             return output
         self.expanded = True
         output = self.segment.expand(output)
@@ -243,9 +269,26 @@ class Forward:
             kwargs[TEXT_ROWS] = segment.text
         if segment.silent is not None:
             kwargs[SILENT_ROWS] = segment.silent
-        keys = advance(cache, i, self.start, segment.layout, self.length)
+        if kwargs.get("per_layer_input") is not None:
+            kwargs["per_layer_input"] = segment.take(kwargs["per_layer_input"])
+        reused = self.shared[kind_of(layer)] if reuses_keys(layer) else None
+        keys = reused or advance(cache, i, self.start, segment.layout, self.length)
+        if stores_keys(layer):
+            self.shared[kind_of(layer)] = keys
         if self.recorded is not None:
             self.recorded.keys[i] = keys
+        if reused is not None:
+            kwargs["attention_mask"] = shared_mask(
+                kwargs.get("attention_mask"),
+                segment,
+                keys,
+                hidden_states,
+                config=self.config,
+                length=self.length,
+                past=self.past,
+                causal=getattr(layer.self_attn, "is_causal", True),
+            )
+            return kwargs
         kwargs["attention_mask"] = segment_mask(
             kwargs.get("attention_mask"),
             segment,
@@ -296,7 +339,17 @@ class Forward:
     def attend(self, i: int, attention: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The attention of layer i, shown to the policy, which watches some; `args` are the function's."""
         assert self.watch is not None
+        module = args[0]
+        reused = self.shared.get(getattr(module, "layer_type", None)) if is_reusing(module) else None
+        if reused is not None and not reused.complete:
+            return self.watch.attend(i, partial(self._indices_of_shared, reused), attention, *args, **kwargs)
         return self.watch.attend(i, self._indices, attention, *args, **kwargs)
+
+    def _indices_of_shared(self, shared: Keys, keys: int) -> tuple[Tensor, Tensor]:
+        """`_indices` of a layer whose keys are those of a layer before, which may have computed other tokens."""
+        queries, _ = self._indices(keys)
+        position = shared.track.positions(queries.shape[0], queries.device)[:, -keys:] - self.past  # [B, K]
+        return queries, position.clamp(min=-1)
 
     def _indices(self, keys: int) -> tuple[Tensor, Tensor]:
         """`query_index` and `key_index` of the running layer, as in `AttentionCall`; the same in a whole segment."""
@@ -310,7 +363,7 @@ class Forward:
             else:
                 real = prompt.real
                 index = queries = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
-            earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
+            earlier = index.new_full((index.shape[0], max(0, keys - index.shape[1])), -1)
             return queries, torch.cat([earlier, index], dim=1)
 
         return segment.once("indices", (), make, keys)

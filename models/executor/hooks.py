@@ -42,6 +42,7 @@ from latefusion.models.executor.recurrence import (
     last_norm,
     recurrence_of,
 )
+from latefusion.models.executor.shared_keys import reuses_keys
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
@@ -100,7 +101,9 @@ class Hooks:
         self._takes_ids = any(map(_needs_positions, self.layers))
         self._window = attention_window(decoder.config)
         self._one_mask = self._window is None and all(self.attention)  # the layers are handed the same
-        self._deepstack = "deepstack_visual_embeds" in _parameters(decoder)
+        self._deepstack = bool(
+            {"deepstack_visual_embeds", "deepstack_features"} & _parameters(decoder).keys()
+        )
         self._handles = list(self._install())
 
     @property
@@ -199,6 +202,8 @@ class Hooks:
         forward = None
         try:
             forward = self._begin(arguments)
+            if forward is not None and any(map(reuses_keys, self.layers)):
+                kwargs = {**kwargs, "logits_to_keep": None}  # Gemma 4 would leave out rows between its layers
             output = stock(*args, **kwargs)
         except BaseException:
             for layer in self._reading.values():
@@ -271,6 +276,11 @@ class Hooks:
                 f"{type(self.layers[0].self_attn).__name__} computes with position_ids, which flash attention takes "
                 'for packed rows once tokens are left out: load the model with attn_implementation="sdpa".'
             )
+        if prompt is not None and is_flash_attention_requested(config) and any(map(reuses_keys, self.layers)):
+            raise ValueError(
+                f"{type(self.layers[0]).__name__} shares keys between layers, which flash attention cannot tell from "
+                'its own once tokens are left out: load the model with attn_implementation="sdpa".'
+            )
         policy = self.policy
         decision = None if prompt is None else policy.begin(prompt)
         if prompt is not None and self.prompt_end.queries is None and _ranks(decision):
@@ -315,7 +325,7 @@ class Hooks:
             prompt_marked=self.prompt_end.queries is not None,
             entry=entry,
             enters=getattr(policy, "enter", 0),
-            deepstack=len(arguments.get("deepstack_visual_embeds") or ()),
+            deepstack=_layers_before_additions(arguments),
             recorded=Recorded(self.attention)
             if any(r is not None and r is not False for r in records)
             else None,
@@ -477,6 +487,13 @@ def _needs_positions(layer: Any) -> bool:
         return False
     ids = _parameters(layer.self_attn).get("position_ids")
     return ids is not None and ids.default is inspect.Parameter.empty
+
+
+def _layers_before_additions(arguments: Mapping[str, Any]) -> frozenset[int]:
+    """Layers after which the model itself adds image features to the hidden states of all tokens (deepstack)."""
+    after = range(len(arguments.get("deepstack_visual_embeds") or ()))
+    before = arguments.get("deepstack_features") or ()  # Granite 4's, by the layer that gets them
+    return frozenset([*after, *(layer - 1 for layer in before)])
 
 
 def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:

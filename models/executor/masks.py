@@ -93,6 +93,39 @@ def segment_mask(
     return segment.once("mask", (mask, keys.track), make, keys.number, keys.offset)
 
 
+def shared_mask(
+    mask: Mask,
+    segment: Segment,
+    keys: Keys,
+    hidden_states: Tensor,
+    *,
+    config: PretrainedConfig,
+    length: int,
+    past: int,
+    causal: bool,
+) -> Mask:
+    """The mask of a layer whose keys are another's, which may have computed other tokens than its segment.
+
+    Args:
+        keys: what the layer before has stored; the others are those of `segment_mask`.
+    """
+    if keys.complete and segment.layout is None:
+        return mask  # no token is missing
+
+    def make() -> Mask:
+        batch, device = hidden_states.shape[0], hidden_states.device
+        columns = keys.columns(batch, device)  # [B, K]
+        if segment.layout is None:
+            rows = torch.arange(length, device=device).expand(batch, -1)
+        else:
+            rows = segment.layout.index
+        if mask is None:
+            return reading_mask(rows + past - keys.offset, columns, causal=causal)
+        return compact_mask(mask, hidden_states, rows, columns, causal=causal, config=config)
+
+    return segment.once("shared mask", (mask, keys.track), make, keys.number, keys.offset)
+
+
 def needs_no_mask(mask: Mask, *, padded: bool, plain: bool, config: PretrainedConfig) -> bool:
     """Whether a segment can do without a mask.
 

@@ -12,12 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 VisionMask = Tensor | Callable[..., Tensor | None]
 
 # these families write video frames with image placeholder tokens
-VIDEO_AS_IMAGE = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr"}
+VIDEO_AS_IMAGE = {"glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "glm5_next"}
 
 
 def vision_token_ids(config: PretrainedConfig) -> dict[str, int]:
     """Placeholder token of each modality that the model's configuration names."""
     ids = {"image": getattr(config, "image_token_id", None), "video": getattr(config, "video_token_id", None)}
+    if ids["image"] is None:  # Chameleon and Emu 3 name it in their vocabulary
+        ids["image"] = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
     if config.model_type in VIDEO_AS_IMAGE:
         ids["video"] = ids["image"]
     return {modality: token for modality, token in ids.items() if token is not None}

@@ -49,21 +49,29 @@ def masked(
     decoder = model.get_decoder()
     state: dict[str, Any] = {}
 
-    def after_layer(layer: Any, args: tuple, output: Tensor) -> Tensor:
+    def after_layer(layer: Any, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.where(vision[..., None], args[0], output[0]), *output[1:])
         return torch.where(vision[..., None], args[0], output)
 
     def before_decoder(module: Any, args: tuple, kwargs: dict) -> None:
-        state["inputs"] = kwargs["inputs_embeds"]
-        state["deepstack"] = kwargs.get("deepstack_visual_embeds")
+        after = dict(enumerate(kwargs.get("deepstack_visual_embeds") or [], start=1))
+        state["deepstack"] = {
+            **after,
+            **(kwargs.get("deepstack_features") or {}),
+        }  # added before these layers
 
     def before_layer(i: int, layer: Any, args: tuple, kwargs: dict) -> tuple:
         hidden = args[0]
+        if i == 0:
+            state["inputs"] = hidden  # what the decoder makes of its embeddings, which some scale
         before = torch.stack(list(seen[:i])).any(0) if i else torch.zeros_like(vision)
         entering = seen[i] & ~before
         if i > 0 and bool(entering.any()):
             rows = state["inputs"].clone()
-            for extra in (state["deepstack"] or [])[:i]:
-                rows[vision] = rows[vision] + extra
+            for layer_added, extra in state["deepstack"].items():
+                if 0 < layer_added <= i:
+                    rows[vision] = rows[vision] + extra
             if entry is not None:
                 rows = torch.where(entering[..., None], entry(rows), rows)
             hidden = torch.where(entering[..., None], rows, hidden)
@@ -71,7 +79,8 @@ def masked(
             mask = kwargs.get("attention_mask")  # [B, T]
             state[i] = (torch.ones_like(vision) if mask is None else mask.bool()) & (~vision | seen[i])
             return (hidden, *args[1:]), kwargs
-        kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, hidden, vision & ~seen[i])
+        stored = seen[source_of_keys(decoder.layers, i)]
+        kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, hidden, vision & ~stored)
         return (hidden, *args[1:]), kwargs
 
     def hide(mask: Tensor | None, layer: Any, hidden: Tensor, columns: Tensor) -> Tensor:
@@ -104,6 +113,15 @@ def masked(
             handles.append(layer.register_forward_hook(after_layer))
     with gone_afterwards(handles):
         yield
+
+
+def source_of_keys(layers: Any, i: int) -> int:
+    """The layer whose keys layer i attends to: itself, or in Gemma 4 the last of its kind that has its own."""
+    attention = layers[i].self_attn
+    if not getattr(attention, "is_kv_shared_layer", False):
+        return i
+    own = [j for j in range(i) if not layers[j].self_attn.is_kv_shared_layer]
+    return max(j for j in own if layers[j].self_attn.layer_type == attention.layer_type)
 
 
 @contextmanager

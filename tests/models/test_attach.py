@@ -249,9 +249,7 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="CLIPVisionModel has no decoder"):
         attach(tower, BAND)
     gpt2 = hf.AutoModelForCausalLM.from_config(hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(
-        ValueError, match="GPT2LMHeadModel has no decoder of self-attention layers with rotary"
-    ):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no decoder with a list `layers`"):
         attach(gpt2, BAND, vision_mask=torch.ones(1, 1, dtype=torch.bool))
     assert attached(model) is None
 

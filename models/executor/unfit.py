@@ -1,0 +1,57 @@
+"""Why no policy can be carried out on a model: the reason, before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from latefusion.models.executor.cache import SUPPORTED, UNCHANGED
+from latefusion.models.executor.recurrence import mixer_of
+
+
+def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
+    """One sentence for a model whose decoder is not a list of layers that mix tokens in a known way."""
+    name, kind = type(model).__name__, type(decoder).__name__
+    if model.config.is_encoder_decoder:
+        return (
+            f"{name} is an encoder-decoder model: its text reads the image through cross-attention, so there are no "
+            "vision tokens among the decoder's to remove; use a decoder-only model such as LLaVA or Qwen2-VL."
+        )
+    layers = getattr(decoder, "_modules", {}).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        return f"{name} has no decoder with a list `layers` for a policy to work between (its decoder is {kind})."
+    for i, layer in enumerate(layers):
+        takes = inspect.signature(layer.forward).parameters
+        if mixer_of(layer) is None:
+            return (
+                f"layer {i} of {kind}, {type(layer).__name__}, mixes tokens in none of the known ways (self_attn, "
+                f"linear_attn, conv) but has {', '.join(dict(layer.named_children()))}: what it does without some "
+                "tokens has not been shown exact."
+            )
+        if "position_embeddings" not in takes:
+            return (
+                f"layer {i} of {kind}, {type(layer).__name__}, takes no position_embeddings: its positions are not "
+                "rotary, and what it does without some tokens has not been shown exact."
+            )
+    return f"{kind} has no last `norm`, before which a policy puts back the tokens that it removed."
+
+
+def check_stepwise(decoder: Any) -> None:
+    """Raise ValueError if a decoder does not write token by token, on a cache whose layers may hold fewer tokens."""
+    takes = inspect.signature(decoder.forward).parameters
+    if not {"inputs_embeds", "past_key_values"} <= takes.keys() or "encoder_hidden_states" in takes:
+        raise ValueError(
+            f"{type(decoder).__name__} does not write token by token on embeddings and a cache of its own, which a "
+            "policy needs; use a decoder-only model such as LLaVA or Qwen2-VL."
+        )
+    kinds = {type(layer) for layer in DynamicCache(config=decoder.config).layers}
+    unknown = sorted(kind.__name__ for kind in kinds - set(SUPPORTED) - UNCHANGED)
+    if unknown:
+        raise ValueError(
+            f"{type(decoder).__name__} keeps more than keys and values, or not all of them, in its cache "
+            f"({', '.join(unknown)}): what it attends to without some tokens has not been shown exact, so no policy "
+            "can be carried out on it yet."
+        )

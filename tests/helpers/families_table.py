@@ -1,0 +1,102 @@
+"""Writes docs/results/families.json and docs/families.md: `python tests/helpers/families_table.py [ROW ...]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "docs/results/families.json", ROOT / "docs/families.md"
+COMMAND = "python tests/helpers/families_table.py"
+
+HEAD = """# Families of models
+
+Every image-text-to-text type of transformers {version}, as a tiny random model, against its own
+full-length forward with masks that hide the same tokens. *Exact* means: logits of the text equal to
+float error in one forward, on a cache and in `generate`; a policy that keeps everything gives the
+same bits. What has not been shown exact is refused by `lf.attach`, before anything is computed, with
+the sentence below.
+
+`tests/models/test_every_type.py` builds and checks each row, and
+`{command}` writes this page. A row with a comma is a type around another
+decoder, or with options that its published checkpoints use.
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/families.md."""
+    rows = results["rows"]
+    whole = {name: row for name, row in rows.items() if row["exact"] and not row["refused"]}
+    some = {name: row for name, row in rows.items() if row["exact"] and row["refused"]}
+    none: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if not row["exact"]:
+            none.setdefault(row["refused"]["all"], []).append(name)
+    refused = sum(map(len, none.values()))
+    lines = [
+        HEAD.format(version=results["transformers"], command=COMMAND),
+        f"Of {len(rows)} rows, {len(whole)} are exact under every policy, {len(some)} under some, and {refused} are",
+        "refused.",
+        "",
+        "## Exact under every policy",
+        "",
+        "| type | decoder | images |",
+        "| --- | --- | --- |",
+        *[f"| {name} | {row['decoder']} | {images(row)} |" for name, row in whole.items()],
+        "",
+        "## Exact under some",
+        "",
+        "| type | decoder | exact | refused |",
+        "| --- | --- | --- | --- |",
+        *[
+            f"| {name} | {row['decoder']} | {', '.join(row['exact'])} | {reasons(row['refused'])} |"
+            for name, row in some.items()
+        ],
+        "",
+        "## Refused",
+        "",
+        "| types | what `attach` says |",
+        "| --- | --- |",
+        *[f"| {'; '.join(names)} | {reason} |" for reason, names in none.items()],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def images(row: dict[str, Any]) -> str:
+    """How the row's vision tokens were told."""
+    return f"`{row['images']}`" if "images" in row else "placeholders"
+
+
+def reasons(refused: dict[str, str]) -> str:
+    """Each reason once, after the policies that it refuses."""
+    policies: dict[str, list[str]] = {}
+    for policy, reason in refused.items():
+        policies.setdefault(reason, []).append(policy)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in policies.items())
+
+
+def main(names: list[str]) -> None:
+    """Check the rows (all, or those named) and write the file and the page."""
+    import transformers
+    from helpers.judged_types import judged
+    from helpers.tiny_types import ROWS
+
+    rows = json.loads(RESULTS.read_text())["rows"] if names else {}
+    for name in names or ROWS:
+        rows[name] = judged(name)
+        print(name, rows[name])
+    results = {
+        "transformers": transformers.__version__,
+        "command": COMMAND,
+        "rows": {name: rows[name] for name in ROWS if name in rows},
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+    main(sys.argv[1:])

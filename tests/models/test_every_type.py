@@ -1,0 +1,48 @@
+"""Every image-text type of transformers is exact under the policies that docs/families.md says, and else refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.families_table import COMMAND, PAGE, RESULTS, page
+from helpers.judged_types import judged
+from helpers.tiny_types import ROWS, VARIANTS
+
+TABLE = json.loads(RESULTS.read_text())
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def test_every_type_has_a_row() -> None:
+    for name in ROWS:
+        assert name in TABLE["rows"], (
+            f"transformers has the type {name}, which has no row: run `{COMMAND} {name}`"
+        )
+    gone = [name for name in TABLE["rows"] if name not in ROWS]
+    assert not gone, f"transformers no longer has {gone}: run `{COMMAND}`"
+
+
+def test_the_page_is_made_of_the_file() -> None:
+    assert PAGE.read_text() == page(TABLE), f"run `{COMMAND}`"
+
+
+def test_no_row_is_empty() -> None:
+    """A policy is exact or refused with a reason: nothing else."""
+    for name, row in TABLE["rows"].items():
+        assert bool(row["exact"]) != ("all" in row["refused"]), name
+        assert all(row["refused"].values()), name
+        assert "all" in row["refused"] or len(row["exact"]) + len(row["refused"]) == 5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ROWS])
+def test_a_type_is_exact_or_refused_as_the_table_says(name: str, one_thread: None) -> None:
+    assert judged(name) == TABLE["rows"].get(name), f"run `{COMMAND} {name!r}`"
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "qwen3_vl", *[name for name in VARIANTS if "gpt_oss" in name], "udop"]
+)
+def test_some_types_are_as_the_table_says(name: str, one_thread: None) -> None:
+    assert judged(name) == TABLE["rows"][name]
