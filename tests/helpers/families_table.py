@@ -16,12 +16,14 @@ HEAD = """# Families of models
 Every image-text-to-text type of transformers {version}, as a tiny random model, against its own
 full-length forward with masks that hide the same tokens. *Exact* means: logits of the text equal to
 float error in one forward, on a cache and in `generate`; a policy that keeps everything gives the
-same bits. What has not been shown exact is refused by `lf.attach`, before anything is computed, with
-the sentence below.
+same bits. What has not been shown exact is refused by `lf.attach`, before anything is computed,
+with the sentence below.
 
-`tests/models/test_every_type.py` builds and checks each row, and
-`{command}` writes this page. A row with a comma is a type around another
-decoder, or with options that its published checkpoints use.
+`tests/models/test_every_type.py` builds and checks each row, and this command writes this page:
+`{command}`. A row with a comma is a type around another
+decoder, or with options of its published checkpoints. *Images*: `placeholders` are found by the
+token that stands for them; with `vision_mask` the model's own path of images was not run, and the
+mask said what is vision.
 """
 
 
@@ -37,7 +39,7 @@ def page(results: dict[str, Any]) -> str:
     refused = sum(map(len, none.values()))
     lines = [
         HEAD.format(version=results["transformers"], command=COMMAND),
-        f"Of {len(rows)} rows, {len(whole)} are exact under every policy, {len(some)} under some, and {refused} are",
+        f"Of {len(rows)} rows, {len(whole)} are exact under every policy, {len(some)} under some, {refused} are "
         "refused.",
         "",
         "## Exact under every policy",
