@@ -263,7 +263,7 @@ def all_keys(cache: Cache | None, layer_idx: int, start: Track, length: int) -> 
     track = start.append(None, length)
     if cache is None or layer_idx >= len(cache.layers):
         return Keys(track, number=track.length, width=track.length, offset=0)
-    width, offset = cache.layers[layer_idx].get_mask_sizes(length)
+    width, offset = cache.layers[layer_idx].get_mask_sizes(length)  # type: ignore[union-attr]
     return Keys(track, number=width, width=width, offset=offset)
 
 
