@@ -309,9 +309,10 @@ def estimate(
         dtype=dtype,
         checkpointing=train.gradient_checkpointing,
         eager=model_config._attn_implementation == "eager",
-    ) + logit_bytes(model_config, answers, teacher=teacher is not None)
+    )
+    logits = logit_bytes(model_config, train.batch_size * answers, teacher=teacher is not None)
     held = weight_bytes(model) + (0 if teacher is None or teacher is model else weight_bytes(teacher))
-    peak = held + train.batch_size * each
+    peak = held + train.batch_size * each + logits
     step = (
         train.batch_size
         * train.accumulation

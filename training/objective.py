@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from latefusion.data.collate import IGNORE, label_columns
 from latefusion.models.attach import Attachment
-from latefusion.models.inputs import fresh_inputs
+from latefusion.models.inputs import fresh_inputs, unwrapped
 from latefusion.models.policies.base import Policy
+from latefusion.training.loss import Read, Teaching, Terms, answer_loss
 from latefusion.training.order import teacher_runs
+from latefusion.training.readout import Readout
 from latefusion.training.step_cost import backward_ends, computed_flops
 from latefusion.training.teacher import OtherTeacher
 from latefusion.training.vision_tower import VisionTower
@@ -79,8 +80,11 @@ class Objective:
         self.share, self.seed = share, seed
         self.taught = teacher_runs(0, share=share, seed=seed)
         self.tower = VisionTower(model, blank=blank, sharded=sharded)
+        self.readout = Readout(unwrapped(model), sharded=sharded)
         self.other = other if self.teacher is not None else None
         self.vocabulary = vocabulary
+        self._others_readout = None if self.other is None else Readout(self.other.model)
+        self.width = self.readout.model.config.get_text_config().vocab_size
 
     def __call__(
         self, forward: Callable[..., Any], batch: dict[str, Any], *, count: Tensor | int
@@ -115,42 +119,55 @@ class Objective:
                 if self.tower.needs_blank(raw):
                     self.tower.encode_blank(labels.device)
 
+        label, sums = targets[learnt], Terms(labels.device)  # [N]
+        weight, cached, taught = self.weight / self.share, None, None
+        if self.weight > 0 and self.taught and offline_tokens is not None:
+            cached = {"tokens": offline_tokens, "logprobs": offline_logprobs}
         with self.prompts_end(queries, labels != IGNORE):
-            teacher_logits = None  # [N, V]
             if self.teacher is not None and self.taught:
-                teacher_logits = self.teacher_logits(inputs if self.other is None else raw, learnt)
-            teacher_flops = 0.0 if teacher_logits is None else self._teacher_flops(learnt.numel())
+                cached, taught = None, self.teacher_rows(inputs if self.other is None else raw, learnt)
+            teacher_flops = 0.0 if taught is None else self._teacher_flops(len(label))
             zero = None
             if not self.share_images:
                 inputs, zero = self.tower.run_first(inputs, labels.device)
+
+            def loss_of(rows: Tensor, read: Read, trained: Sequence[Tensor] = ()) -> Tensor:
+                says: Any = cached if taught is None else {"rows": taught[0], "read": taught[1](read)}
+                teaching = None
+                if says is not None:
+                    how = {"temperature": self.temperature, "by_label": self.by_label}
+                    teaching = Teaching(**says, **how, vocabulary=self.vocabulary)
+                return answer_loss(
+                    rows, label, read, teaching, sums, weight=weight, width=self.width, trained=trained
+                )
+
             with self.tower.zero_added(zero):
-                logits = forward(**fresh_inputs(inputs)).logits[learnt].float()  # [N, V]
-        ce = F.cross_entropy(logits, targets[learnt], reduction="sum")
-        kl = torch.zeros_like(ce)
-        shared = logits[:, : self.vocabulary]
-        label, weights = targets[learnt], None  # [N]
-        choices = None  # [N], the teacher's
-        if teacher_logits is not None:
-            choices = teacher_logits.argmax(-1)
-            if self.by_label:
-                logprobs = (teacher_logits / self.temperature).log_softmax(-1)  # [N, V]
-                weights = logprobs.gather(1, label[:, None])[:, 0].exp()
-            kl = distillation(shared, teacher_logits, self.temperature, weights)
-        elif self.weight > 0 and self.taught and offline_tokens is not None:
-            choices = offline_tokens[:, 0]
-            if self.by_label:  # 0 if the label is not among the kept tokens
-                weights = (offline_logprobs.exp() * (offline_tokens == label[:, None])).sum(-1)
-            kl = distillation_from(shared, offline_tokens, offline_logprobs, self.temperature, weights)
-        loss = ce + self.weight / self.share * kl
-        terms = {"ce": ce.detach(), "kl": kl.detach(), "tokens": learnt.sum()}
+                loss = self._student(forward, fresh_inputs(inputs), learnt, loss_of)
+        terms = {"ce": sums.ce, "kl": sums.kl, "tokens": learnt.sum()}
         if self.teacher is not None or (self.weight > 0 and offline_tokens is not None):
-            right = choices == label if choices is not None else torch.zeros_like(label)
-            terms |= {"taught": self.taught * learnt.sum(), "teacher_right": right.sum()}
+            terms |= {"taught": self.taught * learnt.sum(), "teacher_right": sums.right}
         if self.counts:
-            terms["flops"] = torch.tensor(
-                teacher_flops + self._student_flops(learnt.numel()), device=ce.device
-            )
+            flops = teacher_flops + self._student_flops(len(label))
+            terms["flops"] = torch.tensor(flops, device=loss.device)
         return loss / count, terms
+
+    def _student(
+        self,
+        forward: Callable[..., Any],
+        inputs: dict[str, Any],
+        learnt: Tensor,
+        loss_of: Callable[..., Tensor],
+    ) -> Tensor:
+        """`loss_of(rows, read, trained)`, computed inside the student's forward, where its output head would run."""
+        readout = self.readout
+        if not readout.splits:
+            return loss_of(forward(**inputs).logits[learnt], _as_it_is)
+
+        def use(rows: Tensor) -> dict[str, Tensor]:
+            return {"loss": readout.call_head(rows, lambda rows, read: loss_of(rows, read, readout.weights))}
+
+        with readout.ending_before_head(learnt, use):
+            return forward(**inputs)["loss"]
 
     def at(self, step: int, steps: int) -> None:
         """Set what changes from step to step (from 0) of a run: whether the teacher runs, and the student's policy."""
@@ -166,25 +183,45 @@ class Objective:
         columns = label_columns(labels)  # [R]
         inputs.update(logits_to_keep=columns, use_cache=False)
         with self.prompts_end(queries, labels != IGNORE):
-            return self.teacher_logits(inputs, labels[:, columns + 1] != IGNORE)
+            rows, reading = self.teacher_rows(inputs, labels[:, columns + 1] != IGNORE)
+        if self.other is not None or not self.readout.splits:
+            logits = reading(_as_it_is)(rows)
+        else:
+            logits = self.readout.call_head(rows, lambda rows, read: reading(read)(rows))
+        return logits[:, : self.vocabulary].float()
 
     @torch.no_grad()
-    def teacher_logits(self, inputs: dict[str, Any], learnt: Tensor) -> Tensor:
-        """The teacher's logits at the positions `learnt` (bool `[B, R]`), float32 `[N, V]`."""
+    def teacher_rows(self, inputs: dict[str, Any], learnt: Tensor) -> tuple[Tensor, Callable[[Read], Read]]:
+        """What the teacher's output head gets at the positions `learnt` (bool `[B, R]`), `[N, D]`.
+
+        Where its head cannot run apart from its forward, the logits `[N, V]`.
+
+        Returns:
+            The rows, and a function that makes the way from them to logits of the student's.
+        """
         if self.other is not None:
             # without autocast: in the dtype of its weights, as at inference
             with torch.autocast(learnt.device.type, enabled=False):
                 if self.other.sharded:
                     tower = VisionTower(self.other.model, blank=self.tower.blank, sharded=self.tower.sharded)
                     inputs, _ = tower.run_first(inputs, learnt.device)
-                return self.other.forward(**fresh_inputs(inputs)).logits[learnt][:, : self.vocabulary].float()
+                readout = self._others_readout
+                if (
+                    readout is None or self.other.sharded
+                ):  # its head's weights are gone once its forward has ended
+                    return self.other.forward(**fresh_inputs(inputs)).logits[learnt], lambda read: _as_it_is
+                with readout.ending_before_head(learnt, _as_it_is):
+                    return self.other.forward(**fresh_inputs(inputs)), lambda read: readout.read
         training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter(), self.attachment.using(self.teacher):
                 if not self.share_images:
                     inputs, _ = self.tower.run_first(inputs, learnt.device)
-                return self.model(**fresh_inputs(inputs)).logits[learnt].float()
+                if not self.readout.splits:
+                    return self.model(**fresh_inputs(inputs)).logits[learnt], lambda read: read
+                with self.readout.ending_before_head(learnt, _as_it_is):
+                    return self.model(**fresh_inputs(inputs)), self.readout.of_base
         finally:
             self.model.train(training)
 
@@ -218,43 +255,5 @@ class Objective:
         return float(forward + backward * computed_flops(self.attachment, config, scored, first=first))
 
 
-def distillation(
-    logits: Tensor, teacher_logits: Tensor, temperature: float, weights: Tensor | None = None
-) -> Tensor:
-    """`temperature^2 * KL(softmax(teacher_logits / temperature) || softmax(logits / temperature))`, summed.
-
-    Args:
-        logits, teacher_logits: of student and teacher, `[N, V]`.
-        weights: of the tokens in the sum, `[N]`; None: all 1.
-    """
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    if weights is None:
-        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
-    kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)  # [N]
-    return temperature**2 * (weights * kl).sum()
-
-
-def distillation_from(
-    logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float, weights: Tensor | None = None
-) -> Tensor:
-    """`distillation` from the teacher's likeliest tokens; the rest of the vocabulary counts as one.
-
-    With the whole vocabulary it is `distillation`; with less it is a lower bound of it.
-
-    Args:
-        logits: of the student, `[N, V]`.
-        tokens: int64 `[N, k]`; logprobs: of the teacher at them, at this temperature, `[N, k]`.
-        weights: of the tokens in the sum, `[N]`; None: all 1.
-    """
-    student = F.log_softmax(logits / temperature, dim=-1)  # [N, V]
-    at = student.gather(1, tokens)  # [N, k]
-    terms = logprobs.exp() * (logprobs - at)
-    scale = 1.0 if weights is None else weights[:, None]  # [N, 1]
-    kl = (scale * terms.masked_fill(logprobs == float("-inf"), 0)).sum()
-    if tokens.shape[1] < logits.shape[1]:
-        others = student.scatter(1, tokens, float("-inf")).logsumexp(-1)  # [N]
-        rest = 1 - logprobs.exp().sum(-1)  # [N]
-        left = torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0)  # [N]
-        kl = kl + (left if weights is None else weights * left).sum()
-    return temperature**2 * kl
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows

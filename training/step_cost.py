@@ -13,6 +13,7 @@ from latefusion.models.flops import decoder_flops, head_flops
 from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
+from latefusion.training.loss import LOGITS
 
 PROBE_SECONDS = 0.1  # how long the matrix products run that measure this machine's speed
 OPTIMIZER_BYTES = 12  # gradient and two Adam moments of a trained weight, float32
@@ -129,8 +130,11 @@ def activation_bytes(
 
 
 def logit_bytes(config: PretrainedConfig, answers: int, *, teacher: bool) -> int:
-    """Bytes of the answer tokens' logits in float32: of student and teacher, with log-probabilities and gradients."""
-    return 4 * answers * config.get_text_config().vocab_size * (3 + 3 * teacher)
+    """Bytes of the logits in float32 that exist at once, of all `answers` tokens of a batch.
+
+    Of student and teacher, with log-probabilities and gradients; at most `loss.LOGITS` of each.
+    """
+    return 4 * min(LOGITS, answers * config.get_text_config().vocab_size) * (3 + 3 * teacher)
 
 
 def flops_per_second(width: int, dtype: torch.dtype) -> float:

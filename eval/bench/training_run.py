@@ -46,7 +46,7 @@ WATCHED = {
     (Checked, "__getitem__"): "loading",
     (Guard, "__call__"): "loading",
     (VisionTower, "encode"): "tower",
-    (Objective, "teacher_logits"): "teacher",
+    (Objective, "teacher_rows"): "teacher",
     (Objective, "__call__"): "student",
     (Accelerator, "backward"): "backward",
     (StudentTrainer, "_clip_grad_norm"): "optimizer",

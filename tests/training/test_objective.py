@@ -11,7 +11,7 @@ from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import assemble
-from latefusion.training.objective import distillation
+from latefusion.training.loss import distillation
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_teacher_is_the_base_under_its_policy_whatever_was_trained(rows, teacher
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
     learnt = torch.ones_like(batch["labels"], dtype=torch.bool)
     with student.attachment.queries(batch["queries"]):
-        taught = objective.teacher_logits(inputs, learnt)
+        rows, reading = objective.teacher_rows(inputs, learnt)
+        taught = objective.readout.call_head(rows, lambda rows, read: reading(read)(rows))
     base, _ = tiny_base()
     attachment = attach(base, objective.teacher)
     with torch.no_grad(), attachment.queries(batch["queries"]):

@@ -17,7 +17,7 @@ from latefusion.data.load import training_data
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.check import check_config
 from latefusion.training import assemble
-from latefusion.training.objective import distillation, distillation_from
+from latefusion.training.loss import distillation, distillation_from
 from latefusion.training.offline import Taught, expected
 
 VOCABULARY = 10_000  # more than there are tokens: all of them

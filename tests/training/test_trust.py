@@ -17,7 +17,7 @@ from latefusion.eval.evaluate import note_on
 from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.training import assemble, trust
-from latefusion.training.objective import distillation, distillation_from
+from latefusion.training.loss import distillation, distillation_from
 
 DATA = ("data.scenes=4", "model.visipruner.boundary=1")
 
