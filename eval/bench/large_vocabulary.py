@@ -1,6 +1,6 @@
 """What the loss costs in parts and over whole logits: peak memory and CPU time, at a large vocabulary and the embedded.
 
-    python eval/bench/loss.py --threads 1 --clock cpu --json outputs/bench_loss.json
+    python eval/bench/large_vocabulary.py --threads 1 --clock cpu --json outputs/bench_loss.json
 
 Three measurements, each in turn within every round (`executor.py` says why):
 
