@@ -7,7 +7,7 @@ tokens leave, their layers compute what the dense model's do, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from latefusion.models.attach import Attachment
-from latefusion.models.executor.around import Around
+from latefusion.models.executor.around import Around, beneath
 from latefusion.models.executor.trace import PrefillTrace
 from latefusion.models.policies.base import LooksAhead
 
@@ -49,15 +49,14 @@ class SharedPrefix:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Prefills inside keep their first layers' results, and take over those that are there."""
-        layers = self.attachment.layers
-        around = [Around(layer, "forward", partial(self._run, i)) for i, layer in enumerate(layers)]
-        try:
+        with ExitStack() as stack:
+            for i, layer in enumerate(self.attachment.layers):
+                top = layer.forward
+                stock = top.stock if isinstance(top, Around) else top  # what the policy runs around
+                stack.enter_context(beneath(layer, "forward", partial(self._run, i, stock)))
             yield
-        finally:
-            for one in around:
-                one.remove()
 
-    def _run(self, i: int, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, i: int, stock: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length(i) or not self._as_dense(i):
             return stock(*args, **kwargs)

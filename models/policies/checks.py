@@ -46,7 +46,7 @@ def check_ratio(name: str, ratio: float) -> None:
     """Raise ValueError unless `ratio` is a share of the vision tokens to keep."""
     if not 0 < ratio <= 1:
         raise ValueError(
-            f"{name}={ratio} is the share of vision tokens to keep; choose it above 0, at most 1."
+            f"{name}={ratio:g} is the share of vision tokens to keep; choose it above 0, at most 1."
         )
 
 

@@ -193,7 +193,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
     entry = CalibratedEntry(hidden_size=32, places=4)
     entry.weight.normal_(0, 0.2)
     save_file(dict(entry.state_dict()), tmp_path / "p" / "entry.safetensors")
-    (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\n")
+    (tmp_path / "p" / "schedule.yaml").write_text("enter: 1\nexit: 3\nkeep: {2: 2}\nranking: question\n")
     small = ["train.dtype=float32", "train.threads=1", "train.batch_size=2", "train.steps=1", "data.scenes=2"]
     small += [
         "eval.enabled=false",
