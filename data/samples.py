@@ -30,9 +30,9 @@ KEYS = {  # where a part of a message keeps its own image or video
 }
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}
 SETTINGS = ("fps", "max_frames")  # which a part of a message may have beside its video
-UNSUPPORTED = {  # columns that hold what is not read: video_url, audio, audio_path, ...
-    kind: re.compile(rf"{kind}s?(_?(url|uri|path|file|name|filename|byte|frame)s?)?", re.IGNORECASE)
-    for kind in ("video", "audio")
+UNSUPPORTED = {  # columns that hold what is not read: video_url, frames, audio, audio_path, ...
+    kind: re.compile(rf"{kind}s?(_?(url|uri|path|file|name|filename|byte|frame)s?)?{more}", re.IGNORECASE)
+    for kind, more in (("video", "|frames"), ("audio", ""))
 }
 
 Sources = dict[str, list[Any]]  # of images and videos, by kind
@@ -127,7 +127,13 @@ def conversation_of(record: dict[str, Any], *, answered: bool = True) -> tuple[l
 def refuse_unsupported(record: dict[str, Any]) -> None:
     """Raise BadSample if a record has audio, or video in a column that is not read."""
     for kind, names in UNSUPPORTED.items():
-        hidden = (name for name in record if names.fullmatch(str(name)) and record[name])
+        hidden = (
+            name
+            for name, value in record.items()
+            if names.fullmatch(str(name))
+            and value
+            and not isinstance(value, (int, float))  # a number of frames
+        )
         if column := next((name for name in hidden if name not in COLUMNS.get(kind, ())), None):
             fix = "name it videos" if kind == "video" else "only text, images and videos can be learnt"
             raise BadSample(f"has {kind} in its column {column!r}; {fix}")

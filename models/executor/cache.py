@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -165,7 +165,8 @@ class ScheduledSlidingLayer(_Scheduled, DynamicSlidingWindowLayer):
 SUPPORTED: dict[type, Any] = {DynamicLayer: ScheduledLayer, DynamicSlidingWindowLayer: ScheduledSlidingLayer}
 UNCHANGED = {
     LinearAttentionLayer,  # a state of fixed size: a token that was not read has left no trace
-    DummyLayer,  # nothing: the layer attends to the keys of another, or not at all
+    # nothing: the layer attends to the keys of another, or not at all (transformers 5.16 has no such class)
+    getattr(cache_utils, "DummyLayer", LinearAttentionLayer),
 }
 
 

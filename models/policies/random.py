@@ -18,7 +18,7 @@ class Random:
     """From `layer` on, a random share of the vision tokens stays.
 
     Which ones is a function of the seed and the prompt's numbers of vision and text tokens: the same on every machine,
-    in every batch, and for every policy object.
+    in every batch, and for every policy object. A prompt that comes in chunks is drawn from chunk by chunk.
 
     Args:
         layer: first layer that computes fewer; 0: they never enter the decoder.

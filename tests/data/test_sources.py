@@ -106,6 +106,10 @@ BAD_MESSAGES = [
         for name in ("video_url", "video_path", "Video", "audio_file", "audio_urls")
     ),
     (
+        {"messages": [QUESTION, ANSWER], "frames": ["a.png"]},
+        "has video in its column 'frames'; name it videos",
+    ),
+    (
         {"messages": [turn("user", {"type": "image", "image": "a.png"}, IMAGE_PART), ANSWER]},
         r"has 0 image\(s\) in its column but 1 image part\(s\) without an image",
     ),
