@@ -1,16 +1,19 @@
-"""Text-only samples side by side in a row instead of one below the other: no padding is computed.
+"""Samples side by side in a row instead of one below the other: less padding is computed, or none.
 
 A packed row is `sample 1, sample 2, ...` without a mask: positions begin again with every sample, by which the mask
-functions of transformers and its flash attention tell them apart, so none sees another. Every token's output, and so
-loss and gradients, are those of a row of its own.
+functions of transformers and its flash attention tell them apart, so none sees another. `samples` says the same to the
+executor: each sample's vision tokens are ranked, removed, entered and read as in a row of its own. Every token's
+output, and so loss and gradients, are those of such a row.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -18,43 +21,75 @@ from transformers.utils.generic import is_flash_attention_requested
 from latefusion.data.collate import IGNORE
 
 TAUGHT = ("teacher_tokens", "teacher_logprobs")  # [N, k], by label token, sample by sample
+IMAGES = ("pixel_values", "mm_encoder_outputs")  # arguments that bring images
+WIDER = 2  # a row with images gets as long as this many of the longest sample: its layers of text alone are shorter
 
 
 class Packed:
-    """A collator that packs the samples of batches without images; batches with images stay as they are.
+    """A collator that packs the samples of a batch.
+
+    Samples with images keep their order, since the order of the images is theirs. Under flash attention a batch with
+    images stays as it is: its kernel would let samples see each other once vision tokens have left.
 
     Args:
         collator: makes the batches, padded on the right.
         one_row: put all samples into one row, as flash attention needs it. Elsewhere a row gets no longer than the
-            longest sample, so that the mask `[B, 1, T, T]` never grows.
+            longest sample, or twice that with images, so that the mask `[B, 1, T, T]` stays small.
         axes: number of positions of a token: 1, or more for a decoder with multimodal RoPE.
+        rope: the model's own positions of a batch with images, `(input_ids, ...) -> ([axes - 1, B, T], ...)`, where
+            they are not 0, 1, 2, ...
+        pictures: pack batches with images, too.
     """
 
-    def __init__(self, collator: Callable[..., dict[str, Tensor]], *, one_row: bool, axes: int):
-        self.collator, self.one_row, self.axes = collator, one_row, axes
+    def __init__(
+        self,
+        collator: Callable[..., dict[str, Tensor]],
+        *,
+        one_row: bool,
+        axes: int,
+        rope: Callable[..., tuple[Tensor, Any]] | None = None,
+        pictures: bool = True,
+    ):
+        self.collator, self.one_row, self.axes, self.rope = collator, one_row, axes, rope
+        self.pictures = pictures and not one_row and (axes == 1 or rope is not None)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, collator: Callable[..., dict[str, Tensor]]) -> Packed:
+    def of(
+        cls, model: PreTrainedModel, collator: Callable[..., dict[str, Tensor]], *, pictures: bool = True
+    ) -> Packed:
         """A packing collator that suits the model's attention and positions."""
         text = model.config.get_text_config()
         multimodal = "mrope_section" in (text.rope_parameters or {})
-        return cls(collator, one_row=is_flash_attention_requested(text), axes=4 if multimodal else 1)
+        return cls(
+            collator,
+            one_row=is_flash_attention_requested(text),
+            axes=4 if multimodal else 1,
+            rope=getattr(model.base_model, "get_rope_index", None) if multimodal else None,
+            pictures=pictures,
+        )
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         batch = self.collator(samples)
-        shape = batch["input_ids"].shape
-        text = all(v.shape == shape for name, v in batch.items() if name not in ("queries", *TAUGHT))
-        return self.packed(batch) if text else batch
+        pictured = any(name.startswith(IMAGES) for name in batch)
+        if pictured and not self.pictures:
+            return batch
+        return self.packed(batch, pictured=pictured)
 
-    def packed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A text-only batch `[B, T]` as `[R, T']`; `labels` and `queries` (and a teacher's answers) go along.
+    def packed(self, batch: dict[str, Any], *, pictured: bool = False) -> dict[str, Any]:
+        """A batch `[B, T]` as `[R, T']`; `labels` and `queries` (and a teacher's answers) go along.
+
+        Args:
+            pictured: it has images, whose tensors stay as they are.
 
         Returns:
-            The batch with `position_ids` (`[R, T']`, or `[axes, R, T']`) in place of `attention_mask`.
+            The batch with `position_ids` (`[R, T']`, or `[axes, R, T']`) in place of `attention_mask`, and `samples`
+            int64 `[R, T']`, the sample of each token in the order of the rows, -1 for padding.
         """
         mask, labels, queries = batch["attention_mask"], batch["labels"], batch["queries"]
         lengths = mask.sum(1).tolist()
-        rows = [list(range(len(lengths)))] if self.one_row else fitted(lengths)
+        shape, rows = mask.shape, [list(range(len(lengths)))]
+        if not self.one_row:
+            rows = in_order(lengths, WIDER * max(lengths)) if pictured else fitted(lengths)
         width = max(sum(lengths[i] for i in row) for row in rows)
 
         def joined(values: Tensor, fill: int) -> Tensor:
@@ -67,21 +102,45 @@ class Packed:
 
         pads = batch["input_ids"][mask == 0]
         fills = {"input_ids": int(pads[0]) if len(pads) else 0, "labels": IGNORE}
-        others = ("attention_mask", "queries", *TAUGHT)
         kept = {
-            name: joined(values, fills.get(name, 0)) for name, values in batch.items() if name not in others
+            name: joined(values, fills.get(name, 0)) if getattr(values, "shape", None) == shape else values
+            for name, values in batch.items()
+            if name not in ("attention_mask", "queries", *TAUGHT)
         }
+        order = [i for row in rows for i in row]
+        number = torch.tensor(order).argsort()[:, None].expand(shape)  # in the order of the rows
+        kept["samples"] = joined(number, -1)
         kept["queries"] = _moved(queries, rows, lengths)
         if TAUGHT[0] in batch:
             counts = (labels[:, 1:] != IGNORE).sum(1).tolist()
-            order = [i for row in rows for i in row]
             for name in TAUGHT:
                 parts = batch[name].split(counts)
                 kept[name] = torch.cat([parts[i] for i in order])
         steps = torch.arange(mask.shape[1]).expand_as(mask)
         positions = joined(steps, 0)  # [R, T']
-        kept["position_ids"] = positions if self.axes == 1 else positions.expand(self.axes, -1, -1)
+        if self.axes > 1:
+            axes = [positions] * (self.axes - 1)
+            if pictured:
+                assert self.rope is not None
+                names = inspect.signature(self.rope).parameters
+                own = self.rope(**{name: value for name, value in batch.items() if name in names})[0]
+                axes = [joined(axis, 0) for axis in own]  # [R, T'] each
+            positions = torch.stack([positions, *axes])  # the first tells samples apart
+        kept["position_ids"] = positions
         return kept
+
+
+def in_order(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Samples by row, in their order: each into the row of the one before while it has room."""
+    rows: list[list[int]] = []
+    free = 0
+    for i, length in enumerate(lengths):
+        if length > free:
+            rows.append([])
+            free = room
+        rows[-1].append(i)
+        free -= length
+    return rows
 
 
 def fitted(lengths: Sequence[int]) -> list[list[int]]:
@@ -139,3 +198,41 @@ def check_isolation(model: PreTrainedModel) -> None:
             f"data.pack=true does not work with {type(model).__name__} under {model.config._attn_implementation}: "
             "packed samples would see each other; use data.pack=false."
         )
+
+
+@torch.no_grad()
+def isolates_images(model: PreTrainedModel, processor: Any) -> bool:
+    """Whether packed samples with images stay apart in this model, as its attention masks are made.
+
+    Gemma 3 lets the tokens of an image see each other both ways, and its masks then forget that rows are packed.
+    """
+    packed = Packed.of(model, dict)
+    if not packed.pictures:
+        return False
+    images = [Image.radial_gradient("L").resize((96, 64)).convert("RGB")] * 2
+    texts = [f"{processor.image_token} {word}" for word in ("a b c", "a c b")]
+    training, seconds = model.training, []
+    model.eval()
+    try:
+        for first in (0, 1):
+            batch = dict(
+                processor(
+                    text=[texts[first], texts[0]],
+                    images=[[image] for image in images],
+                    padding=True,
+                    padding_side="right",
+                    return_tensors="pt",
+                )
+            )
+            length = int(batch["attention_mask"][1].sum())
+            batch["labels"], batch["queries"] = batch["input_ids"], torch.zeros(2, 1, dtype=torch.long)
+            row = packed.packed(batch, pictured=True)
+            inputs = {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in row.items()
+                if name not in ("labels", "queries", "samples")
+            }
+            seconds.append(model(**inputs, use_cache=False).logits[:, -length:])
+    finally:
+        model.train(training)
+    return torch.equal(*seconds)

@@ -125,7 +125,9 @@ class Attachment(Hooks):
             self.prepare_reading()
 
     @contextmanager
-    def queries(self, index: Tensor, answers: Tensor | None = None) -> Iterator[Attachment]:
+    def queries(
+        self, index: Tensor, answers: Tensor | None = None, samples: Tensor | None = None
+    ) -> Iterator[Attachment]:
         """Say where prompts end in the forwards inside, if not at the last token of each sample.
 
         Args:
@@ -133,12 +135,15 @@ class Attachment(Hooks):
                 with fewer of them. Of a sample without any, a keep of a `VisionSchedule` removes nothing.
             answers: bool `[B, T]`, the answers' tokens where several turns follow each other: no policy may
                 choose vision tokens by them. None: what comes before the last query is prompt.
+            samples: int64 `[B, T]`, where several samples are packed into a row: the number of each token's sample,
+                from 0 over the whole batch, -1 for padding. Their `position_ids` must begin again with each. The policy
+                then treats each sample as it would in a row of its own. None: a row is a sample.
         """
         if index.dim() != 2 or index.dtype != torch.long:
             raise ValueError(
                 f"queries must be int64 [batch, rows], not {index.dtype} with shape {tuple(index.shape)}."
             )
-        with self._inside(end=PromptEnd(index, answers)):
+        with self._inside(end=PromptEnd(index, answers, samples=samples)):
             yield self
 
     def _generate(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from latefusion.data.bad_rows import Guard, usable
 from latefusion.data.collate import Collator, build_collator, is_ranked
-from latefusion.data.packing import Packed, check_isolation
+from latefusion.data.packing import Packed, check_isolation, isolates_images
 from latefusion.data.streaming import Stream
 from latefusion.models.base_model import load_base
 from latefusion.models.policies.base import Policy
@@ -158,13 +158,16 @@ def guarded(config: Config, collator: Any, dataset: Any, *, folder: str | None =
 
 
 def packing(config: Config, student: Student, collator: Guard) -> Guard | Packed:
-    """The collator, which packs samples without images if `data.pack` says so and the model can take it."""
+    """The collator, which packs samples if `data.pack` says so and the model can take it."""
     if not config.data.pack:
         return collator
     model = student.attachment.model
-    if not (config.engine.deepspeed or config.engine.fsdp):  # whose weights may lie in shards already
-        check_isolation(model)
-    return Packed.of(model, collator)
+    if config.engine.deepspeed or config.engine.fsdp:  # whose weights may lie in shards already
+        return Packed.of(model, collator, pictures=False)
+    check_isolation(model)
+    with student.attachment.using(VisionSchedule()):
+        pictures = isolates_images(model, student.processor)
+    return Packed.of(model, collator, pictures=pictures)
 
 
 def objective_of(config: Config, student: Student, *, offline: bool | None = None) -> Objective:

@@ -93,8 +93,8 @@ class Objective:
 
         Args:
             forward: the student, as the engine wraps it (DDP, DeepSpeed).
-            batch: from the collator, with `labels` `[B, T]` and `queries` `[B, Q]`; with an offline teacher also
-                `teacher_tokens` and `teacher_logprobs` `[N, k]`.
+            batch: from the collator, with `labels` `[B, T]` and `queries` `[B, Q]`; packed also `samples` `[B, T]`;
+                with an offline teacher also `teacher_tokens` and `teacher_logprobs` `[N, k]`.
             count: label tokens in the whole optimizer step, over accumulation and processes.
 
         Returns:
@@ -107,7 +107,7 @@ class Objective:
             inputs.pop("teacher_tokens", None),
             inputs.pop("teacher_logprobs", None),
         )
-        labels, queries = inputs.pop("labels"), inputs.pop("queries")
+        labels, queries, samples = inputs.pop("labels"), inputs.pop("queries"), inputs.pop("samples", None)
         columns = label_columns(labels)  # [R]
         targets = labels[:, columns + 1]  # [B, R]
         learnt = targets != IGNORE  # bool [B, R]
@@ -123,7 +123,7 @@ class Objective:
         weight, cached, taught = self.weight / self.share, None, None
         if self.weight > 0 and self.taught and offline_tokens is not None:
             cached = {"tokens": offline_tokens, "logprobs": offline_logprobs}
-        with self.prompts_end(queries, labels != IGNORE):
+        with self.prompts_end(queries, labels != IGNORE, samples):
             if self.teacher is not None and self.taught:
                 cached, taught = None, self.teacher_rows(inputs if self.other is None else raw, learnt)
             teacher_flops = 0.0 if taught is None else self._teacher_flops(len(label))
@@ -226,12 +226,12 @@ class Objective:
             self.model.train(training)
 
     @contextmanager
-    def prompts_end(self, queries: Tensor, answers: Tensor) -> Iterator[None]:
-        """Tell the policies of student and teacher where the prompts end and which tokens are answers."""
+    def prompts_end(self, queries: Tensor, answers: Tensor, samples: Tensor | None = None) -> Iterator[None]:
+        """Tell the policies of student and teacher where prompts end, which tokens are answers, and whose they are."""
         with ExitStack() as stack:
             for attachment in (self.attachment, self.other and self.other.attachment):
                 if attachment is not None:
-                    stack.enter_context(attachment.queries(queries, answers=answers))
+                    stack.enter_context(attachment.queries(queries, answers=answers, samples=samples))
             yield
 
     def _teacher_flops(self, scored: int) -> float:

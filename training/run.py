@@ -17,6 +17,7 @@ from transformers import set_seed
 from latefusion.data.bad_rows import SKIPPED_FILE, skipped
 from latefusion.data.collate import collator_without_weights
 from latefusion.data.load import check_questions, evaluation_questions, training_data
+from latefusion.data.packing import Packed
 from latefusion.data.samples import Refused, sentence
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.inputs import PIXELS
@@ -104,6 +105,10 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
         if first:
+            if isinstance(batches, Packed) and not batches.pictures:
+                print(
+                    "data.pack=true packs only batches without images here (docs/data.md says where and why)."
+                )
             OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))

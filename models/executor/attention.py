@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from latefusion.models.executor.masks import Mask
+from latefusion.models.executor.packed import Attended, Samples
 from latefusion.models.policies.base import AttentionCall, Decision, LooksAhead
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -63,10 +64,14 @@ class Watch:
         decision: whose `watch` names the layers.
         plain: masks hold nothing but causal order and padding.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
+        samples: of a row, if it holds several; the decision then sees each in a row of its own.
     """
 
-    def __init__(self, *, decision: Decision, plain: bool, replayed: bool):
-        self.decision, self.plain, self.replayed = decision, plain, replayed
+    def __init__(self, *, decision: Decision, plain: bool, replayed: bool, samples: Samples | None = None):
+        self.decision, self.plain, self.replayed, self.samples = decision, plain, replayed, samples
+        self._attended: tuple[Tensor, Tensor, Attended] | None = (
+            None  # of a segment: its indices, and their samples
+        )
         self._due: tuple[int, nn.Module] | None = None  # the running layer, until its attention was seen
         self._ahead: int | None = None  # the layer that is looked at before it runs
         self._unseen = _Unseen()
@@ -134,6 +139,11 @@ class Watch:
                 return attention(module, query, key, value, mask, **kwargs)
             self._due = None
         query_index, key_index = indices(key.shape[2])
+        rows_of_batch, own = (query, key, value, mask), None
+        if self.samples is not None:
+            own = self._samples_of(query_index, key_index)
+            query, key, value, mask = own.split(query, key, value, mask)
+            query_index, key_index = own.query_index, own.key_index
         few = _Rows(module, query, key, mask, kwargs, self._unseen)
         cut = self._can_be_cut(few, module)
         weights: Any = None  # of the attention, where the implementation gives them
@@ -165,6 +175,8 @@ class Watch:
             self.decision.looked(layer, call)
             raise _Looked
         replaced = self.decision.attended(layer, call)
+        if replaced is None and own is not None:
+            return attention(module, *rows_of_batch, **kwargs)
         if replaced is None:
             return call.output, weights
         if self.replayed:
@@ -172,7 +184,16 @@ class Watch:
                 f"the policy replaces the attention output of layer {layer}, which gradient checkpointing "
                 "cannot repeat: run it under torch.no_grad() or turn checkpointing off."
             )
-        return replaced, weights
+        return replaced if own is None else own.join(replaced), weights
+
+    def _samples_of(self, query_index: Tensor, key_index: Tensor) -> Attended:
+        """The samples among a layer's queries and keys, made once for a segment, whose indices are the same objects."""
+        before = self._attended
+        if before is None or before[0] is not query_index or before[1] is not key_index:
+            assert self.samples is not None
+            self._attended = query_index, key_index, Attended(self.samples, query_index, key_index)
+        assert self._attended is not None
+        return self._attended[2]
 
     def _can_be_cut(self, rows: _Rows, module: Any) -> bool:
         """Whether the first query rows can be computed without the keys after them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latefusion.models.executor.layout import Layout
+from latefusion.models.executor.packed import Samples
 from latefusion.models.policies.base import Prompt, Selection
 
 
@@ -20,10 +21,11 @@ class Entering:
     Args:
         entry: the adapter.
         prompt: None: the forward brings no vision tokens.
+        samples: of a row, if it holds several.
     """
 
-    def __init__(self, entry: nn.Module, prompt: Prompt | None):
-        self.entry, self.prompt = entry, prompt
+    def __init__(self, entry: nn.Module, prompt: Prompt | None, samples: Samples | None = None):
+        self.entry, self.prompt, self.samples = entry, prompt, samples
         self.done = False  # the adapter has run
         self._unseen = None if prompt is None else prompt.vision  # bool [B, T], not computed by any layer yet
         self._counts: Sequence[int] = () if prompt is None else prompt.n_vision  # of the unseen
@@ -38,9 +40,16 @@ class Entering:
         if new is None:
             return full
         assert self.prompt is not None
-        order = (self.prompt.vision.cumsum(1) - 1).gather(1, new.index).clamp(min=0)  # [B, n]
+        order = self._order(self.prompt.vision).gather(1, new.index).clamp(min=0)  # [B, n]
         self.done = True
         return new.put(full, self.entry(new.take(full), order))
+
+    def _order(self, vision: Tensor) -> Tensor:
+        """The number of each vision token among those of its sample, int64 `[B, T]`."""
+        if self.samples is None:
+            return vision.cumsum(1) - 1
+        order = self.samples.split(vision).cumsum(1) - 1  # [S, L]
+        return self.samples.join(order, torch.zeros_like(vision, dtype=order.dtype))
 
     def _new(self, layer: int, selection: Selection) -> Layout | None:
         """The tokens that take part for the first time, after layer 0; None if there are none."""

@@ -32,6 +32,7 @@ from latefusion.models.executor.entering import Entering
 from latefusion.models.executor.frozen_rows import SILENT_ROWS, TEXT_ROWS
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import narrows, segment_mask, shared_mask
+from latefusion.models.executor.packed import Samples
 from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.recurrence import Gaps, mixer_of, recurrence_of
@@ -54,6 +55,8 @@ class Forward:
         past: tokens that the cache has seen before.
         plain: the stock mask holds nothing but causal order and padding.
         prompt, decision: the vision tokens and what the policy says of them; None if the forward brings none.
+        asked, samples: the prompt that the policy was asked about, and where a row holds several samples, which; then
+            each has a row of its own in `asked`, else it is `prompt`.
         prompt_marked: `queries` names where the prompts of a row end.
         entry: the entry adapter, if the model has one.
         enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
@@ -73,6 +76,8 @@ class Forward:
         plain: bool,
         prompt: Prompt | None,
         decision: Decision | None,
+        asked: Prompt | None,
+        samples: Samples | None,
         prompt_marked: bool,
         entry: nn.Module | None,
         enters: int,
@@ -84,14 +89,15 @@ class Forward:
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
-        self.entering = None if entry is None else Entering(entry, prompt)
+        self.asked, self.samples = asked, samples
+        self.entering = None if entry is None else Entering(entry, prompt, samples)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
-        self.selections = None if prompt is None else Selections(prompt)
+        self.selections = None if asked is None else Selections(asked)
         self.ahead = decision.ahead if decision is not None and isinstance(decision, LooksAhead) else ()
         self.watch: Watch | None = None
         self.replayed = replayed
         if decision is not None and (decision.watch or self.ahead):
-            self.watch = Watch(decision=decision, plain=plain, replayed=replayed)
+            self.watch = Watch(decision=decision, plain=plain, replayed=replayed, samples=samples)
         self.segment = Segment()  # of the running layer; this one computes all tokens
         self.expanded = False  # the running layer's output was handed to the model at full length
         self.start = Track(tail=past, length=past)
@@ -176,7 +182,8 @@ class Forward:
     def _select(self, i: int, hidden_states: Tensor) -> Tensor:
         """Ask the policy before layer i; the hidden states of the tokens that the layer computes."""
         if i == 0 and self.decision is not None and isinstance(self.decision, SeesEmbeddings):
-            self.decision.embedded(hidden_states)
+            packed = self.samples
+            self.decision.embedded(hidden_states if packed is None else packed.split(hidden_states))
         if self.prompt is None and self.entering is not None and 0 < i == self.enters:
             hidden_states = self.entering.run_idle(hidden_states)
         selection = None if self.decision is None else self.decision.select(i)
@@ -194,7 +201,8 @@ class Forward:
         """Remove vision tokens, and let others enter: start the segment of the selection's tokens at layer i."""
         prompt, selections = self.prompt, self.selections
         assert prompt is not None and selections is not None
-        selection = selections.add(i, selection)
+        chosen = selections.add(i, selection)
+        selection = chosen if self.samples is None else self.samples.joined(chosen)
         counts, frozen = selection.counts, selection.frozen
         assert counts is not None
         full = hidden_states if self.expanded else self.segment.expand(hidden_states)
@@ -203,7 +211,7 @@ class Forward:
         if counts == prompt.n_vision and not frozen:
             self.segment = Segment()
             return full
-        self._check_choice(i, selection)
+        self._check_choice(i, chosen)
         self.gaps.check()
         # Tokens that are not active leave: they are removed by `layout.take` at the end.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
@@ -226,7 +234,7 @@ class Forward:
         That is where a row holds several samples, whose tokens would be mixed up, and where an image comes after the
         question by whose text its tokens would have to be chosen.
         """
-        prompt = self.prompt
+        prompt = self.asked
         assert prompt is not None and selection.counts is not None
         some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
         if some and prompt.late:
@@ -235,7 +243,7 @@ class Forward:
                 "of the queries: no text of the prompt has read it. Use a policy that keeps all vision tokens or none, "
                 "such as VisionSchedule(enter=..., exit=...)."
             )
-        if not prompt.packed:
+        if not prompt.packed and self.samples is None:
             return
         if is_flash_attention_requested(self.config):
             raise ValueError(
@@ -243,7 +251,7 @@ class Forward:
                 "would let them see each other once vision tokens leave: put them into rows of their own, or load the "
                 'model with attn_implementation="sdpa".'
             )
-        if some and not self.prompt_marked:
+        if some and not self.prompt_marked and self.samples is None:
             raise ValueError(
                 f"the policy chooses among the vision tokens of a row in layer {i}, but several samples are packed "
                 "into the row (position_ids begin again): put them into rows of their own, or use a policy that keeps "

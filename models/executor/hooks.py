@@ -25,6 +25,7 @@ from latefusion.models.executor.cache import check_cache, is_scheduled, is_unifo
 from latefusion.models.executor.forward import Forward, checkpoints, in_shards
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
+from latefusion.models.executor.packed import Samples
 from latefusion.models.executor.prompt import (
     PromptEnd,
     earlier_tokens,
@@ -245,7 +246,10 @@ class Hooks:
         real = None  # bool [B, T]
         if running.vision is not None or not past:
             real = real_tokens(running.padding, batch, length, tokens.device)
-        prompt, end, labels = None, self.prompt_end, None
+        prompt, end, labels, samples = None, self.prompt_end, None, None
+        if end.samples is not None and real is not None:
+            samples = Samples(end.samples.to(tokens.device))
+            real = real & (samples.number >= 0)
         if running.vision is not None and real is not None:
             vision = running.vision.to(tokens.device)
             if (
@@ -260,10 +264,13 @@ class Hooks:
                 real,
                 past=past,
                 end=end,
-                position_ids=arguments.get("position_ids"),
+                position_ids=arguments.get("position_ids") if samples is None else None,
                 num_layers=len(self.layers),
                 attention=self.attention if recurrent else (),
             )
+        asked = prompt
+        if samples is not None:
+            asked, real = None if prompt is None else samples.prompt(prompt, end), samples.valid
         config = self.decoder.config
         local = self._window is not None and past + length > self._window
         if local and (prompt is not None or touched) and is_flash_attention_requested(config):
@@ -282,7 +289,7 @@ class Hooks:
                 'its own once tokens are left out: load the model with attn_implementation="sdpa".'
             )
         policy = self.policy
-        decision = None if prompt is None else policy.begin(prompt)
+        decision = None if asked is None else policy.begin(asked)
         if prompt is not None and self.prompt_end.queries is None and _ranks(decision):
             if labels is not None:
                 self._check_labels(policy, prompt, labels)
@@ -300,11 +307,11 @@ class Hooks:
         if prompt is not None:
             check_cache(cache)
         if decision is None and entry is None and not touched:  # every token takes part in every layer
-            self._note(prompt, None, (), real, past)
+            self._note(asked, None, (), real, past)
             return None
         gaps = Gaps()
         if recurrent and prompt is not None:
-            if prompt.packed:
+            if prompt.packed or samples is not None:
                 raise ValueError(
                     "several samples are packed into a row (position_ids begin again), and the recurrent layers of "
                     "this decoder would read one after the other: put them into rows of their own."
@@ -322,6 +329,8 @@ class Hooks:
             plain=past == 0 and not local and isinstance(mask, Tensor) and mask.dim() == 2,
             prompt=prompt,
             decision=decision,
+            asked=asked,
+            samples=samples if asked is not None else None,
             prompt_marked=self.prompt_end.queries is not None,
             entry=entry,
             enters=getattr(policy, "enter", 0),
@@ -337,7 +346,7 @@ class Hooks:
         if forward.watch is not None:
             self._let_layers_be_watched()
         self._note(
-            prompt, decision, () if forward.selections is None else forward.selections.steps, real, past
+            asked, decision, () if forward.selections is None else forward.selections.steps, real, past
         )
         return forward
 

@@ -23,11 +23,14 @@ class PromptEnd:
             all, and Q may be 0); None: the last token of the prompt.
         answers: bool `[B, T]`, tokens of answers between queries; None: there are none.
         length: tokens of the prompt, padding included; those behind it are drafted or generated. None: all of them.
+        samples: int64 `[B, T]`, the sample of each token where several share a row (`packed.Samples`); None: a row is
+            a sample.
     """
 
     queries: Tensor | None = None
     answers: Tensor | None = None
     length: int | None = None
+    samples: Tensor | None = None
 
 
 def read_prompt(
@@ -62,7 +65,11 @@ def read_prompt(
         if queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
-        queries = torch.where(queries < 0, last, queries) if queries.shape[1] else last
+        if queries.shape[1]:  # a sample's own last query fills its row, its last token if it has none
+            own = torch.where(asks, queries.amax(1, keepdim=True), last)
+            queries = torch.where(queries < 0, own, queries)
+        else:
+            queries = last
         late = vision & (column > queries.amax(1, keepdim=True))
     after = real & ~vision & (vision.cumsum(1) > 0)  # bool [B, T]
     text, answer = after, None

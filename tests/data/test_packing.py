@@ -161,7 +161,13 @@ def test_a_run_with_packing_is_the_run_without(tmp_path, monkeypatch):
     base = save_tiny_base(tmp_path / "base")
     seen = []
     before = Packed.packed
-    monkeypatch.setattr(Packed, "packed", lambda self, batch: seen.append(1) or before(self, batch))
+
+    def watched(self, batch, *, pictured=False):
+        packed = before(self, batch, pictured=pictured)
+        seen.append((pictured, packed["input_ids"].shape[0] < batch["input_ids"].shape[0]))
+        return packed
+
+    monkeypatch.setattr(Packed, "packed", watched)
     rows = [{**row, "images": []} for row in TEXTS]
     Image.new("RGB", (20, 20), (200, 0, 0)).save(tmp_path / "a.png")
     rows += [
@@ -180,4 +186,5 @@ def test_a_run_with_packing_is_the_run_without(tmp_path, monkeypatch):
         lines = (tmp_path / pack / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert 0 < len(seen) < 4
+    steps = seen[-4:]  # after the check whether this model can
+    assert {pictured for pictured, _ in steps} == {True, False} and all(fewer for _, fewer in steps)
