@@ -181,8 +181,8 @@ class DataConfig:
         isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
             (one number a token) positions, under sdpa or eager attention. Under `schedule.keep` or VisiPruner, the
             questions of a row then rank its vision tokens together; without it, the text before the first answer does.
-        pack: let the samples of a batch without images share rows, each seeing itself alone, so that no padding is
-            computed; `group=modality` makes such batches.
+        pack: let the samples of a batch share rows, each seeing itself alone, so that less padding is computed.
+            Batches with images keep a row a sample under flash attention, DeepSpeed, FSDP and in Gemma 3.
         seed: for rendered scenes, mixtures and streams.
         max_length: the most tokens, vision included, that a sample may have; None: any number.
         too_long: what to do with a longer sample: `skip` or `raise`. No sample is ever cut.
