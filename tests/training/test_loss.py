@@ -100,10 +100,10 @@ def test_in_parts_as_at_once(
 
     parts = {"taught": taught_rows @ base.T} if teacher == "online" else {}
     parts |= {"kept": (tokens, logprobs)} if teacher == "cached" else {}
-    expected, ce, kl, known = plain(read(rows), labels, weight, **parts, **how)
+    expected, ce, kl, right = plain(read(rows), labels, weight, **parts, **how)
     values = [float(torch.as_tensor(x).detach()) for x in (expected, ce, kl)]
     assert [value.item(), sums.ce.item(), sums.kl.item()] == pytest.approx(values, rel=1e-9, abs=1e-12)
-    assert sums.right.item() == known
+    assert sums.right.item() == right
     assert all(g.shape == x.shape for g, x in zip(gradients, [rows, *trained], strict=True))
     if n:
         for got, want in zip(gradients, torch.autograd.grad(3 * expected, [rows, *trained]), strict=True):

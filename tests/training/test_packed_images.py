@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.families import FAMILIES, build, prompt
+from helpers.families import FAMILIES, HYBRID_FAMILIES, build, prompt
 from helpers.models_with_processors import model_and_processor
 from helpers.tiny_base import shake
 from transformers import DynamicCache
@@ -124,7 +124,9 @@ def test_under_eager_attention(name):
     assert_packed_is_alone("llava", POLICIES[name], VisiPruner(boundary=1), "eager")
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("llava", "gemma3", "paligemma")])
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f not in ("llava", "gemma3", "paligemma", *HYBRID_FAMILIES)]
+)
 def test_every_family(family):
     assert_packed_is_alone(family, POLICIES["keep"], VisiPruner(boundary=1))
 
@@ -145,7 +147,7 @@ def test_ranking_of_a_packed_sample_does_not_depend_on_its_neighbours():
 
 def test_rows_that_a_model_mixes_stay_as_they_are():
     """Gemma 3's image tokens see each other both ways, and its masks then forget that rows are packed."""
-    for family, apart in (("llava", True), ("qwen2_vl", True), ("gemma3", False)):
+    for family, apart in (("llava", True), ("qwen2_5_vl", True), ("gemma3", False)):
         assert isolates_images(*model_and_processor(family)) is apart
     batch = batch_of("gemma3", ROWS)
     assert Packed.of(build("gemma3"), lambda samples: batch, pictures=False)([]) is batch

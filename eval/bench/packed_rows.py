@@ -1,6 +1,6 @@
 """What packing rows with images saves: padding before and after, and CPU time of a training step.
 
-    python eval/bench/packing.py --threads 1 --clock cpu --json outputs/bench_packing.json
+    python eval/bench/packed_rows.py --threads 1 --clock cpu --json outputs/bench_packing.json
 
 Lengths are like those of LLaVA's instruction data, drawn, not read: 94% of the samples have one image, their text is
 log-normal around 180 tokens; the others' around 545 (`draw`). Two tables:
