@@ -202,37 +202,42 @@ def check_isolation(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def isolates_images(model: PreTrainedModel, processor: Any) -> bool:
-    """Whether packed samples with images stay apart in this model, as its attention masks are made.
+    """Whether a packed sample sees only itself, and no token after its own, beside one that has an image.
 
-    Gemma 3 lets the tokens of an image see each other both ways, and its masks then forget that rows are packed.
+    Gemma 3's image tokens see each other both ways; its masks take the positions of one sample's image for an image in
+    every sample of the row.
     """
     packed = Packed.of(model, dict)
     if not packed.pictures:
         return False
-    images = [Image.radial_gradient("L").resize((96, 64)).convert("RGB")] * 2
-    texts = [f"{processor.image_token} {word}" for word in ("a b c", "a c b")]
+    image = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+    pictured = dict(processor(text=[f"{processor.image_token} a b c"], images=[[image]], return_tensors="pt"))
+    ids = pictured["input_ids"]  # [1, T]
+    a, b = [i for i in range(3) if i != model.config.image_token_id][:2]
+    place = int((ids[0] == model.config.image_token_id).nonzero()[-1])  # of the last vision token
+    batch = {
+        name: torch.cat([value, torch.full_like(value, int(name == "attention_mask"))])
+        if value.shape == ids.shape
+        else value
+        for name, value in pictured.items()
+    }  # a sample with an image, and one of text that is as long
     training, seconds = model.training, []
     model.eval()
     try:
-        for first in (0, 1):
-            batch = dict(
-                processor(
-                    text=[texts[first], texts[0]],
-                    images=[[image] for image in images],
-                    padding=True,
-                    padding_side="right",
-                    return_tensors="pt",
-                )
+        for end, beside in ((a, a), (b, a), (a, b)):
+            changed = batch["input_ids"].clone()
+            changed[0, -1], changed[1], changed[1, place] = end, a, beside
+            row = packed.packed(
+                {**batch, "input_ids": changed, "labels": changed, "queries": changed[:, :1] * 0},
+                pictured=True,
             )
-            length = int(batch["attention_mask"][1].sum())
-            batch["labels"], batch["queries"] = batch["input_ids"], torch.zeros(2, 1, dtype=torch.long)
-            row = packed.packed(batch, pictured=True)
             inputs = {
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for name, value in row.items()
                 if name not in ("labels", "queries", "samples")
             }
-            seconds.append(model(**inputs, use_cache=False).logits[:, -length:])
+            logits = model(**inputs, use_cache=False).logits.cpu()
+            seconds.append(logits[row["samples"] == 1][:place])
     finally:
         model.train(training)
-    return torch.equal(*seconds)
+    return all(torch.equal(seconds[0], other) for other in seconds[1:])

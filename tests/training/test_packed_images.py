@@ -146,7 +146,7 @@ def test_ranking_of_a_packed_sample_does_not_depend_on_its_neighbours():
 
 
 def test_rows_that_a_model_mixes_stay_as_they_are():
-    """Gemma 3's image tokens see each other both ways, and its masks then forget that rows are packed."""
+    """Beside an image, tokens of another sample in a Gemma 3 row would see those after them."""
     for family, apart in (("llava", True), ("qwen2_5_vl", True), ("gemma3", False)):
         assert isolates_images(*model_and_processor(family)) is apart
     batch = batch_of("gemma3", ROWS)
