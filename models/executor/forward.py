@@ -65,6 +65,7 @@ class Forward:
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
         gaps: padding that recurrent layers run over.
+        shares_keys: whether any layer attends to the keys of a layer before (`shared_keys.py`).
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Forward:
         replayed: bool,
         uniform: bool,
         gaps: Gaps,
+        shares_keys: bool,
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
@@ -95,7 +97,7 @@ class Forward:
         self.selections = None if asked is None else Selections(asked)
         self.ahead = decision.ahead if decision is not None and isinstance(decision, LooksAhead) else ()
         self.watch: Watch | None = None
-        self.replayed = replayed
+        self.replayed, self.shares_keys = replayed, shares_keys
         if decision is not None and (decision.watch or self.ahead):
             self.watch = Watch(decision=decision, plain=plain, replayed=replayed, samples=samples)
         self.segment = Segment()  # of the running layer; this one computes all tokens
@@ -148,6 +150,8 @@ class Forward:
 
     def _lacks_keys(self, i: int, layer: nn.Module, cache: Cache | None) -> bool:
         """Whether a layer that computes all tokens attends to fewer; what a source layer holds is noted."""
+        if not self.shares_keys:
+            return is_scheduled_layer(cache, i)
         if reuses_keys(layer):
             return not self.shared[kind_of(layer)].complete
         lacks = is_scheduled_layer(cache, i)
@@ -279,9 +283,9 @@ class Forward:
             kwargs[SILENT_ROWS] = segment.silent
         if kwargs.get("per_layer_input") is not None:
             kwargs["per_layer_input"] = segment.take(kwargs["per_layer_input"])
-        reused = self.shared[kind_of(layer)] if reuses_keys(layer) else None
+        reused = self.shared[kind_of(layer)] if self.shares_keys and reuses_keys(layer) else None
         keys = reused or advance(cache, i, self.start, segment.layout, self.length)
-        if stores_keys(layer):
+        if self.shares_keys and stores_keys(layer):
             self.shared[kind_of(layer)] = keys
         if self.recorded is not None:
             self.recorded.keys[i] = keys

@@ -88,6 +88,7 @@ class Hooks:
     ):
         self.model, self.decoder, self.multimodal = model, decoder, multimodal
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
+        self.shares_keys = any(map(reuses_keys, self.layers))
         self.vision_mask = vision_mask
         self._threads = PerThread(Running)
         # threads in a forward with a state; asked first, as most decode steps have none
@@ -203,7 +204,7 @@ class Hooks:
         forward = None
         try:
             forward = self._begin(arguments)
-            if forward is not None and any(map(reuses_keys, self.layers)):
+            if forward is not None and self.shares_keys:
                 kwargs = {**kwargs, "logits_to_keep": None}  # Gemma 4 would leave out rows between its layers
             output = stock(*args, **kwargs)
         except BaseException:
@@ -283,7 +284,7 @@ class Hooks:
                 f"{type(self.layers[0].self_attn).__name__} computes with position_ids, which flash attention takes "
                 'for packed rows once tokens are left out: load the model with attn_implementation="sdpa".'
             )
-        if prompt is not None and is_flash_attention_requested(config) and any(map(reuses_keys, self.layers)):
+        if prompt is not None and is_flash_attention_requested(config) and self.shares_keys:
             raise ValueError(
                 f"{type(self.layers[0]).__name__} shares keys between layers, which flash attention cannot tell from "
                 'its own once tokens are left out: load the model with attn_implementation="sdpa".'
@@ -341,6 +342,7 @@ class Hooks:
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
             uniform=is_uniform(cache),
             gaps=gaps,
+            shares_keys=self.shares_keys,
         )
         self._set_forward(forward)
         if forward.watch is not None:
