@@ -144,7 +144,7 @@ class Collator:
             raise self.bad(at, samples[at], f"has an image after an answer; {fix}")
 
     def rendered(self, at: int, sample: dict[str, Any]) -> tuple[str, list[Span]]:
-        """As `render`, with a check that the text shows exactly the sample's images.
+        """Render a conversation (`render`) and check that the text shows exactly the sample's images.
 
         Raises:
             BadRow: it does not, the chat template refuses the conversation, or a token is written in a text that

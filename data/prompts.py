@@ -66,7 +66,7 @@ def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def without_image(row: dict[str, Any]) -> dict[str, Any]:
-    """The same question, asked blindly: without its images and videos."""
+    """A copy of a question without its images and videos."""
     messages = [
         {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
         for message in prompt_of(row)

@@ -184,7 +184,7 @@ def dataset(path: str, *, split: str, images: str | None = None) -> Rows:
 def stream(
     path: str, *, split: str, images: str | None = None
 ) -> tuple[datasets.IterableDataset, Path | None]:
-    """As `dataset`, read as it is used: the undecoded rows, and the folder for `sample_of`."""
+    """Open a source as a stream: its undecoded rows, and the folder for `sample_of` (see `dataset`)."""
     file = Path(path)
     if file.is_file() and file.suffix in JSON:
         rows = json_rows(path, images)

@@ -357,7 +357,7 @@ class LateFusion(lmms):
 
 
 class LateFusionSimple(LateFusion):
-    """The same by lmms-eval's older interface (`--force_simple`), which alone has tasks that rank given answers."""
+    """`LateFusion` by lmms-eval's older interface (`--force_simple`); only that one has tasks that rank answers."""
 
     is_simple = True
 

@@ -249,7 +249,7 @@ class Account:
 
     @property
     def attention_saved_after(self) -> float:
-        """The same share in the layers after the last one with all vision tokens; 0 if there are none."""
+        """`attention_saved` over the layers after the last one with all vision tokens; 0 without such layers."""
         return 1 - self.attention_after / self.dense_attention_after if self.dense_attention_after else 0.0
 
 

@@ -31,7 +31,7 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def with_features(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """As `encode_images`, by the modules of `model` itself."""
+    """Replace pixels by features (`encode_images`), computed by the modules of `model` itself."""
     encoded = {kind: vision_features(model, inputs, kind) for kind, name in PIXELS.items() if name in inputs}
     if not encoded:
         return dict(inputs)

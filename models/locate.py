@@ -27,7 +27,7 @@ def location(path: str) -> str | Path:
 
 
 def readable(path: str) -> str | Path:
-    """As `location`; `smollm_icons` is assembled from its packages first, if it was not before.
+    """The folder or hub id of a model (`location`); assembles `smollm_icons` from its packages if needed.
 
     Raises:
         FileNotFoundError: a package of `smollm_icons` is missing.

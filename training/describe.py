@@ -179,7 +179,7 @@ def videos_in_words(samples: Sequence[Any], vision: torch.Tensor, family: str) -
 
 
 def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any] | None) -> str:
-    """The same with vision tower, projector and head, which a schedule does not change; empty if they are not counted.
+    """FLOPs of the whole prefill in words: decoder, vision tower, projector and head; empty if not counted.
 
     Args:
         flops, dense: of the decoder, under the schedule and without.

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def difference(self) -> float:
-        """Of the second system to the first."""
+        """True difference in accuracy, second system minus first."""
         return (1 - self.rate) * self.won - self.rate * self.lost
 
     def draw(self, rng: np.random.Generator) -> tuple[NDArray, NDArray]:

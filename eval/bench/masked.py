@@ -14,7 +14,7 @@ from latefusion.models.schedule import VisionSchedule
 
 @contextmanager
 def masked(model: nn.Module, schedule: VisionSchedule, vision: Tensor) -> Iterator[None]:
-    """Inside, the model computes what `schedule` (with `cross`) says, over all tokens in every layer.
+    """Context in which the model computes `schedule` (with `cross`) by masks, over all tokens in every layer.
 
     In layers that do not read, masks hide the vision tokens from the text; after each layer the vision tokens' states
     are put back. With `freeze_prefix` the text before the image loses its attention output. No row is padded.

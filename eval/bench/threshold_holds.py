@@ -83,7 +83,7 @@ class Settings:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Settings:
-        """Of all these tables; the last seed's scenes are new."""
+        """Read the settings of several tables; the last seed's scenes are new."""
         tables = [np.load(path) for path in paths]
         kl, flops, seed = (
             np.concatenate([t[name] for t in tables], 1, dtype=float) for name in ("kl", "flops", "seed")

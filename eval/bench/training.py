@@ -50,6 +50,7 @@ from latefusion.eval.bench.timing import (
     write_json,
 )
 from latefusion.eval.memory import peak_bytes
+from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student, build_student
@@ -122,7 +123,7 @@ class Bench:
         plain, vision = self.step(VisionSchedule()), self.batch["input_ids"] == IMAGE_TOKEN
 
         def work() -> None:
-            with masked(self.student.model.get_base_model(), schedule, vision):
+            with masked(unwrapped(self.student.model), schedule, vision):
                 plain()
 
         return work
@@ -151,7 +152,7 @@ class Bench:
 
     def adapt(self, layers: list[bool]) -> None:
         """Adapters of other layers neither run nor learn."""
-        decoder = self.student.model.get_base_model().get_decoder()
+        decoder = unwrapped(self.student.model).get_decoder()
         for layer, adapted in zip(decoder.layers, layers, strict=True):
             for module in layer.modules():
                 if isinstance(module, BaseTunerLayer):

@@ -41,7 +41,7 @@ class _TriggeredDecision(VisiPrunerDecision):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """The same numbers of tokens as `Triggered`, the first ones, without looking at any layer."""
+    """Keep as many tokens as `Triggered`, but the first ones, without looking at any layer."""
 
     fusion: int
     kept: int

@@ -32,7 +32,7 @@ class EncodedImages:
         self.features: OrderedDict[Any, list[Tensor]] = OrderedDict()  # the one used last at the end
 
     def encode(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As `encode_images`, by which no later forward encodes the images of these inputs."""
+        """Replace pixels by features (`encode_images`); images that were encoded before are not encoded again."""
         parts = rows_of_images(inputs)
         if parts is None:
             return encode_images(model, inputs)

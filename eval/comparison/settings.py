@@ -30,7 +30,7 @@ class Settings:
         tasks: the questions (`eval/tasks/`).
         output: folder for the report, made if missing.
         title: heading of the report, such as the recipe's name.
-        checkpoint: where the student was saved, named in the report's "use it next"; None: there is none.
+        checkpoint: where the student was saved, named in the report's "use it next", or None.
         reference, baseline, candidate: keys of the system that ratios refer to, of the one to beat, and of
             the one that the headline speaks of.
         batch_size: questions a batch (accuracy only; latency is measured at batch 1).
@@ -39,7 +39,7 @@ class Settings:
         controls: add rows without the image, and with random tokens at the methods' budgets.
         stored: an earlier `report.json` whose reference row this run's must reproduce before others are asked.
         processes: those that share the questions; the main one measures costs and writes.
-        seed: of the run that trained the checkpoint; None: there is none.
+        seed: of the run that trained the checkpoint, or None.
         note: free text on how the checkpoint was made (steps, time), shown in the report.
         base: fingerprint of the model's weights without adapters; of students, each system has its own `source`.
 

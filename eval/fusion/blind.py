@@ -244,7 +244,7 @@ class CachedRuns:
 
     @classmethod
     def of(cls, runner: Runner, positions: Sequence[Tensor] = ()) -> CachedRuns | None:
-        """None if the heads differ between samples or text stands between images.
+        """Prepare cached runs of a batch; None if the heads differ between samples or text stands between images.
 
         Args:
             positions: what `position_ids_of` recorded in a forward over the whole batch.

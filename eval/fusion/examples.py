@@ -101,7 +101,7 @@ def maps(profile: dict[str, Any], i: int, view: View) -> list[tuple[str, Image.I
 
 
 def scaled(view: View) -> Image.Image:
-    """As large as the page wants it, its sides as those of its grid."""
+    """Scale a picture to the page's size, with the proportions of its grid."""
     wide, high = view.grid[::-1] if view.grid else view.image.size
     factor = SIDE / max(wide, high)
     size = (max(1, round(wide * factor)), max(1, round(high * factor)))

@@ -44,7 +44,7 @@ class AverageImage:
 
     @classmethod
     def of(cls, features: Tensor, vision: Tensor) -> AverageImage:
-        """Of one batch: features `[B, T, D]`, vision tokens bool `[B, T]`."""
+        """Average over one batch: features `[B, T, D]`, vision tokens bool `[B, T]`."""
         sizes = vision.sum(1)
         if bool((sizes == sizes[0]).all()):
             rows = features[vision].unflatten(0, (len(vision), -1))  # [B, K, D]

@@ -102,7 +102,7 @@ class Measurer:
         return effect["kl"], effect["right"]
 
     def kept(self, schedule: VisionSchedule, entry: CalibratedEntry | None) -> list[list[Any] | None]:
-        """Of the first few samples `[first layer, vision tokens]` of each segment of the schedule; None for others."""
+        """`[first layer, vision tokens]` of each segment of the schedule, of the first few samples; None for others."""
 
         def measure(i: int) -> dict[str, Any]:
             numbers = self.groups[i].numbers

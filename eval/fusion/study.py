@@ -167,7 +167,7 @@ class Study:
         }
 
     def flops(self, schedule: VisionSchedule) -> float:
-        """Of a prefill of the average sample, as a share of dense."""
+        """FLOPs of a prefill of the average sample under a schedule, as a share of dense."""
         config = self.measurer.model.config
         text, vision = round(self.text), round(self.vision)
         return schedule.flops(config, text, vision) / VisionSchedule().flops(config, text, vision)

@@ -42,7 +42,7 @@ def accept(
 
     Args:
         cheapest: the setting of least FLOPs whose KL on the prompts of the search is at most the first number, among
-            those of at least the second in FLOPs; None: there is none.
+            those of at least the second in FLOPs; None if no setting is.
         kl: of each confirming prompt under a setting.
         flops: of a setting, as a share of dense.
     """

@@ -83,7 +83,7 @@ class Around:
 
 @contextmanager
 def beneath(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `method` is what runs for `module.name`, within whatever stands around it."""
+    """Context in which `method` runs in place of `module.name`, inside every wrapper around it."""
     top = vars(module).get(name)
     if isinstance(top, Around):
         before, top._before = top._before, method

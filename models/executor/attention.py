@@ -78,7 +78,7 @@ class Watch:
 
     @contextmanager
     def ahead(self, layer: int) -> Iterator[None]:
-        """Inside, the layer runs up to its attention, which the decision looks at (`LooksAhead`).
+        """Context in which the layer runs only up to its attention, which the decision looks at (`LooksAhead`).
 
         Raises:
             ValueError: the layer's attention did not pass here.

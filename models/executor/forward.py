@@ -55,8 +55,9 @@ class Forward:
         past: tokens that the cache has seen before.
         plain: the stock mask holds nothing but causal order and padding.
         prompt, decision: the vision tokens and what the policy says of them; None if the forward brings none.
-        asked, samples: the prompt that the policy was asked about, and where a row holds several samples, which; then
-            each has a row of its own in `asked`, else it is `prompt`.
+        policy_prompt: the prompt that the policy sees: `prompt`, or where rows hold several samples, one with a row
+            for each of them.
+        samples: which tokens of a row belong to which sample, where rows hold several; else None.
         prompt_marked: `queries` names where the prompts of a row end.
         entry: the entry adapter, if the model has one.
         enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
@@ -77,7 +78,7 @@ class Forward:
         plain: bool,
         prompt: Prompt | None,
         decision: Decision | None,
-        asked: Prompt | None,
+        policy_prompt: Prompt | None,
         samples: Samples | None,
         prompt_marked: bool,
         entry: nn.Module | None,
@@ -91,10 +92,10 @@ class Forward:
     ):
         self.config, self.length, self.past, self.plain = config, length, past, plain
         self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
-        self.asked, self.samples = asked, samples
+        self.policy_prompt, self.samples = policy_prompt, samples
         self.entering = None if entry is None else Entering(entry, prompt, samples)
         self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
-        self.selections = None if asked is None else Selections(asked)
+        self.selections = None if policy_prompt is None else Selections(policy_prompt)
         self.ahead = decision.ahead if decision is not None and isinstance(decision, LooksAhead) else ()
         self.watch: Watch | None = None
         self.replayed, self.shares_keys = replayed, shares_keys
@@ -238,7 +239,7 @@ class Forward:
         That is where a row holds several samples, whose tokens would be mixed up, and where an image comes after the
         question by whose text its tokens would have to be chosen.
         """
-        prompt = self.asked
+        prompt = self.policy_prompt
         assert prompt is not None and selection.counts is not None
         some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
         if some and prompt.late:

@@ -269,9 +269,10 @@ class Hooks:
                 num_layers=len(self.layers),
                 attention=self.attention if recurrent else (),
             )
-        asked = prompt
+        policy_prompt = prompt
         if samples is not None:
-            asked, real = None if prompt is None else samples.prompt(prompt, end), samples.valid
+            policy_prompt = None if prompt is None else samples.prompt(prompt, end)
+            real = samples.valid
         config = self.decoder.config
         local = self._window is not None and past + length > self._window
         if local and (prompt is not None or touched) and is_flash_attention_requested(config):
@@ -290,7 +291,7 @@ class Hooks:
                 'its own once tokens are left out: load the model with attn_implementation="sdpa".'
             )
         policy = self.policy
-        decision = None if asked is None else policy.begin(asked)
+        decision = None if policy_prompt is None else policy.begin(policy_prompt)
         if prompt is not None and self.prompt_end.queries is None and _ranks(decision):
             if labels is not None:
                 self._check_labels(policy, prompt, labels)
@@ -308,7 +309,7 @@ class Hooks:
         if prompt is not None:
             check_cache(cache)
         if decision is None and entry is None and not touched:  # every token takes part in every layer
-            self._note(asked, None, (), real, past)
+            self._note(policy_prompt, None, (), real, past)
             return None
         gaps = Gaps()
         if recurrent and prompt is not None:
@@ -330,8 +331,8 @@ class Hooks:
             plain=past == 0 and not local and isinstance(mask, Tensor) and mask.dim() == 2,
             prompt=prompt,
             decision=decision,
-            asked=asked,
-            samples=samples if asked is not None else None,
+            policy_prompt=policy_prompt,
+            samples=samples if policy_prompt is not None else None,
             prompt_marked=self.prompt_end.queries is not None,
             entry=entry,
             enters=getattr(policy, "enter", 0),
@@ -348,7 +349,11 @@ class Hooks:
         if forward.watch is not None:
             self._let_layers_be_watched()
         self._note(
-            asked, decision, () if forward.selections is None else forward.selections.steps, real, past
+            policy_prompt,
+            decision,
+            () if forward.selections is None else forward.selections.steps,
+            real,
+            past,
         )
         return forward
 

@@ -96,7 +96,7 @@ class Samples:
                 "samples packed into a row have to come in one forward, with attachment.queries(index, samples=...)."
             )
         answers = None if end.answers is None else self.split(end.answers.to(self.number.device))
-        asked = read_prompt(
+        per_sample = read_prompt(
             self.split(prompt.vision),
             self.valid,
             past=0,
@@ -104,8 +104,8 @@ class Samples:
             position_ids=None,
             num_layers=prompt.num_layers,
         )
-        assert asked is not None  # the rows have vision tokens
-        return asked
+        assert per_sample is not None  # the rows have vision tokens
+        return per_sample
 
     @cached_property
     def row(self) -> Tensor:
@@ -114,7 +114,7 @@ class Samples:
 
     @cached_property
     def rows(self) -> list[int]:
-        """The same on the host."""
+        """`row` as a list, on the host."""
         return self.row.tolist()
 
     def queries(self, queries: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class PromptEnd:
     Attributes:
         queries: int64 `[B, Q]`, positions of the tokens that an answer follows, -1 for none (a sample may have none at
             all, and Q may be 0); None: the last token of the prompt.
-        answers: bool `[B, T]`, tokens of answers between queries; None: there are none.
+        answers: bool `[B, T]`, tokens of answers between queries; None without any.
         length: tokens of the prompt, padding included; those behind it are drafted or generated. None: all of them.
         samples: int64 `[B, T]`, the sample of each token where several share a row (`packed.Samples`); None: a row is
             a sample.

@@ -79,7 +79,7 @@ class Gaps:
 
     @classmethod
     def of(cls, real: Tensor, earlier: Tensor | bool) -> Gaps:
-        """Of a forward's rows, bool `[B, T]`, of which some have `earlier` tokens in the cache (bool `[B, 1]`)."""
+        """Find the gaps in a forward's rows, bool `[B, T]`; `earlier`: rows with tokens in the cache, bool `[B, 1]`."""
         before = (real.cumsum(1) > 0) | earlier
         after = real.flip(1).cumsum(1).flip(1) > 0
         gaps = ~real & before

@@ -152,7 +152,7 @@ class _Sums:
         return int(self.n.sum())
 
     def pooled(self) -> _Sums:
-        """The same sums with all tokens at one place."""
+        """These sums added up over places, as if all tokens stood at one."""
         x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
         return replace(self, x=x, y=y, n=n)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base, load_processor
+from latefusion.models.inputs import unwrapped
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
     BASE,
@@ -274,7 +275,7 @@ def merge_adapters(student: Student) -> Merge:
     The sums are made in float32 and rounded once to the weights' dtype.
     """
     student.attachment.detach()
-    base = student.model.get_base_model()
+    base = unwrapped(student.model)
     dtype = base.dtype
     changed, difference, change = 0, 0.0, 0.0
     for module in student.model.modules():

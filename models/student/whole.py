@@ -134,7 +134,7 @@ class _Loaded:
     def from_pretrained(
         cls, path: Any, *args: Any, output_loading_info: bool = False, **settings: Any
     ) -> Any:
-        """As transformers' own, with the schedule attached.
+        """Load a checkpoint as transformers does, and attach its schedule.
 
         Raises:
             ValueError: the entry adapter's weights are not there.

@@ -23,7 +23,7 @@ def names_of(arguments: type) -> set[str]:
     return {field.name for field in fields(arguments)}
 
 
-FOLDERS = ("recipes", "models", "data", "training", "eval", "tests", "docs")
+FOLDERS = ("recipes", "models", "serving", "data", "training", "eval", "tests", "docs")
 WIDTH = 100
 PAGES = [
     ROOT / "README.md",

@@ -184,6 +184,6 @@ def test_the_cost_that_is_announced_is_an_upper_bound_for_what_is_measured(tmp_p
 def test_answers_too_many_to_hold_are_announced_as_computed_again() -> None:
     config = shared("llava").config
     few, many = (Shape(4, n, 700, 601, 600, tried=True, cached=True) for n in (8, 2**23))
-    held, anew = plan.make_plan(config, [few] * 2), plan.make_plan(config, [few, many])
-    assert held.hold and not anew.hold
-    assert anew.cost.deciding - held.cost.deciding == pytest.approx(plan.SCHEDULES)
+    held, fresh = plan.make_plan(config, [few] * 2), plan.make_plan(config, [few, many])
+    assert held.hold and not fresh.hold
+    assert fresh.cost.deciding - held.cost.deciding == pytest.approx(plan.SCHEDULES)

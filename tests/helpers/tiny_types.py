@@ -237,11 +237,11 @@ def shrunk(model_type: str, decoder: str | None = None, **changes: Any) -> Any:
 
 def numbered(values: dict[str, Any]) -> dict[str, int]:
     """Token numbers inside the small vocabulary: the placeholders of `families.prompt`, and others above 102."""
-    known = {"pad": 0, "bos": 1, "eos": 2, "image": IMAGE, "img": IMAGE, "video": VIDEO}
+    fixed = {"pad": 0, "bos": 1, "eos": 2, "image": IMAGE, "img": IMAGE, "video": VIDEO}
     numbers: dict[str, int] = {}
     for name, value in values.items():
         if name.endswith(("_token_id", "_token_index", "_token_idx")) and isinstance(value, (int, list)):
-            numbers[name] = known.get(name.split("_token")[0], 102 + len(numbers))
+            numbers[name] = fixed.get(name.split("_token")[0], 102 + len(numbers))
     return numbers
 
 

@@ -227,7 +227,7 @@ def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, ca
 
     settle_entry(config, collator_without_weights(config), never, never, tmp_path / "checkpoint-1")
     config.entry.images = 32
-    assert not torch.equal(load_file(made(config))["weight"], first["weight"])  # not resumed: anew
+    assert not torch.equal(load_file(made(config))["weight"], first["weight"])  # fitted again, not resumed
 
 
 @pytest.mark.parametrize("without", ["schedule.enter=0", "entry.kind=none", "entry.init=identity"])

@@ -441,7 +441,7 @@ def test_static_and_quantised_caches_are_refused_before_any_compute() -> None:
     ids=["all", "band", "keeps", "cross"],
 )
 def test_a_decode_step_runs_little_of_ours(policy: VisionSchedule, most: int) -> None:
-    """At most so many calls of our functions a layer, beside those of the whole step."""
+    """At most this many calls of our functions a layer, beside those of the whole step."""
     model, inputs = build("llava"), prompt("llava", ["tt I ttt"])
     calls = 0
 

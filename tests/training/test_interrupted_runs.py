@@ -78,7 +78,7 @@ def test_the_offered_checkpoint_leads_to_the_same_weights(base, cut, whole, caps
     train(base, cut, "resume=1")
     assert f"Going on from step 1 of 3 ({cut / 'checkpoint-1'})." in capsys.readouterr().out
     assert_same_weights(cut, whole)
-    assert checkpoints.damage(cut / "checkpoint-2") is None  # written anew
+    assert checkpoints.damage(cut / "checkpoint-2") is None  # written again
     assert [e["step"] for e in metrics_entries(cut) if "loss" in e] == [1, 2, 3]
     assert [e["loss"] for e in metrics_entries(cut) if "loss" in e] == [
         e["loss"] for e in metrics_entries(whole) if "loss" in e

@@ -26,7 +26,7 @@ def plain(
 ):
     """Loss, ce, kl and right first choices by the definitions, token by token, from all logits in float64."""
     ce = kl = 0.0
-    known = 0
+    right = 0
     for n, label in enumerate(labels.tolist()):
         ce = ce - torch.log(torch.exp(logits[n]) / torch.exp(logits[n]).sum())[label]
         if taught is None and kept is None:
@@ -36,18 +36,18 @@ def plain(
         if taught is not None:
             scaled = torch.exp(taught[n][:vocabulary] / temperature)
             p = scaled / scaled.sum()
-            known += int(p.argmax()) == label
+            right += int(p.argmax()) == label
             trust, divergence = p[label], (p * (p / q).log()).sum()
         else:
             tokens, p = kept[0][n], kept[1][n].exp()
-            known += int(tokens[0]) == label
+            right += int(tokens[0]) == label
             trust = sum(p[i] for i in range(len(tokens)) if tokens[i] == label)
             divergence = (p * (p / q[tokens]).log()).sum()
             others = [i for i in range(len(q)) if i not in tokens.tolist()]
             if others:
                 divergence = divergence + (1 - p.sum()) * ((1 - p.sum()) / q[others].sum()).log()
         kl = kl + temperature**2 * (trust if by_label else 1.0) * divergence
-    return ce + weight * kl, ce, kl, known
+    return ce + weight * kl, ce, kl, right
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,14 +223,14 @@ def test_objective_of_any_head(kind, teacher, splits, monkeypatch):
     s = student(**inputs()).logits[:, :-1][learnt].double()
     with torch.no_grad():
         t = base(**inputs()).logits[:, :-1][learnt].double()
-    expected, ce, _, known = plain(
+    expected, ce, _, right = plain(
         s, labels[:, 1:][learnt], 0.6, taught=t if policy else None, temperature=1.3
     )
     assert terms["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
     assert value.item() == pytest.approx(expected.item() / 4, rel=1e-5)
-    assert policy is None or terms["teacher_right"].item() == known
-    wanted = torch.autograd.grad(expected / 4, trained)
-    for got, want in zip(gradients, wanted, strict=True):
+    assert policy is None or terms["teacher_right"].item() == right
+    expected_gradients = torch.autograd.grad(expected / 4, trained)
+    for got, want in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-6)
     other.detach()
 

@@ -92,7 +92,7 @@ def test_skipping_ends_when_nothing_else_happens(tmp_path):
 
     assert not take(0, float("inf"), float("inf")) and take(
         1, 1.0, torch.tensor(2.0)
-    )  # a good step starts anew
+    )  # a good step resets the count
     assert not any(take(step, 1.0, float("nan")) for step in range(2, 2 + MOST_SKIPS))
     with pytest.raises(
         NonFinite, match=rf"step 13 is not finite \({MOST_SKIPS} steps in a row were skipped\)"

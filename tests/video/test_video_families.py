@@ -148,10 +148,10 @@ def test_bands_and_keeps_over_all_frames_equal_the_masked_model(family: str) -> 
         expected = logits_of(model, inputs)[text]
     ends = real.sum(1, keepdim=True) - 1
     with attach(model, KEEPS) as attachment, attachment.queries(ends):
-        found = logits_of(model, inputs)[text]
+        computed = logits_of(model, inputs)[text]
         kept = [record.kept for record in attachment.trace]
     assert kept[:2] == [row.nonzero().flatten().tolist() for row in seen[4][:2]]
-    assert (found - expected).abs().max() <= TOLERANCE
+    assert (computed - expected).abs().max() <= TOLERANCE
 
 
 @each

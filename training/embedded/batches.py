@@ -18,10 +18,10 @@ from torch import Tensor
 
 from latefusion.data.scene_questions import Question, Scene, ask_counting
 from latefusion.data.scenes import make_scene, render
+from latefusion.models.executor.prompt import IGNORE
 from latefusion.training.embedded.grounding import grounded_phrases
 from latefusion.training.embedded.vocabulary import ASSISTANT, EOS, PAD, USER, encode, split_words
 
-IGNORE = -100
 PADDED_LENGTHS = (176, 192, 208, 224)  # few shapes, so that few kernels are compiled
 CROWD = 4  # objects of one colour or shape; such scenes are rare, and counting learns them last
 MASKED = -30000.0  # finite, so that a padded row's softmax stays finite in bfloat16

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from latefusion.models.executor.prompt import IGNORE
 from latefusion.training.embedded import pseudo_vision
-from latefusion.training.embedded.batches import IGNORE, Packed, block_mask, caption, draw, pack, rendered
+from latefusion.training.embedded.batches import Packed, block_mask, caption, draw, pack, rendered
 from latefusion.training.embedded.grounding import GROUNDED_LAYER, GroundingHead
 from latefusion.training.embedded.pseudo_vision import PseudoVision, patch_labels, sample_patches
 from latefusion.training.embedded.vocabulary import BOS
@@ -41,7 +42,7 @@ class Stage:
     warmup: int = 20
     floor: float = 0.03
     grounding: float = 0.0  # weight of the grounding loss
-    crowd_every: int = 0  # one scene in so many is crowded, see `draw`; 0: scenes as they come
+    crowd_every: int = 0  # every N-th scene is crowded, see `draw`; 0: scenes as they come
 
     def factor(self, step: int) -> float:
         """Learning rate of step `step` (from 0) over its peak."""

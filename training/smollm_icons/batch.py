@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from latefusion.models.executor.prompt import IGNORE
 from latefusion.training.smollm_icons.question_tree import Tree
 
 ALIGNED = 32  # lengths that fast attention kernels like, and few of them
@@ -71,7 +72,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ids[k, :n], depths[k, :n] = torch.tensor(tree.ids), torch.tensor(tree.depths)
         sees[k, :n, :n] = tree.sees
         places[k, : len(at)], shown[k, : len(at)] = torch.tensor(at, dtype=torch.long), True
-        ends = [node for node, label in enumerate(tree.labels) if label != -100]
+        ends = [node for node, label in enumerate(tree.labels) if label != IGNORE]
         learnt += [k * n_text + node for node in ends]
         labels += [tree.labels[node] for node in ends]
         weights += [1 / (size * len(ends))] * len(ends)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latefusion.data.icons.board_questions import Question
+from latefusion.models.executor.prompt import IGNORE
 from latefusion.models.smollm_icons.tower import SIDE
 
 VISION = SIDE * SIDE
@@ -22,7 +23,7 @@ OPENING = "Image:"
 
 
 class Tree(NamedTuple):
-    """Tokens with the depth and label (-100: none) of each, who sees whom, and where each answer lies."""
+    """Tokens with the depth and label (IGNORE: none) of each, who sees whom, and where each answer lies."""
 
     ids: list[int]
     depths: list[int]
@@ -55,7 +56,7 @@ def question_tree(questions: list[Question], tokenizer) -> Tree:
                 ids.append(token)
                 parents.append(node)
                 depths.append(depths[node] + 1 if node >= 0 else 0)
-                labels.append(-100)
+                labels.append(IGNORE)
             node = child
             path.append(node)
         ends = path[len(question_ids) - 1 :]

@@ -12,7 +12,7 @@ ROUNDS = {  # of questions a board: more of what is learned last
 
 @dataclass
 class Recipe:
-    """The plan: three phases of so many steps, and a rate that falls at the end."""
+    """The plan: three phases with their numbers of steps, and a rate that falls at the end."""
 
     seed: int = 0
     blind: bool = False  # control: the model never sees a picture

@@ -104,7 +104,7 @@ class Trainer:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.started, elapsed = state.get("started", 0), state.get("elapsed", 0)
             print(f"going on at step {self.step}", flush=True)
-        if self.record.get("recipe") != asdict(recipe):  # a recipe that was changed on the way is told
+        if self.record.get("recipe") != asdict(recipe):  # the record lists changes of the recipe
             self.record.setdefault("changes", []).append({"step": self.step, **asdict(recipe)})
             self.record["recipe"] = asdict(recipe)
         self.clock = Clock(recipe, elapsed)
@@ -116,7 +116,7 @@ class Trainer:
         return shipped_state(WEIGHTS) if shipped else None
 
     def fit_plan(self, seconds: float) -> None:
-        """Stretch or squeeze the plan, from here, to so many seconds."""
+        """Stretch or squeeze the plan, from here on, to take this many seconds."""
         self.recipe.seconds = max(1.0, round(seconds, 1))
         self.record["recipe"] = asdict(self.recipe)
         self.clock = Clock(self.recipe)

@@ -80,7 +80,7 @@ class VisiPrunerDecision:
         return critical, fuses, ((cosine < rules.exit_threshold) & self.kept).any(1)
 
     def fuse(self, layer: int, critical: Tensor) -> None:
-        """As if `layer` had just been found to fuse all samples, these tokens (bool `[B, T]`) being critical."""
+        """Record `layer` as the fusion layer of all samples, with these critical tokens (bool `[B, T]`)."""
         everywhere = torch.ones_like(critical[:, 0])  # [B]
         self._add(layer, critical, everywhere, everywhere)
 
