@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.integrations import deepspeed as of_deepspeed
 
 from latefusion.models.locate import check_base, check_four_bits, check_not_a_student, readable
 from latefusion.models.smollm_icons import tower as tower  # registers it
@@ -132,7 +134,7 @@ def with_blank_vision(model: PreTrainedModel) -> PreTrainedModel:
 
     It counts the work of an encoder whose weights lie in shards. Buffers, which no engine shards, are the model's.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _outside_zero3():
         blank: Any = type(model)(model.config)
     blank = blank.to(model.dtype).eval()
     for part, sharded in zip(beside_the_decoder(blank), beside_the_decoder(model), strict=True):
@@ -143,6 +145,19 @@ def with_blank_vision(model: PreTrainedModel) -> PreTrainedModel:
         for name, buffer in part.named_buffers():
             buffer.copy_(buffers[name]) if name in buffers else buffer.zero_()
     return blank
+
+
+@contextmanager
+def _outside_zero3() -> Iterator[None]:
+    """Inside, transformers does not cut a new model into shards, in which all processes would have to take part."""
+    weak = of_deepspeed._hf_deepspeed_config_weak_ref
+    config = None if weak is None else weak()
+    of_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            of_deepspeed.set_hf_deepspeed_config(config)
 
 
 def _nf4(path: str, dtype: torch.dtype, place: dict[str, Any]) -> BitsAndBytesConfig:
