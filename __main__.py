@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(f"error: latefusion has no command {name}; choose one of {', '.join(COMMANDS)}.")
     sys.argv = [f"latefusion {name}", *sys.argv[2:]]
     try:
-        runpy.run_module(f"latefusion.{COMMANDS[name][0]}", run_name="__main__", alter_sys=False)
+        runpy.run_module(f"latefusion.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] == "latefusion":
             raise

@@ -1,5 +1,7 @@
 """What every command does with `--help`, with `--cfg job`, without words and with a word that is not `key=value`."""
 
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -45,3 +47,18 @@ def test_without_words_a_sentence_says_what_is_needed(command):
 def test_a_word_that_is_no_key_is_refused_in_a_sentence(command):
     sentence = ended(command, ["nonsense"])
     assert sentence.startswith("error: nonsense is not") and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("export", "checkpoint=none", "output=none"), "error: no student at none"),
+        (("evaluate", "checkpoint=none"), "error: no folder none"),
+        (("profile", "model=embedded", "samples=0"), "error: samples=0 must be at least 1."),
+        (("generate", "image=none.png", "prompt=hi"), "error: no image at none.png"),
+    ],
+)
+def test_the_installed_command_reads_its_words_as_the_file_does(words, sentence):
+    """Their settings are dataclasses, whose types are looked up in the module that runs as `__main__`."""
+    run = subprocess.run([sys.executable, "-m", "latefusion", *words], capture_output=True, text=True)
+    assert run.returncode and sentence in run.stderr.splitlines()[-1]
