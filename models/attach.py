@@ -223,6 +223,10 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _check_policy(model: PreTrainedModel, policy: Policy, num_layers: int) -> None:
     """Raise ValueError if the policy does not fit, or needs an entry adapter that the model has lost."""
+    if isinstance(policy, type) or not hasattr(policy, "begin"):
+        raise ValueError(
+            f"policy={policy!r} is no policy; give an object such as policies.named('fastv') or VisionSchedule(exit=8)."
+        )
     policy.validate(num_layers)
     attention = [recurrence_of(layer) is None for layer in model.get_decoder().layers]
     check_attention = getattr(policy, "check_attention", None)

@@ -283,3 +283,12 @@ def test_replacing_attention_under_checkpointing_is_refused() -> None:
         ):
             model(**inputs)
         logits(model, inputs)  # a teacher needs no gradient
+
+
+@pytest.mark.parametrize("policy", ["fastv", None, 5, VisionSchedule])
+def test_what_is_no_policy_is_refused_in_a_sentence(policy: Any) -> None:
+    model = build("llava")
+    forward = footprint(model)
+    with pytest.raises(ValueError, match="is no policy; give an object such as") as error:
+        attach(model, policy)
+    assert "\n" not in str(error.value) and footprint(model) == forward
