@@ -457,4 +457,4 @@ def test_a_decode_step_runs_little_of_ours(policy: VisionSchedule, most: int) ->
             model(input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
         finally:
             sys.setprofile(None)
-    assert calls <= most * LAYERS + 70
+    assert calls <= most * LAYERS + 72
