@@ -290,29 +290,19 @@ class Forward:
             self.shared[kind_of(layer)] = keys
         if self.recorded is not None:
             self.recorded.keys[i] = keys
+        mask = kwargs.get("attention_mask")
+        facts: dict[str, Any] = {
+            "config": self.config,
+            "length": self.length,
+            "past": self.past,
+            "causal": getattr(layer.self_attn, "is_causal", True),  # as transformers decides for its kernels
+        }
         if reused is not None:
-            kwargs["attention_mask"] = shared_mask(
-                kwargs.get("attention_mask"),
-                segment,
-                keys,
-                hidden_states,
-                config=self.config,
-                length=self.length,
-                past=self.past,
-                causal=getattr(layer.self_attn, "is_causal", True),
+            kwargs["attention_mask"] = shared_mask(mask, segment, keys, hidden_states, **facts)
+        else:
+            kwargs["attention_mask"] = segment_mask(
+                mask, segment, keys, hidden_states, plain=self.plain, **facts
             )
-            return kwargs
-        kwargs["attention_mask"] = segment_mask(
-            kwargs.get("attention_mask"),
-            segment,
-            keys,
-            hidden_states,
-            config=self.config,
-            length=self.length,
-            past=self.past,
-            plain=self.plain,
-            causal=getattr(layer.self_attn, "is_causal", True),  # as transformers decides for its kernels
-        )
         return kwargs
 
     def _rows_read(self, i: int, cache: Cache | None) -> Tensor | None:

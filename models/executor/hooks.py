@@ -23,6 +23,12 @@ from latefusion.models.executor.around import NOT_EXPORTED, Around
 from latefusion.models.executor.attention import WATCHER, Attention, let_modules_watch
 from latefusion.models.executor.cache import check_cache, is_scheduled, is_uniform
 from latefusion.models.executor.forward import Forward, checkpoints, in_shards
+from latefusion.models.executor.forward_checks import (
+    check_flash_attention,
+    check_labels,
+    check_whole,
+    ranks,
+)
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
 from latefusion.models.executor.masks import attention_window, narrows
 from latefusion.models.executor.packed import Samples
@@ -30,7 +36,6 @@ from latefusion.models.executor.prompt import (
     PromptEnd,
     earlier_tokens,
     end_of_labels,
-    hides_no_question,
     padding_of,
     read_prompt,
     real_tokens,
@@ -47,7 +52,7 @@ from latefusion.models.executor.shared_keys import reuses_keys
 from latefusion.models.executor.threads import PerThread
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
-from latefusion.models.policies.base import Decision, Policy, Prompt, SeesEmbeddings, Selection
+from latefusion.models.policies.base import Decision, Policy, Prompt, Selection
 from latefusion.models.student.entry import ENTRY
 
 HOOKS = "_latefusion_hooks"
@@ -275,37 +280,24 @@ class Hooks:
             real = samples.valid
         config = self.decoder.config
         local = self._window is not None and past + length > self._window
-        if local and (prompt is not None or touched) and is_flash_attention_requested(config):
-            raise ValueError(
-                f"flash attention would count its sliding window of {self._window} over the tokens that are left, "
-                f'not over all {past + length}: load the model with attn_implementation="sdpa".'
-            )
-        if prompt is not None and self._takes_ids and is_flash_attention_requested(config):
-            raise ValueError(
-                f"{type(self.layers[0].self_attn).__name__} computes with position_ids, which flash attention takes "
-                'for packed rows once tokens are left out: load the model with attn_implementation="sdpa".'
-            )
-        if prompt is not None and is_flash_attention_requested(config) and self.shares_keys:
-            raise ValueError(
-                f"{type(self.layers[0]).__name__} shares keys between layers, which flash attention cannot tell from "
-                'its own once tokens are left out: load the model with attn_implementation="sdpa".'
+        if (prompt is not None or touched) and is_flash_attention_requested(config):
+            check_flash_attention(
+                self.layers[0],
+                window=self._window if local else None,
+                length=past + length,
+                has_vision=prompt is not None,
+                takes_ids=self._takes_ids,
+                shares_keys=self.shares_keys,
             )
         policy = self.policy
         decision = None if policy_prompt is None else policy.begin(policy_prompt)
-        if prompt is not None and self.prompt_end.queries is None and _ranks(decision):
+        if prompt is not None and self.prompt_end.queries is None and ranks(decision):
+            if labels is not None or (self.model.training and torch.is_grad_enabled()):
+                check_labels(policy, prompt, labels)
             if labels is not None:
-                self._check_labels(policy, prompt, labels)
-            elif self.model.training and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{type(policy).__name__} chooses vision tokens by the prompt, but this training forward does not "
-                    "say where the prompt ends, so the answer would choose them: pass labels, or name the last token "
-                    "of each prompt with attachment.queries(index)."
-                )
-        if prompt is not None and past + length < (self.prompt_end.length or 0) and _looks(decision):
-            raise ValueError(
-                f"{type(policy).__name__} chooses vision tokens by the whole prompt, which comes in chunks here: leave "
-                "prefill_chunk_size out, or use a schedule without keep."
-            )
+                self._note_labels(policy)
+        if prompt is not None and past + length < (self.prompt_end.length or 0):
+            check_whole(policy, decision)
         if prompt is not None:
             check_cache(cache)
         if decision is None and entry is None and not touched:  # every token takes part in every layer
@@ -368,7 +360,7 @@ class Hooks:
         """Keep what the attachment's trace tells of a prefill."""
         if prompt is not None:
             last: PrefillTrace | TextTrace = PrefillTrace(
-                prompt, decision, steps, by_question=_ranks(decision)
+                prompt, decision, steps, by_question=ranks(decision)
             )
         elif real is not None and not past:
             last = TextTrace(real, len(self.layers))
@@ -376,18 +368,8 @@ class Hooks:
             return
         self._running.last = self._last = last
 
-    def _check_labels(self, policy: Policy, prompt: Prompt, labels: Tensor) -> None:
-        """Raise ValueError if `labels` teach the question, too; else say once that they tell where prompts end."""
-        unasked = [
-            not text and asks and bool(vision)
-            for text, asks, vision in zip(prompt.n_text, prompt.asks, prompt.n_vision, strict=True)
-        ]
-        if any(unasked) or hides_no_question(labels, prompt.real):
-            raise ValueError(
-                f"{type(policy).__name__} chooses vision tokens by the question, but the labels begin before it: set "
-                "the labels of everything but the answers to -100 (in TRL: completion_only_loss=True or "
-                "assistant_only_loss=True), or name the last token of each prompt with attachment.queries(index)."
-            )
+    def _note_labels(self, policy: Policy) -> None:
+        """Say once that the labels tell where prompts end."""
         if not self._labels_noted:
             self._labels_noted = True
             warnings.warn(
@@ -480,16 +462,6 @@ class Watcher:
 
     def __call__(self, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.hooks.attend(self.layer, attention, module, *args, **kwargs)
-
-
-def _ranks(decision: Decision | None) -> bool:
-    """Whether vision tokens are chosen by what text pays attention to."""
-    return decision is not None and bool(decision.watch or getattr(decision, "ahead", ()))
-
-
-def _looks(decision: Decision | None) -> bool:
-    """Whether vision tokens are chosen by anything that a part of the prompt does not show."""
-    return _ranks(decision) or (decision is not None and isinstance(decision, SeesEmbeddings))
 
 
 def _counts_on_every_process(entry: nn.Module) -> bool:

@@ -84,13 +84,18 @@ def segment_mask(
             return reading_mask(segment.text_index() + first, columns, causal=causal)
         if reading:
             rows = segment.text_index()
-        elif segment.layout is None:
-            rows = torch.arange(length, device=device).expand(batch, -1)
         else:
-            rows = segment.layout.index
+            rows = rows_of(segment, batch, length, device)
         return compact_mask(mask, hidden_states, rows, columns, causal=causal, config=config)
 
     return segment.once("mask", (mask, keys.track), make, keys.number, keys.offset)
+
+
+def rows_of(segment: Segment, batch: int, length: int, device: torch.device) -> Tensor:
+    """Which of the forward's tokens the segment computes, int64 `[B, n]`."""
+    if segment.layout is None:
+        return torch.arange(length, device=device).expand(batch, -1)
+    return segment.layout.index
 
 
 def shared_mask(
@@ -114,11 +119,7 @@ def shared_mask(
 
     def make() -> Mask:
         batch, device = hidden_states.shape[0], hidden_states.device
-        columns = keys.columns(batch, device)  # [B, K]
-        if segment.layout is None:
-            rows = torch.arange(length, device=device).expand(batch, -1)
-        else:
-            rows = segment.layout.index
+        columns, rows = keys.columns(batch, device), rows_of(segment, batch, length, device)
         if mask is None:
             return reading_mask(rows + past - keys.offset, columns, causal=causal)
         return compact_mask(mask, hidden_states, rows, columns, causal=causal, config=config)
