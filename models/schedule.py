@@ -85,9 +85,10 @@ class VisionSchedule:
         if self.enter < 0:
             raise ValueError(f"enter={self.enter} must not be negative; layers count from 0.")
         if self.exit is not None and self.enter >= self.exit:
+            earlier = f"enter < {self.exit}, or " if self.exit > 0 else ""
             raise ValueError(
                 f"enter={self.enter} must be below exit={self.exit}, or no layer sees vision tokens; "
-                f"choose exit > {self.enter}."
+                f"choose {earlier}exit > {self.enter}."
             )
         previous: int | None = None
         for layer, k in keep.items():

@@ -36,6 +36,8 @@ def check_config(cfg: DictConfig) -> Config:
         raise ValueError(f"{key} is not set; add {key}=VALUE to the command line.")
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     _refuse_additions(config)
+    if not config.name.strip():
+        raise ValueError("name is empty; give one, such as name=late_fusion.")
     train, lora, kl = config.train, config.lora, config.kl
     for key, value in (
         ("train.steps", 1 if train.steps is None else train.steps),

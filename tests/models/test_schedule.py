@@ -33,8 +33,8 @@ def schedules(draw: st.DrawFn) -> VisionSchedule:
     ("values", "message"),
     [
         ({"enter": -1}, r"^enter=-1 must not be negative; layers count from 0\.$"),
-        ({"enter": 5, "exit": 5}, r"^enter=5 must be below exit=5, .*choose exit > 5\.$"),
-        ({"enter": 8, "exit": 4}, r"^enter=8 must be below exit=4, .*choose exit > 8\.$"),
+        ({"enter": 5, "exit": 5}, r"^enter=5 must be below exit=5, .*choose enter < 5, or exit > 5\.$"),
+        ({"enter": 8, "exit": 4}, r"^enter=8 must be below exit=4, .*choose enter < 4, or exit > 8\.$"),
         ({"exit": 0}, r"^enter=0 must be below exit=0"),
         ({"enter": 3, "keep": {3: 10}}, r"^keep=\{3: 10\} must lie after enter=3 and before the last layer"),
         (

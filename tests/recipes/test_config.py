@@ -116,6 +116,7 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["name="], "name is empty; give one, such as name=late_fusion."),
         (["schedule.enter=10", "schedule.exit=4", "schedule.keep={}"], "enter=10 must be below exit=4"),
         (["schedule.keep=5"], "schedule.keep=5 must say how many tokens stay from which layer on"),
         (["schedule.keep={3: many}"], "schedule.keep={3: 'many'} must say how many tokens stay"),
