@@ -187,12 +187,15 @@ def every_pyramid(steps: Collection[tuple[int, int]]) -> Iterator[dict[int, int]
 
 
 def ladder(front: Sequence[tuple[float, float, dict[int, int]]]) -> list[tuple[float, dict[int, int]]]:
-    """Expected cost and pyramid of those of the front that are at least APART in FLOPs, cheapest first."""
+    """Expected cost and pyramid of those of the front that are at least APART in FLOPs, cheapest first.
+
+    Of pyramids closer than that the dearest is a rung: it saves almost as much as the others and costs least.
+    """
     rungs: list[tuple[float, float, dict[int, int]]] = []
-    for rung in front:
-        if not rungs or rung[0] >= APART * rungs[-1][0]:
+    for rung in reversed(front):
+        if not rungs or APART * rung[0] <= rungs[-1][0]:
             rungs.append(rung)
-    return [(cost, keep) for _, cost, keep in rungs]
+    return [(cost, keep) for _, cost, keep in reversed(rungs)]
 
 
 def spread(n: int, most: int = SPREAD) -> list[int]:

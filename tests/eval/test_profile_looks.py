@@ -265,9 +265,16 @@ def test_the_cheapest_rung_within_the_bound_is_looked_for_near_the_expected_one(
     assert decide.spread(0) == [] and decide.spread(1) == [0] and decide.spread(30) == [0, 10, 19, 29]
 
 
-def test_rungs_of_a_ladder_are_apart_in_flops() -> None:
-    front = [(flops, 0.0, {1: int(1000 * flops)}) for flops in (0.1, 0.104, 0.1049, 0.12, 0.1259, 0.2)]
-    assert decide.ladder(front) == [(0.0, {1: 100}), (0.0, {1: 120}), (0.0, {1: 200})]
+def test_of_pyramids_close_in_flops_the_one_of_least_cost_is_a_rung() -> None:
+    front = [
+        (flops, 1 - flops, {1: int(1000 * flops)}) for flops in (0.1, 0.104, 0.1049, 0.12, 0.1259, 0.19, 0.2)
+    ]
+    assert [keep for _, keep in decide.ladder(front)] == [{1: 104}, {1: 125}, {1: 190}, {1: 200}]
+    assert [cost for cost, _ in decide.ladder(front)] == sorted(
+        (1 - f for f in (0.1049, 0.1259, 0.19, 0.2)), reverse=True
+    )
+    # half of the tokens from layer 8 on, and the same with a last keep that saves 2% and may cost an answer
+    assert decide.ladder([(0.545, 0.04, {8: 72, 23: 9}), (0.56, 0.01, {8: 72})]) == [(0.01, {8: 72})]
     assert decide.ladder([]) == []
 
 
