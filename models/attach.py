@@ -20,14 +20,17 @@ from latefusion.models.executor.hooks import HOOKS, Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
-from latefusion.models.executor.unfit import check_stepwise, reason_unfit
+from latefusion.models.executor.unfit import check_stepwise, reason_unfit, takes_positions
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
+from latefusion.models.self_check import check_decoder, is_shown
 from latefusion.models.student.entry import check_entry
 
 
-def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None = None) -> Attachment:
+def attach(
+    model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None = None, check: bool = True
+) -> Attachment:
     """Put a policy on a model, in place, until `detach`.
 
     Outputs keep their shapes. What stands at a vision token is meaningful as long as the token takes part: a
@@ -40,13 +43,16 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
         vision_mask: replaces the search for placeholder tokens: bool `[batch, prompt tokens]`, or a callable
             of the forward's keyword arguments (the multimodal model's; a bare language model's decoder's)
             that returns bool `[batch, tokens]` or None. Tokens after the prompt are text.
+        check: try a decoder that docs/families.md does not show exact on a dozen tokens, here and now, and refuse it
+            if its text comes out differently than under masks. False: trust it.
 
     Returns:
         The attachment, also a context manager that detaches at its end.
 
     Raises:
         ValueError: the model has a policy already, or has no decoder or no vision tokens that this can work
-            with, or the policy does not fit it; or it is a student without its entry adapter.
+            with, or the policy does not fit it; or it is a student without its entry adapter; or its decoder is not
+            exact, or cannot be tried.
     """
     inner = _hugging_face_model(model)
     if attached(inner) is not None:
@@ -61,7 +67,12 @@ def attach(model: nn.Module, policy: Policy, *, vision_mask: VisionMask | None =
         )
     _check_policy(inner, policy, len(decoder.layers))  # type: ignore[arg-type]
     return Attachment(
-        model=inner, decoder=decoder, multimodal=multimodal, policy=policy, vision_mask=vision_mask
+        model=inner,
+        decoder=decoder,
+        multimodal=multimodal,
+        policy=policy,
+        vision_mask=vision_mask,
+        inexact=check_decoder(decoder) if check and not is_shown(decoder) else {},
     )
 
 
@@ -123,6 +134,8 @@ class Attachment(Hooks):
     def _prepare(self, policy: Policy) -> None:
         if getattr(policy, "freezes", False):
             self.prepare_reading()
+            if "freezing" in self.inexact:
+                raise ValueError(self.inexact["freezing"])
 
     @contextmanager
     def queries(
@@ -270,7 +283,7 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
         )
     for layer in layers if fits else ():  # type: ignore[union-attr]
         takes = inspect.signature(layer.forward).parameters
-        fits = fits and mixer_of(layer) is not None and "position_embeddings" in takes
+        fits = fits and mixer_of(layer) is not None and takes_positions(takes)
         if fits:
             check_arguments(layer)
             check_recurrence(layer)

@@ -81,6 +81,7 @@ class Hooks:
         decoder: its decoder, which has `layers`, each with attention or a recurrence, and a last norm.
         multimodal: what calls the decoder and sees the images; the decoder itself in a bare language model.
         vision_mask: the user's own rule for what is vision, or None.
+        inexact: why the decoder does not do what policies may ask for: `ranking`, `freezing` (`self_check`).
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Hooks:
         decoder: PreTrainedModel,
         multimodal: PreTrainedModel,
         vision_mask: VisionMask | None,
+        inexact: Mapping[str, str] | None = None,
     ):
         self.model, self.decoder, self.multimodal = model, decoder, multimodal
+        self.inexact = inexact or {}
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.shares_keys = any(map(reuses_keys, self.layers))
         self.vision_mask = vision_mask
@@ -291,6 +294,8 @@ class Hooks:
             )
         policy = self.policy
         decision = None if policy_prompt is None else policy.begin(policy_prompt)
+        if self.inexact and "ranking" in self.inexact and ranks(decision):
+            raise ValueError(self.inexact["ranking"])
         if prompt is not None and self.prompt_end.queries is None and ranks(decision):
             if labels is not None or (self.model.training and torch.is_grad_enabled()):
                 check_labels(policy, prompt, labels)

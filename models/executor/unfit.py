@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -31,12 +32,19 @@ def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
                 f"linear_attn, conv) but has {', '.join(dict(layer.named_children()))}: what it does without some "
                 "tokens has not been shown exact."
             )
-        if "position_embeddings" not in takes:
+        if not takes_positions(takes):
             return (
                 f"layer {i} of {kind}, {type(layer).__name__}, takes no position_embeddings: its positions are not "
                 "rotary, and what it does without some tokens has not been shown exact."
             )
     return f"{kind} has no last `norm`, before which a policy puts back the tokens that it removed."
+
+
+def takes_positions(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a layer takes rotary positions: by name, or as all that a subclass hands on."""
+    kinds = {parameter.kind for parameter in parameters.values()}
+    hands_on = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+    return hands_on or "position_embeddings" in parameters
 
 
 def check_stepwise(decoder: Any) -> None:

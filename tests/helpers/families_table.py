@@ -1,4 +1,7 @@
-"""Writes docs/results/families.json and docs/families.md: `python tests/helpers/families_table.py [ROW ...]`."""
+"""Writes docs/results/families.json, docs/families.md and models/exact_decoders.json, which `attach` reads.
+
+`python tests/helpers/families_table.py [ROW ...]`
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs/results/families.json", ROOT / "docs/families.md"
+CLASSES = ROOT / "models/exact_decoders.json"
 COMMAND = "python tests/helpers/families_table.py"
 
 HEAD = """# Families of models
@@ -16,8 +20,17 @@ HEAD = """# Families of models
 Every image-text-to-text type of transformers {version}, as a tiny random model, against its own
 full-length forward with masks that hide the same tokens. *Exact* means: logits of the text equal to
 float error in one forward, on a cache and in `generate`; a policy that keeps everything gives the
-same bits. What has not been shown exact is refused by `lf.attach`, before anything is computed,
-with the sentence below.
+same bits. What has not been shown exact is refused by `lf.attach` with the sentence below.
+
+**A decoder that is not on this page** (code of your own, a subclass, a type that transformers gets
+tomorrow) is tried on its own weights when a policy is attached: two rows of a dozen random tokens,
+some of which leave, against its own full-length forward with masks. That takes a dozen short
+forwards; weights, modes and random numbers stay as they are. If the text comes out differently by
+more than rounding, or the decoder cannot be tried (weights in shards of ZeRO-3 or FSDP, or on the
+meta device), `lf.attach` refuses it in a sentence; `lf.attach(model, policy, check=False)` trusts
+it. The try also compares attention weights with the attention's output, for policies that rank, and
+freezes vision tokens, for `cross`. What begins behind a dozen tokens (a scale of long contexts) it
+does not see, and in 16 bits it counts an error from five times the rounding of the machine.
 
 `tests/models/test_every_type.py` builds and checks each row, and this command writes this page:
 `{command}`. A row with a comma is a type around another
@@ -67,6 +80,19 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def classes(results: dict[str, Any]) -> dict[str, Any]:
+    """models/exact_decoders.json: each decoder that is exact, with the classes of its layers and of their parts."""
+    decoders: dict[str, set[str]] = {}
+    for row in results["rows"].values():
+        if row["exact"]:
+            decoders.setdefault(row["classes"][0], set()).update(row["classes"])
+    return {
+        "transformers": results["transformers"],
+        "command": COMMAND,
+        "decoders": {name: sorted(parts) for name, parts in sorted(decoders.items())},
+    }
+
+
 def images(row: dict[str, Any]) -> str:
     """How the row's vision tokens were told."""
     return f"`{row['images']}`" if "images" in row else "placeholders"
@@ -97,6 +123,7 @@ def main(names: list[str]) -> None:
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
+    CLASSES.write_text(json.dumps(classes(results), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from latefusion.models.attach import attach
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.fastv import FastV
 from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.models.self_check import check_decoder, class_names, name_of
 
 NEAR = 2e-4  # of logits of order 1 to 10; a wrong mask or router is off by 0.05 and more
 NEW_TOKENS = 3
@@ -59,9 +60,9 @@ class Subject:
         with torch.no_grad():
             return self.model(**copy.deepcopy(self.inputs if inputs is None else inputs), **options).logits
 
-    def attached(self, policy: Any) -> Any:
+    def attached(self, policy: Any, check: bool = True) -> Any:
         try:
-            return attach(self.model, policy, vision_mask=self.mask)
+            return attach(self.model, policy, vision_mask=self.mask, check=check)
         except ValueError as error:
             raise Refused(str(error)) from None
 
@@ -202,11 +203,14 @@ def judged(row: str) -> dict[str, Any]:
         return {"exact": [], "refused": {"all": reason}}
     subject = Subject(build_type(row))
     try:
-        subject.attached(VisionSchedule()).detach()
+        subject.attached(VisionSchedule(), check=False).detach()
     except Refused as refusal:
         return {"exact": [], "refused": {"all": str(refusal)}}
+    decoder = subject.model.get_decoder()
+    assert check_decoder(decoder) == {}, f"{row}: the check at `attach` would refuse what is exact"
     result: dict[str, Any] = {
-        "decoder": type(subject.model.get_decoder()).__name__,
+        "decoder": type(decoder).__name__,
+        "classes": [name_of(decoder), *sorted(class_names(decoder) - {name_of(decoder)})],
         "exact": [],
         "refused": {},
     }
@@ -233,7 +237,7 @@ def refused_without_weights(row: str) -> str | None:
     except Exception:  # defaults of which transformers itself makes no model
         return None
     try:
-        attach(model, VisionSchedule(), vision_mask=lambda **inputs: None).detach()
+        attach(model, VisionSchedule(), vision_mask=lambda **inputs: None, check=False).detach()
     except ValueError as error:
         return str(error)
     return None

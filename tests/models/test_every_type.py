@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.families_table import COMMAND, PAGE, RESULTS, page
+from helpers.families_table import CLASSES, COMMAND, PAGE, RESULTS, classes, page
 from helpers.judged_types import judged
 from helpers.tiny_types import ROWS, VARIANTS
 
@@ -25,6 +25,10 @@ def test_every_type_has_a_row() -> None:
 
 def test_the_page_is_made_of_the_file() -> None:
     assert PAGE.read_text() == page(TABLE), f"run `{COMMAND}`"
+
+
+def test_attach_knows_the_decoders_of_the_page_and_no_others() -> None:
+    assert json.loads(CLASSES.read_text()) == classes(TABLE), f"run `{COMMAND}`"
 
 
 def test_no_row_is_empty() -> None:
