@@ -21,7 +21,7 @@ test-slow: $(INSTALLED)
 
 # Served answers against the executor's, in vLLM's CPU build under Triton's interpreter: an environment of its own. Its
 # transformers is the oldest that the core runs on, so the core's invariants of all families run there too.
-ON_OLD_TRANSFORMERS := eager and not right and (no_bit or bands_equal or choose_by or cached_decoding)
+ON_OLD_TRANSFORMERS := earlier_transformers or (eager and not right and (no_bit or bands_equal or choose_by or cached_decoding))
 test-vllm: $(VLLM_INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra tests/served
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -q tests/models/test_executor.py -k '$(ON_OLD_TRANSFORMERS)'

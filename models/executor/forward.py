@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -373,8 +374,18 @@ class Forward:
 
 
 def checkpoints(layer: nn.Module) -> bool:
-    """Whether the backward pass computes this layer a second time."""
-    return layer.training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    """Whether the backward pass computes this layer a second time.
+
+    Raises:
+        ValueError: it would do so on the tokens that the layer was called with, not on those that it computed.
+    """
+    again = layer.training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    if again and "__call__" in vars(GradientCheckpointingLayer):  # an earlier transformers
+        raise ValueError(
+            f"gradient checkpointing of transformers {transformers.__version__} would compute layers again without "
+            "the policy: install transformers 5.23, or turn it off (model.gradient_checkpointing_disable())."
+        )
+    return again
 
 
 def in_shards(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from helpers.families import (
     LAYERS,
     MIXED,
     TOLERANCE,
+    build,
     continued,
     gradient_tolerance,
     prompt,
@@ -21,6 +22,8 @@ from helpers.families import (
 )
 from helpers.forwards import KEEPS, generate, gradients, gradients_checkpointed, seen_by_keeps
 from helpers.oracle import band, masked
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach
@@ -161,6 +164,18 @@ def test_gradients_equal_the_masked_model(family: str, attention: str) -> None:
     assert worst / max(scale, 1.0) <= gradient_tolerance(family)
     assert abs(loss - expected_loss) <= TOLERANCE
     assert loss == loss_again and all(torch.equal(grads[name], again[name]) for name in grads)
+
+
+def test_gradient_checkpointing_of_an_earlier_transformers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There the whole call is computed again, which hands the layer the tokens that it was to leave out."""
+    if "__call__" not in vars(GradientCheckpointingLayer):
+        monkeypatch.setattr(GradientCheckpointingLayer, "__call__", nn.Module.__call__, raising=False)
+    model, inputs = build("llava"), prompt("llava", MIXED, "right")
+    refused = pytest.raises(ValueError, match="compute layers again without the policy: install transformers")
+    with attach(model, KEEPS), refused:
+        gradients_checkpointed(model, inputs)
 
 
 # ---------------------------------------------------------------- all batches (slow)
