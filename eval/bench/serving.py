@@ -1,19 +1,20 @@
 """Time late-fusion models in vLLM against the same model dense, on a CPU or a GPU; runs where vLLM is installed.
 
     python eval/bench/serving.py --json docs/results/serving_cpu.json
-    python eval/bench/serving.py --layers 32 --hidden 4096 --tower clip-l --dtype bfloat16 --in-flight 1 8 32 \\
-        --rounds 1 --json serving_gpu.json
+    make gpu-serving                                  # LLaVA-1.5-7B's shape on a GPU, in about ten minutes
 
-The second is LLaVA-1.5-7B's shape on a GPU, in about ten minutes. Weights are random: only shapes count, and all
-systems share one file of them. Each system runs in a process of its own, in turns. `stock` is vLLM's own LLaVA, `dense`
-is the plug-in with a schedule in which every layer sees every vision token. Seconds are of the thread that computes
-(`time.thread_time`) on a CPU, of the clock on a GPU, and include the vision tower. With requests in flight, all begin
-at once, and the time to the first token is each one's, by the clock.
+Weights are random: only shapes count, and all systems share one file of them. Each system runs in a process of its own,
+in turns. `stock` is vLLM's own LLaVA, `dense` is the plug-in with a schedule in which every layer sees every vision
+token. Both run without CUDA graphs, as the plug-in must; `graphs` is stock with them, as a user has it, and is measured
+on a GPU alone. Seconds are of the thread that computes (`time.thread_time`) on a CPU, of the clock on a GPU; they
+include the vision tower. With requests in flight, all begin at once, and the time to the first token is each one's, by
+the clock. Intervals are of Student's t, over the requests of all rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -36,16 +37,27 @@ TOWERS: dict[str, dict[str, int]] = {  # both give 576 tokens an image
         "num_attention_heads": 16,
     },
 }
+# The 97.5% quantile of Student's t for 1, 2, ... degrees of freedom; from the last on it is nearly that
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
-
-SYSTEMS = ("stock", "dense", "band", "cross")
+GRAPHS = "graphs"
+SYSTEMS = ("stock", "dense", "band", "cross", GRAPHS)
 
 
 def schedules(layers: int) -> dict[str, dict[str, Any] | None]:
     """A band of half the layers, four reading layers, dense, and vLLM without the plug-in."""
     band = {"enter": layers // 4, "exit": layers * 3 // 4 - 1}
     cross = [layers // 4, layers * 3 // 8, layers // 2, layers * 5 // 8]
-    return {"stock": None, "dense": {"enter": 0}, "band": band, "cross": {"cross": cross}}
+    return {"stock": None, "dense": {"enter": 0}, "band": band, "cross": {"cross": cross}, GRAPHS: None}
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean, by Student's t; None: there are less than two values."""
+    if len(values) < 2:
+        return None
+    quantile = T[min(len(values) - 1, len(T)) - 1]
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
 
 
 def write_models(folder: Path, options: argparse.Namespace) -> None:
@@ -99,6 +111,9 @@ def write_models(folder: Path, options: argparse.Namespace) -> None:
         model.config.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
         os.link(folder / "model.safetensors", folder / name / "model.safetensors")
+    del model, weights
+    gc.collect()
+    torch.cuda.empty_cache()  # vLLM asks for most of what the GPU has
 
 
 def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +128,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
         folder,
         dtype=options.dtype,
         disable_log_stats=False,  # measures each request's first token
-        enforce_eager=True,
+        enforce_eager=Path(folder).name != GRAPHS,
         enable_prefix_caching=False,
         max_model_len=1024,
         max_num_batched_tokens=1024,
@@ -156,7 +171,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"first_token": first, "decoding_step": step, "in_flight": batches}
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Measure every system in turns and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,23 +179,26 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tower", choices=list(TOWERS), default="small")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="default: all that the device has")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--in-flight", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.worker:
         result = measure(options.worker, options)
         print("RESULT " + json.dumps(result))
         return
+    import torch
+
+    systems = options.systems or [s for s in SYSTEMS if s != GRAPHS or torch.cuda.is_available()]
     results: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), options)
         for _ in range(options.rounds):
-            for name in options.systems:
+            for name in systems:
                 results.setdefault(name, []).append(_in_a_process(f"{folder}/{name}", options))
     rows = {}
     for name, runs in results.items():
@@ -189,6 +207,7 @@ def main() -> None:
             "schedule": schedules(options.layers)[name],
             "first_token_best": min(first),
             "first_token_median": statistics.median(first),
+            "first_token_mean_95": interval(first),
             "first_token": first,
             "decoding_step": [run["decoding_step"] for run in runs],
             "in_flight": [run["in_flight"] for run in runs],
