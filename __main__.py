@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.util import find_spec
+from typing import NoReturn
 
 COMMANDS = {
     "train": ("training.train", "train a late-fusion student"),
@@ -24,6 +26,7 @@ COMMANDS = {
     "generate": ("eval.generate", "ask a model about an image under policies"),
     "validate": ("data.validate", "name the bad rows of a data set"),
 }
+WITHOUT_DATA = ("export", "import-llava")  # what latefusion[vllm] brings is enough
 
 
 def main() -> None:
@@ -36,15 +39,23 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"error: latefusion has no command {name}; choose one of {', '.join(COMMANDS)}.")
+    if name not in WITHOUT_DATA and find_spec("datasets") is None:
+        lacks(name, "datasets")
     sys.argv = [f"latefusion {name}", *sys.argv[2:]]
     try:
         runpy.run_module(f"latefusion.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] == "latefusion":
             raise
-        sys.exit(
-            f"error: latefusion {name} needs {error.name}, which is not installed: pip install 'latefusion[all]'."
-        )
+        lacks(name, str(error.name))
+
+
+def lacks(command: str, package: str) -> NoReturn:
+    """End with what to install, and where: what trains needs a later transformers than vLLM."""
+    apart = " apart from vLLM, which needs an older transformers" if find_spec("vllm") else ""
+    sys.exit(
+        f"error: latefusion {command} needs {package}, which is not installed: pip install 'latefusion[all]'{apart}."
+    )
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def output_of(arguments: Arguments) -> Path:
 def note_on(config: Config, checkpoint: str) -> str:
     """How the checkpoint was trained, and what its run decided about its teacher, for the report."""
     from latefusion.training.describe import teacher_in_words  # lazy: keeps argument errors fast
-    from latefusion.training.trust import read
+    from latefusion.training.trust_record import read
 
     train, decision = config.train, read(checkpoint)
     how = f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from latefusion.__main__ import COMMANDS
+from latefusion.__main__ import COMMANDS, main
 
 NEEDS = {"export": "checkpoint is not set", "import-llava": "is not set", "evaluate": "checkpoint="}
 NEEDS |= {"compare": "required: before, after", "profile": "name the model", "validate": "data.path=PATH"}
@@ -62,3 +62,24 @@ def test_the_installed_command_reads_its_words_as_the_file_does(words, sentence)
     """Their settings are dataclasses, whose types are looked up in the module that runs as `__main__`."""
     run = subprocess.run([sys.executable, "-m", "latefusion", *words], capture_output=True, text=True)
     assert run.returncode and sentence in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("found", [(), ("vllm",), ("datasets",)], ids=str)
+def test_a_command_that_lacks_a_package_does_not_send_its_user_to_break_vllm(found, monkeypatch):
+    """What trains needs a later transformers than vLLM does. Hydra would end `train` with a traceback."""
+
+    def run_module(*args, **settings):
+        assert "datasets" in found
+        raise ModuleNotFoundError(name="peft")
+
+    monkeypatch.setattr("runpy.run_module", run_module)
+    monkeypatch.setattr("latefusion.__main__.find_spec", lambda name: object() if name in found else None)
+    monkeypatch.setattr(sys, "argv", ["latefusion", "train"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    package, apart = "peft" if "datasets" in found else "datasets", ""
+    if "vllm" in found:
+        apart = " apart from vLLM, which needs an older transformers"
+    assert end.value.code == (
+        f"error: latefusion train needs {package}, which is not installed: pip install 'latefusion[all]'{apart}."
+    )

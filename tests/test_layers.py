@@ -45,6 +45,14 @@ REFUSE_EARLY = (
     "serving/plugin.py",
     "serving/refusals.py",
 )
+# What `latefusion export` imports, its arguments checked; and what latefusion[vllm] does not bring for it.
+EXPORTS = (
+    "training/export.py",
+    "training/import_llava.py",
+    "training/model_card.py",
+    "models/student/save.py",
+)
+TRAINS = {"accelerate", "datasets", "deepspeed", "pytorch_lightning", "scipy", "matplotlib", "jinja2"}
 LOADS_TORCH = {
     "torch",
     "torchvision",
@@ -172,8 +180,8 @@ def circles(root: Path, may_go_up: set[tuple[str, str]] = MAY_GO_UP) -> list[str
     return sorted(" <-> ".join(sorted(group)) for group in groups)
 
 
-def loading_torch(root: Path, entries: tuple[str, ...] = REFUSE_EARLY) -> list[str]:
-    """Files of `entries` that load torch when they are imported, with the way to it."""
+def loading(root: Path, entries: tuple[str, ...], packages: set[str]) -> list[str]:
+    """Files of `entries` that load one of these foreign packages when they are imported, with the way to it."""
     files = modules(root)
     at_module_level: dict[str, list[str]] = defaultdict(list)
     for one in imports(root):
@@ -181,7 +189,7 @@ def loading_torch(root: Path, entries: tuple[str, ...] = REFUSE_EARLY) -> list[s
             at_module_level[one.source].append(one.target)
 
     def way(module: str, path: tuple[str, ...], seen: set[str]) -> tuple[str, ...] | None:
-        if module in LOADS_TORCH:
+        if module in packages:
             return (*path, module)
         if module not in files or module in seen:
             return None
@@ -196,6 +204,11 @@ def loading_torch(root: Path, entries: tuple[str, ...] = REFUSE_EARLY) -> list[s
     return [" -> ".join(path) for path in ways if path]
 
 
+def loading_torch(root: Path, entries: tuple[str, ...] = REFUSE_EARLY) -> list[str]:
+    """Files of `entries` that load torch when they are imported, with the way to it."""
+    return loading(root, entries, LOADS_TORCH)
+
+
 def shared_stems(root: Path) -> list[str]:
     """Module names that two folders use for different ideas."""
     by_stem: dict[str, list[str]] = defaultdict(list)
@@ -204,6 +217,12 @@ def shared_stems(root: Path) -> list[str]:
     return sorted(
         ", ".join(sorted(paths)) for stem, paths in by_stem.items() if len(paths) > 1 and stem not in ROLES
     )
+
+
+def test_a_student_is_exported_without_what_trains() -> None:
+    """`latefusion[vllm]` brings what export needs: what trains needs another transformers than vLLM has."""
+    assert not loading(ROOT, EXPORTS, TRAINS)
+    assert loading(ROOT, ("training/trust.py",), TRAINS)
 
 
 CHECKS = {"up": going_up, "circle": circles, "torch": loading_torch, "stem": shared_stems}

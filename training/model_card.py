@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from latefusion.data.escape import markdown
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import stored_values
-from latefusion.training.trust import read
+from latefusion.training.trust_record import read
 
 METRICS = ("report.json", "results.json")
 
@@ -38,8 +38,7 @@ A late-fusion student of {base_name}, trained with latefusion: its vision tokens
 {schedule}
 ```
 
-Layers count from 0. No vision token is computed before `enter` and from `exit` on; `keep` says how many of the best
-are left from a layer on.
+Layers count from 0. {layers}; `keep` says how many of the best are left from a layer on.
 
 ## Training
 
@@ -106,10 +105,12 @@ def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) 
     schedule = VisionSchedule.load(path)
     config = stored_values(path / "config.yaml") if (path / "config.yaml").is_file() else OmegaConf.create()
     if schedule.cross is not None:
-        layers = ", ".join(map(str, schedule.cross))
-        readers = f"in the layers {layers} only" if layers else "in no layer"
+        reading = ", ".join(map(str, schedule.cross))
+        readers = f"in the layers {reading} only" if reading else "in no layer"
         band = f"stay what the projector made them, and text reads them {readers}"
+        layers = "No layer computes vision tokens, and those in `cross` read them"
     else:
+        layers = "No vision token is computed before `enter` and from `exit` on"
         exit_layer = "the last layer" if schedule.exit is None else f"layer {schedule.exit - 1}"
         band = f"are computed from layer {schedule.enter} to {exit_layer} only"
     kind = {Form.adapters: ADAPTER, Form.merged: MERGED, Form.plain: PLAIN}[form].format(
@@ -123,6 +124,7 @@ def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) 
         base=json.dumps(base),
         base_name=markdown(base),
         band=band,
+        layers=layers,
         kind=kind,
         use=(USE_PLAIN if form is Form.plain else USE).format(folder=json.dumps(folder)),
         schedule=json.dumps(schedule.to_dict(), indent=2),

@@ -25,7 +25,7 @@ from latefusion.recipes.compose import stored_values
 from latefusion.recipes.schema import Config, NonFiniteStep
 from latefusion.training.assemble import dtype_of, objective_of, student_of
 from latefusion.training.order import Order
-from latefusion.training.trust import read
+from latefusion.training.trust_record import read
 
 BATCHES = "batches.pt"
 WEIGHTS = "weights.pt"

@@ -53,8 +53,8 @@ from latefusion.training.prepare import (
 from latefusion.training.run_folder import claimed, leave_mark
 from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
-from latefusion.training.trust import FILE as TRUST_FILE
 from latefusion.training.trust import settle_trust
+from latefusion.training.trust_record import FILE as TRUST_FILE
 
 
 def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:

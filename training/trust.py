@@ -8,10 +8,9 @@ token counts by the probability that the teacher gives its label.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +26,11 @@ from latefusion.recipes.schema import Config, Trust
 from latefusion.training.assemble import first_samples, guarded, in_shards
 from latefusion.training.prepare import dtype_of, from_first_process
 from latefusion.training.teacher import load_teacher
+from latefusion.training.trust_record import Decision, read
 
-FILE = "trust.json"  # in the run's folder
 ANSWERS = 256  # to measure the teacher on
 SAMPLES = 256  # the most samples to draw for them
 KNOWS = 0.7  # share of answers from which on every token's KL counts fully; 20% of wrong labels leave 0.8
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How the KL counts in a run, and why.
-
-    Attributes:
-        trust: `all` or `labels`.
-        right, answers: how many of how many answers the teacher knew; None: it was not asked.
-    """
-
-    trust: str
-    right: int | None = None
-    answers: int | None = None
-
-    def __str__(self) -> str:
-        how = {
-            "all": "the KL of every token counts fully",
-            "labels": "the KL of a token counts by the teacher's probability of its label",
-        }[self.trust]
-        if self.right is None or self.answers is None:
-            return f"The teacher was not asked before training; {how} (kl.trust={self.trust})"
-        return (
-            f"The teacher knows {self.right / self.answers:.0%} of {self.answers} training answers, so {how}"
-        )
-
-    def write(self, folder: str | Path) -> None:
-        (Path(folder) / FILE).write_text(json.dumps(asdict(self)) + "\n")
 
 
 def settle_trust(
@@ -94,12 +65,6 @@ def settle_trust(
         return asdict(Decision("all" if right >= KNOWS * answers else "labels", right, answers))
 
     return Decision(**from_first_process("trust", decide))
-
-
-def read(folder: str | Path) -> Decision | None:
-    """The decision of the run in a folder; None: it made none."""
-    file = Path(folder) / FILE
-    return Decision(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def ask(config: Config, guard: Guard, dataset: Any, load: Callable[[], Any]) -> tuple[int, int]:

@@ -55,8 +55,8 @@ from latefusion.training.monitor import METRICS
 from latefusion.training.offline import write_answers
 from latefusion.training.preflight import checked, checked_teaching
 from latefusion.training.run import train
-from latefusion.training.trust import FILE as TRUST
 from latefusion.training.trust import settle_trust
+from latefusion.training.trust_record import FILE as TRUST
 
 DATA = ("easy_vqa", "scenes", "mix", "noise")
 ARMS = {  # what the teacher does in a run

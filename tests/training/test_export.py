@@ -151,7 +151,8 @@ def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
     for folder in ("student", "out"):
         model, _ = load(tmp_path / folder, dtype=torch.float32)
         torch.testing.assert_close(student_logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
-    assert "text reads them in the layers 2, 4 only" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "text reads them in the layers 2, 4 only" in card and "No layer computes vision tokens" in card
     with student.attachment.using(VisionSchedule(enter=2, exit=5)):
         assert not torch.allclose(student_logits(student.model, inputs), expected, rtol=1e-2, atol=1e-2)
 
