@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from latefusion.serving.refusals import VERSION, check_config
+from latefusion.serving.refusals import VERSION, check_config, check_stock
 
 DECODER = "LateFusionForCausalLM"
 MODELS = ("LateFusionLlavaForConditionalGeneration", "LateFusionQwen2_5_VLForConditionalGeneration")
@@ -30,6 +30,21 @@ def register() -> None:
     for name in MODELS:
         ModelRegistry.register_model(name, f"latefusion.serving.models:{name}")
         MODELS_CONFIG_MAP[name] = Defaults
+    for name in ModelRegistry.get_supported_archs():
+        MODELS_CONFIG_MAP.setdefault(name, Stock)
+
+
+class Stock:
+    """Refuses a student in the place of a stock model: earlier exports had the base's type, and would run dense."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raise ValueError if the checkpoint has a schedule."""
+        check_stock(model_config.hf_config)
+
+    @staticmethod
+    def verify_and_update_config(config: Any) -> None:
+        """vLLM asks for it; nothing to change."""
 
 
 class Defaults:

@@ -58,6 +58,15 @@ def check_config(config: Any) -> None:
             raise ValueError(f"a late-fusion model is not served like this: {reason}.")
 
 
+def check_stock(config: Any) -> None:
+    """Raise ValueError if a checkpoint of a stock architecture is a student: vLLM would run it without its schedule."""
+    if getattr(config, SCHEDULE_KEY, None) is not None:
+        raise ValueError(
+            f"this checkpoint is a late-fusion student of an earlier format, which vLLM would run dense, as a "
+            f"{config.model_type} without its {SCHEDULE_KEY}: export its adapters again with latefusion export."
+        )
+
+
 def check_model(config: Any) -> VisionSchedule:
     """The schedule in a checkpoint's configuration; ValueError if the plug-in does not serve it."""
     schedule = VisionSchedule.from_dict(getattr(config, SCHEDULE_KEY))

@@ -10,7 +10,7 @@ from helpers.families import build
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.whole import record
 from latefusion.serving.plugin import Defaults, register
-from latefusion.serving.refusals import check_config, check_model
+from latefusion.serving.refusals import check_config, check_model, check_stock
 
 BAND = VisionSchedule(enter=1, exit=3)
 
@@ -95,6 +95,15 @@ def test_an_option_that_was_not_shown_exact_is_refused(changed, sentence):
 def test_a_student_that_cannot_be_served_says_why(config, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_model(config_of(**config))
+
+
+def test_a_student_under_a_stock_type_is_refused():
+    config = config_of()
+    with pytest.raises(
+        ValueError, match="of an earlier format, which vLLM would run dense, as a llava without"
+    ):
+        check_stock(config)
+    check_stock(build("llava").config)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_mistral", "llava_qwen2", "qwen2_5_vl"])
