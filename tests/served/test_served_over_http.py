@@ -1,7 +1,4 @@
-"""An OpenAI-compatible server that answers about an image: what `vllm serve` starts.
-
-The command itself asks for the metadata of a package `vllm`, which the CPU build from PyPI does not have.
-"""
+"""`vllm serve`: an OpenAI-compatible server that answers about an image."""
 
 import base64
 import io
@@ -44,8 +41,8 @@ def address(folder, tmp_path_factory):
             [
                 sys.executable,
                 "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--model",
+                "vllm.entrypoints.cli.main",
+                "serve",
                 folder,
                 "--port",
                 str(port),

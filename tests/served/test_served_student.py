@@ -1,5 +1,6 @@
 """A trained student answers in vLLM as in `latefusion.load`: text and images go through vLLM's own processor."""
 
+import json
 import random
 
 import pytest
@@ -8,11 +9,15 @@ from helpers.served_bases import SIDE, Base
 from helpers.served_models import TOP, Answer, engine, save_student, worst_difference
 from PIL import Image, ImageDraw
 
+import latefusion.__main__
 from latefusion.data.scene_questions import COLORS
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
+from latefusion.models.student.build import build_student
 from latefusion.models.student.restore import load
+from latefusion.models.student.save import save_student as save_student_folder
+from latefusion.serving.plugin import MODELS
 
 STEPS, BATCH, QUESTIONS = 30, 8, 48
 ANSWER = 2  # tokens: the color, and the end
@@ -60,7 +65,37 @@ def student(tmp_path_factory):
     return save_student(folder, SCHEDULE, Base(model, processor, 3, lambda image: 144, (6, 99)))
 
 
-def test_a_trained_student_answers_as_in_the_executor(student):
+def test_a_student_of_adapters_is_exported_beside_vllm(tmp_path, monkeypatch):
+    """`latefusion export` as `latefusion[vllm]` installs it: the merged student answers as its adapters do."""
+    torch.manual_seed(0)
+    model, processor = load_base("embedded", dtype=torch.float32)
+    student = build_student(
+        model, processor, base="embedded", schedule=SCHEDULE, rank=4, alpha=8, dropout=0.0, entry_rank=4
+    )
+    with torch.no_grad():
+        for weight in student.model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn_like(weight))
+    save_student_folder(student, tmp_path / "student")
+    words = [
+        f"checkpoint={tmp_path / 'student'}",
+        f"output={tmp_path / 'served'}",
+        "merge=true",
+        "dtype=float32",
+    ]
+    monkeypatch.setattr("sys.argv", ["latefusion", "export", *words])
+    latefusion.__main__.main()
+    inputs = processor(text=asked(processor), images=drawn(random.Random(3))[0], return_tensors="pt")
+    logits = []
+    for folder in ("student", "served"):
+        loaded, _ = load(tmp_path / folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(loaded(**inputs).logits[:, -1])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "served" / "config.json").read_text())["architectures"] == [MODELS[0]]
+
+
+def test_a_trained_student_answers_as_in_the_executor(student, note):
     from vllm import SamplingParams
 
     rng = random.Random(1)
@@ -92,4 +127,5 @@ def test_a_trained_student_answers_as_in_the_executor(student):
         for o in outputs
     ]
     reference = [Answer(ids, steps) for ids, steps in zip(expected, logprobs, strict=True)]
+    note(worst_difference(served, reference))
     assert worst_difference(served, reference) < 2e-4
