@@ -49,7 +49,7 @@ def test_the_snippet_on_a_model_that_one_has(capsys: pytest.CaptureFixture[str])
 
 def test_make_train_and_make_test_do_what_readme_says() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert {"make train", "make test"} <= set(commands())
+    assert {"make train", "make real"} <= set(commands()) and "`make test`" in README
     assert re.search(
         r"^train:.*\n\t.*accelerate launch training/train\.py recipe=late_fusion$", makefile, re.MULTILINE
     )
@@ -73,17 +73,6 @@ def test_the_tables_are_what_the_script_makes_of_their_files() -> None:
     assert insert(page, "cross_only", tables.seeds(runs)) == page
 
 
-def test_the_first_table_is_of_the_same_file() -> None:
-    (table,) = re.findall(r"<!-- first -->\n(.*?)<!-- /first -->", README, flags=re.DOTALL)
-    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    systems = results("make_train")["systems"].values()
-    for (name, right, *flops), system in zip(shown, systems, strict=True):
-        accuracy = system["accuracy"]["overall"]
-        value, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("value", "low", "high"))
-        assert name.startswith(system["name"]) and right == f"{value} ({low}–{high})"
-        assert flops == [f"{system[key]['ratio']:.0%}" for key in ("flops", "prefill_flops")]
-
-
 def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     page, students = (ROOT / "docs/evidence.md").read_text(), results("icons_students")
     assert insert(page, "students", icons_students.markdown(students) + "\n") == page
@@ -93,7 +82,7 @@ def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     for arm, line in zip(arms, table.splitlines()[2:], strict=True):
         test, row = rows[arm]["tests"]["test"], rows[arm]
         right = f"{test['mean']:.1f} ({test['low']:.1f}–{test['high']:.1f})"
-        assert line.endswith(f"| {right} | {row['flops']:.0%} | {row['prefill_flops']:.0%} |")
+        assert line.endswith(f"| {right} | {row['prefill_flops']:.0%} |")
     (table,) = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", page, flags=re.DOTALL)
     methods = results("icons_methods")["systems"].values()
     for system, line in zip(methods, table.splitlines()[2:], strict=True):
