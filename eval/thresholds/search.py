@@ -47,9 +47,10 @@ class Search:
         rows: Questions,
         others: Questions | None = None,
     ):
-        if not all(attachment.attention):
+        attention = attachment.traits.attention
+        if not all(attention):
             raise ValueError(
-                f"calibrate.py records softmax attention in every layer, but layer {attachment.attention.index(False)} "
+                f"calibrate.py records softmax attention in every layer, but layer {attention.index(False)} "
                 "of this decoder runs a recurrence (linear attention or a convolution): name VisiPruner's numbers "
                 "yourself, or profile the model for a VisionSchedule."
             )
@@ -179,7 +180,7 @@ class Search:
 
     @property
     def most(self) -> float:
-        """What the KL of all prompts may add up to."""
+        """Upper limit of the summed KL of all prompts."""
         return self.bound * len(self.rows) * (1 + EXACT)
 
     def least_flops(self) -> NDArray:

@@ -54,7 +54,7 @@ class Around:
 
     @property
     def stock(self) -> Callable[..., Any]:
-        """What this stands in for."""
+        """The method that this replaces."""
         return self._before or getattr(type(self.module), self.name).__get__(self.module)
 
     @property

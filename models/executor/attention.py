@@ -65,10 +65,14 @@ class Watch:
         plain: masks hold nothing but causal order and padding.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         samples: of a row, if it holds several; the decision then sees each in a row of its own.
+
+    Attributes:
+        looks_ahead: the layers that the decision looks at before they run (`LooksAhead`).
     """
 
     def __init__(self, *, decision: Decision, plain: bool, replayed: bool, samples: Samples | None = None):
         self.decision, self.plain, self.replayed, self.samples = decision, plain, replayed, samples
+        self.looks_ahead = decision.ahead if isinstance(decision, LooksAhead) else ()
         self._attended: tuple[Tensor, Tensor, Attended] | None = (
             None  # of a segment: its indices, and their samples
         )
@@ -139,11 +143,11 @@ class Watch:
                 return attention(module, query, key, value, mask, **kwargs)
             self._due = None
         query_index, key_index = indices(key.shape[2])
-        rows_of_batch, own = (query, key, value, mask), None
+        rows_of_batch, samples = (query, key, value, mask), None
         if self.samples is not None:
-            own = self._samples_of(query_index, key_index)
-            query, key, value, mask = own.split(query, key, value, mask)
-            query_index, key_index = own.query_index, own.key_index
+            samples = self._samples_of(query_index, key_index)
+            query, key, value, mask = samples.split(query, key, value, mask)
+            query_index, key_index = samples.query_index, samples.key_index
         few = _Rows(module, query, key, mask, kwargs, self._unseen)
         cut = self._can_be_cut(few, module)
         weights: Any = None  # of the attention, where the implementation gives them
@@ -175,7 +179,7 @@ class Watch:
             self.decision.looked(layer, call)
             raise _Looked
         replaced = self.decision.attended(layer, call)
-        if replaced is None and own is not None:
+        if replaced is None and samples is not None:
             return attention(module, *rows_of_batch, **kwargs)
         if replaced is None:
             return call.output, weights
@@ -184,7 +188,7 @@ class Watch:
                 f"the policy replaces the attention output of layer {layer}, which gradient checkpointing "
                 "cannot repeat: run it under torch.no_grad() or turn checkpointing off."
             )
-        return replaced if own is None else own.join(replaced), weights
+        return replaced if samples is None else samples.join(replaced), weights
 
     def _samples_of(self, query_index: Tensor, key_index: Tensor) -> Attended:
         """The samples among a layer's queries and keys, made once for a segment, whose indices are the same objects."""

@@ -260,7 +260,7 @@ def advance(cache: Cache | None, layer_idx: int, start: Track, layout: Layout | 
 
 
 def all_keys(cache: Cache | None, layer_idx: int, start: Track, length: int) -> Keys:
-    """What a layer's attention will see that has computed every token, before its cache stores this forward's."""
+    """The keys of a layer that computes every token, before its cache stores this forward's."""
     track = start.append(None, length)
     if cache is None or layer_idx >= len(cache.layers):
         return Keys(track, number=track.length, width=track.length, offset=0)

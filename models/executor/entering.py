@@ -22,10 +22,13 @@ class Entering:
         entry: the adapter.
         prompt: None: the forward brings no vision tokens.
         samples: of a row, if it holds several.
+        idle_before: in a forward without vision tokens, the layer before which it runs; 0: after the last.
     """
 
-    def __init__(self, entry: nn.Module, prompt: Prompt | None, samples: Samples | None = None):
-        self.entry, self.prompt, self.samples = entry, prompt, samples
+    def __init__(
+        self, entry: nn.Module, prompt: Prompt | None, samples: Samples | None = None, *, idle_before: int = 0
+    ):
+        self.entry, self.prompt, self.samples, self.idle_before = entry, prompt, samples, idle_before
         self.done = False  # the adapter has run
         self._unseen = None if prompt is None else prompt.vision  # bool [B, T], not computed by any layer yet
         self._counts: Sequence[int] = () if prompt is None else prompt.n_vision  # of the unseen

@@ -11,36 +11,27 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import is_flash_attention_requested
 
 from latefusion.models.executor.attention import Attention, Watch
-from latefusion.models.executor.cache import (
-    Keys,
-    Track,
-    advance,
-    all_keys,
-    is_scheduled_layer,
-    without_effect,
-)
+from latefusion.models.executor.cache import Keys, advance, without_effect
 from latefusion.models.executor.entering import Entering
+from latefusion.models.executor.forward_checks import check_choice, check_not_sharded, ranks
 from latefusion.models.executor.frozen_rows import SILENT_ROWS, TEXT_ROWS
 from latefusion.models.executor.layout import Layout
 from latefusion.models.executor.masks import narrows, segment_mask, shared_mask
-from latefusion.models.executor.packed import Samples
 from latefusion.models.executor.partial import is_skipped
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.recurrence import Gaps, mixer_of, recurrence_of
 from latefusion.models.executor.segment import Segment
 from latefusion.models.executor.selections import Selections
-from latefusion.models.executor.shared_keys import is_reusing, kind_of, reuses_keys, stores_keys
-from latefusion.models.policies.base import Decision, LooksAhead, Prompt, SeesEmbeddings, Selection
+from latefusion.models.executor.shared_keys import LayerKeys
+from latefusion.models.executor.tokens import Tokens
+from latefusion.models.executor.traits import checkpoints
+from latefusion.models.policies.base import Decision, SeesEmbeddings, Selection
 
 
 class Forward:
@@ -52,38 +43,31 @@ class Forward:
 
     Args:
         config: of the decoder.
-        length: T, tokens of this forward.
-        past: tokens that the cache has seen before.
+        tokens: the forward's tokens.
         plain: the stock mask holds nothing but causal order and padding.
-        prompt, decision: the vision tokens and what the policy says of them; None if the forward brings none.
-        policy_prompt: the prompt that the policy sees: `prompt`, or where rows hold several samples, one with a row
-            for each of them.
-        samples: which tokens of a row belong to which sample, where rows hold several; else None.
-        prompt_marked: `queries` names where the prompts of a row end.
-        entry: the entry adapter, if the model has one.
-        enters: in a forward without vision tokens, the layer before which the entry adapter runs; 0: after the last.
+        decision: what the policy says of the vision tokens; None if there are none, or all take part everywhere.
+        entering: the entry adapter, if the model has one.
         deepstack: the layers after which the model itself adds to the full hidden states.
         recorded: keeps what is needed to expand what the model records of every layer; None if it records nothing.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
         gaps: padding that recurrent layers run over.
-        shares_keys: whether any layer attends to the keys of a layer before (`shared_keys.py`).
+        shares_keys: whether any layer attends to the keys of a layer before.
+
+    Attributes:
+        segment: of the running layer; the first one computes all tokens.
+        expanded: the running layer's output was handed to the model at full length.
+        uniform: also, nothing but a mask has to be translated in any layer.
     """
 
     def __init__(
         self,
         *,
         config: PretrainedConfig,
-        length: int,
-        past: int,
+        tokens: Tokens,
         plain: bool,
-        prompt: Prompt | None,
         decision: Decision | None,
-        policy_prompt: Prompt | None,
-        samples: Samples | None,
-        prompt_marked: bool,
-        entry: nn.Module | None,
-        enters: int,
+        entering: Entering | None,
         deepstack: frozenset[int],
         recorded: Recorded | None,
         replayed: bool,
@@ -91,26 +75,17 @@ class Forward:
         gaps: Gaps,
         shares_keys: bool,
     ):
-        self.config, self.length, self.past, self.plain = config, length, past, plain
-        self.prompt, self.decision, self.prompt_marked = prompt, decision, prompt_marked
-        self.policy_prompt, self.samples = policy_prompt, samples
-        self.entering = None if entry is None else Entering(entry, prompt, samples)
-        self.enters, self.deepstack, self.recorded = enters, deepstack, recorded
-        self.selections = None if policy_prompt is None else Selections(policy_prompt)
-        self.ahead = decision.ahead if decision is not None and isinstance(decision, LooksAhead) else ()
+        self.config, self.tokens, self.plain, self.decision = config, tokens, plain, decision
+        self.entering, self.deepstack, self.recorded = entering, deepstack, recorded
+        self.replayed, self.gaps = replayed, gaps
+        self.uniform = uniform and tokens.prompt is None and recorded is None
+        self.keys = LayerKeys(tokens.length, tokens.past, shared=shares_keys)
+        self.selections = None if tokens.policy_prompt is None else Selections(tokens.policy_prompt)
         self.watch: Watch | None = None
-        self.replayed, self.shares_keys = replayed, shares_keys
-        if decision is not None and (decision.watch or self.ahead):
-            self.watch = Watch(decision=decision, plain=plain, replayed=replayed, samples=samples)
-        self.segment = Segment()  # of the running layer; this one computes all tokens
-        self.expanded = False  # the running layer's output was handed to the model at full length
-        self.start = Track(tail=past, length=past)
-        self.shared: dict[
-            Any, Keys
-        ] = {}  # by kind of layer, what the layer holds whose keys later ones reuse
-        self.uniform = uniform and prompt is None and recorded is None
-        self.gaps = gaps
-        self.can_rest = self.uniform and self.entering is None  # nothing is left to do without a mask
+        if decision is not None and ranks(decision):
+            self.watch = Watch(decision=decision, plain=plain, replayed=replayed, samples=tokens.samples)
+        self.segment = Segment()
+        self.expanded = False
 
     # ---------------------------------------------------------------- around a layer
 
@@ -130,13 +105,13 @@ class Forward:
         if (
             self.uniform
             and kwargs.get("attention_mask") is None
-            and (i != self.enters or self.entering is None)
+            and (self.entering is None or i != self.entering.idle_before)
         ):
             return args, kwargs  # a decode step: no mask to translate, and the cache counts new tokens itself
         if self.watch is not None:
             self.watch.check()
-        if i in self.ahead:
-            self._look_ahead(i, layer, stock, args, kwargs)
+            if i in self.watch.looks_ahead:
+                self._look_ahead(i, layer, stock, args, kwargs)
         hidden_states = self._select(i, args[0])
         if self.watch is not None and not is_skipped(stock):
             self.watch.enter(i, mixer_of(layer))
@@ -145,21 +120,10 @@ class Forward:
         cache = kwargs.get("past_key_values")
         if checkpoints(layer):
             cache = None  # the layer is about to drop it, too
-        if self.segment.layout is None and not self._lacks_keys(i, layer, cache):
+        if self.segment.layout is None and not self.keys.lacks_some(i, layer, cache):
             return (args if hidden_states is args[0] else (hidden_states, *args[1:])), kwargs
         compact = self._compact(i, layer, hidden_states, kwargs, cache)
         return (hidden_states, *self._compact_inputs(args[1:])), compact
-
-    def _lacks_keys(self, i: int, layer: nn.Module, cache: Cache | None) -> bool:
-        """Whether a layer that computes all tokens attends to fewer; what a source layer holds is noted."""
-        if not self.shares_keys:
-            return is_scheduled_layer(cache, i)
-        if reuses_keys(layer):
-            return not self.shared[kind_of(layer)].complete
-        lacks = is_scheduled_layer(cache, i)
-        if stores_keys(layer) and not lacks:
-            self.shared[kind_of(layer)] = all_keys(cache, i, self.start, self.length)
-        return lacks
 
     def _compact_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a layer is handed by position after its hidden states: Gemma 4's `per_layer_input` `[B, T, P]`."""
@@ -188,10 +152,11 @@ class Forward:
     def _select(self, i: int, hidden_states: Tensor) -> Tensor:
         """Ask the policy before layer i; the hidden states of the tokens that the layer computes."""
         if i == 0 and self.decision is not None and isinstance(self.decision, SeesEmbeddings):
-            packed = self.samples
-            self.decision.embedded(hidden_states if packed is None else packed.split(hidden_states))
-        if self.prompt is None and self.entering is not None and 0 < i == self.enters:
-            hidden_states = self.entering.run_idle(hidden_states)
+            samples = self.tokens.samples
+            self.decision.embedded(hidden_states if samples is None else samples.split(hidden_states))
+        entering = self.entering
+        if self.tokens.prompt is None and entering is not None and 0 < i == entering.idle_before:
+            hidden_states = entering.run_idle(hidden_states)
         selection = None if self.decision is None else self.decision.select(i)
         if selection is not None:
             hidden_states = self._switch(i, selection, hidden_states)
@@ -199,16 +164,16 @@ class Forward:
             self.segment.full = hidden_states
             hidden_states = self.segment.take(hidden_states)
         self.expanded = False
-        if i == 0 and selection is None and self.entering is not None:
-            self.entering.all_computed()
+        if i == 0 and selection is None and entering is not None:
+            entering.all_computed()
         return hidden_states
 
     def _switch(self, i: int, selection: Selection, hidden_states: Tensor) -> Tensor:
         """Remove vision tokens, and let others enter: start the segment of the selection's tokens at layer i."""
-        prompt, selections = self.prompt, self.selections
+        prompt, samples, selections = self.tokens.prompt, self.tokens.samples, self.selections
         assert prompt is not None and selections is not None
         chosen = selections.add(i, selection)
-        selection = chosen if self.samples is None else self.samples.joined(chosen)
+        selection = chosen if samples is None else samples.joined(chosen)
         counts, frozen = selection.counts, selection.frozen
         assert counts is not None
         full = hidden_states if self.expanded else self.segment.expand(hidden_states)
@@ -217,7 +182,7 @@ class Forward:
         if counts == prompt.n_vision and not frozen:
             self.segment = Segment()
             return full
-        self._check_choice(i, chosen)
+        check_choice(i, chosen, self.tokens, self.config)
         self.gaps.check()
         # Tokens that are not active leave: they are removed by `layout.take` at the end.
         active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
@@ -233,36 +198,6 @@ class Forward:
             silent = silent if text is None else silent.gather(1, text.index)
         self.segment = Segment(layout, full, text, silent)
         return layout.take(full)  # here they are removed: the segment's layers get the active rows alone
-
-    def _check_choice(self, i: int, selection: Selection) -> None:
-        """Raise ValueError if the policy cannot have chosen rightly.
-
-        That is where a row holds several samples, whose tokens would be mixed up, and where an image comes after the
-        question by whose text its tokens would have to be chosen.
-        """
-        prompt = self.policy_prompt
-        assert prompt is not None and selection.counts is not None
-        some = any(0 < count < total for count, total in zip(selection.counts, prompt.n_vision, strict=True))
-        if some and prompt.late:
-            raise ValueError(
-                f"the policy chooses among the vision tokens of a row in layer {i}, but an image comes after the last "
-                "of the queries: no text of the prompt has read it. Use a policy that keeps all vision tokens or none, "
-                "such as VisionSchedule(enter=..., exit=...)."
-            )
-        if not prompt.packed and self.samples is None:
-            return
-        if is_flash_attention_requested(self.config):
-            raise ValueError(
-                "several samples are packed into a row with images (position_ids begin again), and flash attention "
-                "would let them see each other once vision tokens leave: put them into rows of their own, or load the "
-                'model with attn_implementation="sdpa".'
-            )
-        if some and not self.prompt_marked and self.samples is None:
-            raise ValueError(
-                f"the policy chooses among the vision tokens of a row in layer {i}, but several samples are packed "
-                "into the row (position_ids begin again): put them into rows of their own, or use a policy that keeps "
-                "all vision tokens or none, such as VisionSchedule(enter=..., exit=...)."
-            )
 
     # ---------------------------------------------------------------- what a layer is handed
 
@@ -285,17 +220,17 @@ class Forward:
             kwargs[SILENT_ROWS] = segment.silent
         if kwargs.get("per_layer_input") is not None:
             kwargs["per_layer_input"] = segment.take(kwargs["per_layer_input"])
-        reused = self.shared[kind_of(layer)] if self.shares_keys and reuses_keys(layer) else None
-        keys = reused or advance(cache, i, self.start, segment.layout, self.length)
-        if self.shares_keys and stores_keys(layer):
-            self.shared[kind_of(layer)] = keys
+        reused = self.keys.reused_by(layer.self_attn) if self.keys.shared else None
+        keys = reused or advance(cache, i, self.keys.start, segment.layout, self.tokens.length)
+        if self.keys.shared:
+            self.keys.keep(layer, keys)
         if self.recorded is not None:
             self.recorded.keys[i] = keys
         mask = kwargs.get("attention_mask")
         facts: dict[str, Any] = {
             "config": self.config,
-            "length": self.length,
-            "past": self.past,
+            "length": self.tokens.length,
+            "past": self.tokens.past,
             "causal": getattr(layer.self_attn, "is_causal", True),  # as transformers decides for its kernels
         }
         if reused is not None:
@@ -332,7 +267,7 @@ class Forward:
     ) -> None:
         """Show the decision the attention of layer i on the tokens of the layer before; nothing else comes of it."""
         assert self.watch is not None
-        check_whole(layer)
+        check_not_sharded(layer)
         hidden_states = self.segment.take(args[0]) if self.expanded else args[0]
         cache = kwargs.get("past_key_values")
         copied = None if cache is None or checkpoints(layer) else without_effect(cache, i)
@@ -343,8 +278,7 @@ class Forward:
     def attend(self, i: int, attention: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The attention of layer i, shown to the policy, which watches some; `args` are the function's."""
         assert self.watch is not None
-        module = args[0]
-        reused = self.shared.get(getattr(module, "layer_type", None)) if is_reusing(module) else None
+        reused = self.keys.reused_by(args[0])
         if reused is not None and not reused.complete:
             return self.watch.attend(i, partial(self._indices_of_shared, reused), attention, *args, **kwargs)
         return self.watch.attend(i, self._indices, attention, *args, **kwargs)
@@ -352,12 +286,14 @@ class Forward:
     def _indices_of_shared(self, shared: Keys, keys: int) -> tuple[Tensor, Tensor]:
         """`_indices` of a layer whose keys are those of a layer before, which may have computed other tokens."""
         queries, _ = self._indices(keys)
-        position = shared.track.positions(queries.shape[0], queries.device)[:, -keys:] - self.past  # [B, K]
+        position = (
+            shared.track.positions(queries.shape[0], queries.device)[:, -keys:] - self.tokens.past
+        )  # [B, K]
         return queries, position.clamp(min=-1)
 
     def _indices(self, keys: int) -> tuple[Tensor, Tensor]:
         """`query_index` and `key_index` of the running layer, as in `AttentionCall`; the same in a whole segment."""
-        prompt, segment = self.prompt, self.segment
+        prompt, segment = self.tokens.prompt, self.segment
         assert prompt is not None
 
         def make() -> tuple[Tensor, Tensor]:
@@ -371,34 +307,3 @@ class Forward:
             return queries, torch.cat([earlier, index], dim=1)
 
         return segment.once("indices", (), make, keys)
-
-
-def checkpoints(layer: nn.Module) -> bool:
-    """Whether the backward pass computes this layer a second time.
-
-    Raises:
-        ValueError: it would do so on the tokens that the layer was called with, not on those that it computed.
-    """
-    again = layer.training and isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
-    if again and "__call__" in vars(GradientCheckpointingLayer):  # an earlier transformers
-        raise ValueError(
-            f"gradient checkpointing of transformers {transformers.__version__} would compute layers again without "
-            "the policy: install transformers 5.23, or turn it off (model.gradient_checkpointing_disable())."
-        )
-    return again
-
-
-def in_shards(module: nn.Module) -> bool:
-    """Whether the module's weights are spread over processes, which gather them at a call of the module itself."""
-    return isinstance(module, FSDPModule) or any(
-        hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in module.parameters()
-    )
-
-
-def check_whole(layer: nn.Module) -> None:
-    """Raise ValueError if the layer's weights lie in shards, which only a call of the layer itself gathers."""
-    if in_shards(layer):
-        raise ValueError(
-            'ranking="hidrop" looks into a layer before it runs, which weights in shards (ZeRO-3, FSDP2) do not allow: '
-            'use ZeRO-2 or DDP, or ranking="reading".'
-        )

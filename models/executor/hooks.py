@@ -6,7 +6,6 @@ also where it is interrupted: one attached model can serve several threads.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,24 +21,17 @@ from transformers.utils.generic import is_flash_attention_requested
 from latefusion.models.executor.around import NOT_EXPORTED, Around
 from latefusion.models.executor.attention import WATCHER, Attention, let_modules_watch
 from latefusion.models.executor.cache import check_cache, is_scheduled, is_uniform
-from latefusion.models.executor.forward import Forward, checkpoints, in_shards
+from latefusion.models.executor.entering import Entering
+from latefusion.models.executor.forward import Forward
 from latefusion.models.executor.forward_checks import (
     check_flash_attention,
-    check_labels,
-    check_whole,
+    check_prompt,
+    check_recurrence_takes,
     ranks,
 )
 from latefusion.models.executor.frozen_rows import ReadingLayer, check_parts
-from latefusion.models.executor.masks import attention_window, narrows
-from latefusion.models.executor.packed import Samples
-from latefusion.models.executor.prompt import (
-    PromptEnd,
-    earlier_tokens,
-    end_of_labels,
-    padding_of,
-    read_prompt,
-    real_tokens,
-)
+from latefusion.models.executor.masks import narrows
+from latefusion.models.executor.prompt import PromptEnd, earlier_tokens, padding_of
 from latefusion.models.executor.recorded import Recorded
 from latefusion.models.executor.recurrence import (
     Gaps,
@@ -48,11 +40,18 @@ from latefusion.models.executor.recurrence import (
     last_norm,
     recurrence_of,
 )
-from latefusion.models.executor.shared_keys import reuses_keys
 from latefusion.models.executor.threads import PerThread
+from latefusion.models.executor.tokens import Tokens, read_tokens
 from latefusion.models.executor.trace import PrefillTrace, TextTrace
+from latefusion.models.executor.traits import (
+    DecoderTraits,
+    arguments_by_name,
+    checkpoints,
+    layers_before_additions,
+    runs_on_every_process,
+)
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
-from latefusion.models.policies.base import Decision, Policy, Prompt, Selection
+from latefusion.models.policies.base import Decision, Policy, Selection
 from latefusion.models.student.entry import ENTRY
 
 HOOKS = "_latefusion_hooks"
@@ -74,7 +73,7 @@ class Running:
 
 
 class Hooks:
-    """What stands around the forwards of a multimodal model, its decoder and the decoder's layers, and before its norm.
+    """The hooks of one attached model: around its forward, its decoder's, each layer's, and before the last norm.
 
     Args:
         model: the Hugging Face model.
@@ -95,9 +94,8 @@ class Hooks:
     ):
         self.model, self.decoder, self.multimodal = model, decoder, multimodal
         self.inexact = inexact or {}
-        self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
-        self.shares_keys = any(map(reuses_keys, self.layers))
-        self.vision_mask = vision_mask
+        self.traits = DecoderTraits(decoder)
+        self.layers, self.vision_mask = self.traits.layers, vision_mask
         self._threads = PerThread(Running)
         # threads in a forward with a state; asked first, as most decode steps have none
         self._busy: set[int] = set()
@@ -106,14 +104,6 @@ class Hooks:
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
-        recurrences = [recurrence_of(layer) for layer in self.layers]
-        self.attention = tuple(mixer is None for mixer in recurrences)  # per layer: it attends with a softmax
-        self._takes_ids = any(map(_needs_positions, self.layers))
-        self._window = attention_window(decoder.config)
-        self._one_mask = self._window is None and all(self.attention)  # the layers are handed the same
-        self._deepstack = bool(
-            {"deepstack_visual_embeds", "deepstack_features"} & _parameters(decoder).keys()
-        )
         self._handles = list(self._install())
 
     @property
@@ -134,7 +124,7 @@ class Hooks:
         """Give the model back as it was."""
         for handle in [*self._handles, *self._reading.values()]:
             handle.remove()
-        for layer, attends in zip(self.layers, self.attention, strict=True):
+        for layer, attends in zip(self.layers, self.traits.attention, strict=True):
             if attends:
                 vars(layer.self_attn).pop(WATCHER, None)
         vars(self.decoder).pop(HOOKS, None)
@@ -176,7 +166,7 @@ class Hooks:
     def _keep_labels(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock forward of the whole model, whose labels say where prompts end."""
         running = self._running
-        running.labels = _named(self.model, args, kwargs).get("labels")
+        running.labels = arguments_by_name(self.model, args, kwargs).get("labels")
         try:
             return stock(*args, **kwargs)
         finally:
@@ -184,7 +174,7 @@ class Hooks:
 
     def _run_multimodal(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock forward, once its vision tokens are found."""
-        self._look(self.multimodal, _named(self.multimodal, args, kwargs))
+        self._look(self.multimodal, arguments_by_name(self.multimodal, args, kwargs))
         try:
             return stock(*args, **kwargs)
         finally:
@@ -206,13 +196,13 @@ class Hooks:
 
     def _run_decoder(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock forward under the policy; what it holds of it is dropped at its end, whatever ends it."""
-        arguments = _named(self.decoder, args, kwargs)
+        arguments = arguments_by_name(self.decoder, args, kwargs)
         if self.multimodal is self.decoder:
             self._look(self.decoder, arguments)
         forward = None
         try:
             forward = self._begin(arguments)
-            if forward is not None and self.shares_keys:
+            if forward is not None and self.traits.shares_keys:
                 kwargs = {**kwargs, "logits_to_keep": None}  # Gemma 4 would leave out rows between its layers
             output = stock(*args, **kwargs)
         except BaseException:
@@ -235,140 +225,99 @@ class Hooks:
         return output
 
     def _begin(self, arguments: dict[str, Any]) -> Forward | None:
-        """The state of a forward with these arguments, set for this thread; None: nothing of ours takes part in it."""
-        running = self._running
+        """Set the state of a forward with these arguments for this thread; None: nothing of ours takes part in it."""
+        running, traits, config = self._running, self.traits, self.decoder.config
         if running.forward is not None:
             self._set_forward(None)
         cache, entry = arguments.get("past_key_values"), self.model._modules.get(ENTRY)
         past = 0 if cache is None else cache.get_seq_length()
         touched = is_scheduled(cache)
-        recurrent = not all(self.attention)
-        if recurrent and past:
+        if traits.recurrent and past:
             check_continued(cache)
-        if running.vision is None and entry is not None and not _counts_on_every_process(entry):
+        if running.vision is None and entry is not None and not runs_on_every_process(entry):
             entry = None
         if running.vision is None and entry is None and not touched and past:
             return None  # a decode step under a policy that removed nothing
-        tokens = arguments.get("inputs_embeds")
-        tokens = arguments["input_ids"] if tokens is None else tokens
-        batch, length = tokens.shape[:2]
-        real = None  # bool [B, T]
-        if running.vision is not None or not past:
-            real = real_tokens(running.padding, batch, length, tokens.device)
-        prompt, end, labels, samples = None, self.prompt_end, None, None
-        if end.samples is not None and real is not None:
-            samples = Samples(end.samples.to(tokens.device))
-            real = real & (samples.number >= 0)
-        if running.vision is not None and real is not None:
-            vision = running.vision.to(tokens.device)
-            if (
-                end.queries is None
-                and isinstance(running.labels, Tensor)
-                and running.labels.shape == real.shape
-            ):
-                labels = running.labels.to(tokens.device)
-                end = end_of_labels(labels, vision & real)
-            prompt = read_prompt(
-                vision,
-                real,
-                past=past,
-                end=end,
-                position_ids=arguments.get("position_ids") if samples is None else None,
-                num_layers=len(self.layers),
-                attention=self.attention if recurrent else (),
-            )
-        policy_prompt = prompt
-        if samples is not None:
-            policy_prompt = None if prompt is None else samples.prompt(prompt, end)
-            real = samples.valid
-        config = self.decoder.config
-        local = self._window is not None and past + length > self._window
+        tokens = read_tokens(
+            arguments,
+            past=past,
+            vision=running.vision,
+            padding=running.padding,
+            labels=running.labels,
+            end=self.prompt_end,
+            traits=traits,
+        )
+        prompt = tokens.prompt
         if (prompt is not None or touched) and is_flash_attention_requested(config):
-            check_flash_attention(
-                self.layers[0],
-                window=self._window if local else None,
-                length=past + length,
-                has_vision=prompt is not None,
-                takes_ids=self._takes_ids,
-                shares_keys=self.shares_keys,
-            )
-        policy = self.policy
-        decision = None if policy_prompt is None else policy.begin(policy_prompt)
-        if self.inexact and "ranking" in self.inexact and ranks(decision):
-            raise ValueError(self.inexact["ranking"])
-        if prompt is not None and self.prompt_end.queries is None and ranks(decision):
-            if labels is not None or (self.model.training and torch.is_grad_enabled()):
-                check_labels(policy, prompt, labels)
-            if labels is not None:
-                self._note_labels(policy)
-        if prompt is not None and past + length < (self.prompt_end.length or 0):
-            check_whole(policy, decision)
+            check_flash_attention(traits, tokens)
+        decision = self._ask(tokens)
         if prompt is not None:
             check_cache(cache)
         if decision is None and entry is None and not touched:  # every token takes part in every layer
-            self._note(policy_prompt, None, (), real, past)
+            self._note(tokens, None, ())
             return None
         gaps = Gaps()
-        if recurrent and prompt is not None:
-            if prompt.packed or samples is not None:
-                raise ValueError(
-                    "several samples are packed into a row (position_ids begin again), and the recurrent layers of "
-                    "this decoder would read one after the other: put them into rows of their own."
-                )
-            gaps = Gaps.of(prompt.real, earlier_tokens(running.padding, length, past))
-        mask = arguments.get("attention_mask")
-        records = [
-            arguments.get(name, getattr(config, name, False))
-            for name in ("output_hidden_states", "output_attentions")
-        ]
+        if traits.recurrent and prompt is not None:
+            check_recurrence_takes(tokens)
+            gaps = Gaps.of(prompt.real, earlier_tokens(running.padding, tokens.length, past))
+        entering = None
+        if entry is not None:
+            first = getattr(self.policy, "enter", 0)
+            entering = Entering(entry, prompt, tokens.samples, idle_before=first)
         forward = Forward(
             config=config,
-            length=length,
-            past=past,
-            plain=past == 0 and not local and isinstance(mask, Tensor) and mask.dim() == 2,
-            prompt=prompt,
+            tokens=tokens,
+            plain=self._is_plain(arguments.get("attention_mask"), tokens),
             decision=decision,
-            policy_prompt=policy_prompt,
-            samples=samples if policy_prompt is not None else None,
-            prompt_marked=self.prompt_end.queries is not None,
-            entry=entry,
-            enters=getattr(policy, "enter", 0),
-            deepstack=_layers_before_additions(arguments),
-            recorded=Recorded(self.attention)
-            if any(r is not None and r is not False for r in records)
-            else None,
+            entering=entering,
+            deepstack=layers_before_additions(arguments),
+            recorded=Recorded(traits.attention) if _records(arguments, config) else None,
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
             uniform=is_uniform(cache),
             gaps=gaps,
-            shares_keys=self.shares_keys,
+            shares_keys=traits.shares_keys,
         )
         self._set_forward(forward)
         if forward.watch is not None:
             self._let_layers_be_watched()
-        self._note(
-            policy_prompt,
-            decision,
-            () if forward.selections is None else forward.selections.steps,
-            real,
-            past,
-        )
+        self._note(tokens, decision, () if forward.selections is None else forward.selections.steps)
         return forward
 
+    def _ask(self, tokens: Tokens) -> Decision | None:
+        """The policy's decision on a forward's vision tokens, once it is sure that the forward shows what it needs."""
+        policy, prompt = self.policy, tokens.policy_prompt
+        if prompt is None:
+            return None
+        decision = policy.begin(prompt)
+        if "ranking" in self.inexact and ranks(decision):
+            raise ValueError(self.inexact["ranking"])
+        check_prompt(
+            policy,
+            decision,
+            tokens,
+            prompt_length=self.prompt_end.length,
+            training=self.model.training and torch.is_grad_enabled(),
+        )
+        if tokens.labels is not None and ranks(decision):
+            self._note_labels(policy)
+        return decision
+
+    def _is_plain(self, mask: Any, tokens: Tokens) -> bool:
+        """Whether a forward's mask holds nothing but causal order and padding."""
+        window = self.traits.window
+        sees_all = window is None or tokens.length <= window
+        return tokens.past == 0 and sees_all and isinstance(mask, Tensor) and mask.dim() == 2
+
     def _note(
-        self,
-        prompt: Prompt | None,
-        decision: Decision | None,
-        steps: Sequence[tuple[int, Selection]],
-        real: Tensor | None,
-        past: int,
+        self, tokens: Tokens, decision: Decision | None, steps: Sequence[tuple[int, Selection]]
     ) -> None:
         """Keep what the attachment's trace tells of a prefill."""
-        if prompt is not None:
+        if tokens.policy_prompt is not None:
             last: PrefillTrace | TextTrace = PrefillTrace(
-                prompt, decision, steps, by_question=ranks(decision)
+                tokens.policy_prompt, decision, steps, by_question=ranks(decision)
             )
-        elif real is not None and not past:
-            last = TextTrace(real, len(self.layers))
+        elif tokens.real is not None and not tokens.past:
+            last = TextTrace(tokens.real, len(self.layers))
         else:
             return
         self._running.last = self._last = last
@@ -388,7 +337,13 @@ class Hooks:
         forward = self._threads.get().forward
         if forward is None:
             return stock(*args, **kwargs)
-        if i == 0 and forward.can_rest and self._one_mask and kwargs.get("attention_mask") is None:
+        if (
+            i == 0
+            and forward.uniform
+            and forward.entering is None
+            and self.traits.one_mask
+            and kwargs.get("attention_mask") is None
+        ):
             self._set_forward(None)  # a decode step without a mask: no layer has anything to translate
             return stock(*args, **kwargs)
         args, kwargs = forward.enter_layer(i, layer, stock, args, kwargs)
@@ -412,7 +367,7 @@ class Hooks:
     def _let_layers_be_watched(self) -> None:
         """Give attention modules their watchers, which stay until `detach`."""
         let_modules_watch()
-        for i, attends in enumerate(self.attention):
+        for i, attends in enumerate(self.traits.attention):
             if attends and WATCHER not in vars(self.layers[i].self_attn):
                 setattr(self.layers[i].self_attn, WATCHER, Watcher(self, i))
 
@@ -424,7 +379,7 @@ class Hooks:
         """
         with _LOCK:
             if not self._reading:
-                layers = {i: self.layers[i] for i, attends in enumerate(self.attention) if attends}
+                layers = {i: self.layers[i] for i, attends in enumerate(self.traits.attention) if attends}
                 for layer in layers.values():
                     check_parts(layer)
                 self._reading = {i: ReadingLayer(layer, self._readers) for i, layer in layers.items()}
@@ -444,10 +399,10 @@ class Hooks:
     def _recur(self, mixer: Any, stock: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The stock recurrence of a layer; rows of several lengths that go on from a cache, one length at a time."""
         forward = self._threads.get().forward
-        layout = None if forward is None or not forward.past else forward.segment.layout
+        layout = None if forward is None or not forward.tokens.past else forward.segment.layout
         if layout is None or layout.valid is None:
             return stock(*args, **kwargs)
-        return by_length(stock, layout, mixer.layer_idx, _named(mixer, args, kwargs))
+        return by_length(stock, layout, mixer.layer_idx, arguments_by_name(mixer, args, kwargs))
 
     def _before_norm(self, module: nn.Module, args: tuple) -> tuple | None:
         forward = self._running.forward
@@ -469,32 +424,8 @@ class Watcher:
         return self.hooks.attend(self.layer, attention, module, *args, **kwargs)
 
 
-def _counts_on_every_process(entry: nn.Module) -> bool:
-    """Whether a forward without vision tokens has to run the entry adapter, for its gradients or its shards."""
-    return torch.is_grad_enabled() or in_shards(entry)
-
-
-def _needs_positions(layer: Any) -> bool:
-    """Whether attention computes with position_ids: others take them for flash attention alone, and do without."""
-    if recurrence_of(layer) is not None:
-        return False
-    ids = _parameters(layer.self_attn).get("position_ids")
-    return ids is not None and ids.default is inspect.Parameter.empty
-
-
-def _layers_before_additions(arguments: Mapping[str, Any]) -> frozenset[int]:
-    """Layers after which the model itself adds image features to the hidden states of all tokens (deepstack)."""
-    after = range(len(arguments.get("deepstack_visual_embeds") or ()))
-    before = arguments.get("deepstack_features") or ()  # Granite 4's, by the layer that gets them
-    return frozenset([*after, *(layer - 1 for layer in before)])
-
-
-def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(module.forward).parameters
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    if not args:
-        return kwargs
-    return dict(zip(_parameters(module), args, strict=False), **kwargs)
+def _records(arguments: Mapping[str, Any], config: Any) -> bool:
+    """Whether the decoder is asked for every layer's hidden states or attention maps."""
+    states = arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+    maps = arguments.get("output_attentions", getattr(config, "output_attentions", False))
+    return (states is not None and states is not False) or (maps is not None and maps is not False)

@@ -37,12 +37,12 @@ class Samples:
         self.number, self.width = number, number.shape[1]
         total = int(flat.max()) + 1 if total is None else total  # a host sync
         place = torch.arange(len(flat), device=device)
-        ours = torch.where(flat < 0, total, flat)
+        bins = torch.where(flat < 0, total, flat)  # padding has one of its own
         counts = torch.zeros(total + 1, dtype=torch.long, device=device).index_add_(
-            0, ours, ours.new_ones(len(ours))
+            0, bins, bins.new_ones(len(bins))
         )
-        first = torch.full_like(counts, len(flat)).scatter_reduce_(0, ours, place, "amin")
-        last = torch.zeros_like(counts).scatter_reduce_(0, ours, place, "amax")
+        first = torch.full_like(counts, len(flat)).scatter_reduce_(0, bins, place, "amin")
+        last = torch.zeros_like(counts).scatter_reduce_(0, bins, place, "amax")
         apart = ((last - first + 1 != counts) & (counts > 0))[:total].any()
         most, broken = torch.stack([counts[:total].max(), apart.long()]).tolist()  # a host sync
         if broken:
@@ -54,7 +54,7 @@ class Samples:
         self.index = torch.where(
             self.valid, first[:total, None] + column, 0
         )  # int64 [S, L], into the flat rows
-        within = place - first[ours]
+        within = place - first[bins]
         self._inverse = torch.where(
             flat < 0, 0, flat * len(column) + within
         )  # int64 [B * T], into the flat samples
@@ -119,9 +119,9 @@ class Samples:
 
     def queries(self, queries: Tensor) -> Tensor:
         """Queries `[B, Q]` of rows (negative: none) as each sample's own, `[S, Q]`, -1 where it has fewer."""
-        ours = torch.where(queries < 0, -1, self.number.gather(1, queries.clamp(min=0)))[self.row]  # [S, Q]
-        own = ours == torch.arange(len(self.row), device=queries.device)[:, None]
-        return torch.where(own, queries[self.row] - self.start, -1)
+        number = torch.where(queries < 0, -1, self.number.gather(1, queries.clamp(min=0)))[self.row]  # [S, Q]
+        fits = number == torch.arange(len(self.row), device=queries.device)[:, None]
+        return torch.where(fits, queries[self.row] - self.start, -1)
 
     @cached_property
     def start(self) -> Tensor:

@@ -66,8 +66,8 @@ def read_prompt(
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
         if queries.shape[1]:  # a sample's own last query fills its row, its last token if it has none
-            own = torch.where(asks, queries.amax(1, keepdim=True), last)
-            queries = torch.where(queries < 0, own, queries)
+            fill = torch.where(asks, queries.amax(1, keepdim=True), last)
+            queries = torch.where(queries < 0, fill, queries)
         else:
             queries = last
         late = vision & (column > queries.amax(1, keepdim=True))

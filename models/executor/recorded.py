@@ -28,7 +28,7 @@ class Recorded:
         self.keys: dict[int, Keys] = {}  # of each layer that lacks tokens
 
     def enter(self, segment: Segment) -> None:
-        """Before each layer."""
+        """Keep the segment of the layer that begins; called before each layer."""
         self.segments.append((segment, segment.full))
 
     def hidden_states(self, states: tuple[Tensor | None, ...], last: Tensor) -> tuple[Tensor | None, ...]:

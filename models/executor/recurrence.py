@@ -45,7 +45,7 @@ def last_norm(decoder: nn.Module) -> nn.Module | None:
 
 
 def check_recurrence(layer: nn.Module) -> None:
-    """Raise ValueError if the layer's recurrence is none of `EXACT`.
+    """Raise ValueError if the layer's recurrence is not one of `EXACT`.
 
     Also if padding in front of a row would change what it makes of the row.
     """

@@ -1,4 +1,4 @@
-"""What happened in the last prefill, read out only when somebody asks."""
+"""Records what happened in the last prefill, and reads it out only when somebody asks."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ def test_a_wrong_key_is_answered_with_those_that_exist(command: Any) -> None:
 
 
 def test_a_decoder_with_recurrent_layers_is_refused() -> None:
-    attachment: Any = SimpleNamespace(attention=(True, False, True))
+    attachment: Any = SimpleNamespace(traits=SimpleNamespace(attention=(True, False, True)))
     with pytest.raises(
         ValueError, match="softmax attention in every layer, but layer 1 of this decoder runs a"
     ):
