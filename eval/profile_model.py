@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig
 
 if TYPE_CHECKING:
     from latefusion.data.draw import ImageRow
+    from latefusion.eval.fusion.run import DrawnPrompts
 
 
 @dataclass
@@ -177,6 +178,7 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
             f"{len(samples)} prompts."
         )
         samples = model_answers(model, processor, samples, arguments.new_tokens, console)
+    prompts = replace(prompts, measured=samples[:n], confirming=samples[n:], labelled=labelled)
     about = {
         "model": source.path,
         **model_identity(source.path, source.revision, processor=processor, dtype=dtype),
@@ -190,12 +192,8 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
     return profile(
         model=model,
         processor=processor,
-        samples=samples[:n],
-        confirm_on=samples[n:],
-        fit_on=prompts.calibrating,
-        remarks=prompts.remarks,
+        prompts=prompts,
         console=console,
-        labelled=labelled,
         about=about,
         output_dir=arguments.output or f"outputs/profile_{Path(source.path).name}",
         goal=Goal(bound=arguments.bound, budget=arguments.budget, by_hand=schedule_by_hand(config, model)),
@@ -218,17 +216,7 @@ def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
     return None if schedule == VisionSchedule() else schedule
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Samples to measure on, to confirm on and to calibrate the entry on, and sentences about them for the reader."""
-
-    measured: list[dict[str, Any]]
-    confirming: list[dict[str, Any]]
-    calibrating: list[dict[str, Any]]
-    remarks: list[str]
-
-
-def draw(data: DataConfig, arguments: Arguments) -> Prompts:
+def draw(data: DataConfig, arguments: Arguments) -> DrawnPrompts:
     """Draw samples to measure on, others to confirm on, and others again, with different images, to calibrate on.
 
     Raises:
@@ -243,6 +231,7 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
         with_other_images,
     )
     from latefusion.data.question_sets import samples
+    from latefusion.eval.fusion.run import DrawnPrompts
 
     needed = arguments.samples + arguments.confirm
     if data.source in QUESTION_SETS:
@@ -252,7 +241,12 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
         others = candidates[arguments.samples :][: arguments.confirm]
         train: Any = samples(data.source, "train", seed=data.seed)
         calibrating = distinct_images(train, arguments.images)
-        return Prompts(opened(scenes, chosen), opened(scenes, others), calibrating, few(others, arguments))
+        return DrawnPrompts(
+            measured=opened(scenes, chosen),
+            confirming=opened(scenes, others),
+            calibrating=calibrating,
+            remarks=few(others, arguments),
+        )
     needed += arguments.images
     rows = prompt_rows(data, arguments.split, needed)
     candidates, bad = with_images(rows, needed=needed, seed=arguments.seed)
@@ -268,7 +262,12 @@ def draw(data: DataConfig, arguments: Arguments) -> Prompts:
             "The data have no images beside those of the samples, so the entry is calibrated on them: its KL is better "
             "than it will be on others; fewer samples leave some."
         )
-    return Prompts(opened(rows, chosen), opened(rows, others), opened(rows, calibrating), remarks)
+    return DrawnPrompts(
+        measured=opened(rows, chosen),
+        confirming=opened(rows, others),
+        calibrating=opened(rows, calibrating),
+        remarks=remarks,
+    )
 
 
 def few(confirming: Sequence[ImageRow], arguments: Arguments) -> list[str]:

@@ -16,7 +16,7 @@ from latefusion.models.base_model import load_base
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import check_layers, schedule_of, teacher
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import Student, build_full, build_student
+from latefusion.models.student.build import Lora, Student, build_full, build_student
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.save import start_from
 from latefusion.recipes.schema import (
@@ -28,7 +28,7 @@ from latefusion.recipes.schema import (
     Tune,
     Variant,
 )
-from latefusion.training.objective import Objective
+from latefusion.training.objective import Distillation, Objective
 from latefusion.training.prepare import dtype_of, entry_start
 from latefusion.training.teacher import load_teacher, shared_vocabulary
 
@@ -96,13 +96,15 @@ def student_from(
         model,
         processor,
         base=config.model.path,
-        rank=lora.r,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=lora.targets,
-        layers=adapted_layers(config, schedule, model.config.get_text_config().num_hidden_layers),
-        rslora=lora.variant is Variant.rslora,
-        dora=lora.variant is Variant.dora,
+        lora=Lora(
+            rank=lora.r,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+            layers=adapted_layers(config, schedule, model.config.get_text_config().num_hidden_layers),
+            rslora=lora.variant is Variant.rslora,
+            dora=lora.variant is Variant.dora,
+        ),
         **parts,
     )
     if config.init is not None:
@@ -185,23 +187,24 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         other = load_teacher(config, policy, dtype=dtype_of(config))
     sharded = config.engine.deepspeed or config.engine.fsdp
     blank = student.processor.image_processor(images=[Image.new("RGB", (32, 32))], return_tensors="pt")
-    objective = Objective(
+    return Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=policy,
-        other=other,
-        vocabulary=None if config.kl.model is None else shared_vocabulary(config),
-        weight=config.kl.weight,
-        temperature=config.kl.temperature,
-        share=config.kl.share,
-        seed=config.train.seed,
+        kl=Distillation(
+            policy=policy,
+            weight=config.kl.weight,
+            temperature=config.kl.temperature,
+            share=config.kl.share,
+            seed=config.train.seed,
+            other=other,
+            vocabulary=None if config.kl.model is None else shared_vocabulary(config),
+            by_label=config.kl.trust is Trust.labels,  # of `auto`, a run decides (training/trust.py)
+        ),
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
         sharded=in_shards(config) and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
     )
-    objective.by_label = config.kl.trust is Trust.labels  # of `auto`, a run decides (training/trust.py)
-    return objective
 
 
 def in_shards(config: Config) -> bool:

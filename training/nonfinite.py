@@ -169,7 +169,7 @@ def replay(folder: str | Path) -> Sequence[float]:
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
     objective = objective_of(config, student)
     if (decision := read(path.parent)) is not None:
-        objective.by_label = decision.trust == "labels"
+        objective.kl.by_label = decision.trust == "labels"
     saved = torch.load(path / BATCHES, weights_only=True)
     facts = json.loads((path / ROWS).read_text())
     objective.at(facts["step"] - 1, config.train.total_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,37 +23,60 @@ from latefusion.training.teacher import OtherTeacher
 from latefusion.training.vision_tower import VisionTower
 
 
+@dataclass(kw_only=True)
+class Distillation:
+    """How a teacher takes part in the loss.
+
+    Attributes:
+        policy: under which the teacher runs; None: none runs (its answers come with the batch, or nobody teaches).
+        weight, temperature: of the KL term (Hinton et al., arXiv 1503.02531); weight 0: cross-entropy alone.
+        share, seed: of the steps with a teacher (`order.teacher_runs`).
+        other: another model that teaches; None: the student's base does.
+        vocabulary: number of token ids that `other` scores too; None: all.
+        by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
+    """
+
+    policy: Policy | None
+    weight: float = 1.0
+    temperature: float = 1.0
+    share: float = 1.0
+    seed: int = 0
+    other: OtherTeacher | None = None
+    vocabulary: int | None = None
+    by_label: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight == 0:
+            self.policy = None
+        if self.policy is None:
+            self.other = None
+
+
 class Objective:
     """`(sum of cross-entropies + weight * temperature^2 * sum of KL(teacher || student)) / count`.
 
-    With a `share` below 1 the teacher runs in some steps alone, and there its KL counts `1 / share` times. Whole steps,
-    not samples: all processes and micro-batches of a step do the same, so the loss does not depend on how a step is
-    divided, and a teacher in shards needs no agreement.
+    With a `kl.share` below 1 the teacher runs in some steps alone, and there its KL counts `1 / share` times. Whole
+    steps, not samples: all processes and micro-batches of a step do the same, so the loss does not depend on how a step
+    is divided, and a teacher in shards needs no agreement.
 
-    The teacher is `model` itself with its adapters off, in eval mode, under `teacher`: one more forward pass, no second
-    copy of any weight. Or it is `other`, a frozen model. `count` is the number of label tokens of the whole optimizer
-    step, so the gradient does not depend on accumulation or on the number of processes.
+    The teacher is `model` itself with its adapters off, in eval mode, under `kl.policy`: one more forward pass, no
+    second copy of any weight. Or it is `kl.other`, a frozen model. `count` is the number of label tokens of the whole
+    optimizer step, so the gradient does not depend on accumulation or on the number of processes.
 
     Args:
         model: the student, whose adapters `disable_adapter` turns off.
         attachment: of `model`, with the student's policy.
-        teacher: the teacher's policy; None: cross-entropy alone.
-        weight, temperature: of the KL term (Hinton et al., arXiv 1503.02531).
-        share, seed: of the steps with a teacher (`order.teacher_runs`).
+        kl: how a teacher takes part.
         share_images: encode images once for teacher and student; right if everything that trains comes after the
             projector.
         blank, sharded: as `VisionTower` has them.
         narrowing: the student's policy at a moment of the run (0 to 1); None: it stays the same.
-        other: another model that teaches, under its own policy; None: `model` teaches itself.
-        vocabulary: number of token ids that `other` scores too; None: all.
 
     Attributes:
         taught: the teacher runs in the step that `at` has set.
-        by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
         counts: report the FLOPs of each call among its terms.
     """
 
-    by_label = False
     counts = False
 
     def __init__(
@@ -60,30 +84,19 @@ class Objective:
         *,
         model: nn.Module,
         attachment: Attachment,
-        teacher: Policy | None,
-        weight: float,
-        temperature: float,
+        kl: Distillation,
         share_images: bool,
-        share: float = 1.0,
-        seed: int = 0,
         blank: Mapping[str, Any] | None = None,
         narrowing: Callable[[float], Policy] | None = None,
-        other: OtherTeacher | None = None,
-        vocabulary: int | None = None,
         sharded: bool = False,
     ):
         self.model: Any = model
-        self.attachment = attachment
-        self.narrowing = narrowing
-        self.teacher = teacher if weight > 0 else None
-        self.weight, self.temperature, self.share_images = weight, temperature, share_images
-        self.share, self.seed = share, seed
-        self.taught = teacher_runs(0, share=share, seed=seed)
+        self.attachment, self.kl = attachment, kl
+        self.share_images, self.narrowing = share_images, narrowing
+        self.taught = teacher_runs(0, share=kl.share, seed=kl.seed)
         self.tower = VisionTower(model, blank=blank, sharded=sharded)
         self.readout = Readout(unwrapped(model), sharded=sharded)
-        self.other = other if self.teacher is not None else None
-        self.vocabulary = vocabulary
-        self._others_readout = None if self.other is None else Readout(self.other.model)
+        self._others_readout = None if kl.other is None else Readout(kl.other.model)
         self.width = self.readout.model.config.get_text_config().vocab_size
 
     def __call__(
@@ -120,12 +133,12 @@ class Objective:
                     self.tower.encode_blank(labels.device)
 
         label, sums = targets[learnt], Terms(labels.device)  # [N]
-        weight, cached, taught = self.weight / self.share, None, None
-        if self.weight > 0 and self.taught and offline_tokens is not None:
+        weight, cached, taught = self.kl.weight / self.kl.share, None, None
+        if self.kl.weight > 0 and self.taught and offline_tokens is not None:
             cached = {"tokens": offline_tokens, "logprobs": offline_logprobs}
         with self.prompts_end(queries, labels != IGNORE, samples):
-            if self.teacher is not None and self.taught:
-                cached, taught = None, self.teacher_rows(inputs if self.other is None else raw, learnt)
+            if self.kl.policy is not None and self.taught:
+                cached, taught = None, self.teacher_rows(inputs if self.kl.other is None else raw, learnt)
             teacher_flops = 0.0 if taught is None else self._teacher_flops(len(label))
             zero = None
             if not self.share_images:
@@ -135,8 +148,8 @@ class Objective:
                 says: Any = cached if taught is None else {"rows": taught[0], "read": taught[1](read)}
                 teaching = None
                 if says is not None:
-                    how = {"temperature": self.temperature, "by_label": self.by_label}
-                    teaching = Teaching(**says, **how, vocabulary=self.vocabulary)
+                    how = {"temperature": self.kl.temperature, "by_label": self.kl.by_label}
+                    teaching = Teaching(**says, **how, vocabulary=self.kl.vocabulary)
                 return answer_loss(
                     rows, label, read, teaching, sums, weight=weight, width=self.width, trained=trained
                 )
@@ -144,7 +157,7 @@ class Objective:
             with self.tower.zero_added(zero):
                 loss = self._student(forward, fresh_inputs(inputs), learnt, loss_of)
         terms = {"ce": sums.ce, "kl": sums.kl, "tokens": learnt.sum()}
-        if self.teacher is not None or (self.weight > 0 and offline_tokens is not None):
+        if self.kl.policy is not None or (self.kl.weight > 0 and offline_tokens is not None):
             terms |= {"taught": self.taught * learnt.sum(), "teacher_right": sums.right}
         if self.counts:
             flops = teacher_flops + self._student_flops(len(label))
@@ -171,7 +184,7 @@ class Objective:
 
     def at(self, step: int, steps: int) -> None:
         """Set what changes from step to step (from 0) of a run: whether the teacher runs, and the student's policy."""
-        self.taught = teacher_runs(step, share=self.share, seed=self.seed)
+        self.taught = teacher_runs(step, share=self.kl.share, seed=self.kl.seed)
         if self.narrowing is not None:
             self.attachment.policy = self.narrowing(step / steps)
 
@@ -184,11 +197,11 @@ class Objective:
         inputs.update(logits_to_keep=columns, use_cache=False)
         with self.prompts_end(queries, labels != IGNORE):
             rows, reading = self.teacher_rows(inputs, labels[:, columns + 1] != IGNORE)
-        if self.other is not None or not self.readout.splits:
+        if self.kl.other is not None or not self.readout.splits:
             logits = reading(_as_it_is)(rows)
         else:
             logits = self.readout.call_head(rows, lambda rows, read: reading(read)(rows))
-        return logits[:, : self.vocabulary].float()
+        return logits[:, : self.kl.vocabulary].float()
 
     @torch.no_grad()
     def teacher_rows(self, inputs: dict[str, Any], learnt: Tensor) -> tuple[Tensor, Callable[[Read], Read]]:
@@ -199,23 +212,22 @@ class Objective:
         Returns:
             The rows, and a function that makes the way from them to logits of the student's.
         """
-        if self.other is not None:
+        other = self.kl.other
+        if other is not None:
             # without autocast: in the dtype of its weights, as at inference
             with torch.autocast(learnt.device.type, enabled=False):
-                if self.other.sharded:
-                    tower = VisionTower(self.other.model, blank=self.tower.blank, sharded=self.tower.sharded)
+                if other.sharded:
+                    tower = VisionTower(other.model, blank=self.tower.blank, sharded=self.tower.sharded)
                     inputs, _ = tower.run_first(inputs, learnt.device)
                 readout = self._others_readout
-                if (
-                    readout is None or self.other.sharded
-                ):  # its head's weights are gone once its forward has ended
-                    return self.other.forward(**fresh_inputs(inputs)).logits[learnt], lambda read: _as_it_is
+                if readout is None or other.sharded:  # its head's weights are gone once its forward has ended
+                    return other.forward(**fresh_inputs(inputs)).logits[learnt], lambda read: _as_it_is
                 with readout.ending_before_head(learnt, _as_it_is):
-                    return self.other.forward(**fresh_inputs(inputs)), lambda read: readout.read
+                    return other.forward(**fresh_inputs(inputs)), lambda read: readout.read
         training = self.model.training
         self.model.eval()
         try:
-            with self.model.disable_adapter(), self.attachment.using(self.teacher):
+            with self.model.disable_adapter(), self.attachment.using(self.kl.policy):
                 if not self.share_images:
                     inputs, _ = self.tower.run_first(inputs, learnt.device)
                 if not self.readout.splits:
@@ -229,7 +241,7 @@ class Objective:
     def prompts_end(self, queries: Tensor, answers: Tensor, samples: Tensor | None = None) -> Iterator[None]:
         """Tell the policies of student and teacher where prompts end, which tokens are answers, and whose they are."""
         with ExitStack() as stack:
-            for attachment in (self.attachment, self.other and self.other.attachment):
+            for attachment in (self.attachment, self.kl.other and self.kl.other.attachment):
                 if attachment is not None:
                     stack.enter_context(attachment.queries(queries, answers=answers, samples=samples))
             yield
@@ -239,7 +251,9 @@ class Objective:
         if not self.counts:
             return 0.0
         model, attachment = (
-            (self.model, self.attachment) if self.other is None else (self.other.model, self.other.attachment)
+            (self.model, self.attachment)
+            if self.kl.other is None
+            else (self.kl.other.model, self.kl.other.attachment)
         )
         return float(computed_flops(attachment, model.config, scored))
 

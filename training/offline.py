@@ -245,11 +245,11 @@ def write_answers(config: Config) -> None:
         blank = first_usable_batch(collator, dataset) if sharded else None
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    answering: Any = student.model if objective.other is None else objective.other.model
+    answering: Any = student.model if objective.kl.other is None else objective.kl.other.model
     if context is not None:
-        assert objective.other is not None
+        assert objective.kl.other is not None
         device = context.device
-        place_teacher(config, objective.other, device)
+        place_teacher(config, objective.kl.other, device)
     else:
         if torch.cuda.is_available():
             answering.to(f"cuda:{local_rank()}")

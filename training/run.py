@@ -95,7 +95,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             student = student_of(config)
             objective = objective_of(config, student)
             if trust is not None:
-                objective.by_label = trust.trust == "labels"
+                objective.kl.by_label = trust.trust == "labels"
             clear(config, resumed)
             if isinstance(dataset, Stream):
                 dataset.marks = Path(config.output_dir) / MARKS
@@ -113,7 +113,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))
             example = next((one for one in alone if any(name in one for name in PIXELS.values())), None)
-            print(describe(config, student, beginning, batch, example, dataset, objective.other), flush=True)
+            print(
+                describe(config, student, beginning, batch, example, dataset, objective.kl.other), flush=True
+            )
             if trust is not None:
                 trust.write(config.output_dir)
                 print(f"{trust}.", flush=True)

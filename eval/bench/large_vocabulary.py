@@ -117,12 +117,12 @@ def embedded_steps(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
             inputs = objective.tower.encode(inputs)
         model, attachment = student.model, student.attachment
         with objective.prompts_end(queries, labels != IGNORE):
-            with torch.no_grad(), model.disable_adapter(), attachment.using(objective.teacher):
+            with torch.no_grad(), model.disable_adapter(), attachment.using(objective.kl.policy):
                 taught = model(**fresh_inputs(inputs)).logits[learnt].float()
             logits = model(**fresh_inputs(inputs)).logits[learnt].float()
         return learn(whole_loss(logits, taught, targets[learnt]))
 
-    objective.weight = WEIGHT
+    objective.kl.weight = WEIGHT
     return {"whole": whole, "parts": lambda: learn(objective(student.model, batch, count=1)[0])}
 
 

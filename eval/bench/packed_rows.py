@@ -39,8 +39,8 @@ from latefusion.eval.bench.timing import (
     write_json,
 )
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
-from latefusion.training.objective import Objective
+from latefusion.models.student.build import Lora, build_student
+from latefusion.training.objective import Distillation, Objective
 
 TEXT_ONLY = 0.06  # share of the samples
 SIZES = (4, 8, 16)  # samples a batch
@@ -111,14 +111,12 @@ def steps(args: argparse.Namespace, schedule: VisionSchedule) -> dict[str, Calla
     shape: dict[str, Any] = {"layers": args.layers, "hidden": args.hidden, "mlp": 3 * args.hidden, "heads": 4}
     model = llava(**shape, device="cpu", dtype=args.dtype)
     student = build_student(
-        model, None, base="bench", schedule=schedule, rank=8, alpha=16, dropout=0.0, entry_rank=None
+        model, None, base="bench", schedule=schedule, lora=Lora(rank=8, alpha=16), entry_rank=None
     )
     objective = Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=None,
-        weight=0.0,
-        temperature=1.0,
+        kl=Distillation(policy=None, weight=0.0),
         share_images=True,
     )
     rng = np.random.default_rng(1)

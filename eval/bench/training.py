@@ -53,10 +53,10 @@ from latefusion.eval.memory import peak_bytes
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import Student, build_student
+from latefusion.models.student.build import Lora, Student, build_student
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import RECIPES
-from latefusion.training.objective import Objective
+from latefusion.training.objective import Distillation, Objective
 from latefusion.training.step_cost import training_flops
 
 SHAPES = {"llava-1.5-7b": (32, 4096), "small": (16, 1024)}  # layers, hidden size
@@ -91,9 +91,7 @@ class Bench:
             None,  # type: ignore[arg-type]  # nothing here is text
             base="random",
             schedule=VisionSchedule(enter=layers // 4, exit=3 * layers // 4),  # late, for its entry adapter
-            rank=16,
-            alpha=32,
-            dropout=0.0,
+            lora=Lora(rank=16, alpha=32),
             entry_rank=16,
         )
         self.student.model.train()
@@ -140,9 +138,7 @@ class Bench:
         return Objective(
             model=self.student.model,
             attachment=self.student.attachment,
-            teacher=teacher,
-            weight=weight,
-            temperature=1.0,
+            kl=Distillation(policy=teacher, weight=weight),
             share_images=True,
         )
 

@@ -112,8 +112,8 @@ class Runs:
     def objective(self, config: Config, student: Student, layers: int) -> Objective:
         """The objective of the run, with a VisiPruner that finds what the paper reports."""
         objective = assemble.objective_of(config, student)
-        if objective.teacher is not None and config.teacher is Teacher.visipruner:
-            objective.teacher = published_work(layers)
+        if objective.kl.policy is not None and config.teacher is Teacher.visipruner:
+            objective.kl.policy = published_work(layers)
         return objective
 
     def run(self, recipe: str, teacher: str, cell: Settings, phases: Phases | None = None) -> dict[str, Any]:

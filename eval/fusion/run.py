@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,34 +32,44 @@ from latefusion.models.student.entry_fit import Calibration, fit_entry
 SCHEMA = 4  # of profile.json; raise it when a key changes its meaning
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawnPrompts:
+    """What a profile is measured on: samples `{"messages", "images"}`, each ending in the answer it is judged by.
+
+    Attributes:
+        measured: what every measurement runs on.
+        confirming: others, which the schedule is accepted on; empty: those measured confirm it.
+        calibrating: samples whose images calibrate the entry; none should share an image with those measured.
+        labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
+        remarks: sentences about the samples for the report.
+    """
+
+    measured: Sequence[dict[str, Any]]
+    confirming: Sequence[dict[str, Any]]
+    calibrating: Sequence[dict[str, Any]]
+    labelled: bool = True
+    remarks: Sequence[str] = ()
+
+
 def profile(
     *,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Sequence[dict[str, Any]],
-    confirm_on: Sequence[dict[str, Any]],
-    fit_on: Sequence[dict[str, Any]],
-    labelled: bool,
+    prompts: DrawnPrompts,
     about: dict[str, Any],
     output_dir: str | Path,
     goal: Goal,
     batch_size: int = 16,
-    remarks: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure where `model` fuses vision into text on `samples`, and write the schedule that follows.
+    """Measure where `model` fuses vision into text on its prompts, and write the schedule that follows.
 
     Writes `profile.json`, `schedule.yaml`, `entry.safetensors`, `report.html` with its pictures and tables, and
     `measured.jsonl` and `confirmed.jsonl`, from which the next call with the same `about` goes on.
 
     Args:
-        samples: `{"messages", "images"}`, each ending in the answer that it is judged by.
-        confirm_on: other prompts of the same form, which the schedule is accepted on; empty: `samples` confirm it.
-        fit_on: samples whose images calibrate the entry; none should share an image with `samples`.
-        labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
         about: what the measurements depend on (weights, data, seed, dtype) beside the samples' contents, for
             resuming and for the report.
-        remarks: sentences about the samples for the report.
 
     Returns:
         What `profile.json` holds.
@@ -70,20 +80,20 @@ def profile(
     from latefusion.eval.fusion.examples import views  # lazy: drawing libraries take seconds
 
     console = console or Console()
-    folder = Path(output_dir)
+    folder, samples = Path(output_dir), prompts.measured
     layers = model.config.get_text_config().num_hidden_layers
     if layers < 2:
         raise ValueError(f"a decoder of {layers} layer leaves nothing to choose; profile a deeper model.")
     collator = build_collator(processor, model.config, model.generation_config)
     # two batches at least: a single one can leave out no knock-out (`plan.make_plan`)
     groups = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))
-    confirming = batches(model, collator, confirm_on, batch_size)
+    confirming = batches(model, collator, prompts.confirming, batch_size)
     conditions = {
         **about,
         "batch_size": batch_size,
         "fit_on": sorted(
             fingerprint(s["messages"], s["images"], *(v.fingerprint() for v in videos_of_sample(s)))
-            for s in fit_on
+            for s in prompts.calibrating
         ),
     }
 
@@ -93,11 +103,11 @@ def profile(
     ledger, confirmed = ledger_of("measured.jsonl", groups), ledger_of("confirmed.jsonl", confirming)
     with attach(model, VisionSchedule()) as attachment:
         plan = make_plan(model.config, shapes(attachment, groups))
-        announce(console, plan.cost, len(samples), len(confirm_on), layers, len(fit_on))
+        announce(console, plan.cost, len(samples), len(prompts.confirming), layers, len(prompts.calibrating))
         if resumed := ledger.resumed + confirmed.resumed:
             console.print(f"{resumed} measurements are there already; going on from them.")
         with progress_bar(console) as bar:
-            prefills = plan.cost.total * len(samples) + plan.cost.confirming * len(confirm_on)
+            prefills = plan.cost.total * len(samples) + plan.cost.confirming * len(prompts.confirming)
             task = bar.add_task("Profiling", total=prefills)
 
             def advance(done: float) -> None:
@@ -106,11 +116,15 @@ def profile(
             measurer = Measurer(model, attachment, groups, ledger, plan, advance)
             hold = fits_on_host(model.config, sum(group.answers for group in confirming))
             confirmer = Measurer(model, attachment, confirming, confirmed, replace(plan, hold=hold), advance)
-            study = Study(measurer, confirmer if confirming else None, goal, labelled, *counts(groups))
-            results = study.run(lambda enter: calibrate(attachment, collator, fit_on, enter, batch_size))
+            study = Study(
+                measurer, confirmer if confirming else None, goal, prompts.labelled, *counts(groups)
+            )
+            results = study.run(
+                lambda enter: calibrate(attachment, collator, prompts.calibrating, enter, batch_size)
+            )
             bar.update(task, completed=prefills)
     note = results["note"]
-    results["note"] = " ".join(filter(None, [*remarks, note]))
+    results["note"] = " ".join(filter(None, [*prompts.remarks, note]))
     results = {
         "schema": SCHEMA,
         "about": about,

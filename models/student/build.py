@@ -33,19 +33,34 @@ class Student:
     schedule: VisionSchedule
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA on the linear modules of decoder layers.
+
+    Attributes:
+        rank, alpha, dropout: as PEFT has them.
+        targets: names of the linear modules that get LoRA; None: all in a decoder layer.
+        layers: the decoder layers that get LoRA; None: all; empty: none (only `train` and the entry adapter learn).
+        rslora: scale by `alpha / sqrt(rank)` (arXiv 2312.03732).
+        dora: learn magnitudes apart (arXiv 2402.09353).
+    """
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+    targets: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    rslora: bool = False
+    dora: bool = False
+
+
 def build_student(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     *,
     base: str,
     schedule: VisionSchedule,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    targets: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    rslora: bool = False,
-    dora: bool = False,
+    lora: Lora,
     entry_rank: int | None = None,
     calibrated: CalibratedEntry | None = None,
     train: Sequence[str] = (),
@@ -54,11 +69,7 @@ def build_student(
 
     Args:
         base: the path or hub id that `load_base` loaded the model from; written into the adapter's configuration.
-        rank, alpha, dropout: of LoRA.
-        targets: names of the linear modules that get LoRA; None: all in a decoder layer.
-        layers: the decoder layers that get LoRA; None: all; empty: none (only `train` and the entry adapter learn).
-        rslora: scale by `alpha / sqrt(rank)` (arXiv 2312.03732).
-        dora: learn magnitudes apart (arXiv 2402.09353).
+        lora: where LoRA goes, and its size.
         entry_rank: rank of the entry adapter; 0: a scale per channel only; None: no adapter. Ignored if the schedule
             enters at layer 0.
         calibrated: the fitted map that the entry adapter starts from; None: the identity.
@@ -69,20 +80,22 @@ def build_student(
     """
     schedule.validate(model.config.get_text_config().num_hidden_layers)
     saved = [*train, *_add_entry(model, schedule, entry_rank, calibrated)]
-    without_lora = layers is not None and not layers
+    without_lora = lora.layers is not None and not lora.layers
     if without_lora and not saved:
         raise ValueError(
             "tune=align trains projector and entry adapter, but this model names no projector and the schedule enters "
             "at layer 0; set model.projector=NAME."
         )
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=DUMMY_TARGET_MODULES if without_lora else decoder_linears(model, targets, layers),
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=DUMMY_TARGET_MODULES
+        if without_lora
+        else decoder_linears(model, lora.targets, lora.layers),
         modules_to_save=saved or None,
-        use_rslora=rslora,
-        use_dora=dora,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
     student = get_peft_model(model, config)

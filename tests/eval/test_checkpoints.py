@@ -16,7 +16,7 @@ from latefusion.eval.comparison.systems import Students, System, further, runnin
 from latefusion.eval.evaluate import main
 from latefusion.models.base_model import load_base, twin
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import Student, build_student
+from latefusion.models.student.build import Lora, Student, build_student
 from latefusion.models.student.save import load_student, merge, save_student
 
 SCHEDULES = (VisionSchedule(enter=1, exit=5, keep={3: 2}), VisionSchedule(enter=2, exit=4))
@@ -29,7 +29,7 @@ def trained(base: Path, folder: Path, schedule: VisionSchedule, *, rank: int, se
     """A student whose every adapter differs from another seed's."""
     model, processor = load_base(str(base), dtype=torch.float32)
     student = build_student(
-        model, processor, base=str(base), schedule=schedule, rank=rank, alpha=4, dropout=0.0, entry_rank=rank,
+        model, processor, base=str(base), schedule=schedule, lora=Lora(rank=rank, alpha=4), entry_rank=rank,
         train=["multi_modal_projector"],
     )  # fmt: skip
     torch.manual_seed(seed)

@@ -126,14 +126,14 @@ def test_a_checkpoint_under_its_own_schedule(task: Path, tmp_path: Path) -> None
 
     from latefusion.models.base_model import load_base
     from latefusion.models.schedule import VisionSchedule
-    from latefusion.models.student.build import build_student
+    from latefusion.models.student.build import Lora, build_student
     from latefusion.models.student.save import save_student
 
     base = str(save_tiny_base(tmp_path / "base"))
     model, processor = load_base(base, dtype=torch.float32)
     schedule = VisionSchedule(enter=2, exit=5)
     student = build_student(
-        model, processor, base=base, schedule=schedule, rank=2, alpha=4, dropout=0.0, entry_rank=2
+        model, processor, base=base, schedule=schedule, lora=Lora(rank=2, alpha=4), entry_rank=2
     )
     save_student(student, tmp_path / "student")
     assert score(task, tmp_path / "out", f"checkpoint={tmp_path / 'student'}") <= 1

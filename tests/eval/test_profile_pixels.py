@@ -15,7 +15,7 @@ from rich.console import Console
 from latefusion.data.prompt_batches import collated
 from latefusion.data.prompts import prompt_inputs
 from latefusion.eval.fusion.decide import Goal
-from latefusion.eval.fusion.run import calibrate, profile
+from latefusion.eval.fusion.run import DrawnPrompts, calibrate, profile
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images
 from latefusion.models.schedule import VisionSchedule
@@ -52,8 +52,8 @@ def test_a_profile_from_pixels_has_the_numbers_of_the_stock_model(family: str, t
     model, made = model_and_processor(family)
     rows = samples(4)
     result = profile(
-        model=model, processor=made, samples=rows, confirm_on=samples(3, seed=5),
-        fit_on=samples(20, seed=1), labelled=True,
+        model=model, processor=made,
+        prompts=DrawnPrompts(measured=rows, confirming=samples(3, seed=5), calibrating=samples(20, seed=1)),
         about={"model": family, "data": "noise", "split": None}, output_dir=tmp_path, goal=Goal(bound=1e-5),
         batch_size=2, console=Console(quiet=True),
     )  # fmt: skip

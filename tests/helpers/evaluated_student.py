@@ -18,7 +18,7 @@ from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System
 from latefusion.eval.tasks.base import Task
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import Student, build_student
+from latefusion.models.student.build import Lora, Student, build_student
 from latefusion.training.embedded.architecture import build_config
 from latefusion.training.embedded.vocabulary import PAD, VOCABULARY, build_processor
 
@@ -57,9 +57,7 @@ def student() -> Student:
         processor(),
         base="tiny",
         schedule=LATE,
-        rank=2,
-        alpha=4,
-        dropout=0.0,
+        lora=Lora(rank=2, alpha=4),
         entry_rank=2,
         train=["multi_modal_projector"],
     )

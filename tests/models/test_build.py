@@ -23,7 +23,7 @@ from latefusion.data import sources
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student, decoder_linears
+from latefusion.models.student.build import Lora, build_student, decoder_linears
 from latefusion.models.student.entry import EntryAdapter, entry_of, install_entry
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student, merge, save_student
@@ -198,7 +198,7 @@ def test_llava_7b_builds_on_the_meta_device_with_its_published_band():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_base_that_is_used_twice_is_refused():
     model, processor = tiny_base()
-    options = {"base": "x", "schedule": VisionSchedule(enter=1), "rank": 2, "alpha": 2, "dropout": 0.0}
+    options = {"base": "x", "schedule": VisionSchedule(enter=1), "lora": Lora(rank=2, alpha=2)}
     build_student(model, processor, **options)
     with pytest.raises(ValueError):
         build_student(model, processor, **options)

@@ -17,7 +17,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.models.attach import attach
 from latefusion.models.profile_folder import ENTRY_FILE
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
+from latefusion.models.student.build import Lora, build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
 from latefusion.models.student.restore import load
@@ -114,7 +114,7 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
     entry.weight.normal_(0, 0.3)
     entry.bias.normal_(0, 1)
     student = build_student(
-        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), rank=2, alpha=4, dropout=0.0,
+        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), lora=Lora(rank=2, alpha=4),
         entry_rank=2, calibrated=entry,
     )  # fmt: skip
     assert not any(

@@ -19,7 +19,7 @@ from latefusion.models import base_model as base
 from latefusion.models.attach import attach, attached
 from latefusion.models.locate import check_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
+from latefusion.models.student.build import Lora, build_student
 from latefusion.models.student.entry import entry_of
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student, merge, merge_adapters, save_student
@@ -80,13 +80,9 @@ def saved_student(family, variant, folder, stand_in):
         stand_in,
         base=str(folder / "base"),
         schedule=SCHEDULE,
-        rank=2,
-        alpha=4,
-        dropout=0.0,
-        layers=[2, 3, 4],
+        lora=Lora(rank=2, alpha=4, layers=[2, 3, 4], **variant),
         entry_rank=2,
         train=[PROJECTOR[family]] if family in PROJECTOR else [],
-        **variant,
     )
     untrained = logits(student.model, fresh(family))
     shake(student, 0.1)
@@ -330,11 +326,8 @@ def test_merging_keeps_the_logits_of_every_family(family, stand_in):
         stand_in,
         base="",
         schedule=SCHEDULE,
-        rank=2,
-        alpha=4,
-        dropout=0.0,
+        lora=Lora(rank=2, alpha=4, **(PLAIN, RS, DORA)[number % 3]),
         entry_rank=2,
-        **(PLAIN, RS, DORA)[number % 3],
     )
     shake(student, 0.1)
     expected = logits(student.model, fresh(family))

@@ -17,7 +17,7 @@ from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.training import assemble, loss, readout
 from latefusion.training.loss import Teaching, Terms, answer_loss
-from latefusion.training.objective import IGNORE, Objective
+from latefusion.training.objective import IGNORE, Distillation, Objective
 from latefusion.training.readout import Readout
 
 
@@ -209,9 +209,7 @@ def test_objective_of_any_head(kind, teacher, splits, monkeypatch):
     objective = Objective(
         model=student,
         attachment=attachment,
-        teacher=policy,
-        weight=0.6,
-        temperature=1.3,
+        kl=Distillation(policy=policy, weight=0.6, temperature=1.3),
         share_images=True,
     )
     objective.readout.splits = splits

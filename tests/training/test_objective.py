@@ -82,7 +82,7 @@ def test_teacher_is_the_base_under_its_policy_whatever_was_trained(rows, teacher
         rows, reading = objective.teacher_rows(inputs, learnt)
         taught = objective.readout.call_head(rows, lambda rows, read: reading(read)(rows))
     base, _ = tiny_base()
-    attachment = attach(base, objective.teacher)
+    attachment = attach(base, objective.kl.policy)
     with torch.no_grad(), attachment.queries(batch["queries"]):
         expected = base(**inputs).logits.flatten(0, 1)
     torch.testing.assert_close(taught, expected, rtol=0, atol=0)

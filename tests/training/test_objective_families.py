@@ -7,8 +7,8 @@ from helpers.families import FAMILIES, build, prompt, text_tokens
 
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
-from latefusion.training.objective import IGNORE, Objective
+from latefusion.models.student.build import Lora, build_student
+from latefusion.training.objective import IGNORE, Distillation, Objective
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,14 +21,12 @@ def test_loss_and_gradients(family):
         labels[row, at - 1 : at + 1] = inputs["input_ids"][row, at - 1 : at + 1]
     queries = (last - 2)[:, None]
     schedule = VisionSchedule(enter=2, exit=5, keep={4: 2})
-    options = {"rank": 2, "alpha": 2, "dropout": 0.0, "entry_rank": 2}
+    options = {"lora": Lora(rank=2, alpha=2), "entry_rank": 2}
     student = build_student(build(family), None, base=family, schedule=schedule, **options)
     objective = Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=VisiPruner(boundary=1),
-        weight=1.0,
-        temperature=1.0,
+        kl=Distillation(policy=VisiPruner(boundary=1)),
         share_images=True,
     )
     loss, terms = objective(student.model, {**inputs, "labels": labels, "queries": queries}, count=6)

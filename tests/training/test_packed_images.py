@@ -13,8 +13,8 @@ from latefusion.models.attach import attach
 from latefusion.models.executor.packed import Samples
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
-from latefusion.training.objective import Objective
+from latefusion.models.student.build import Lora, build_student
+from latefusion.training.objective import Distillation, Objective
 
 ROWS = ["tt I tttt", "ttttt", "t I t I ttt", "I tttttt", "tt I ttttt"]  # one, none, two, at the start, one
 
@@ -54,15 +54,13 @@ def alone(family: str, rows: list[str], at: int) -> dict:
 
 
 def objective_on(family: str, schedule, teacher, attention: str = "sdpa") -> tuple[Objective, list]:
-    options = {"rank": 2, "alpha": 2, "dropout": 0.0, "entry_rank": 2}
+    options = {"lora": Lora(rank=2, alpha=2), "entry_rank": 2}
     student = build_student(build(family, attention), None, base=family, schedule=schedule, **options)
     shake(student, 0.2)
     objective = Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=teacher,
-        weight=1.0,
-        temperature=1.5,
+        kl=Distillation(policy=teacher, temperature=1.5),
         share_images=True,
     )
     return objective, [p for p in student.model.parameters() if p.requires_grad]

@@ -14,10 +14,10 @@ from latefusion.models.attach import attach
 from latefusion.models.policies.configured import visipruner
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
+from latefusion.models.student.build import Lora, build_student
 from latefusion.training import assemble
 from latefusion.training.embedded.vocabulary import build_processor
-from latefusion.training.objective import IGNORE, Objective
+from latefusion.training.objective import IGNORE, Distillation, Objective
 from latefusion.training.teacher import OtherTeacher
 
 LAYERS = 9  # of the teacher; the student has 6
@@ -59,8 +59,8 @@ def test_kl_is_to_the_other_model_under_its_policy(base, larger, teacher):
         s, t = student.model(**inputs).logits, model(**inputs).logits
     assert terms["kl"].item() == pytest.approx(textbook(s, t, batch["labels"], 1.5), rel=1e-4)
     assert terms["kl"].item() > 0.1
-    assert not any(p.requires_grad for p in objective.other.model.parameters())
-    assert not objective.other.model.training
+    assert not any(p.requires_grad for p in objective.kl.other.model.parameters())
+    assert not objective.kl.other.model.training
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
@@ -85,21 +85,19 @@ def test_every_family_can_be_taught_by_its_larger_sibling(family):
         None,
         base=family,
         schedule=VisionSchedule(enter=2, exit=5),
-        rank=2,
-        alpha=2,
-        dropout=0.0,
+        lora=Lora(rank=2, alpha=2),
         entry_rank=2,
     )
     policy = VisiPruner(boundary=2)
     objective = Objective(
         model=student.model,
         attachment=student.attachment,
-        teacher=policy,
-        weight=1.0,
-        temperature=1.0,
+        kl=Distillation(
+            policy=policy,
+            other=OtherTeacher(model=larger, attachment=attach(larger, policy)),
+            vocabulary=base_model.config.text_config.vocab_size,
+        ),
         share_images=True,
-        other=OtherTeacher(model=larger, attachment=attach(larger, policy)),
-        vocabulary=base_model.config.text_config.vocab_size,
     )
     _, terms = objective(student.model, {**inputs, "labels": labels, "queries": queries}, count=1)
 

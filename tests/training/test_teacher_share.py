@@ -92,7 +92,7 @@ def test_where_the_teacher_does_not_run_nothing_of_it_is_computed(student):
     handle.remove()
     assert forwards.count(False) == 2 and len(with_teacher) == len(without) == 1
     learnt = int((batch["labels"] != -100).sum())
-    with torch.no_grad(), student.attachment.using(objective.teacher):
+    with torch.no_grad(), student.attachment.using(objective.kl.policy):
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
         student.model(**inputs, use_cache=False)
         teacher = computed_flops(student.attachment, student.model.config, learnt)

@@ -127,8 +127,8 @@ def fit(
         student=student,
         objective=objective,
     )
-    if objective.other is not None:
-        sharding.place_teacher(config, objective.other, args.device)
+    if objective.kl.other is not None:
+        sharding.place_teacher(config, objective.kl.other, args.device)
     # under autocast LoRA multiplies in bfloat16; PEFT would cast every input to the weights' float32
     with trainer.life, disable_input_dtype_casting(student.model, active=args.bf16):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))

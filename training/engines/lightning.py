@@ -117,8 +117,8 @@ def fit(
         main=trainer.is_global_zero,
     )
     objective.counts = monitor.peak is not None
-    if objective.other is not None:
-        place_teacher(config, objective.other, trainer.strategy.root_device)
+    if objective.kl.other is not None:
+        place_teacher(config, objective.kl.other, trainer.strategy.root_device)
     module = StudentModule(config, student, objective, watch, monitor)
     life = Life(config, student, order, monitor)
     trainer.callbacks.append(life)  # type: ignore[attr-defined]
