@@ -95,11 +95,17 @@ def normalise(answer: str) -> str:
     return re.sub(r"\s+", " ", answer).strip(" .").lower()
 
 
+def quartiles(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+    """25%, 50% and 75% quantiles of values."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
 def spread(values: Sequence[float], reference: Sequence[float]) -> Spread:
     """Quartiles of values (such as seconds), and of their ratios to the reference's of the same round."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    ratio_low, ratio, ratio_high = np.quantile(np.divide(values, reference), [0.25, 0.5, 0.75])
-    return Spread(float(middle), float(low), float(high), float(ratio), float(ratio_low), float(ratio_high))
+    low, middle, high = quartiles(values)
+    ratio_low, ratio, ratio_high = quartiles(np.divide(values, reference))
+    return Spread(middle, low, high, ratio, ratio_low, ratio_high)
 
 
 def accuracy(scores: Sequence[float], clusters: Sequence[object]) -> Estimate:

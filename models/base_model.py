@@ -118,7 +118,10 @@ def load_processor(
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model over the very same weights, with its own modules (so hooks and adapters stay apart)."""
+    """Another model over the very same weights, with its own modules, so that hooks and adapters stay apart.
+
+    `deepcopy` takes a tensor whose `id` is in its memo as copied already.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 

@@ -21,7 +21,7 @@ class _Reached(Exception):
 
 
 class Readout:
-    """What a model does to its last hidden states: the output head, then what some families do to the product.
+    """The way from a model's last hidden states to its logits: the output head, then what some families add to it.
 
     That last part (Gemma's cap, Granite's scale, ...) is code of the model's own `forward`. It runs on a shadow of the
     model: the same object, whose body returns nothing and whose head returns a product that is already there.
@@ -39,17 +39,17 @@ class Readout:
         self.model: Any = model
         self.head: Any = model.get_output_embeddings()
         self._product = _Product()
-        names = {id(child): name for name, child in self.model.named_children()}
-        body, head = names.get(id(model.base_model)), names.get(id(self.head))
+        names = {child: name for name, child in self.model.named_children()}
+        body, head = names.get(model.base_model), names.get(self.head)
         self.splits = False
         if body is not None and head is not None:
             self._shadow = object.__new__(type(model))
             modules = {**model._modules, body: _Body(), head: self._product}
             vars(self._shadow).update({**vars(model), "_modules": modules})
-            self.splits = not (sharded and any(self.head.children())) and self._after_head_is_known()
+            self.splits = not (sharded and any(self.head.children())) and self._try_after_head()
 
-    def _after_head_is_known(self) -> bool:
-        """Try the code after the head on one row; `changes` says whether it does anything."""
+    def _try_after_head(self) -> bool:
+        """Whether the code after the head runs on a row alone, tried on one; `changes`: it does something."""
         product = torch.linspace(-99, 99, self.model.config.get_text_config().vocab_size)[None]
         try:
             logits = self._finish(product.clone())

@@ -60,10 +60,10 @@ def backward_ends(model: Any) -> int:
         model: a student's, or the Hugging Face model itself.
     """
     layers = unwrapped(model).get_decoder().layers
-    inside = {id(p) for layer in layers for p in layer.parameters()}
+    reached = {p for layer in layers for p in layer.parameters()}
     entry = entry_of(model) or torch.nn.Module()
-    after = {id(p) for p in entry.parameters()}  # it runs where vision tokens enter
-    if any(p.requires_grad and id(p) not in inside | after for p in model.parameters()):
+    reached |= set(entry.parameters())  # it runs where vision tokens enter
+    if any(p.requires_grad and p not in reached for p in model.parameters()):
         return 0
     return next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
 

@@ -108,7 +108,8 @@ def groups_of(systems: dict[str, System]) -> list[dict[str, System]]:
     """Systems that can run on the same encoded images, together."""
     groups: dict[tuple, dict[str, System]] = {}
     for key, system in systems.items():
-        groups.setdefault((id(system.student), system.adapters, system.blind), {})[key] = system
+        model = None if system.student is None else system.student.model
+        groups.setdefault((model, system.adapters, system.blind), {})[key] = system
     return list(groups.values())
 
 

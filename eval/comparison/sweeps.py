@@ -76,16 +76,15 @@ def _measure(
         prefill: dict[str, list[float]] = {key: [] for key in systems}
         whole: dict[str, list[float]] = {key: [] for key in systems}
         flops: dict[str, float] = {}
-        encoded: dict[int, dict[str, Any]] = {}
+        encoded: dict[tuple[Any, bool], dict[str, Any]] = {}  # by model, with its adapters on or off
         for repeat in range(repeats + 1):  # the first is the warm-up
             keys = list(systems)
             for key in keys[repeat % len(keys) :] + keys[: repeat % len(keys)]:
                 with running(model, attachment, systems[key]) as active:
-                    if id(active) not in encoded:
-                        encoded[id(active)] = encode_images(active, prompt)
-                    work = partial(
-                        active, **fresh_inputs(encoded[id(active)]), use_cache=True, logits_to_keep=1
-                    )
+                    encoder = (active, systems[key].adapters)
+                    if encoder not in encoded:
+                        encoded[encoder] = encode_images(active, prompt)
+                    work = partial(active, **fresh_inputs(encoded[encoder]), use_cache=True, logits_to_keep=1)
                     took = seconds(work, active.device)
                     if repeat == 0:
                         owner = systems[key].student.attachment if systems[key].student else attachment
@@ -95,7 +94,7 @@ def _measure(
                     else:
                         prefill[key].append(took)
                     if answers:
-                        work = partial(generate, active, fresh_inputs(encoded[id(active)]), new_tokens)
+                        work = partial(generate, active, fresh_inputs(encoded[encoder]), new_tokens)
                         took = seconds(work, active.device)
                         if repeat:
                             whole[key].append(took)

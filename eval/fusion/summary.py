@@ -16,6 +16,7 @@ from latefusion.eval.fusion.decide import earliest, latest, measured
 from latefusion.eval.fusion.effects import interval
 from latefusion.eval.fusion.knockouts import KINDS
 from latefusion.eval.fusion.looks import Look, fusion_layer
+from latefusion.eval.metrics import quartiles
 from latefusion.models.flops import prefill_share, shares_in_words
 from latefusion.models.profile_folder import ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
 from latefusion.models.student.entry_fit import Calibration
@@ -66,9 +67,8 @@ def curves(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
                 continue
             values = measured(effect["kl"])
             kl, low, high = interval(values) if len(values) > 1 else (values[0],) * 3
-            quartiles = np.quantile(values, [0.25, 0.5, 0.75])
             row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(values)}
-            row |= dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True))
+            row |= dict(zip(("q25", "median", "q75"), quartiles(values), strict=True))
             if results["labelled"]:
                 row["accuracy"] = float(np.mean(measured(effect["right"])))
             rows.setdefault(kind, []).append(row)
@@ -78,25 +78,22 @@ def curves(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
 def observed(looks: Sequence[Sequence[dict[str, Any]]], layers: int) -> dict[str, list[list[float]]]:
     """Quartiles `[25%, 50%, 75%]` over samples of each measure of `looks.Look`, layer by layer."""
 
-    def quartiles(pick: Any) -> list[list[float]]:
-        return [
-            np.quantile([pick(sample[layer]) for sample in looks], [0.25, 0.5, 0.75]).tolist()
-            for layer in range(layers)
-        ]
+    def by_layer(pick: Any) -> list[list[float]]:
+        return [list(quartiles([pick(sample[layer]) for sample in looks])) for layer in range(layers)]
 
     return {
-        "share": quartiles(lambda look: look["share"]),
-        "entropy": quartiles(lambda look: look["entropy"]),
-        "tokens": quartiles(lambda look: look["tokens"]),
-        "sink": quartiles(lambda look: look["sink"]),
-        "cosine_min": quartiles(lambda look: look["cosine"][0]),
-        "cosine_1%": quartiles(lambda look: look["cosine"][1]),
-        "cosine_10%": quartiles(lambda look: look["cosine"][2]),
-        "cosine_50%": quartiles(lambda look: look["cosine"][3]),
-        "norm_max": quartiles(lambda look: look["norm"][0]),
-        "norm_99%": quartiles(lambda look: look["norm"][1]),
-        "norm_90%": quartiles(lambda look: look["norm"][2]),
-        "norm_50%": quartiles(lambda look: look["norm"][3]),
+        "share": by_layer(lambda look: look["share"]),
+        "entropy": by_layer(lambda look: look["entropy"]),
+        "tokens": by_layer(lambda look: look["tokens"]),
+        "sink": by_layer(lambda look: look["sink"]),
+        "cosine_min": by_layer(lambda look: look["cosine"][0]),
+        "cosine_1%": by_layer(lambda look: look["cosine"][1]),
+        "cosine_10%": by_layer(lambda look: look["cosine"][2]),
+        "cosine_50%": by_layer(lambda look: look["cosine"][3]),
+        "norm_max": by_layer(lambda look: look["norm"][0]),
+        "norm_99%": by_layer(lambda look: look["norm"][1]),
+        "norm_90%": by_layer(lambda look: look["norm"][2]),
+        "norm_50%": by_layer(lambda look: look["norm"][3]),
     }
 
 
@@ -123,10 +120,7 @@ def lens_tables(looks: Sequence[dict[str, Any]], layers: int, tokenizer: Any) ->
     total = sum(words.values())
     return {
         "layers": rows,
-        "kinds": {
-            name: np.quantile(kinds[:, i], [0.25, 0.5, 0.75]).tolist()
-            for i, name in enumerate(("sink", "dead", "alive"))
-        },
+        "kinds": {name: list(quartiles(kinds[:, i])) for i, name in enumerate(("sink", "dead", "alive"))},
         "words": [(word(tokenizer, i), count / total) for i, count in words.most_common(12)],
         "word_cosine": float(np.mean([sample["word_cosine"] for sample in looks])),
     }

@@ -107,9 +107,9 @@ def load_finished(learner: Learner, names: tuple[str, ...], folder: Path) -> Non
             raise FileNotFoundError(
                 f"stage {name} is not finished in {folder}; run it first with --stages {name}"
             )
-        trained = {id(p) for module in learner.trained_in(name) for p in module.parameters()}
+        trained = {p for module in learner.trained_in(name) for p in module.parameters()}
         for key, parameter in learner.named_parameters():
-            if order == 0 or id(parameter) in trained:
+            if order == 0 or parameter in trained:
                 parameter.data.copy_(state["learner"][key])
 
 
