@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from rich.console import Console
 
 from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
+from latefusion.models.locate import named_model
 from latefusion.recipes.compose import check_words, parse_words
 
 
@@ -67,7 +69,11 @@ def main(words: list[str]) -> None:
     """Run from the command line; what cannot work ends in one sentence."""
     words = check_words(words, Arguments, str(__doc__))
     try:
-        calibrate(parse_words(words, Arguments), Console())
+        if not words:
+            raise ValueError("name the model to calibrate for: model=embedded, say; --help lists the keys.")
+        arguments = parse_words(words, Arguments)
+        path, _ = named_model(arguments.model)
+        calibrate(replace(arguments, model=path), Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

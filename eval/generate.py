@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from latefusion.data.escape import terminal
-from latefusion.models.locate import check_base
-from latefusion.models.policies import RECIPES, recipe_of
+from latefusion.data.images import BadImage, load_image
+from latefusion.data.videos import load_video
+from latefusion.models.locate import check_base, decoder_layers, named_model
+from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
 
 if TYPE_CHECKING:
@@ -61,12 +63,17 @@ def main(words: list[str]) -> None:
     words = check_words(words, Arguments, str(__doc__), show=configuration)
     try:
         arguments, names, changes = parsed(words)
-        path, thresholds = locate(arguments.model)
+        path, recipe = named_model(arguments.model)
         for name in names:
             recipe_of(name)
+        row = question_of(arguments)
         check_base(path)
+        thresholds = recipe.get("visipruner", {})
         policies = {name: policy_of(name, changes.get(name), thresholds) for name in names}
-        answer(arguments, path, question_of(arguments), policies, Console())
+        layers = decoder_layers(path)
+        for policy in policies.values() if layers is not None else ():
+            policy.validate(layers)
+        answer(arguments, path, row or scene_of(arguments), policies, Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -80,21 +87,9 @@ def parsed(words: list[str]) -> tuple[Arguments, list[str], dict[str, DictConfig
 
 
 def configuration(words: list[str]) -> dict[str, Any]:
-    """What `--cfg job` prints."""
+    """The configuration that `--cfg job` prints."""
     arguments, _, changes = parsed(words)
     return {**vars(arguments), **changes}
-
-
-def locate(model: str) -> tuple[str, dict[str, Any]]:
-    """Where the model is, and VisiPruner's arguments for it as far as its recipe has them."""
-    file = RECIPES.parent / "model" / f"{model}.yaml"
-    if not file.is_file():
-        return model, {}
-    recipe: Any = OmegaConf.load(file)
-    recipe = recipe.model if "model" in recipe else recipe
-    if OmegaConf.is_missing(recipe, "path"):
-        raise ValueError(f"model={model} names no model; name its folder or hub id: model=HUB_ID_OR_FOLDER.")
-    return recipe.path, OmegaConf.to_container(recipe.get("visipruner", OmegaConf.create()))  # type: ignore[return-value]
 
 
 def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any]) -> Policy:
@@ -105,30 +100,50 @@ def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any])
     return named(name, **(thresholds | arguments if name == "visipruner" else arguments))
 
 
-def question_of(arguments: Arguments) -> dict[str, Any]:
-    """The prompt as a row of `messages`, `images` and `videos`."""
-    from latefusion.data.images import load_image  # lazy: keeps argument errors fast
-    from latefusion.data.question_sets import load_questions, usual_set
-    from latefusion.data.videos import load_video
+def question_of(arguments: Arguments) -> dict[str, Any] | None:
+    """The prompt as a row of `messages`, `images` and `videos`, its files read; None if it names no file.
 
-    if arguments.max_frames < 1:
-        raise ValueError(f"max_frames={arguments.max_frames} must be at least 1.")
+    Raises:
+        ValueError: a number is too small, the prompt is missing, or a file cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    for name in ("max_frames", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
+    picture = arguments.picture and Path(arguments.picture).absolute()
+    if picture and not picture.parent.is_dir():
+        raise FileNotFoundError(f"no folder {picture.parent} for picture={arguments.picture}; make it first.")
     if arguments.image is None and arguments.video is None:
-        row = load_questions(usual_set(arguments.model), "test", n_images=1)[0]
-        images, videos, text = [row["image"]], [], arguments.prompt or row["question"]
-    else:
-        files, clips = (
-            [name.strip() for name in names.split(",")] if names else []
-            for names in (arguments.image, arguments.video)
-        )
-        for kind, names in (("image", files), ("video", clips)):
-            for name in names:
-                if not (Path(name).is_file() or (kind == "video" and Path(name).is_dir())):
-                    raise FileNotFoundError(f"no {kind} at {name}; name a file with {kind}=FILE.")
-        if not arguments.prompt:
-            raise ValueError('prompt is not set; add prompt="YOUR QUESTION".')
-        images, text = [load_image(file) for file in files], arguments.prompt
-        videos = [load_video(clip, max_frames=arguments.max_frames) for clip in clips]
+        return None
+    images, videos = files_of("image", arguments.image), files_of("video", arguments.video)
+    if not arguments.prompt:
+        raise ValueError('prompt is not set; add prompt="YOUR QUESTION".')
+    try:
+        pictures = [load_image(file) for file in images]
+        clips = [load_video(clip, max_frames=arguments.max_frames) for clip in videos]
+    except BadImage as error:
+        raise ValueError(f"{error}; name another file.") from None
+    return row_of(arguments.prompt, pictures, clips)
+
+
+def files_of(kind: str, names: str | None) -> list[str]:
+    """The files that `image=` or `video=` names, with commas between them; all of them exist."""
+    files = [name.strip() for name in names.split(",")] if names else []
+    for name in files:
+        if not (Path(name).is_file() or (kind == "video" and Path(name).is_dir())):
+            raise FileNotFoundError(f"no {kind} at {name}; name a file with {kind}=FILE.")
+    return files
+
+
+def scene_of(arguments: Arguments) -> dict[str, Any]:
+    """A test image of the model's own question set, as such a row."""
+    from latefusion.data.question_sets import load_questions, usual_set  # lazy: keeps argument errors fast
+
+    row = load_questions(usual_set(arguments.model), "test", n_images=1)[0]
+    return row_of(arguments.prompt or row["question"], [row["image"]], [])
+
+
+def row_of(text: str, images: list[Any], videos: list[Any]) -> dict[str, Any]:
     shown = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
     return {"messages": messages, "images": images, "videos": videos, "question": text}

@@ -147,12 +147,7 @@ class VisionSchedule:
 
     def validate(self, num_layers: int) -> None:
         for name, layer in (("enter", self.enter), ("exit", self.exit), *(("keep", i) for i in self.keep)):
-            limit = num_layers if name == "exit" else num_layers - 1
-            if layer is not None and layer > limit:
-                raise ValueError(
-                    f"{name} names layer {layer}, but the decoder has layers 0 to {num_layers - 1}; "
-                    f"choose at most {limit}."
-                )
+            check_depth(name, layer, num_layers)
 
     def check_attention(self, attention: Sequence[bool]) -> None:
         for layer in self.keep:
@@ -348,6 +343,16 @@ class VisionSchedule:
             return cls.from_dict(json.loads(file.read_text("utf-8-sig")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def check_depth(name: str, layer: int | None, num_layers: int) -> None:
+    """Raise ValueError if the layer that `enter`, `exit` or `keep` names is beyond the decoder's."""
+    limit = num_layers if name == "exit" else num_layers - 1
+    if layer is not None and layer > limit:
+        raise ValueError(
+            f"{name} names layer {layer}, but the decoder has layers 0 to {num_layers - 1}; "
+            f"choose at most {limit}."
+        )
 
 
 def _unsaid_ranking(keep: Mapping[Any, Any]) -> Any:

@@ -9,7 +9,8 @@ import pytest
 from latefusion.__main__ import COMMANDS, main
 
 NEEDS = {"export": "checkpoint is not set", "import-llava": "is not set", "evaluate": "checkpoint="}
-NEEDS |= {"compare": "required: before, after", "profile": "name the model", "validate": "data.path=PATH"}
+NEEDS |= {"compare": "required: before, after", "profile": "name the model", "calibrate": "name the model"}
+NEEDS |= {"validate": "data.path=PATH"}
 HYDRA = ("train", "teach")  # tests/test_package.py runs them as a user does
 SHOWN = {"compare": ["--cfg", "job", "before", "after"]}
 

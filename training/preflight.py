@@ -17,7 +17,7 @@ from latefusion.models.locate import (
     check_four_bits,
     decoder_layers,
 )
-from latefusion.models.policies.configured import check_depths, check_schedule_set, schedule_of
+from latefusion.models.policies.configured import check_depths, check_ends, check_schedule_set, schedule_of
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
@@ -134,9 +134,12 @@ def check_inputs(config: Config) -> None:
             f"no profile at {schedule.profile}; name the folder that eval/profile_model.py wrote: "
             "schedule.profile=FOLDER."
         )
+    layers = decoder_layers(path, config.model.revision)
+    if layers is not None and not schedule.auto and schedule.profile is None:
+        check_ends(config, layers)
     schedule_of(schedule)
     teachers = None if other is None else decoder_layers(other, config.kl.revision)
-    check_depths(config, decoder_layers(path, config.model.revision), teachers)
+    check_depths(config, layers, teachers)
 
 
 def check_init(config: Config, folder: str) -> None:

@@ -21,7 +21,7 @@ class Arguments:
     """The command line of this script, as `key=value`.
 
     Attributes:
-        model: embedded, smollm_icons, a folder or a hub id.
+        model: a name in recipes/model, a folder or a hub id.
         data: scenes, icons, easy_vqa, or a folder or hub id of a data set with the columns messages and images.
         split: of the data; samples: how many prompts to search on, drawn by `seed`, half of the data at most.
         confirm: other prompts to accept the setting on, as many as the data has; 0: the samples accept their own.

@@ -68,6 +68,18 @@ def named(name: str, **overrides: Any) -> Policy:
         raise ValueError(f"policy {name} cannot be made of its arguments: {error}.") from None
 
 
+def unsearched(target: str, name: str) -> str:
+    """How to make Python search the folder of a policy's module, if it lies beside its file or the user; else empty.
+
+    It is not searched unasked: importing a module runs its code.
+    """
+    module = target.partition(".")[0]
+    for folder in (Path(name).absolute().parent, Path.cwd()):
+        if (folder / f"{module}.py").is_file():
+            return f"; {module}.py lies in {folder}, so write PYTHONPATH={folder} before the command"
+    return ""
+
+
 def policy_class(target: str, name: str) -> type[Policy]:
     """The class that a policy file names, if it is one of policies: nothing else is imported or called.
 
@@ -82,7 +94,8 @@ def policy_class(target: str, name: str) -> type[Policy]:
         except (ImportError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"policy {name} names _target_: {target}, which cannot be imported ({reason})."
+                f"policy {name} names _target_: {target}, which cannot be imported ({reason})"
+                f"{unsearched(target, name)}."
             ) from None
     methods = (getattr(cls, method, None) for method in ("validate", "begin"))
     if not (inspect.isclass(cls) and all(map(inspect.isfunction, methods))):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from latefusion.models.policies.visipruner.settings import VisiPruner
-from latefusion.models.schedule import VisionSchedule
+from latefusion.models.schedule import VisionSchedule, check_depth
 from latefusion.recipes.schema import QUESTION_SETS, Config, ScheduleConfig, Teacher, Tune, VisiPrunerConfig
 
 if TYPE_CHECKING:
@@ -71,6 +71,15 @@ def check_schedule_set(config: Config) -> None:
         )
 
 
+def check_ends(config: Config, num_layers: int) -> None:
+    """Raise ValueError if the schedule begins or ends beyond the decoder's layers, whatever else is wrong with it."""
+    try:
+        for name in ("enter", "exit"):
+            check_depth(name, getattr(config.schedule, name), num_layers)
+    except ValueError as error:
+        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
+
+
 def check_layers(config: Config, num_layers: int) -> None:
     """Raise ValueError if the schedule does not fit a decoder with this number of layers."""
     try:
@@ -103,7 +112,7 @@ def check_depths(config: Config, layers: int | None, teachers: int | None) -> No
 
 
 def teaches(config: Config) -> bool:
-    """Whether there is a teacher whose answers count."""
+    """Whether the run distils: it has a teacher, and `kl.weight` is not 0."""
     return config.teacher is not Teacher.none and config.kl.weight > 0
 
 

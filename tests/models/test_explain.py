@@ -208,6 +208,17 @@ def test_generate_answers_and_compares(base: str, tmp_path: Path, capsys: pytest
         (["image=x.png"], "prompt is not set"),
         (["policy=pyramiddrop"], "a layer of keep_ratios=8 is beyond a decoder with layers 0 to 5"),
         (["policy=mine.yaml"], "no policy file at mine.yaml"),
+        (
+            ["policy=own.yaml"],
+            r"No module named 'mypolicy'\); mypolicy.py lies in .*, so write PYTHONPATH=.* before",
+        ),
+        (["max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+        (["image=broken.png", "prompt=x"], r"broken\.png is not an image .*; name another file\."),
+        (["picture=nowhere/x.svg"], "no folder .*nowhere for picture=nowhere/x.svg; make it first"),
+        (
+            ["model=embeded"],
+            r"model=embeded does not exist \(did you mean embedded\?\); model can be embedded, ",
+        ),
     ],
 )
 def test_what_cannot_work_ends_in_a_sentence(
@@ -215,5 +226,8 @@ def test_what_cannot_work_ends_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("x.png")
+    Path("broken.png").write_text("not a picture")
+    Path("own.yaml").write_text("_target_: mypolicy.Mine")
+    Path("mypolicy.py").write_text("raise SystemExit('nobody asked for this code')")
     with pytest.raises(SystemExit, match=sentence):
         generate.main([f"model={base}", *arguments])

@@ -15,6 +15,7 @@ from latefusion.recipes.schema import RECIPES
 from latefusion.training import preflight
 
 TRAIN = Path(preflight.__file__).with_name("train.py")
+EVAL = TRAIN.parents[1] / "eval"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,10 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
             "kl.model=embedded cannot run under its policy: bound",
         ),
         (["schedule.exit=17"], "the schedule of model.path=embedded does not fit: exit names layer 17"),
+        (
+            ["schedule.enter=99"],
+            "enter names layer 99, but the decoder has layers 0 to 15; choose at most 15",
+        ),
         (["output_dir=README.md/run"], r"output_dir=README.md/run cannot be written \(Not a directory\)"),
         (["resume=true", "output_dir=nowhere"], "resume=true finds no checkpoint in nowhere"),
     ],
@@ -192,6 +197,15 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
     train = [[f"output_dir={tmp_path}"], [f"output_dir={tmp_path}", "resume=true"]]
     teach = [[], ["kl.cache=x", "data=dataset", "data.path=x", "data.streaming=true"], ["kl.cache=README.md"]]
     export = [["checkpoint=x"], ["checkpoint=x", "output=y"], ["chekpoint=x"]]
+    image = tmp_path / "broken.png"
+    image.write_text("not a picture")
+    generate = [
+        ["model=nonsense"],
+        ["image=none.png", "prompt=x"],
+        [f"image={image}", "prompt=x"],
+        ["policy=x"],
+    ]
+    generate += [["max_frames=0"], [f"picture={tmp_path}/none/x.svg"]]
     runs = [
         *([str(TRAIN), *words] for words in [*both, *train]),
         *(
@@ -199,6 +213,8 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
             for words in [*([*w, "kl.cache=x"] for w in both[4:7]), *teach]
         ),
         *([str(TRAIN.with_name("export.py")), *words] for words in export),
+        *([str(EVAL / "generate.py"), *words] for words in generate),
+        [str(EVAL / "calibrate.py")],
     ]
     code = WITHOUT_TORCH.format(runs=runs)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
@@ -258,6 +274,7 @@ def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
     [
         ([], 90, None),
         (["train=epochs"], None, 1),
+        (["model=llava_1_5_7b", "data=llava_mix665k"], None, 1),
         (["model=llava_1_5_7b"], None, 1),
         (["train=epochs", "train.steps=7"], 7, None),
         (["train.epochs=2"], None, 2),
