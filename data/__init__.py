@@ -1,4 +1,4 @@
-"""From files to batches.
+"""Data, from files to batches.
 
 Reading order: sources (rows of files, folders, the hub) -> samples (a record as a checked conversation) -> images ->
 collate (a batch with labels) -> bad_rows (rows that cannot be used). Then load (what a configuration names, mixtures),

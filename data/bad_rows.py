@@ -186,7 +186,7 @@ class Finding:
 
 
 class Findings(Dataset):
-    """One `Finding` a row, made when it is asked for."""
+    """The `Finding` of each row, made when it is read."""
 
     def __init__(self, rows: Checked, collator: Collator | None):
         self.rows, self.collator = rows, collator

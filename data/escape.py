@@ -16,12 +16,12 @@ LINKS = re.compile(r"(?i)(?<=http)(s?):(?=//)|(?<=www)\.")  # that GitHub makes 
 
 
 def terminal(text: object) -> str:
-    """For rich's console: no markup, no control characters."""
+    """A text for rich's console, without markup and control characters."""
     return escape(printable(str(text)))
 
 
 def markdown(text: object) -> str:
-    """For a line or a table's cell in Markdown."""
+    """A text for a line or a table's cell in Markdown."""
     line = "".join(ENTITIES.get(letter, letter) for letter in printable(" ".join(str(text).split())))
     line = MARKS.sub(r"\\\1", line)
     return LINKS.sub(lambda dots: f"{dots[1]}&#58;" if ":" in dots[0] else "&#46;", line)

@@ -123,8 +123,10 @@ class Packed:
             if pictured:
                 assert self.rope is not None
                 names = inspect.signature(self.rope).parameters
-                own = self.rope(**{name: value for name, value in batch.items() if name in names})[0]
-                axes = [joined(axis, 0) for axis in own]  # [R, T'] each
+                rope_positions = self.rope(**{name: value for name, value in batch.items() if name in names})[
+                    0
+                ]
+                axes = [joined(axis, 0) for axis in rope_positions]  # [R, T'] each
             positions = torch.stack([positions, *axes])  # the first tells samples apart
         kept["position_ids"] = positions
         return kept

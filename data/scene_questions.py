@@ -66,7 +66,7 @@ class Scene(NamedTuple):
     background: tuple[int, int, int]
 
     def layout(self) -> str:
-        """What stands where, without jitter, sizes and background: what a scene's split follows from."""
+        """Name what stands where, without jitter, sizes and background; a scene's split follows from it."""
         cells = sorted((i.row, i.column, f"{i.color} {i.shape}") for i in self.items)
         cells.append((self.sign.row, self.sign.column, f"sign {self.sign.text}"))
         return ";".join(f"{row}{column} {what}" for row, column, what in cells)

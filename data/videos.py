@@ -77,7 +77,7 @@ class Video:
         return fingerprint(about, np.ascontiguousarray(self.frames).tobytes())
 
     def metadata(self) -> dict[str, Any]:
-        """What video processors of transformers ask for."""
+        """The metadata of a video in the form that transformers' video processors take."""
         return {
             "total_num_frames": self.total,
             "fps": self.rate,

@@ -65,7 +65,7 @@ class Ledger:
         return sorted(self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix[1:]}"))
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Keep these results."""
+        """Add results and write them down."""
         with self.file.open("a") as file:
             for key, value in results.items():
                 line = json.dumps({"key": key, "value": value})

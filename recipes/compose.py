@@ -119,7 +119,7 @@ def _unknown_config_key(key: str) -> str:
 
 
 def wrong_value(override: str, reason: str) -> str:
-    """What a value of the wrong type should be, in one sentence instead of OmegaConf's words.
+    """Name a key's type in one sentence, for a value of another type; OmegaConf's own words are longer.
 
     Args:
         override: the `key=value` word.
@@ -228,7 +228,7 @@ def _as_text(value: Any) -> Any:
 
 
 def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
-    """What OmegaConf refused, in one sentence."""
+    """Say in one sentence what OmegaConf refused."""
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return unknown_key(str(error.full_key), keys)
     value = re.match(r"Value '(.*?)'", str(error))
@@ -237,5 +237,5 @@ def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:
-    """That a key does not exist, in one sentence."""
+    """Say in one sentence that a key does not exist."""
     return f"{key} does not exist{did_you_mean(key, keys)}; the keys are {', '.join(keys)}."

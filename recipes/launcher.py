@@ -16,8 +16,14 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    """Processes of the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the run has, as the launcher says; 1 without a launcher."""
+    return launched() or 1
+
+
+def launched() -> int | None:
+    """How many processes a launcher has started as one run; None: no launcher says."""
+    number = os.environ.get("WORLD_SIZE")
+    return None if number is None else int(number)
 
 
 def local_world_size() -> int:

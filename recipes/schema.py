@@ -20,7 +20,7 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
 
 
 class Teacher(Enum):
-    """The policy of the teacher, which is the base with the adapters off, or `kl.model`. `none`: no distillation."""
+    """Policy of the teacher, which is the base or `kl.model`; `none`: no distillation."""
 
     visipruner = "visipruner"
     dense = "dense"
@@ -28,10 +28,10 @@ class Teacher(Enum):
 
 
 class Trust(Enum):
-    """Which tokens learn from the teacher.
+    """How much each token learns from the teacher.
 
-    `all`: all alike. `labels`: a token's KL counts by the teacher's probability of its label. `auto`: `all` if the
-    teacher knows most answers of the training set, else `labels` (training/trust.py).
+    `all`: all the same. `labels`: a token's KL is weighted by the teacher's probability of its label. `auto`: `all` if
+    the teacher knows most answers of the training set, else `labels` (training/trust.py).
     """
 
     auto = "auto"
@@ -40,7 +40,7 @@ class Trust(Enum):
 
 
 class Tune(Enum):
-    """What trains.
+    """Which weights train.
 
     `lora`: adapters on the decoder, the entry adapter, and the projector if `lora.train_projector`. `align`: only
     projector and entry adapter. `full`: decoder, output head, projector and entry adapter; the base is then gone and
@@ -53,7 +53,7 @@ class Tune(Enum):
 
 
 class Variant(Enum):
-    """`rslora`: arXiv 2312.03732; `dora`: arXiv 2402.09353."""
+    """Kind of LoRA. `rslora` scales by `alpha / sqrt(r)` (arXiv 2312.03732), `dora` learns magnitudes (2402.09353)."""
 
     lora = "lora"
     rslora = "rslora"
@@ -61,7 +61,7 @@ class Variant(Enum):
 
 
 class Layers(Enum):
-    """Decoder layers with LoRA: `busy` are those in which the schedule has vision tokens; or `all`."""
+    """Decoder layers that get LoRA: `busy`, those in which the schedule has vision tokens, or `all`."""
 
     all = "all"
     busy = "busy"
@@ -95,12 +95,14 @@ class Scheduler(Enum):
 
 
 class Trainer(Enum):
+    """Library that runs the training loop."""
+
     accelerate = "accelerate"
     lightning = "lightning"
 
 
 class Dtype(Enum):
-    """`auto`: bfloat16 if the hardware computes in it, else float32."""
+    """Number format of weights and compute. `auto`: bfloat16 if the hardware computes in it, else float32."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -395,9 +397,11 @@ class EntryConfig:
 
 @dataclass
 class KLConfig:
-    """Distillation: `weight` times KL(teacher || student) at this temperature.
+    """Distillation from a teacher's answers.
 
     Attributes:
+        weight: of KL(teacher || student) beside the cross-entropy; 0: no distillation.
+        temperature: divides the logits of both before the KL, which then counts `temperature` squared times.
         trust: how far the teacher is trusted.
         share: of the steps that the teacher runs in, evenly spaced; there the KL counts `1 / share` times, so that the
             sum over a run is expected to be that of a teacher in every step.

@@ -44,7 +44,7 @@ class LateFusion:
 
     @staticmethod
     def get_model_state_cls() -> type[LateFusionState]:
-        """What vLLM's Model Runner V2 asks a model for."""
+        """The class of the model's request state; vLLM's Model Runner V2 asks for it."""
         return LateFusionState
 
     def forward(

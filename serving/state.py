@@ -20,7 +20,7 @@ BAND, TEXT_ONLY, READING = "Band", "TextOnly", "Reading"
 
 @dataclass(frozen=True)
 class Step:
-    """What the decoder has to know of a step.
+    """Which rows of a step are text, which are vision tokens, and where their keys go.
 
     Attributes:
         text: int64 `[n]`, the rows of text.

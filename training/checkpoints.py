@@ -136,7 +136,7 @@ def digest(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is as it was written."""
+    """Say what is wrong with a checkpoint; None if it is as it was written."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text())["files"]
     except (OSError, ValueError, KeyError):

@@ -103,7 +103,7 @@ def describe(
     dataset: Any,
     other: OtherTeacher | None = None,
 ) -> str:
-    """What is about to be trained: parameters, steps, vision tokens by layer, FLOPs against dense, an estimate.
+    """Describe the run that begins: parameters, steps, vision tokens by layer, FLOPs against dense, an estimate.
 
     Args:
         samples: the first of the training set.

@@ -18,7 +18,7 @@ Read = Callable[[Tensor], Tensor]  # rows [n, D] -> logits [n, V]
 
 @dataclass(kw_only=True)
 class Teaching:
-    """What a teacher says of N label tokens.
+    """A teacher's predictions of N label tokens, whole or its likeliest tokens alone.
 
     Attributes:
         temperature: of the KL term.
@@ -157,7 +157,7 @@ def wide_dtype(values: Tensor) -> torch.dtype:
 
 
 def wide(values: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Logits in float32, or float64 if they are."""
     return values.to(wide_dtype(values))
 
 

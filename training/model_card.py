@@ -134,7 +134,7 @@ def model_card(checkpoint: str | Path, *, folder: str, form: Form, entry: bool) 
 
 
 def without_schedule(checkpoint: str | Path, folder: str) -> str:
-    """What accuracy the student has without its schedule: from the run's evaluation, or how to measure it."""
+    """Say how accurate the student is without its schedule, by the run's evaluation, or how to measure it."""
     for system in _systems(Path(checkpoint)):
         try:
             policy = dict(system["policy"])

@@ -1,4 +1,4 @@
-"""What a base answered right, by question type: pooled, and as a table of accuracies."""
+"""Accuracies of a base by question type: pooled over sets, and as a table."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from latefusion.recipes.launcher import rank
+from latefusion.recipes.launcher import launched, rank, world_size
 
 LOCK = ".lock"
 MARK = "interrupted"
@@ -88,16 +88,16 @@ def check_launch(processes: int | None) -> None:
     Raises:
         ValueError: each would train by itself, or another number was started.
     """
-    world = os.environ.get("WORLD_SIZE")
+    world = launched()
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if world is None and tasks > 1:
         raise ValueError(
             f"SLURM started {tasks} tasks but WORLD_SIZE is not set, so each would train by itself; export RANK, "
             "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as docs/training.md shows."
         )
-    if processes is not None and int(world or 1) != processes:
+    if processes is not None and world_size() != processes:
         raise ValueError(
-            f"engine.processes={processes}, but {world or 1} process(es) were started; launch with "
+            f"engine.processes={processes}, but {world_size()} process(es) were started; launch with "
             f"torchrun --nproc_per_node or accelerate launch --multi_gpu --num_processes."
         )
 

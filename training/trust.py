@@ -28,7 +28,7 @@ from latefusion.training.prepare import dtype_of, from_first_process
 from latefusion.training.teacher import load_teacher
 from latefusion.training.trust_record import Decision, read
 
-ANSWERS = 256  # to measure the teacher on
+ANSWERS = 256  # to measure the teacher on, at least: whole batches are asked
 SAMPLES = 256  # the most samples to draw for them
 KNOWS = 0.7  # share of answers from which on every token's KL counts fully; 20% of wrong labels leave 0.8
 

@@ -61,7 +61,7 @@ class Board(NamedTuple):
     blanks: tuple[Thing, ...]
 
     def layout(self) -> str:
-        """What stands where, without styles, sizes and jitter: what a board's split follows from."""
+        """Name what stands where, without styles, sizes and jitter; a board's split follows from it."""
         return ";".join(sorted(f"{t.row}{t.column} {t.color} {t.name}" for t in self.things + self.blanks))
 
 

@@ -88,7 +88,7 @@ class Table:
         chunks: Sequence[int],
         measure: Callable[[Runner, Answers], dict[str, Effect]],
     ) -> dict[str, NDArray[np.float32]]:
-        """What is known under each name of some chunks, `[2, N]`, measured now where it is not there."""
+        """The values of some chunks under each name, `[2, N]`, measured now where they are missing."""
         columns = [self.values.setdefault(name, [None] * len(self.chunks)) for name in names]
         for chunk in chunks:
             if any(column[chunk] is None for column in columns):

@@ -233,6 +233,6 @@ def weight_bytes(model: Any) -> int:
 
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> torch.Tensor:
-    """Exactly `new_tokens` greedy tokens."""
+    """Generate exactly `new_tokens` greedy tokens."""
     lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     return model.generate(**inputs, **lengths, do_sample=False, num_beams=1, **kwargs)

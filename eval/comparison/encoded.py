@@ -84,7 +84,7 @@ def contents(part: Mapping[str, Tensor]) -> bytes:
 
 
 def vision_weights(model: Any) -> tuple[Any, ...]:
-    """What tells two image encoders apart: where their weights lie, and which of their adapters are on."""
+    """A key that differs between two image encoders: where their weights lie, and which adapters are on."""
     modules = [module for part in beside_the_decoder(unwrapped(model)) for module in part.modules()]
     places = tuple(p.data_ptr() for module in modules for p in module.parameters(recurse=False))
     switched = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

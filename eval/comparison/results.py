@@ -51,7 +51,7 @@ def describe_answers(
 
 
 def units_of(tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Answer]:
-    """What counts as one question each: all rotations of one are one."""
+    """The unit that each row counts for: all rotations of a question are one unit."""
     return [unit for task in tasks for unit in task.units([a for a in answers if a.task == task.name])]
 
 

@@ -28,7 +28,7 @@ from latefusion.models.schedule import VisionSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What a schedule is chosen by.
+    """The limits that a schedule is chosen within.
 
     Attributes:
         bound: nats of KL per answer token that the schedule may cost, its entry and keeps included: the upper limit of

@@ -17,7 +17,7 @@ from latefusion.data.prompt_batches import Batch
 
 @dataclass(frozen=True)
 class Effect:
-    """What one change does to each sample of a batch.
+    """The effect of one change of the model on each sample of a batch.
 
     Attributes:
         kl: KL(dense || changed) of the next-token distributions in nats, mean over the sample's answer tokens.

@@ -139,7 +139,7 @@ def masked(view: View, tokens: Sequence[int]) -> Image.Image:
 
 
 def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Side by side."""
+    """Pictures side by side in one."""
     whole = Image.new(
         "RGB", (sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)), "#ffffff"
     )

@@ -80,7 +80,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run.
+    """The measurements that a profile will run, batch by batch, and their cost.
 
     Attributes:
         left_out: kinds of knock-out that each batch leaves out.

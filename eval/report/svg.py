@@ -100,7 +100,7 @@ def mark(x: float, y: float, i: int, *, open_: bool = False, hint: str = "") -> 
 
 
 def bar(x1: float, y1: float, x2: float, y2: float, i: int) -> str:
-    """An interval."""
+    """Draw an interval as a line."""
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line class="bar c{i % SERIES}" {ends}/>'
 

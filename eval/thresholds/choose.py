@@ -130,7 +130,7 @@ def around(settings: list[int], best: int, rows: int) -> list[int]:
 
 
 def line(row: dict[str, Any], results: dict[str, Any], i: int) -> list[str]:
-    """A table's cells."""
+    """The cells of a setting's row in the table."""
     cells = [
         str(row["boundary"]),
         f"{row['layer_threshold']:g} / {row['tokens_threshold']:g}",

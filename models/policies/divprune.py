@@ -41,7 +41,7 @@ class DivPrune:
         check_ratio("keep_ratio", self.keep_ratio)
 
     def validate(self, num_layers: int) -> None:
-        """Fits every decoder."""
+        """Accept every decoder: the choice is made before layer 0."""
 
     def begin(self, prompt: Prompt) -> _DivPruneDecision:
         return _DivPruneDecision(self, prompt)

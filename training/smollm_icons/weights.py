@@ -25,7 +25,7 @@ def save_weights(learner: Learner, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """What `Learner.load_state` takes."""
+    """Read the state that `Learner.load_state` takes."""
     parts: dict[str, dict[str, Any]] = {"lora": {}, "projector": {}}
     for name, tensor in load_file(folder / WEIGHTS_FILE).items():
         part, _, rest = name.partition(".")

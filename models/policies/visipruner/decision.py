@@ -17,7 +17,7 @@ from latefusion.models.policies.visipruner.shallow import ShallowRule
 
 
 class VisiPrunerDecision:
-    """One prefill under VisiPruner.
+    """VisiPruner's choice of vision tokens for one prefill, made layer by layer.
 
     What a layer finds stays on the device until it could change what a later layer computes: before fusion
     after every layer, then when enough layers have passed. Only then are four integers a sample and layer
@@ -68,7 +68,7 @@ class VisiPrunerDecision:
         self._add(layer, *self.judge(layer, *effect_on_queries(call, self.prompt)))
 
     def judge(self, layer: int, cosine: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a layer's removal effects (float32 `[B, T]` each) say.
+        """Judge a layer by its removal effects, float32 `[B, T]` each.
 
         Returns:
             The critical tokens, bool `[B, T]`; per sample, bool `[B]`: whether the layer fuses, and whether it
@@ -139,7 +139,7 @@ class VisiPrunerDecision:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What a layer says.
+    """A layer's verdict on each sample, on the device.
 
     Attributes:
         critical: bool `[B, T]`.
