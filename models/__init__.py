@@ -7,7 +7,8 @@ around the layers goes on as if nothing had been removed. To read the core, in t
 1. `schedule.py`: `VisionSchedule`, the policy that is known ahead of time;
 2. `policies/base.py`: what any policy is asked, and what it is shown (`Prompt`, `Selection`, `AttentionCall`);
 3. `executor/layout.py`: rows from full to compact and back;
-4. `executor/segment.py` and `executor/forward.py`: one forward, layer by layer; tokens leave in `Forward._switch`;
+4. `executor/tokens.py` (what a forward brings), `executor/segment.py` and `executor/forward.py`: one forward, layer by
+   layer; tokens leave in `Forward._switch`;
 5. `executor/cache.py` and `executor/masks.py`: the KV cache and the masks of what is left; `executor/recurrence.py`:
    layers that run a recurrence in place of attention;
 6. `executor/hooks.py` and `attach.py`: how this reaches a model, and what users see of it;
