@@ -174,7 +174,7 @@ def number_of(kind: str, messages: list[dict[str, Any]]) -> int:
 
 
 def first_exchange(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample up to its first answer, or all of it if there is none, with the images and videos shown until then."""
+    """A sample up to its first answer, with the images and videos shown until then; without an answer, all of it."""
     messages = sample["messages"]
     roles = [message["role"] for message in messages]
     kept = messages[: roles.index("assistant") + 1] if "assistant" in roles else messages

@@ -25,7 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.models.locate import check_base
+from latefusion.models.locate import check_base, named_model
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import world_size
@@ -44,7 +44,8 @@ class Arguments:
     """The command line of this script, as `key=value`.
 
     Attributes:
-        checkpoint: folder that `training/train.py` wrote; or model: a base alone (`embedded`, a hub id, a folder).
+        checkpoint: folder that `training/train.py` wrote; or model: a base alone (a name in recipes/model, a
+            folder or a hub id).
         checkpoints: further folders to compare; those of one base share its weights in memory.
         policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
         tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`
@@ -192,7 +193,7 @@ def read_report(path: str | Path) -> Mapping[str, Any]:
     """Read a `report.json`, or the one in a folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: the file is not a report.
     """
     file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
@@ -363,6 +364,8 @@ def main(words: Sequence[str]) -> None:
     words = check_words(words, Arguments, str(__doc__))
     try:
         arguments = parse_words(words, Arguments)
+        if arguments.model is not None:
+            arguments.model, _ = named_model(arguments.model)
         check(arguments)  # before the processes are joined
         processes = processes_here()
         evaluate(arguments, processes)

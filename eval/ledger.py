@@ -73,7 +73,7 @@ class Ledger:
                 file.write(line + "\n")
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The result kept under `key`, computed now if there is none."""
+        """The result kept under `key`, computed now if it is missing."""
         if key not in self.values:
             self.add({key: compute()})
         return self.values[key]

@@ -66,7 +66,7 @@ def fingerprint(*values: Any) -> str:
     Mappings and sets count without their order. A `Path` counts as its text, not as the file's contents.
 
     Raises:
-        TypeError: a value is none of these.
+        TypeError: a value has another type.
     """
     digest = hashlib.sha256()
     for value in values:

@@ -18,7 +18,7 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     """The schedule of a profile: its folder, or its `schedule.yaml` or `profile.json`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, in one sentence.
+        FileNotFoundError, ValueError: it is not a profile, in one sentence.
     """
     file = Path(path) / SCHEDULE_FILE if Path(path).is_dir() else Path(path)
     if file.name == PROFILE_FILE:

@@ -38,6 +38,18 @@ def check_config(cfg: DictConfig) -> Config:
     _refuse_additions(config)
     if not config.name.strip():
         raise ValueError("name is empty; give one, such as name=late_fusion.")
+    _check_numbers(config)
+    _check_run(config)
+    _check_data(config)
+    _check_schedule(config)
+    _check_engine(config)
+    _check_weights(config)
+    _check_teacher(config)
+    return config
+
+
+def _check_numbers(config: Config) -> None:
+    """Refuse numbers out of their range."""
     train, lora, kl = config.train, config.lora, config.kl
     for key, value in (
         ("train.steps", 1 if train.steps is None else train.steps),
@@ -97,6 +109,19 @@ def check_config(cfg: DictConfig) -> Config:
     ):
         if not 0 <= number < 1:
             raise ValueError(f"{key}={number} must lie in [0, 1).")
+    if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
+        raise ValueError(
+            f"schedule.budget={config.schedule.budget} is a fraction of dense FLOPs: above 0, at most 1."
+        )
+
+
+def _check_run(config: Config) -> None:
+    """Refuse a run whose folder or length is unclear, or whose trackers are not there."""
+    train = config.train
+    if not config.output_dir:
+        raise ValueError("output_dir is empty; name a folder with output_dir=FOLDER.")
+    if config.resume is not False and config.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
     if train.steps is not None and train.epochs is not None:
         raise ValueError(
             f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train; leave one out."
@@ -105,51 +130,77 @@ def check_config(cfg: DictConfig) -> Config:
         raise ValueError(
             "neither train.steps nor train.epochs says how long to train; add train.epochs=1 or train.steps=N."
         )
-    if config.schedule.budget is not None and not 0 < config.schedule.budget <= 1:
-        raise ValueError(
-            f"schedule.budget={config.schedule.budget} is a fraction of dense FLOPs: above 0, at most 1."
-        )
-    if not config.output_dir:
-        raise ValueError("output_dir is empty; name a folder with output_dir=FOLDER.")
-    if lora.targets is not None and not lora.targets:
-        raise ValueError(
-            "lora.targets=[] names no layer; leave it out for every linear layer of the decoder."
-        )
     for name in train.trackers:
         if name not in TRACKERS:
             raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
         if name != "tensorboard" and not any(map(find_spec, TRACKERS[name])):
             raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
-    _check_data(config)
+
+
+def _check_schedule(config: Config) -> None:
+    """Refuse schedules that contradict how the run changes or shards them."""
     if config.schedule.cross is not None and (
-        train.narrow > 0 or config.schedule.auto or config.schedule.profile
+        config.train.narrow > 0 or config.schedule.auto or config.schedule.profile
     ):
         raise ValueError(
             "schedule.cross leaves no band that train.narrow could narrow or a profile could choose: use "
             "train.narrow=0 and schedule=given."
         )
-    zero3 = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
-    if config.schedule.ranking == "hidrop" and config.schedule.keep and (zero3 or config.engine.fsdp):
+    if (
+        config.schedule.ranking == "hidrop"
+        and config.schedule.keep
+        and (_is_zero3(config) or config.engine.fsdp)
+    ):
         raise ValueError(
             "schedule.ranking=hidrop looks into a layer before it runs, which weights in shards (ZeRO-3, FSDP2) do not "
             "allow; use engine=deepspeed_zero2 or engine=accelerate."
         )
-    if kl.cache is not None and config.teacher is Teacher.none:
-        raise ValueError(
-            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave out kl.cache."
-        )
-    if config.resume is not False and config.overwrite:
-        raise ValueError("resume=true and overwrite=true contradict each other; choose one.")
+
+
+def _is_zero3(config: Config) -> bool:
+    return (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse what an engine cannot do."""
     if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
         raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
-    if config.engine.deepspeed and train.on_nonfinite is NonFiniteStep.skip:
+    if config.engine.deepspeed and config.train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError(
             "train.on_nonfinite=skip cannot work with DeepSpeed, which takes the step before the check; use "
             "train.on_nonfinite=stop."
         )
+    if config.model.load_in_4bit and _is_zero3(config):
+        raise ValueError(
+            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """Refuse contradictions about which weights train."""
+    lora = config.lora
+    if lora.targets is not None and not lora.targets:
+        raise ValueError(
+            "lora.targets=[] names no layer; leave it out for every linear layer of the decoder."
+        )
     if config.entry.init is EntryInit.calibrated and config.entry.rank == 0:
         raise ValueError(
             "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
+        )
+    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if lora.train_projector and config.model.projector is None:
+        raise ValueError(
+            "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
+        )
+
+
+def _check_teacher(config: Config) -> None:
+    """Refuse teachers that could not teach."""
+    kl = config.kl
+    if kl.cache is not None and config.teacher is Teacher.none:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave out kl.cache."
         )
     taught = config.teacher is not Teacher.none and kl.weight > 0
     if config.tune is Tune.full and taught and kl.model is None:
@@ -162,17 +213,6 @@ def check_config(cfg: DictConfig) -> Config:
             f"kl.model={kl.model} would teach nothing; use teacher=visipruner or teacher=dense with kl.weight above "
             "0, or leave out kl.model."
         )
-    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
-        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
-    if config.model.load_in_4bit and zero3:
-        raise ValueError(
-            "model.load_in_4bit=true does not go with ZeRO-3, which shards the weights; use ZeRO-2."
-        )
-    if lora.train_projector and config.model.projector is None:
-        raise ValueError(
-            "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."
-        )
-    return config
 
 
 def _check_data(config: Config) -> None:

@@ -55,6 +55,10 @@ def test_a_word_that_is_no_key_is_refused_in_a_sentence(command):
     [
         (("export", "checkpoint=none", "output=none"), "error: no student at none"),
         (("evaluate", "checkpoint=none"), "error: no folder none"),
+        (
+            ("evaluate", "model=embeded", "policies=[fastv]"),
+            "model=embeded does not exist (did you mean embedded?)",
+        ),
         (("profile", "model=embedded", "samples=0"), "error: samples=0 must be at least 1."),
         (("generate", "image=none.png", "prompt=hi"), "error: no image at none.png"),
     ],

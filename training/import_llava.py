@@ -89,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's `config.json`, checked to be of LLaVA-1.5's format.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it is not there.
         ValueError: it is of another format, in one sentence that names the setting.
     """
     file = folder / "config.json"

@@ -16,7 +16,7 @@ class Layout:
     Attributes:
         index: int64 `[B, n]`, position of each compact token among the forward's `length` tokens. Padding
             columns point at tokens that are not part of the segment, so a row never names a token twice.
-        valid: bool `[B, n]`, false for padding; None if there is none.
+        valid: bool `[B, n]`, false for padding; None: no row is padded.
         rows: int64 `[B * n]`, the same positions counted over the flattened batch.
         length: T, the forward's tokens.
         counts: of each sample, its tokens in the segment.
