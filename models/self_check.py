@@ -21,12 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from latefusion.models.executor.attention import in_float32
-from latefusion.models.executor.forward import in_shards
 from latefusion.models.executor.frozen_rows import check_parts
 from latefusion.models.executor.hooks import Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.recurrence import recurrence_of
 from latefusion.models.executor.shared_keys import is_reusing, kind_of
+from latefusion.models.executor.traits import in_shards
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 
 SHOWN = Path(__file__).with_name("exact_decoders.json")

@@ -178,8 +178,8 @@ def test_a_batch_of_text_alone_runs_in_bfloat16_where_the_projector_trains():
 
 def test_no_teacher_and_no_weight_mean_no_second_forward():
     config, student = tiny_student("teacher=none")
-    assert assemble.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).kl.policy is None
     config.kl.weight, config.teacher = 0.0, type(config.teacher).dense
-    assert assemble.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).kl.policy is None
     config.kl.weight = 1.0
-    assert assemble.objective_of(config, student).teacher == VisionSchedule()
+    assert assemble.objective_of(config, student).kl.policy == VisionSchedule()

@@ -63,7 +63,7 @@ def test_offline_gives_the_losses_of_online(base, cache, tmp_path, capsys, trust
 
 def test_no_teacher_runs(base, cache):
     config, student = tiny_student(f"kl.cache={cache}")
-    assert assemble.objective_of(config, student).teacher is None
+    assert assemble.objective_of(config, student).kl.policy is None
 
 
 @pytest.mark.parametrize(
