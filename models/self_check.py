@@ -94,9 +94,9 @@ def check_decoder(decoder: Any) -> dict[str, str]:
     except Inexact:
         raise
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise Inexact(
-            _refusal(decoder, f"a try on a dozen tokens ended in {type(error).__name__}: {said}")
+            _refusal(decoder, f"a try on a dozen tokens ended in {type(error).__name__}: {reason}")
         ) from error
 
 
@@ -384,8 +384,8 @@ def hidden_by_masks(
         if not is_reusing(decoder.layers[i].self_attn):
             return i
         kind = kind_of(decoder.layers[i])
-        own = [j for j in range(i) if not is_reusing(decoder.layers[j]._modules.get("self_attn"))]
-        return max(j for j in own if kind_of(decoder.layers[j]) == kind)
+        sources = [j for j in range(i) if not is_reusing(decoder.layers[j]._modules.get("self_attn"))]
+        return max(j for j in sources if kind_of(decoder.layers[j]) == kind)
 
     def hidden(mask: Any, layer: Any, present: Tensor) -> Tensor:
         length = vision.shape[1]
