@@ -22,18 +22,16 @@ from transformers import PretrainedConfig
 from latefusion.eval.comparison.answers import progress_bar
 from latefusion.eval.thresholds import replay
 from latefusion.eval.thresholds.accept import Accepted, accept
-from latefusion.eval.thresholds.choose import cheapest
 from latefusion.eval.thresholds.prefills import Prompts
 from latefusion.eval.thresholds.questions import Questions
-from latefusion.eval.thresholds.replay import Batch, Outcome, fusion_layers
+from latefusion.eval.thresholds.replay import Batch, fusion_layers
+from latefusion.eval.thresholds.scores import Scores
 from latefusion.eval.thresholds.settings import Arguments, Setting, grid, policy_of, prefix
 from latefusion.models.attach import Attachment
 from latefusion.models.fingerprint import fingerprint, model_identity, rows_fingerprint
 from latefusion.models.flops import decoder_flops, layer_flops
 
-PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
 SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)  # of the vision tokens, that the tried tokens_thresholds keep
-EXACT = 1e-9  # relative; sums of floats in another order are equal
 
 
 class Search:
@@ -57,9 +55,7 @@ class Search:
         self.arguments, self.attachment, self.rows, self.others = arguments, attachment, rows, others
         self.prompts = Prompts(arguments, attachment, processor, rows)
         self.confirming = None if others is None else Prompts(arguments, attachment, processor, others)
-        self.bound = arguments.kl  # on the prompts of the search
         self.outcomes: dict[int, dict[str, NDArray]] = {}  # of settings on the confirming prompts
-        self.least = 0.0  # FLOPs against dense that a setting has to have
         self.ends = np.cumsum([0, *map(len, self.prompts.batches)])
         layers = len(attachment.layers)
         boundaries = list(range(layers - 1)) if arguments.boundaries is None else arguments.boundaries
@@ -121,30 +117,28 @@ class Search:
                 done.append(self.kept(f"survey_{number:05d}", work))
                 progress.advance(task, len(rows))
             self.dense = joined(done)
-            self.floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
-            empty = partial(np.full, self.floors.shape, np.nan)
-            self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
+            floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
+            self.scores = Scores(floors, self.dense["dense_flops"])
             if self.confirming is None:
                 accepted = Accepted(self.cheapest(self.arguments.kl, 0.0, progress))
             else:
                 accepted = accept(
                     partial(self.cheapest, progress=progress),
                     lambda setting: self.confirmed(setting, progress)["kl"],
-                    lambda setting: float(self.least_flops()[setting]),
+                    lambda setting: float(self.scores.least_flops()[setting]),
                     self.arguments.kl,
                 )
             return self.results(self.correct(progress), accepted)
 
     def cheapest(self, bound: float, least: float, progress: Any) -> int | None:
         """The setting of least FLOPs, but not below `least`, whose KL on all prompts is at most `bound`."""
-        self.bound, self.least = bound, least
-        batches = len(self.prompts.batches)
-        self.sweep(self.alive(), 1, progress)
-        while not np.isfinite(self.best()) and self.alive().any():
-            self.sweep(self.promising(), batches, progress)
-        self.sweep(self.alive(), batches, progress)
-        kl, flops = np.nanmean(self.columns["kl"], 1), self.least_flops()
-        return cheapest(np.where(self.ran().all(1) & (flops >= least), kl, np.inf), flops, bound)
+        scores, batches = self.scores, len(self.prompts.batches)
+        scores.bound, scores.least = bound, least
+        self.sweep(scores.alive(), 1, progress)
+        while not np.isfinite(scores.best()) and scores.alive().any():
+            self.sweep(scores.promising(), batches, progress)
+        self.sweep(scores.alive(), batches, progress)
+        return scores.cheapest()
 
     def confirmed(self, number: int, progress: Any) -> dict[str, NDArray]:
         """What a setting does to each confirming prompt: `kl`, `same` and `flops` against dense, `[N]` each."""
@@ -165,40 +159,6 @@ class Search:
             progress.advance(task, len(rows))
         self.outcomes[number] = joined(parts)
         return self.outcomes[number]
-
-    # ---------------------------------------------------------------- what can be ruled out
-
-    def ran(self) -> NDArray[np.bool_]:
-        """Which settings ran on which prompts, bool `[settings, N]`."""
-        return ~np.isnan(self.columns["kl"])
-
-    def best(self) -> float:
-        """The FLOPs, against dense, of the cheapest setting that ran on all prompts and is under the bound."""
-        flops = self.least_flops()
-        whole = self.ran().all(1) & (np.nansum(self.columns["kl"], 1) <= self.most) & (flops >= self.least)
-        return min(flops[whole], default=np.inf)
-
-    @property
-    def most(self) -> float:
-        """Upper limit of the summed KL of all prompts."""
-        return self.bound * len(self.rows) * (1 + EXACT)
-
-    def least_flops(self) -> NDArray:
-        """Lower bound of each setting's FLOPs, against dense: exact where it ran."""
-        flops = np.where(self.ran(), self.columns["flops"], self.floors)
-        return (flops / self.dense["dense_flops"]).mean(1)
-
-    def alive(self) -> NDArray[np.bool_]:
-        """The settings that are neither known to the end nor ruled out."""
-        under = np.nansum(self.columns["kl"], 1) <= self.most
-        return ~self.ran().all(1) & under & (self.least_flops() <= self.best() * (1 + EXACT))
-
-    def promising(self) -> NDArray[np.bool_]:
-        """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""
-        alive = np.flatnonzero(self.alive())
-        kl = np.nanmean(self.columns["kl"][alive], 1)
-        first = np.lexsort((self.least_flops()[alive], np.maximum(kl, self.bound)))[:PROBES]
-        return np.isin(np.arange(len(self.settings)), alive[first])
 
     def bound_of(self, setting: Setting) -> NDArray:
         shallow = prefix(setting)
@@ -222,12 +182,12 @@ class Search:
         task = progress.add_task(f"{which.sum()} settings", total=int(self.ends[batches]))
         for number, rows in enumerate(self.prompts.batches[:batches]):
             here = slice(self.ends[number], self.ends[number + 1])
-            left = np.flatnonzero(which & self.alive() & ~self.ran()[:, here].any(1))
+            left = np.flatnonzero(which & self.scores.alive() & ~self.scores.ran()[:, here].any(1))
             if len(left):
                 tried, written = [self.settings[i] for i in left], self.dense["answers"][:, here]
                 work = partial(self.prompts.try_on, rows, written, tried)
                 outcomes = self.kept(f"sweep{self.sweeps}_{number:05d}", work)
-                for name, column in self.columns.items():
+                for name, column in self.scores.columns.items():
                     column[left, here] = outcomes[name]
             progress.advance(task, len(rows))
 
@@ -246,8 +206,8 @@ class Search:
         if not self.prompts.labelled:
             return None
         right = self.dense["right"]
-        correct = self.columns["same"] * right
-        wrong, whole = np.flatnonzero(right == 0), np.flatnonzero(self.ran().all(1))
+        correct = self.scores.columns["same"] * right
+        wrong, whole = np.flatnonzero(right == 0), np.flatnonzero(self.scores.ran().all(1))
         if not (len(wrong) and len(whole)):
             return correct
         task = progress.add_task("Labels", total=len(wrong))
@@ -289,7 +249,7 @@ class Search:
             "arguments": asdict(self.arguments),
             "settings": self.settings,
             "shallow_limit": self.limit,
-            "columns": self.columns | dense,
+            "columns": self.scores.columns | dense,
             "outside": None if outside is None else outside / float(self.dense["dense_flops"].mean()),
             "correct": correct,
             "accepted": accepted,

@@ -144,6 +144,7 @@ def colour_task(folder: Path, colours: Sequence[str]) -> Task:
     return questions_of_file(str(folder / "my.jsonl"))
 
 
+@pytest.mark.slow
 def test_swapped_images_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after every answer; then each file holds another picture."""
     colours = ("red", "green", "blue", "black", "white", "yellow")

@@ -229,13 +229,14 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
                 rows,
             )
             columns = search.run()["columns"]
-            ran, floors = search.ran().all(1), (search.floors / search.dense["dense_flops"]).mean(1)
+            scores = search.scores
+            ran, floors = scores.ran().all(1), (scores.floors / scores.dense).mean(1)
             assert (floors <= cost + 1e-9).all() and floors.max() <= 1
             np.testing.assert_allclose(columns["kl"].mean(1)[ran], kl[ran], atol=1e-5)
-            np.testing.assert_allclose(search.least_flops()[ran], cost[ran])
+            np.testing.assert_allclose(scores.least_flops()[ran], cost[ran])
             cheapest = choose.cheapest(kl, cost, bound)
             result = choose.cheapest(
-                np.where(ran, columns["kl"].mean(1), np.inf), search.least_flops(), bound
+                np.where(ran, columns["kl"].mean(1), np.inf), scores.least_flops(), bound
             )
             assert (result is None) == (cheapest is None)
             if result is not None and cheapest is not None:

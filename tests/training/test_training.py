@@ -166,6 +166,7 @@ def test_training_lowers_the_loss_and_logs_both_terms(base, tmp_path):
         assert entry["ce"] + entry["kl"] == pytest.approx(entry["loss"], rel=1e-3) and entry["kl"] > 0
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_run(base, tmp_path):
     """Losses, gradient norms and what they lead to, for 1 x 8, 2 x 4 and 4 x 2 samples a step."""
     results = []
