@@ -23,7 +23,7 @@ from rich.table import Table
 
 from latefusion.data.escape import terminal
 from latefusion.data.images import BadImage, load_image
-from latefusion.data.videos import load_video
+from latefusion.data.videos import BadVideo, load_video
 from latefusion.models.locate import check_base, decoder_layers, named_model
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
@@ -121,7 +121,7 @@ def question_of(arguments: Arguments) -> dict[str, Any] | None:
     try:
         pictures = [load_image(file) for file in images]
         clips = [load_video(clip, max_frames=arguments.max_frames) for clip in videos]
-    except BadImage as error:
+    except (BadImage, BadVideo) as error:
         raise ValueError(f"{error}; name another file.") from None
     return row_of(arguments.prompt, pictures, clips)
 

@@ -14,7 +14,7 @@ from latefusion.data.scene_questions import COLORS
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.build import build_student
+from latefusion.models.student.build import Lora, build_student
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import save_student as save_student_folder
 from latefusion.serving.plugin import MODELS
@@ -70,7 +70,7 @@ def test_a_student_of_adapters_is_exported_beside_vllm(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, processor = load_base("embedded", dtype=torch.float32)
     student = build_student(
-        model, processor, base="embedded", schedule=SCHEDULE, rank=4, alpha=8, dropout=0.0, entry_rank=4
+        model, processor, base="embedded", schedule=SCHEDULE, lora=Lora(rank=4, alpha=8), entry_rank=4
     )
     with torch.no_grad():
         for weight in student.model.parameters():
