@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from latefusion.models.executor.trace import TraceRecord
 
 
+MOST_ROWS = 64  # rows that rank vision tokens and are scored at a time
+MOST_KEYS = 1024  # of all samples: up to here a few rows are scored with all keys, since choosing keys takes more time
+
+
 def layer_flops(
     config: PretrainedConfig, tokens: int, *, past: int = 0, frozen: int = 0, layer: int | None = None
 ) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from latefusion.models.executor.masks import Mask
 from latefusion.models.executor.packed import Attended, Samples
 from latefusion.models.policies.base import AttentionCall, Decision, LooksAhead
+from latefusion.models.policies.reading import in_float32
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -119,6 +120,10 @@ class Watch:
                 "model as it is."
             )
 
+    def sees(self, layer: int) -> bool:
+        """Whether the decision waits for the attention of this layer, which is running."""
+        return self._ahead == layer or (self._due is not None and self._due[0] == layer)
+
     def attend(
         self,
         layer: int,
@@ -131,7 +136,7 @@ class Watch:
         attention_mask: Mask = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """The stock attention; a watched layer's goes by the decision, which may replace its output.
+        """The attention of a layer that the decision `sees`, which may replace its output.
 
         Args:
             indices: number of keys -> `(query_index, key_index)` of the running layer, as in `AttentionCall`.
@@ -139,8 +144,6 @@ class Watch:
         """
         mask, ahead = attention_mask, self._ahead == layer
         if not ahead:
-            if self._due is None or self._due[0] != layer:
-                return attention(module, query, key, value, mask, **kwargs)
             self._due = None
         query_index, key_index = indices(key.shape[2])
         rows_of_batch, samples = (query, key, value, mask), None
@@ -173,6 +176,7 @@ class Watch:
             run=run,
             weights=few.weights,
             scores=few.scores,
+            plain=own is None and few.softcap is None and (self.plain or mask is None),
         )
         if ahead:
             assert isinstance(self.decision, LooksAhead)
@@ -204,13 +208,6 @@ class Watch:
         if module.config._attn_implementation != "sdpa" or rows.query.shape[2] != rows.key.shape[2]:
             return False
         return rows.causal if rows.mask is None else self.plain and isinstance(rows.mask, Tensor)
-
-
-def in_float32(device: str) -> AbstractContextManager[Any]:
-    """No autocast inside: training's would multiply in bfloat16. Devices without any have nothing to turn off."""
-    if not torch.amp.autocast_mode.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 class _Looked(Exception):

@@ -388,7 +388,7 @@ class Hooks:
     def attend(self, i: int, attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of layer i's stock attention: shown to the policy, and on text rows alone over frozen tokens."""
         forward = self._threads.get().forward
-        if forward is not None and forward.watch is not None:
+        if forward is not None and forward.watch is not None and forward.watch.sees(i):
             attention = partial(forward.attend, i, attention)
         # a layer that checkpointing computes again runs outside any forward
         reads = self._reading and (forward is None or forward.segment.text is not None)

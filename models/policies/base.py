@@ -83,13 +83,14 @@ class AttentionCall:
     Attributes:
         query: `[B, H, N, D]`; key, value: `[B, Hkv, K, D]`, with what the cache held before.
         query_index: int64 `[B, N]`, logical position of each query row in this forward, -1 for padding.
-        key_index: int64 `[B, K]`, the same for keys; negative for padding and for keys of earlier forwards.
+        key_index: int64 `[B, K]`, the same for keys; -1 for padding and for keys of earlier forwards.
         scaling: multiplies q·k.
         run: `(value, rows) -> [B, R, H, D]`, the layer's kernel on these values `[B, Hkv, K, D]` for the query
             rows `rows`: int64 `[B, R]` (compact), or a number: the first ones, or None: all.
         weights: `rows int64 [B, R] (compact) -> float32 [B, H, R, K]`, attention probabilities of these rows.
         scores: `(rows, keys int64 [B, n] (compact)) -> float32 [B, H, R, n]`, what their softmax is made of, at these
             keys: scaled, capped, and the lowest number or -inf where a row does not see a key.
+        plain: `scores` are nothing but scaled products: the last rows see all that stands before them, and no cap.
     """
 
     query: Tensor
@@ -101,6 +102,7 @@ class AttentionCall:
     run: Callable[[Tensor, Tensor | int | None], Tensor]
     weights: Callable[[Tensor], Tensor]
     scores: Callable[[Tensor, Tensor], Tensor]
+    plain: bool = False
 
     @cached_property
     def output(self) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from latefusion.models.flops import MOST_ROWS
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
-
-ROWS_AT_ONCE = 64  # query rows whose attention is held at a time
+from latefusion.models.policies.reading import LastRows, reading_share
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class _Places:
 
     Attributes:
         key_index: of the segment's `AttentionCall`s.
-        rows: compact places of the asking rows, int64 `[B, R]`, at most `ROWS_AT_ONCE` each.
+        rows: compact places of the asking rows, int64 `[B, R]`, at most `MOST_ROWS` each.
         keys: places of the vision tokens among the keys, int64 `[B, n]`.
         present: bool `[B, n]`, false where a sample has fewer; None: nowhere.
         positions: logical positions of `keys`, int64 `[B, n]`.
@@ -63,13 +64,20 @@ class ScheduleDecision:
         self.prompt, self.sees, self.keep, self.watch, self.frozen = prompt, sees, keep, watch, frozen
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
-        self.rows = asking(prompt, rows) if watch else prompt.queries  # int64 [B, R]
+        self.most = rows
+        self.last_rows = LastRows(prompt, last_rows(prompt, rows))
         self._places: _Places | None = None  # of the running segment
         self.ahead = ahead
         self.silent = prefix(prompt) if silent else None  # bool [B, T]
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows that rank, int64 `[B, R]`."""
+        return asking(self.prompt, self.most) if self.watch else self.prompt.queries
+
     def select(self, layer: int) -> Selection | None:
         if layer in self.keep:
+            self.scores = self.last_rows.shares(self.scores)
             assert self.scores is not None, "the layer before was not watched"
             asks = self.prompt.asks or (True,) * len(self.counts)
             self.counts = tuple(
@@ -86,12 +94,15 @@ class ScheduleDecision:
 
     @torch.no_grad()
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
+        if self.last_rows.takes(call):
+            self.last_rows.add(call)
+            return None
         places = self._places
         if places is None or places.key_index is not call.key_index:  # the first layer of a segment
             keys, present = vision_keys(call, self.kept, self.counts)
             # where a key is not a vision token, its share is 0
             positions = call.key_index.gather(1, keys).clamp(min=0)
-            parts = call.compact_rows(self.rows).split(ROWS_AT_ONCE, dim=1)
+            parts = call.compact_rows(self.rows).split(MOST_ROWS, dim=1)
             self._places = places = _Places(call.key_index, parts, keys, present, positions)
         values = log_size(call.value, places.keys, places.present)  # [B, Hkv, n]
         for part in places.rows:
@@ -120,23 +131,6 @@ def prefix(prompt: Prompt) -> Tensor:
     return before & prompt.vision.any(1, keepdim=True)
 
 
-def reading_share(scores: Tensor, values: Tensor) -> Tensor:
-    """The largest share that each vision token has in what one head of one row reads of vision, float32 `[B, n]`.
-
-    What head h of row r reads of token i is `a[h, r, i] * v[h, i]`; its share is that vector's squared norm over the
-    sum of them for all vision tokens of the layer. A head that looks at one patch alone counts as much as a loud one.
-    As `a` is a softmax of `scores`, whose denominator is the same for all tokens, the share is one of
-    `2 * (scores + log |v|)` over the vision tokens alone.
-
-    Args:
-        scores: of attention, before its softmax, float32 `[B, H, R, n]`; changed in place.
-        values: log |v| of the tokens, float32 `[B, Hkv, n]`, -inf for a key that is not a vision token.
-    """
-    grouped = scores.view(len(scores), values.shape[1], -1, *scores.shape[2:])  # [B, Hkv, G, R, n]
-    share = grouped.add_(values[:, :, None, None]).mul_(2).softmax(-1)
-    return share.nan_to_num_(0).amax((1, 2, 3))  # nan: the row sees no vision token
-
-
 def log_size(value: Tensor, keys: Tensor, present: Tensor | None) -> Tensor:
     """log |v| of the values `[B, Hkv, K, D]` at `keys` `[B, n]`, -inf where none is `present`, `[B, Hkv, n]`."""
     size = torch.linalg.vector_norm(value.float(), dim=-1)  # [B, Hkv, K]
@@ -154,6 +148,19 @@ def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> t
     among = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
     order = among.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
     return order, None if min(counts) == order.shape[1] else among.gather(1, order)
+
+
+def last_rows(prompt: Prompt, most: int | None = None) -> int:
+    """How many rows at the end of every sample are those of `asking`; 0 if they stand elsewhere, or are too many.
+
+    That is how prompts of requests end. All vision tokens stand before these rows.
+    """
+    tail = prompt.tail
+    if prompt.queries.shape[1] > 1:
+        return 0
+    if most is not None and most <= tail:
+        return most
+    return tail if tail <= MOST_ROWS and all(n == tail for n in prompt.n_text) else 0
 
 
 def asking(prompt: Prompt, most: int | None = None) -> Tensor:

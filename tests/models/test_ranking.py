@@ -15,8 +15,10 @@ from latefusion import VisionSchedule
 from latefusion.eval.bench.ranking import Unranked
 from latefusion.models import schedule as schedules
 from latefusion.models.attach import attach
+from latefusion.models.policies import reading
 from latefusion.models.policies.base import Prompt
-from latefusion.models.policies.scheduled import asking
+from latefusion.models.policies.reading import LastRows
+from latefusion.models.policies.scheduled import ScheduleDecision, asking
 
 BAND: dict[str, Any] = {"enter": 1, "exit": 5, "keep": {3: 3, 4: 2}}
 SPECIAL = ("llava", "gemma3", "qwen3_vl")
@@ -31,7 +33,57 @@ def test_a_rule_keeps_what_loops_keep(
 ) -> None:
     if most is not None:
         monkeypatch.setattr(schedules, "QUESTION_ROWS", most)
-    model, inputs = shared(family, "sdpa"), prompt(family, MIXED, side)
+    keeps_what_loops_keep(family, prompt(family, MIXED, side), ranking, most)
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize(("ranking", "most"), [("reading", None), ("question", 2), ("question", 1)])
+def test_layers_scored_together_keep_what_loops_keep(
+    family: str, ranking: Any, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where prompts end in text, which is how requests do; in a family whose scores are not plain, one by one."""
+    if most is not None:
+        monkeypatch.setattr(schedules, "QUESTION_ROWS", most)
+    layers: list[int] = []
+    shares = LastRows._shares
+    monkeypatch.setattr(LastRows, "_shares", lambda self, all: layers.append(len(all)) or shares(self, all))
+    for prompts in (["tt I tttt"], ["t I tt I ttt", "I t I ttt"]):
+        layers.clear()
+        keeps_what_loops_keep(family, prompt(family, prompts, "left"), ranking, most)
+        if family == "llava":  # all of the text ends no prompt of two images
+            assert layers == ([2, 1] if most or len(prompts) == 1 else [])
+
+
+@pytest.mark.parametrize("text", ["tt I tttt", "I t I t"])
+def test_layers_scored_together_or_one_by_one_have_the_same_shares(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = build("llava", "sdpa"), prompt("llava", [text])
+    scores: list[torch.Tensor] = []
+    select = ScheduleDecision.select
+
+    def noted(self: ScheduleDecision, layer: int) -> Any:
+        selection = select(self, layer)
+        if layer in self.keep:
+            assert self.scores is not None
+            scores.append(self.scores.clone())
+        return selection
+
+    monkeypatch.setattr(ScheduleDecision, "select", noted)
+    for dtype in (torch.float32, torch.bfloat16):
+        scores.clear()
+        for most in (0, 1024):
+            monkeypatch.setattr(reading, "MOST_KEYS", most)
+            with torch.no_grad(), attach(model.to(dtype), VisionSchedule(**BAND)):
+                model(**inputs)
+        apart, together = scores[:2], scores[2:]
+        for one, other in zip(apart, together, strict=True):
+            assert one.dtype == other.dtype == torch.float32
+            torch.testing.assert_close(one, other)
+
+
+def keeps_what_loops_keep(family: str, inputs: Any, ranking: Any, most: int | None) -> None:
+    model = shared(family, "sdpa")
     vision, text = vision_tokens(inputs), text_tokens(inputs)
     seen = ranked(
         shared(family, "eager"),
@@ -78,10 +130,23 @@ def test_each_query_is_asked_with_the_text_before_it(most: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranking", "text", "more"), [("question", 40, 0), ("question", 6, 1), ("reading", 40, 1)]
+    ("ranking", "text", "most", "more"),
+    [
+        ("question", 40, 1024, 0),
+        ("question", 6, 1024, 0),
+        ("reading", 40, 1024, 0),
+        ("question", 40, 0, 0),
+        ("question", 6, 0, 1),
+        ("reading", 40, 0, 1),
+        ("reading", 70, 1024, 1),
+    ],
 )
-def test_counted_flops_are_those_that_torch_counts(ranking: Any, text: int, more: int) -> None:
-    """Where the whole text asks, one row is computed twice (`asking` keeps room for a query that is no text)."""
+def test_counted_flops_are_those_that_torch_counts(
+    ranking: Any, text: int, most: int, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many keys or rows, where the whole text asks, one row is computed twice (`asking` keeps room for a query)."""
+    monkeypatch.setattr(reading, "MOST_KEYS", most)
+    monkeypatch.setattr(schedules, "MOST_KEYS", most)
     model = build("llava", "sdpa")
     inputs = prompt("llava", ["I" + "t" * text])
 
