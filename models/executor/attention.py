@@ -176,7 +176,7 @@ class Watch:
             run=run,
             weights=few.weights,
             scores=few.scores,
-            plain=own is None and few.softcap is None and (self.plain or mask is None),
+            plain=samples is None and few.softcap is None and (self.plain or mask is None),
         )
         if ahead:
             assert isinstance(self.decision, LooksAhead)
