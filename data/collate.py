@@ -20,6 +20,7 @@ from latefusion.models.base_model import load_processor
 from latefusion.models.executor.prompt import IGNORE
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
+from latefusion.models.layer_kinds import attends
 from latefusion.models.locate import check_base, readable
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.schema import Config, Teacher
@@ -279,7 +280,15 @@ def build_collator(
     Args:
         config, generation_config: of the model.
         max_length, isolate, ranked: as `Collator` has them.
+
+    Raises:
+        ValueError: turns are to be isolated by a mask, and a layer of the decoder has none.
     """
+    if isolate is not None and not all(attends(config)):
+        raise ValueError(
+            f"data.isolate=true keeps the turns of a row apart by a mask, which the recurrent layers of a decoder of "
+            f"type {config.get_text_config().model_type} do not have: set data.isolate=false and data.turns=1."
+        )
     return Collator(
         processor=processor,
         vision_ids=list(vision_token_ids(config).values()),

@@ -15,23 +15,25 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+
+from latefusion.models.executor.recurrence import STATES
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def kv_cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that really are in the cache.
+    """Bytes of the keys and values that really are in the cache, and of the states of layers that run a recurrence.
 
     Storages are counted once and whole, so a view of a longer tensor costs what it keeps alive.
     """
     storages = {}
     for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        for tensor in (layer.keys, layer.values):
-            assert tensor is not None
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+        tensors += [state for name in STATES for state in getattr(layer, name, {}).values()]
+        for tensor in tensors:
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.around import Around, beneath
@@ -39,7 +39,7 @@ class SharedPrefix:
     """Layers' results on one batch, for further prefills of the same prompts with the same weights.
 
     A layer is taken over where its input is equal, bit for bit, no token has left and the policy does not look at the
-    layer. What does not fit into `limit` bytes is computed each time.
+    layer. What does not fit into `limit` bytes is computed each time, and so are layers that run a recurrence.
     """
 
     def __init__(self, attachment: Attachment, limit: int = LIMIT):
@@ -58,7 +58,7 @@ class SharedPrefix:
 
     def _run(self, i: int, stock: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if cache is None or cache.get_seq_length(i) or not self._as_dense(i):
+        if cache is None or not _is_empty(cache, i) or not self._as_dense(i):
             return stock(*args, **kwargs)
         step = self.steps.get(i)
         if step is None:
@@ -87,3 +87,9 @@ class SharedPrefix:
         self.room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors[1:])
         if self.room >= 0:
             self.steps[i] = Step(*tensors, version=after._version)
+
+
+def _is_empty(cache: Cache, i: int) -> bool:
+    """Whether layer i of a cache is going to hold keys and values, and holds none yet."""
+    store = cache.layers[i] if i < len(cache.layers) else None
+    return store is None or (type(store) is DynamicLayer and not store.get_seq_length())

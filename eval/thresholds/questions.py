@@ -61,7 +61,7 @@ def read(arguments: Arguments) -> tuple[Questions, Questions | None]:
     drawn, bad = with_images(rows, needed=arguments.samples + arguments.confirm, seed=arguments.seed)
     if not drawn:
         raise ValueError(
-            f"no prompt of {arguments.data} has an image; VisiPruner has nothing to prune there."
+            f"no prompt of {arguments.data} has an image (rows with videos are passed over): name data with images."
         )
     taken = drawn[: arguments.samples + arguments.confirm]
     records = []
