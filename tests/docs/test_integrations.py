@@ -18,8 +18,8 @@ TIERS = [
 ]
 
 
-def test_the_page_has_its_five_scripts() -> None:
-    assert len(SCRIPTS) == 5 and sum("from trl" in script for script in SCRIPTS.values()) == 2
+def test_the_page_has_its_six_scripts() -> None:
+    assert len(SCRIPTS) == 6 and sum("from trl" in script for script in SCRIPTS.values()) == 3
 
 
 @pytest.mark.parametrize("name", TIERS)
