@@ -1,6 +1,6 @@
 """The plugin of lmms-eval: its hundreds of tasks on a checkpoint, or on any model under a policy.
 
-    pip install 'latefusion[lmms-eval]'
+    pip install -c constraints.txt -e '.[lmms-eval]' && pip install --no-deps 'lmms-eval>=0.7,<0.8'
     lmms-eval eval --model latefusion --model_args checkpoint=outputs/late_fusion --tasks gqa,pope
     lmms-eval eval --model latefusion --tasks mme --model_args pretrained=HUB_ID,policy=fastv,keep_ratio=0.25
     lmms-eval eval --model latefusion --force_simple --tasks seedbench_ppl --model_args checkpoint=outputs/late_fusion
