@@ -6,7 +6,7 @@ import re
 
 from rich.markup import escape
 
-from latefusion.data.printing import printable
+from latefusion.recipes.printable import printable
 
 MARKS = re.compile(
     r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))"

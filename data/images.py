@@ -17,10 +17,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from latefusion.data.printing import first_line, short
+from latefusion.models.fingerprint import local_path
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: beyond it a small file can take a machine's memory
 MAX_BYTES = 16 * MAX_PIXELS  # of a file: four channels of 32 bits, uncompressed
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# of what is not on this machine
+ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 DATA_URL = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 
 
@@ -36,7 +38,8 @@ def load_image(source: Any, folder: Path | None = None) -> Image.Image:
     processors of transformers do), CMYK and palettes are converted.
 
     Args:
-        source: a PIL image, bytes, a path, a base64 data URL, or `{"bytes", "path"}` as `datasets` stores images.
+        source: a PIL image, bytes, a path (also `file://` and a path), a base64 data URL,
+            or `{"bytes", "path"}` as `datasets` stores images.
         folder: paths are relative to it.
 
     Raises:
@@ -96,7 +99,7 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
         elif ADDRESS.match(str(path)):
             raise BadImage(f"{name} is an address; download the image and give its path or bytes")
         else:
-            data = _read((folder or Path()) / path, name)
+            data = _read(local_path(path, folder), name)
     if not isinstance(data, bytes):
         raise BadImage(f"an image is given as {type(data).__name__}, not as a picture, bytes or a path")
     if not data:

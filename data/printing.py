@@ -3,29 +3,8 @@
 from __future__ import annotations
 
 from typing import Any
-from unicodedata import bidirectional, category
 
-REORDERING = (
-    "LRE",
-    "RLE",
-    "LRO",
-    "RLO",
-    "PDF",
-    "LRI",
-    "RLI",
-    "FSI",
-    "PDI",
-)  # characters that turn a line around
-
-
-def printable(text: str) -> str:
-    """The text with control and reordering characters, line separators and lone surrogates as their escapes."""
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if category(c) in ("Cc", "Cs", "Zl", "Zp") or bidirectional(c) in REORDERING
-        else c
-        for c in text
-    )
+from latefusion.recipes.printable import printable
 
 
 def short(value: Any) -> str:

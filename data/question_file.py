@@ -28,7 +28,7 @@ from latefusion.data.samples import (
 )
 from latefusion.data.sources import CONVERSATIONS, records
 from latefusion.data.videos import MAX_FRAMES, inside, load_video
-from latefusion.models.fingerprint import image_fingerprint
+from latefusion.models.fingerprint import image_fingerprint, local_path
 
 SHOWN_IN = [name for kind in MEDIA for name in COLUMNS[kind]]
 SHOWN = 5  # bad rows named in an error
@@ -160,7 +160,7 @@ def _stored(source: Any, folder: Path) -> Any:
         return data_url_bytes(source)
     if isinstance(source, bytes):
         return source
-    path = folder / source
+    path = local_path(source, folder)
     return (
         path if is_utf8(str(path)) else path.read_bytes()
     )  # a table's text is UTF-8, a file's name may not be
@@ -174,7 +174,7 @@ def _stored_video(source: Any, folder: Path, max_frames: int) -> dict[str, Any]:
     if isinstance(held, list | tuple):
         frames = [_field(_stored(frame, folder)) for frame in held]
     elif not isinstance(held, bytes):
-        path = held if is_data_url(held) else str((folder / held).absolute())
+        path = held if is_data_url(held) else str(local_path(held, folder).absolute())
     rate = settings.get("fps")
     return {
         "path": path,

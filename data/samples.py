@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from latefusion.data.images import ADDRESS, BadImage, is_data_url, load_image
-from latefusion.data.printing import printable, short
+from latefusion.data.printing import short
 from latefusion.data.videos import MAX_FRAMES, BadVideo, NoDecoder, Video, inside, load_video
+from latefusion.recipes.printable import printable
 
 RECORD = "latefusion_record"  # column of a row of a JSON file, as JSON; a text in it is the reason why the row is bad
 PLACEHOLDER = re.compile("<(image|video)>")
@@ -79,7 +80,7 @@ def sample_of(
         if isinstance(record, str):
             raise BadSample(record)
     messages, sources = conversation_of(record, answered=answered)
-    paths = filter(_is_path, [*sources["image"], *sources["video"]])
+    paths = filter(is_path, [*sources["image"], *sources["video"]])
     if folder is None and (path := next(paths, None)) is not None:
         raise BadSample(
             f"names the file {short(path)}, but data of the hub have no folder; name one: data.images=FOLDER"
@@ -248,14 +249,14 @@ def split_placeholders(text: str, role: str) -> list[dict[str, str]]:
     return parts
 
 
-def _is_path(source: Any) -> bool:
+def is_path(source: Any) -> bool:
     """Whether a row names a file, other than one that `datasets` has put into its cache."""
     if isinstance(source, (list, tuple)):  # the frames of a video
-        return any(map(_is_path, source))
+        return any(map(is_path, source))
     if isinstance(source, dict):
         held = inside(source)
         if held is not source.get("path"):
-            return _is_path(held)
+            return is_path(held)
         return isinstance(held, str) and not is_data_url(held) and not Path(held).is_absolute()
     return isinstance(source, str) and not is_data_url(source) and not ADDRESS.match(source)
 

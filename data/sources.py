@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from latefusion.data.images import is_data_url
 from latefusion.data.json_file import Broken, json_records, read_json
 from latefusion.data.local_files import FORMATS, JSON, check_conversations, check_images
 from latefusion.data.printing import first_line, short
@@ -24,6 +23,7 @@ from latefusion.data.samples import (
     MEDIA,
     RECORD,
     BadSample,
+    is_path,
     record_name,
     sample_of,
     size_of,
@@ -31,7 +31,7 @@ from latefusion.data.samples import (
 )
 from latefusion.data.scenes import load_scenes
 from latefusion.data.videos import MAX_FRAMES
-from latefusion.models.fingerprint import fingerprint, rows_fingerprint
+from latefusion.models.fingerprint import fingerprint, local_path, rows_fingerprint
 
 CONVERSATIONS = ("messages", "conversations")
 PROBED = 20  # images whose absence, all of them, means that the folder is wrong
@@ -154,8 +154,8 @@ def json_rows(path: str, images: str | None) -> Rows:
     first = table.select(range(min(PROBED, len(table))))
     for kind in MEDIA:
         sources = [source for row in first for source in sources_of(json.loads(row[RECORD]), kind)]
-        names = [name for name in sources if isinstance(name, str) and not is_data_url(name)]
-        if names and all(_lost(folder / name) for name in names):
+        names = [name for name in sources if isinstance(name, str) and is_path(name)]
+        if names and all(_lost(local_path(name, folder)) for name in names):
             raise FileNotFoundError(
                 f"no {kind} {short(names[0])} in {folder}; download the {kind}s there, or name yours: "
                 "data.images=FOLDER."
@@ -230,9 +230,8 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
             return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
         return datasets.load_dataset(path, split=split, streaming=streaming)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(
-            f"the data at {path} cannot be read: {first_line(error.__cause__ or error)}"
-        ) from error
+        cause = error.__cause__ or error
+        raise ValueError(f"the data at {path} cannot be read: {_reason(cause, path)}") from error
     except (
         FileNotFoundError,
         ConnectionError,
@@ -240,10 +239,29 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
         ValueError,
         datasets.exceptions.DatasetNotFoundError,
     ) as error:
+        if Path(path).is_file():
+            raise ValueError(f"the data at {path} cannot be read: {first_line(error)}") from error
         raise FileNotFoundError(
             f"no data set with a split {split!r} at {path} that can be read from here; name a file, a folder or "
             f"a hub id ({first_line(error)})."
         ) from error
+
+
+def _reason(error: BaseException, path: str) -> str:
+    """Why a file cannot be read; where its text is not UTF-8, the line."""
+    if not isinstance(error, UnicodeDecodeError) or not Path(path).is_file():
+        return first_line(error)
+    with Path(path).open("rb") as file:
+        number = next((n for n, line in enumerate(file, 1) if not _utf8(line)), None)
+    return first_line(error) if number is None else f"line {number} is not UTF-8; save the file as UTF-8"
+
+
+def _utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def python_row(table: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from latefusion.data.local_files import check_local_files
 from latefusion.recipes.compose import HELP, compose_config, compose_tree, print_and_exit, without_cfg
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import QUESTION_SETS, Config, PartConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main(overrides: list[str]) -> None:
         check_local_files(config.data)
         bad = validate(config, console=Console(stderr=True))
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     sys.exit(1 if bad else 0)
 
 

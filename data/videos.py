@@ -18,7 +18,7 @@ import numpy as np
 
 from latefusion.data.images import ADDRESS, MAX_PIXELS, BadImage, data_url_bytes, is_data_url, load_image
 from latefusion.data.printing import first_line, short
-from latefusion.models.fingerprint import fingerprint, frames_of_folder
+from latefusion.models.fingerprint import fingerprint, frames_of_folder, local_path
 
 MAX_FRAMES = 16  # shown of a video where nothing else is said
 MAX_TOTAL = 4 * MAX_PIXELS  # pixels of all frames that are shown: 1.2 GB as RGB
@@ -123,7 +123,7 @@ def load_video(source: Any, folder: Path | None = None, *, max_frames: int = MAX
     name = short(source)
     if ADDRESS.match(str(source)):
         raise BadVideo(f"{name} is an address; download the video and give its path or bytes")
-    file = (folder or Path()) / source
+    file = local_path(source, folder)
     try:
         if file.is_dir():
             frames = frames_of_folder(file)

@@ -47,6 +47,7 @@ MEMORY = Path(
 IMAGE_COLUMNS = ("image", "images", "video", "videos")
 PART_TYPES = ("image", "image_url", "video", "video_url")
 PART_KEYS = ("image", "video", "frames", "path", "url", "image_url", "video_url")
+FILE_URL = "file://"
 HELD = ("bytes", "frames", "video", "path", "url")  # where a mapping keeps an image or a video
 BLOCK = 128  # rows
 READ_BLOCKS = 80  # `whole=False` reads the images of the first 10,240 rows ...
@@ -329,13 +330,19 @@ def _source(image: Any, folder: Path | None) -> Any:
         held = next((image[name] for name in HELD if image.get(name) is not None), None)
         return held if isinstance(held, bytes) else _source(held, folder)
     if isinstance(image, str | Path):
-        path = (folder or Path()) / image
+        path = local_path(image, folder)
         with suppress(OSError, ValueError):  # base64 text is too long for a path
             if path.is_file():
                 return path
             if path.is_dir():
                 return frames_of_folder(path)
     return image
+
+
+def local_path(source: str | Path, folder: Path | None) -> Path:
+    """The path that a row names, relative to `folder`; behind `file://` too, where nothing is decoded."""
+    text = str(source)
+    return (folder or Path()) / (text[len(FILE_URL) :] if text.lower().startswith(FILE_URL) else source)
 
 
 def frames_of_folder(folder: Path) -> list[Path]:

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
-from latefusion.data.printing import printable
+from latefusion.eval.fusion.effects import by_image
 from latefusion.eval.metrics import accuracy, paired
 from latefusion.eval.thresholds.accept import Accepted
 from latefusion.models.flops import prefill_share
+from latefusion.recipes.printable import printable
 
 ROWS = 12  # of the table
 HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "decoder FLOPs, %")
@@ -40,7 +42,7 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
             "stages": list(setting["stages"]),
             "prompts": int(number[i]),
             "kl": float(kl[i]),
-            "kl_standard_error": float(np.nanstd(columns["kl"][i]) / np.sqrt(number[i])),
+            "kl_standard_error": standard_error(columns["kl"][i], results["scenes"]),
             "same_answer": float(np.nanmean(columns["same"][i])),
             "flops_ratio": float(flops[i]),
             "prefill_ratio": None if outside is None else prefill_share(float(flops[i]), outside),
@@ -92,6 +94,16 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
     (folder / "policy.yaml").write_text(recipe(rows[best], out))
     report(out, header, lines, bold, console, folder)
     return out
+
+
+def standard_error(kl: NDArray, scenes: list[str]) -> float | None:
+    """Of the mean KL of the prompts that a setting ran on; prompts about one image are not independent."""
+    ran = ~np.isnan(kl)
+    of_prompts = kl[ran].tolist()
+    of_images = by_image(of_prompts, [scene for scene, there in zip(scenes, ran, strict=True) if there])
+    if len(of_images) < 2:
+        return None
+    return max(float(stats.sem(of_prompts)), float(stats.sem(of_images)))
 
 
 def confirmed(row: dict[str, Any], limit: float, outcome: dict[str, NDArray]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from latefusion.data.images import MAX_BYTES, MAX_PIXELS, BadImage, load_image
-from latefusion.data.printing import printable
+from latefusion.recipes.printable import printable
 
 
 def test_a_name_cannot_turn_a_line_of_a_message_around():

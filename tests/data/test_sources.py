@@ -363,6 +363,44 @@ def test_image_parts_that_hold_their_images_take_their_places(folder):
         assert rows.sizes() == [(7, 3)]
 
 
+def test_a_path_behind_file_is_that_file(folder):
+    """Qwen's data name images so: in parts, in columns, and a swapped picture is noticed."""
+    url = f"file://{folder}/a.png"
+    part = {"type": "image", "image": url}
+    path = write_rows(
+        folder,
+        {"messages": [turn("user", part, "what is it?"), turn("assistant", "red")]},
+        {"images": [url, "file://b.png"], "messages": [QUESTION, ANSWER]},
+    )
+    before = sources.json_rows(path, None)
+    assert [[i.getpixel((0, 0))[0] for i in before[n]["images"]] for n in (0, 1)] == [[9], [9, 8]]
+    parquet = folder / "rows.parquet"
+    messages = [turn("user", IMAGE_PART, "what?"), turn("assistant", "red")]
+    pq.write_table(pa.Table.from_pylist([{"images": [url], "messages": messages}]), parquet)
+    stored = sources.dataset(str(parquet), split="train")
+    assert stored[0]["images"][0].getpixel((0, 0))[0] == 9
+    prints = before.fingerprint(), stored.fingerprint()
+    grey_image(7).save(folder / "a.png")
+    assert all(a != b for a, b in zip(prints, (before.fingerprint(), stored.fingerprint()), strict=True))
+
+
+def test_addresses_are_bad_rows_and_no_missing_folder(folder):
+    rows = {"image": "https://x.org/a.png", "conversations": llava_turns("<image>what?", "red")}
+    with pytest.raises(BadSample, match=r"https://x\.org/a\.png is an address; download the image"):
+        sources.json_rows(write_rows(folder, rows), None)[0]
+
+
+def test_a_file_that_cannot_be_read_is_not_called_missing(folder):
+    (folder / "rows.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"rows\.parquet cannot be read: Parquet"):
+        sources.dataset(str(folder / "rows.parquet"), split="train")
+    (folder / "rows.csv").write_bytes(b"image,question,answer\na.png,what?,red\nb.png,caf\xe9?,red\n")
+    with pytest.raises(
+        ValueError, match=r"rows\.csv cannot be read: line 3 is not UTF-8; save the file as UTF-8"
+    ):
+        list(sources.records(str(folder / "rows.csv")))
+
+
 def test_images_are_counted_in_lists_of_every_arrow_kind(folder):
     """polars writes `large_list`."""
     messages = [[QUESTION, ANSWER]] * 3

@@ -34,6 +34,16 @@ def test_own_questions(tmp_path: Path) -> None:
     assert task.score("Y.", task.rows[0]) == 1
 
 
+def test_a_path_behind_file_is_that_file(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    write(
+        tmp_path / "my.jsonl",
+        json.dumps({"image": f"file://{tmp_path}/a.png", "question": "What?", "answers": "x"}),
+    )
+    (row,) = questions_of_file(str(tmp_path / "my.jsonl")).rows
+    assert images_of(row)[0].tobytes() == Image.open(tmp_path / "a.png").convert("RGB").tobytes()
+
+
 def test_bad_rows_are_listed(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     write(tmp_path / "broken.png", "no picture")
