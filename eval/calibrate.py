@@ -27,6 +27,7 @@ from rich.console import Console
 from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
 from latefusion.models.locate import named_model
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.printable import error_line
 
 
 def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def main(words: list[str]) -> None:
         path, _ = named_model(arguments.model)
         calibrate(replace(arguments, model=path), Console())
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from latefusion.eval import metrics
 from latefusion.eval.evaluate import read_report
 from latefusion.eval.report.tables import prefix
 from latefusion.recipes.compose import print_and_exit
+from latefusion.recipes.printable import error_line
 
 if TYPE_CHECKING:
     from latefusion.eval.tasks.base import Answer
@@ -191,7 +192,7 @@ def table(changes: list[Change]) -> Table:
 
 
 def _refuse(message: str) -> NoReturn:
-    sys.exit(f"error: {message}; --help explains them.")
+    sys.exit(error_line(f"{message}; --help explains them."))
 
 
 def main(words: list[str]) -> None:
@@ -214,7 +215,7 @@ def main(words: list[str]) -> None:
     try:
         changes = compare(options.before, options.after, cost=options.cost)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     console = Console()
     console.print(table(changes))
     for remark in notes(options.before, options.after):

@@ -29,6 +29,7 @@ from latefusion.models.locate import check_base, named_model
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import world_size
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
 
 if TYPE_CHECKING:
@@ -371,7 +372,7 @@ def main(words: Sequence[str]) -> None:
         evaluate(arguments, processes)
         processes.wait()
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from latefusion.data.videos import BadVideo, load_video
 from latefusion.models.locate import check_base, decoder_layers, named_model
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.printable import error_line
 
 if TYPE_CHECKING:
     from latefusion.models.explain import Explanation
@@ -75,7 +76,7 @@ def main(words: list[str]) -> None:
             policy.validate(layers)
         answer(arguments, path, row or scene_of(arguments), policies, Console())
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 def parsed(words: list[str]) -> tuple[Arguments, list[str], dict[str, DictConfig]]:

@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from latefusion.recipes.check import check_config
 from latefusion.recipes.hints import did_you_mean
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import RECIPES, Config
 
 Kind = TypeVar("Kind")
@@ -98,7 +99,7 @@ def refuse_typos(arguments: Sequence[str]) -> None:
     try:
         compose_tree(get_args_parser().parse_args(list(arguments)).overrides)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
@@ -162,7 +163,7 @@ def refuse_bare_words(words: Sequence[str]) -> None:
     """End the program with one sentence if a word is not `key=value`."""
     for word in words:
         if "=" not in word:
-            sys.exit(f"error: {word} is not key=value; --help lists the keys.")
+            sys.exit(error_line(f"{word} is not key=value; --help lists the keys."))
 
 
 def without_cfg(words: Sequence[str]) -> tuple[list[str], bool]:
@@ -179,7 +180,7 @@ def print_and_exit(configuration: Callable[[], Any]) -> NoReturn:
     try:
         print(OmegaConf.to_yaml(OmegaConf.create(configuration())), end="")
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     sys.exit(0)
 
 

@@ -51,6 +51,17 @@ def test_a_word_that_is_no_key_is_refused_in_a_sentence(command):
 
 
 @pytest.mark.parametrize(
+    "target", ["x.\\e[2JY", "x.\\u202eY", "x.\\nerror: Y"], ids=["clears", "turns", "two lines"]
+)
+def test_a_file_cannot_reach_the_terminal_through_a_message(target, tmp_path):
+    """A policy file that clears the screen, turns the line around or adds a line of its own is quoted as text."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(f'_target_: "{target}"\n')
+    sentence = ended("generate", [f"policy={file}"])
+    assert sentence.startswith("error: policy ") and sentence.isprintable() and "\\" in sentence
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("export", "checkpoint=none", "output=none"), "error: no student at none"),

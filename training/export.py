@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from latefusion.models.locate import ADAPTER_CONFIG, check_base_of
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Dtype
 from latefusion.training.run_folder import check_writable
 
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> None:
         check(chosen)
         print(export(chosen))
     except (ValueError, OSError) as error:  # also a full disk
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

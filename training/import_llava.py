@@ -21,6 +21,7 @@ from omegaconf import MISSING
 
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.compose import check_words, compose_config, parse_words
+from latefusion.recipes.printable import error_line
 from latefusion.training.run_folder import check_writable
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ def main(words: list[str]) -> None:
         arguments = parse_words(check_words(words, Arguments, str(__doc__)), Arguments)
         import_checkpoint(arguments)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     print(f"{arguments.output}: evaluate it with python eval/evaluate.py checkpoint={arguments.output}")
 
 

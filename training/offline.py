@@ -30,6 +30,7 @@ from latefusion.models.fingerprint import model_identity
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.launcher import local_rank, rank, world_size
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryInit
 from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
@@ -244,7 +245,7 @@ def write_answers(config: Config) -> None:
         guard = parts.guarded(config, collator, dataset, folder=config.kl.cache)
         blank = first_usable_batch(collator, dataset) if sharded else None
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(error_line(error)) from None
     answering: Any = student.model if objective.kl.other is None else objective.kl.other.model
     if context is not None:
         assert objective.kl.other is not None
@@ -284,7 +285,7 @@ def write_answers(config: Config) -> None:
     try:
         count = write(folder, batches(), rank=process, world=world)
     except (ValueError, OSError) as error:  # a row that must not be left out, a full disk
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(error_line(error)) from error
     if process == 0:
         (folder / TEACHER).write_text(json.dumps({**facts, "files": world}, indent=1) + "\n")
         written = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))

@@ -21,6 +21,7 @@ from latefusion.models.policies.configured import check_depths, check_ends, chec
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, Tune
 from latefusion.training.checkpoints import checkpoints, find
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_writable
@@ -78,7 +79,7 @@ def _in_a_sentence(cfg: DictConfig, checks: Callable[[Config], Result]) -> tuple
         config = check_config(cfg)
         return config, checks(config)
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(error_line(error)) from None
 
 
 def check(config: Config) -> Path | None:

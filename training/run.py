@@ -25,6 +25,7 @@ from latefusion.models.policies.configured import evaluates
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.recipes.launcher import rank
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, Tune
 from latefusion.training.assemble import (
     base_of,
@@ -103,7 +104,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             batch = guard(beginning)
             batches = packing(config, student, guard)
         except (ValueError, FileNotFoundError) as error:
-            raise SystemExit(f"error: {error}") from None
+            raise SystemExit(error_line(error)) from None
         if first:
             if isinstance(batches, Packed) and not batches.pictures:
                 print(
@@ -128,9 +129,9 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
         try:
             main = engine.fit(config, context, student, dataset, batches, objective, resumed)
         except (Refused, Stale) as error:
-            raise SystemExit(f"error: {sentence(error)}") from None
+            raise SystemExit(error_line(sentence(error))) from None
         except (CannotSave, NonFinite) as error:
-            raise SystemExit(f"error: {error}") from error.__cause__
+            raise SystemExit(error_line(error)) from error.__cause__
         except Preempted as stop:
             if first:
                 leave_mark(config.output_dir, stop.step)
