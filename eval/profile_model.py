@@ -31,6 +31,7 @@ from latefusion.recipes.compose import (
     unknown_key,
     without_cfg,
 )
+from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig, Dtype
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def main(words: Sequence[str]) -> None:
             print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})
         run(arguments, config)
     except OmegaConfBaseException as error:
-        sys.exit(f"error: {refusal(error, KEYS)}")
+        sys.exit(error_line(refusal(error, KEYS)))
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
@@ -181,7 +182,12 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
     prompts = replace(prompts, measured=samples[:n], confirming=samples[n:], labelled=labelled)
     about = {
         "model": source.path,
-        **model_identity(source.path, source.revision, processor=processor, dtype=dtype),
+        **model_identity(
+            source.path,
+            source.revision,
+            processor=processor,
+            dtype="nf4" if source.load_in_4bit else dtype,
+        ),
         "data": config.data.path or config.data.source.value,
         "split": arguments.split,
         "seed": arguments.seed,

@@ -37,23 +37,28 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     return VisionSchedule.from_dict(values)
 
 
-def write_entry(folder: Path, entry: CalibratedEntry, weights: str) -> None:
-    """Under its name only when it is whole; `weights`: the `identity` of the model that it was fitted to."""
+def write_entry(folder: Path, entry: CalibratedEntry, weights: str, processor: str) -> None:
+    """Under its name only when it is whole.
+
+    Args:
+        weights, processor: fingerprints of the model and of the processor that it was fitted with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{ENTRY_FILE}.unfinished"
     values = {name: weight.contiguous().cpu() for name, weight in entry.state_dict().items()}
-    save_file(values, unfinished, metadata={"weights": weights})
+    save_file(values, unfinished, metadata={"weights": weights, "processor": processor})
     unfinished.replace(folder / ENTRY_FILE)
 
 
-def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
+def read_entry(path: str | Path, weights: str, processor: str | None = None) -> CalibratedEntry | None:
     """The calibrated entry of a profile, None if it has none.
 
     Args:
-        weights: the `identity` of the model that it is for.
+        weights: fingerprint of the model that it is for.
+        processor: fingerprint of the processor; None: it is not compared.
 
     Raises:
-        ValueError: it was fitted to other weights, or is damaged.
+        ValueError: it was fitted to other weights or with another processor, or is damaged.
     """
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / ENTRY_FILE
     if not file.is_file():
@@ -63,13 +68,19 @@ def read_entry(path: str | Path, weights: str) -> CalibratedEntry | None:
     )
     try:
         with safe_open(file, "pt") as weights_file:
-            fitted = (weights_file.metadata() or {}).get("weights")
+            metadata = weights_file.metadata() or {}
     except SafetensorError:
         raise damaged from None
+    fitted, prepared = metadata.get("weights"), metadata.get("processor")
     if fitted and fitted != weights:
         raise ValueError(
             f"the entry in {file} was fitted to other weights than this model's ({fitted}, not {weights}); profile "
             "this model, or use entry.init=identity."
+        )
+    if prepared and processor is not None and prepared != processor:
+        raise ValueError(
+            f"the entry in {file} was fitted with another processor than this run's (image settings, chat template or "
+            "tokenizer); profile the model again, or use entry.init=identity."
         )
     values = load_file(file)
     try:

@@ -28,7 +28,7 @@ from latefusion.data.load import data_fingerprint
 from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
-from latefusion.models.fingerprint import model_fingerprint, model_identity
+from latefusion.models.fingerprint import model_fingerprint, model_identity, processor_fingerprint
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.profile_folder import ENTRY_FILE, SCHEDULE_FILE, read_entry, read_schedule, write_entry
 from latefusion.models.schedule import VisionSchedule
@@ -229,14 +229,17 @@ def settle_entry(
         ValueError: the data has too few images for the fit, or a row among those with the first images cannot be used
             and must not be left out.
     """
-    if not calibrated(config) or _from_profile(config) is not None:
+    if not calibrated(config):
+        return
+    processor = processor_fingerprint(collator.processor)
+    if _from_profile(config, processor) is not None:
         return
     folder = Path(config.output_dir) / FITTED
 
     def fit() -> str:
         if resumed is None or not (folder / ENTRY_FILE).is_file():
             try:
-                write_entry(folder, _fit(config, collator, load(), rows()), _weights(config))
+                write_entry(folder, _fit(config, collator, load(), rows()), _weights(config), processor)
             finally:
                 torch.cuda.empty_cache()
         return str(folder)
@@ -270,9 +273,9 @@ def entry_start(config: Config) -> CalibratedEntry | None:
     return entry
 
 
-def _from_profile(config: Config) -> CalibratedEntry | None:
+def _from_profile(config: Config, processor: str | None = None) -> CalibratedEntry | None:
     folder = config.schedule.profile
-    return None if folder is None else read_entry(folder, _weights(config))
+    return None if folder is None else read_entry(folder, _weights(config), processor)
 
 
 def _weights(config: Config) -> str:

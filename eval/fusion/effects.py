@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +74,17 @@ class Answers:
         return Effect(mean.tolist(), (errors == 0).tolist())
 
 
-def upper_limit(values: Sequence[float]) -> float:
+def upper_limit(values: Sequence[float], images: Sequence[Hashable] | None = None) -> float:
     """A one-sided 95% upper limit of the mean over prompts, corrected for their skewness.
 
     A few prompts hold a third of all KL, so a sample that misses them has a small mean and a small error at once, and
     Student's limit is too low. Johnson's modified t (JASA 73, 1978) adds what the third moment says.
+
+    Args:
+        values: one a prompt; images: what each prompt is about, if prompts share images (see `interval`).
     """
+    if images is not None:
+        return max(upper_limit(values), upper_limit(by_image(values, images)))
     n = len(values)
     if n < 2:
         return float("inf")
@@ -88,9 +93,26 @@ def upper_limit(values: Sequence[float]) -> float:
     return float(np.mean(values) + stats.sem(values) * (t + skewness * (1 + 2 * t * t) / (6 * n**0.5)))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with its 95% interval over samples (Student's t; never below 0)."""
+def by_image(values: Sequence[float], images: Sequence[Hashable]) -> list[float]:
+    """One number an image, whose mean is that of the values and whose spread is that of whole images."""
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(image, len(numbers)) for image in images]
     mean = float(np.mean(values))
+    shares = np.bincount(index, np.asarray(values) - mean, len(numbers)) / len(values)
+    return (mean + len(numbers) * shares).tolist()
+
+
+def interval(values: Sequence[float], images: Sequence[Hashable] | None = None) -> tuple[float, float, float]:
+    """Mean with its 95% interval over samples (Student's t; never below 0).
+
+    Args:
+        values: one a sample; images: what each sample is about. Samples about one image are not independent: the
+            interval is the wider one of that over samples and that over images. None: no two share an image.
+    """
+    mean = float(np.mean(values))
+    if images is not None:
+        ends = [interval(values), interval(by_image(values, images))]
+        return mean, min(low for _, low, _ in ends), max(high for _, _, high in ends)
     if len(values) < 2:
         return mean, 0.0, float("inf")
     half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import PreTrainedModel, ProcessorMixin
 
 from latefusion.data.collate import Collator, build_collator
+from latefusion.data.draw import images_key
 from latefusion.data.prompt_batches import Group, batches, counts
 from latefusion.data.samples import videos_of_sample
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
@@ -117,7 +118,13 @@ def profile(
             hold = fits_on_host(model.config, sum(group.answers for group in confirming))
             confirmer = Measurer(model, attachment, confirming, confirmed, replace(plan, hold=hold), advance)
             study = Study(
-                measurer, confirmer if confirming else None, goal, prompts.labelled, *counts(groups)
+                measurer,
+                confirmer if confirming else None,
+                goal,
+                prompts.labelled,
+                *counts(groups),
+                images=[images_key(sample) for sample in prompts.measured],
+                confirming_images=[images_key(sample) for sample in prompts.confirming],
             )
             results = study.run(
                 lambda enter: calibrate(attachment, collator, prompts.calibrating, enter, batch_size)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Study:
         confirmer: on the confirming prompts; None: the samples confirm their own choice.
         labelled: whether answers are labels (else they are the model's own, and there is no accuracy).
         text, vision: tokens of a sample, on average.
+        images, confirming_images: what each sample, and each confirming prompt, is about; None: no two share an image.
     """
 
     measurer: Measurer
@@ -62,6 +63,8 @@ class Study:
     text: float
     vision: float
     calibration: Calibration | None = None
+    images: Sequence[Hashable] | None = None
+    confirming_images: Sequence[Hashable] | None = None
 
     def run(self, calibrate: Callable[[int], Calibration]) -> dict[str, Any]:
         """Measure and decide; `calibration` is then the chosen schedule's.
@@ -148,6 +151,7 @@ class Study:
             "goal": {"bound": goal.bound, "budget": goal.budget},
             "dense_accuracy": float(np.mean(right)) if self.labelled else None,
             "effects": effects,
+            "images": numbered(self.images),
             "looks": looks,
             "bands": [{"enter": a, "exit": b, "kl": kl} for (a, b), kl in band_kl.items()],
             "ends": {"enter": enter, "exit": leave},
@@ -180,7 +184,7 @@ class Study:
     def _point(
         self, schedule: VisionSchedule, calibrated: bool, flops: float, kl: list[float], right: list[bool]
     ) -> Point:
-        mean, low, high = interval(kl)
+        mean, low, high = interval(kl, self.images)
         return Point(
             schedule, calibrated, flops, mean, low, high, float(np.mean(right)) if self.labelled else None
         )
@@ -246,11 +250,17 @@ class Study:
                 measure(rungs[i][1])
         return points, [(base + cost, keep) for cost, keep in rungs]
 
+    @property
+    def _images_of_rungs(self) -> Sequence[Hashable] | None:
+        """What the prompts are about that `_rung` measures on."""
+        return self.images if self.confirmer is None else self.confirming_images
+
     def _rung(self, schedule: VisionSchedule, entry: CalibratedEntry | None, least: float = 0.0) -> Rung:
         """A schedule on the confirming prompts; its limit is not below `least`."""
         flops = self.flops(schedule)
         kl, right = (self.confirmer or self.measurer).schedule(schedule, entry, flops)
-        return Rung(schedule, entry is not None, flops, kl, right, max(upper_limit(kl), least))
+        limit = max(upper_limit(kl, self._images_of_rungs), least)
+        return Rung(schedule, entry is not None, flops, kl, right, limit)
 
     def _confirmed(
         self,
@@ -288,12 +298,13 @@ class Study:
 
     def _confirmation(self, rung: Rung) -> dict[str, Any]:
         """What the chosen schedule does to the confirming prompts."""
-        mean, low, high = interval(rung.kl)
+        mean, low, high = interval(rung.kl, self._images_of_rungs)
         confirmer = self.confirmer or self.measurer
         _, dense_right = confirmer.schedule(VisionSchedule(), None, 1.0)
         pairs = list(zip(dense_right, rung.right, strict=True))
         return {
             "prompts": len(rung.kl),
+            "images": len(rung.kl if self._images_of_rungs is None else set(self._images_of_rungs)),
             "held_out": self.confirmer is not None,
             "kl": mean,
             "low": low,
@@ -326,6 +337,12 @@ class Study:
             "accuracy_raw": raw.accuracy,
             "accuracy_calibrated": whole.accuracy,
         }
+
+
+def numbered(images: Sequence[Hashable] | None) -> list[int] | None:
+    """The images as numbers, in the order in which they come."""
+    numbers: dict[Hashable, int] = {}
+    return None if images is None else [numbers.setdefault(image, len(numbers)) for image in images]
 
 
 def _entry_of(calibration: Calibration | None) -> CalibratedEntry | None:

@@ -66,7 +66,10 @@ def curves(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
             if effect is None:
                 continue
             values = measured(effect["kl"])
-            kl, low, high = interval(values) if len(values) > 1 else (values[0],) * 3
+            images = results.get("images")
+            if images is not None:
+                images = [i for i, one in zip(images, effect["kl"], strict=True) if one is not None]
+            kl, low, high = interval(values, images) if len(values) > 1 else (values[0],) * 3
             row = {"layer": layer, "kl": kl, "low": low, "high": high, "samples": len(values)}
             row |= dict(zip(("q25", "median", "q75"), quartiles(values), strict=True))
             if results["labelled"]:
@@ -185,7 +188,8 @@ def write(
     (folder / SCHEDULE_FILE).write_text(schedule_yaml(results))
     (folder / ENTRY_FILE).unlink(missing_ok=True)
     if calibration is not None:
-        write_entry(folder, calibration.entry, results["about"].get("weights", ""))
+        about = results["about"]
+        write_entry(folder, calibration.entry, about.get("weights", ""), about.get("processor", ""))
     tables(folder, results)
     write_report(folder, results, samples, shown)
 

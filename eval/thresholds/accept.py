@@ -6,7 +6,7 @@ others. What is accepted is the upper limit of its mean KL on other prompts (`ef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ def accept(
     kl: Callable[[int], NDArray],
     flops: Callable[[int], float],
     bound: float,
+    images: Sequence[Hashable] | None = None,
 ) -> Accepted:
     """The first setting whose limit on the confirming prompts stays within the bound, from few FLOPs to more.
 
@@ -45,6 +46,7 @@ def accept(
             those of at least the second in FLOPs; None if no setting is.
         kl: of each confirming prompt under a setting.
         flops: of a setting, as a share of dense.
+        images: what each confirming prompt is about; None: no two share an image.
     """
     limits: dict[int, float] = {}
     least = 0.0
@@ -52,7 +54,7 @@ def accept(
         setting = cheapest(START * bound, least)
         if setting is None:
             break
-        limits[setting] = upper_limit(np.asarray(kl(setting)).tolist())
+        limits[setting] = upper_limit(np.asarray(kl(setting)).tolist(), images)
         if limits[setting] <= bound:
             return Accepted(setting, limits)
         least = (1 + STEP * 2**tried) * flops(setting)

@@ -127,6 +127,7 @@ class Search:
                     lambda setting: self.confirmed(setting, progress)["kl"],
                     lambda setting: float(self.scores.least_flops()[setting]),
                     self.arguments.kl,
+                    scenes(self.confirming),
                 )
             return self.results(self.correct(progress), accepted)
 
@@ -242,7 +243,6 @@ class Search:
         return fingerprint(arguments, model, self.settings, rows_fingerprint(every))
 
     def results(self, correct: NDArray | None, accepted: Accepted) -> dict[str, Any]:
-        clusters = [row["scene"] for row in self.rows.records]
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         outside = self.prompts.outside_flops()
         return {
@@ -254,8 +254,13 @@ class Search:
             "correct": correct,
             "accepted": accepted,
             "confirmed": self.outcomes,
-            "scenes": [str(clusters[i]) for i in self.prompts.order],
+            "scenes": scenes(self.prompts),
         }
+
+
+def scenes(prompts: Prompts) -> list[str]:
+    """What each prompt is about, in the order in which they are measured."""
+    return [str(prompts.rows.records[i]["scene"]) for i in prompts.order]
 
 
 def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:

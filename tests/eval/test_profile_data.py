@@ -170,6 +170,21 @@ def test_rows_without_an_answer_get_the_models_own(base: Path, folder: Path) -> 
         )
 
 
+def test_measurements_of_four_bits_are_not_those_of_sixteen(
+    base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile goes on from what was measured only if the weights are held in the same way."""
+    load = bases.load_base
+    monkeypatch.setattr(bases, "load_base", lambda path, dtype, **more: load(path, dtype=dtype))
+    monkeypatch.setattr("latefusion.eval.fusion.run.profile", lambda about, **more: about)
+    words = [f"model={base}", *sources(folder)["no answers"], "samples=3", "images=1", "dtype=float32"]
+    arguments, config = profile_model.parse([*words, "new_tokens=1", f"output={tmp_path}"])
+    about = {}
+    for config.model.load_in_4bit in (False, True):
+        about[config.model.load_in_4bit] = profile_model.run(arguments, config, Console(quiet=True))
+    assert (about[False]["dtype"], about[True]["dtype"]) == ("float32", "nf4")
+
+
 @pytest.mark.slow
 def test_prompts_without_answers_are_profiled_on_the_models_own(
     base: Path, folder: Path, tmp_path: Path

@@ -12,7 +12,7 @@ from helpers.families import HYBRID_FAMILIES, LAYERS, VOCAB, prompt, shared, tex
 from helpers.oracle import recurrence
 
 from latefusion.eval.fusion import decide, looks, plan
-from latefusion.eval.fusion.effects import upper_limit
+from latefusion.eval.fusion.effects import by_image, interval, upper_limit
 from latefusion.eval.fusion.looks import Watch, fusion_layer, look
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
@@ -323,3 +323,33 @@ def test_an_upper_limit_is_missed_less_often_than_students_by_means_of_few_large
     mean, error = samples.mean(1), samples.std(1, ddof=1) / np.sqrt(384)
     students = np.mean(mean + 1.649 * error < 0.02)
     assert ours <= 0.07 < students
+
+
+def test_questions_about_one_image_do_not_narrow_an_interval() -> None:
+    """Every prompt asked four times: as much is known as of asking each once."""
+    once = [0.0, 0.1, 0.0, 0.4, 0.02, 0.3, 0.01, 0.0]
+    four, images = np.repeat(once, 4).tolist(), np.repeat(range(8), 4).tolist()
+    assert interval(four, images) == pytest.approx(interval(once))
+    assert upper_limit(four, images) == pytest.approx(upper_limit(once))
+    assert upper_limit(four) < 0.85 * upper_limit(once) and interval(four)[2] < 0.85 * interval(once)[2]
+    assert interval(once, range(8)) == pytest.approx(interval(once)), "no two share an image"
+    unlike = [
+        0.0,
+        1.0,
+    ] * 4  # questions about one image differ more than images do: no narrower than over samples
+    assert interval(unlike, [0, 0, 1, 1, 2, 2, 3, 3])[2] == interval(unlike)[2]
+    assert upper_limit(once, ["one"] * 8) == math.inf, "one image says nothing of others"
+    assert by_image([0.0, 0.6, 0.3], ["a", "a", "b"]) == pytest.approx([0.3, 0.3])
+
+
+def test_limits_over_images_are_missed_less_often_than_over_prompts() -> None:
+    """Ten prompts an image, alike: a limit over 60 images against one that takes the 600 prompts as independent."""
+    random = np.random.default_rng(0)
+    chances = random.beta(0.2, 1.8, (400, 60, 1))  # mean 0.1
+    samples = (random.random((400, 60, 10)) < chances).reshape(400, -1).astype(float)
+    images = np.repeat(range(60), 10).tolist()
+    missed = [
+        np.mean([limit(row) < 0.1 for row in samples])
+        for limit in (lambda row: upper_limit(row.tolist(), images), lambda row: upper_limit(row.tolist()))
+    ]
+    assert missed[0] <= 0.09 < 0.15 < missed[1]

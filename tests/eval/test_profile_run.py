@@ -103,13 +103,15 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
         assert profile_folder.read_schedule(where).to_dict() == result["chosen"]["schedule"]
 
 
-def test_an_entry_says_which_weights_it_was_fitted_to(base, tmp_path) -> None:
-    profile_folder.write_entry(
-        tmp_path, CalibratedEntry(hidden_size=32, places=4), model_fingerprint(str(base))
-    )
-    assert profile_folder.read_entry(tmp_path, model_fingerprint(str(base))) is not None
+def test_an_entry_says_which_weights_and_processor_it_was_fitted_with(base, tmp_path) -> None:
+    weights = model_fingerprint(str(base))
+    profile_folder.write_entry(tmp_path, CalibratedEntry(hidden_size=32, places=4), weights, "a")
+    assert profile_folder.read_entry(tmp_path, weights) is not None
+    assert profile_folder.read_entry(tmp_path, weights, "a") is not None
     with pytest.raises(ValueError, match="other weights"):
         profile_folder.read_entry(tmp_path, model_fingerprint("embedded"))
+    with pytest.raises(ValueError, match="with another processor than this run's"):
+        profile_folder.read_entry(tmp_path, weights, "b")
 
 
 def test_the_cost_is_stated_before_anything_is_spent(base, tmp_path, monkeypatch) -> None:

@@ -115,6 +115,17 @@ def test_curves_are_means_with_students_interval_and_are_whole() -> None:
     assert interval([0.3]) == (0.3, 0.0, math.inf)
 
 
+def test_samples_about_one_image_do_not_narrow_a_curve() -> None:
+    study = study_of({"enter": 1, "exit": 4})
+    alone = summary.curves(study)["late"][2]
+    study["images"] = [0, 0, 0, 1, 1, 1, 2][:SAMPLES]
+    kl = study["effects"]["late 2"]["kl"]
+    row = summary.curves(study)["late"][2]
+    assert (row["low"], row["high"]) == interval(kl, study["images"])[1:] and row["high"] > alone["high"]
+    kl[0] = study["effects"]["late 2"]["right"][0] = None  # left out: its image, too
+    assert summary.curves(study)["late"][2]["high"] == interval(kl[1:], study["images"][1:])[2]
+
+
 def test_a_curve_is_of_the_samples_that_it_was_measured_on() -> None:
     study = study_of({"enter": 1, "exit": 4})
     whole = summary.curves(study)

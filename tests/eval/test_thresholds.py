@@ -302,6 +302,22 @@ def test_other_prompts_accept_a_setting_or_a_dearer_one() -> None:
     assert refused.setting is None and len(refused.limits) == 3
 
 
+def test_prompts_about_one_image_do_not_accept_a_setting_together() -> None:
+    """Sixty images, ten alike prompts each: as 600 prompts the setting would be within the bound."""
+    kl = np.repeat(np.r_[np.zeros(57), 0.3, 0.3, 0.3], 10)
+    images = np.repeat(range(60), 10).tolist()
+
+    def outcome(images: Any) -> accept.Accepted:
+        return accept.accept(
+            lambda bound, least: 0 if least == 0 else None, lambda n: kl, lambda n: 0.5, 0.022, images
+        )
+
+    assert outcome(None).setting == 0 and outcome(images).setting is None
+    names = [str(number) for number in images]
+    assert choose.standard_error(kl, names) == pytest.approx(np.std(kl[::10], ddof=1) / 60**0.5)
+    assert choose.standard_error(np.r_[kl[:10], np.full(590, np.nan)], names) is None
+
+
 def test_the_prompts_of_the_search_do_not_confirm_it(base: str, tmp_path: Any) -> None:
     few = arguments_for(base, tmp_path, samples=12, confirm=5)
     searched, others = questions.read(few)
