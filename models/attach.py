@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,13 +161,26 @@ class Attachment(Hooks):
             yield self
 
     def _generate(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The stock `generate`; `detach` in another thread waits for its end."""
+        thread = threading.get_ident()
+        if thread in self._generating:
+            return self._with_prompt(stock, args, kwargs)
+        self._generating.add(thread)
+        try:
+            if not self._ending:
+                return self._with_prompt(stock, args, kwargs)
+        finally:
+            self._generating.discard(thread)
+        return stock(*args, **kwargs)
+
+    def _with_prompt(self, stock: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The stock `generate`: tokens behind its inputs, drafted or generated, choose no vision tokens."""
         if is_scheduled(kwargs.get("past_key_values")) and getattr(self.last, "by_question", False):
             warnings.warn(
                 "past_key_values hold only the vision tokens that an earlier question needed, and this one may need "
                 "others: to read the image again, call generate with the whole conversation, its images and no "
                 'past_key_values (docs/inference.md, "A second question").',
-                stacklevel=3,
+                stacklevel=4,
             )
         inputs = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         lengths = [tokens.shape[1] for tokens in inputs if isinstance(tokens, Tensor) and tokens.dim() > 1]
@@ -226,6 +240,8 @@ class Attachment(Hooks):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._scopes = ContextVar("scope", default=None)
+        for threads in (self._busy, self._watched, self._generating):  # of the original
+            threads.clear()
 
 
 def attached(model: nn.Module) -> Attachment | None:

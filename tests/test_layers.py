@@ -225,7 +225,38 @@ def test_a_student_is_exported_without_what_trains() -> None:
     assert loading(ROOT, ("training/trust.py",), TRAINS)
 
 
-CHECKS = {"up": going_up, "circle": circles, "torch": loading_torch, "stem": shared_stems}
+UNSAFE = {"load", "loads", "load_all", "unsafe_load", "full_load"}
+READERS = {"torch", "np", "numpy", "yaml", "pickle", "dill", "joblib", "marshal"}
+SAFE = {("torch", "load"): {"weights_only": True}, ("np", "load"): {}}  # with these arguments
+
+
+def running_code(root: Path) -> list[str]:
+    """Calls that run what a file says, pickles above all: a checkpoint, a policy and a row are data."""
+    unsafe = []
+    for path, file in modules(root).items():
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            reader, _, method = name.rpartition(".")
+            if name not in ("eval", "exec") and (method not in UNSAFE or reader not in READERS):
+                continue
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            needed = SAFE.get((reader, method))
+            if (
+                needed is None
+                or "allow_pickle" in given
+                or any(given.get(k) != str(v) for k, v in needed.items())
+            ):
+                unsafe.append(f"{path}: {name}")
+    return unsafe
+
+
+CHECKS = {
+    "up": going_up,
+    "circle": circles,
+    "torch": loading_torch,
+    "stem": shared_stems,
+    "code": running_code,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -274,6 +305,7 @@ def small_tree(tmp_path: Path) -> Path:
         "data/order.py": "",
         "eval/base.py": "",
         "models/base.py": "",
+        "data/read.py": "torch.load(f, weights_only=True); np.load(f); torch.load(f); np.load(f, allow_pickle=True)",
     }
     for name, text in texts.items():
         path = tmp_path / name
@@ -293,3 +325,4 @@ def test_each_check_sees_its_fault(small_tree: Path) -> None:
         "training/high.py -> data/heavy.py -> torch"
     ]
     assert shared_stems(small_tree) == ["data/order.py, training/order.py"]
+    assert running_code(small_tree) == ["data/read.py: torch.load", "data/read.py: np.load"]

@@ -7,6 +7,7 @@ also where it is interrupted: one attached model can serve several threads.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -101,6 +102,10 @@ class Hooks:
         self._busy: set[int] = set()
         self._watched: set[int] = set()  # those of them whose policy looks at attention
         self._readers: set[int | str] = set()  # those of them that read frozen tokens, and REPLAYS
+        self._generating: set[int] = set()  # threads in `generate`
+        self._ending = (
+            False  # `detach` waits for other threads; forwards that begin now run without the policy
+        )
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
@@ -121,7 +126,17 @@ class Hooks:
         raise NotImplementedError
 
     def detach(self) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was; forwards and generations of other threads end under the policy first.
+
+        Raises:
+            RuntimeError: it is called inside of this thread's `generate`, whose cache stock layers cannot go on with.
+        """
+        thread = threading.get_ident()
+        if thread in self._generating:
+            raise RuntimeError("detach was called inside of generate: call it once generate has ended.")
+        self._ending = True
+        while ((self._busy | self._generating) - {thread}) & {t.ident for t in threading.enumerate()}:
+            time.sleep(0.001)
         for handle in [*self._handles, *self._reading.values()]:
             handle.remove()
         for layer, attends in zip(self.layers, self.traits.attention, strict=True):
@@ -278,6 +293,9 @@ class Hooks:
             shares_keys=traits.shares_keys,
         )
         self._set_forward(forward)
+        if self._ending and threading.get_ident() not in self._generating:
+            self._set_forward(None)
+            return None
         if forward.watch is not None:
             self._let_layers_be_watched()
         self._note(tokens, decision, () if forward.selections is None else forward.selections.steps)

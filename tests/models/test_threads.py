@@ -182,6 +182,72 @@ def test_generation_in_threads(impatient: None) -> None:
         together(*(lambda rows=rows: write(rows) for rows in ROWS[:2]))  # type: ignore[misc]
 
 
+def test_detach_waits_for_the_forwards_of_other_threads(impatient: None) -> None:
+    """A server takes the policy off while others are answered: each answer is one with it or one without."""
+    model, inputs, one = build("llava"), prompt("llava", MIXED), prompt("llava", ["ttt I ttttt"])
+
+    def generated() -> torch.Tensor:
+        with torch.no_grad():
+            output = model.generate(
+                **copy.deepcopy(one),
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return torch.stack(output.logits)
+
+    works = {"forward": lambda: logits(model, inputs), "generate": generated}
+    stock = {name: work() for name, work in works.items()}
+    with attach(model, POLICIES["keeps"]):
+        pruned = {name: work() for name, work in works.items()}
+    assert not any(torch.equal(pruned[name], stock[name]) for name in works)
+    for _ in range(6):
+        attachment = attach(model, POLICIES["keeps"])
+        wrong: list[Any] = []
+        began, ended = threading.Barrier(3), threading.Event()
+
+        def answer(name: str, began=began, ended=ended, wrong=wrong) -> None:
+            began.wait()
+            while True:
+                last = ended.is_set()
+                try:
+                    output = works[name]()
+                    if not any(torch.equal(output, expected[name]) for expected in (pruned, stock)):
+                        wrong.append(f"{name} is neither")
+                    if last:
+                        wrong += [] if torch.equal(output, stock[name]) else [f"{name} is still pruned"]
+                        return
+                except Exception as error:
+                    wrong.append(error)
+                    return
+
+        threads = [threading.Thread(target=answer, args=(name,)) for name in works]
+        for thread in threads:
+            thread.start()
+        began.wait()
+        works["forward"]()
+        attachment.detach()
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong and attached(model) is None
+
+
+def test_detach_inside_of_generate_is_refused() -> None:
+    model, inputs = build("llava"), prompt("llava", ["ttt I ttttt"])
+    attachment = attach(model, POLICIES["keeps"])
+
+    def stop(*args: Any) -> bool:
+        attachment.detach()
+        return False
+
+    with pytest.raises(RuntimeError, match="detach was called inside of generate"):
+        model.generate(**copy.deepcopy(inputs), max_new_tokens=2, stopping_criteria=[stop])
+    attachment.detach()
+    assert attached(model) is None
+
+
 def test_using_holds_in_its_own_thread(impatient: None) -> None:
     model, inputs = build("llava"), prompt("llava", ROWS[0])
     last = torch.tensor([[7], [8]])  # the first row's prompt ends earlier

@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from latefusion.data.icons.boards import COLORS, SIDE, Board, Thing, make_board, render
-from latefusion.data.icons.pictures import drawings, picture
+from latefusion.data.icons.pictures import Drawing, drawings, picture
 from latefusion.models.smollm_icons.packages import load_network
 from latefusion.models.smollm_icons.tower import picture_features
 
@@ -114,7 +114,8 @@ class Features:
                     paths[start].with_suffix(".part").rename(paths[start])
                     spent = time.process_time() - began
                     print(f"{paths[start].name}: {spent:.0f} CPU seconds", flush=True)
-        return [item for path in paths.values() for item in torch.load(path, weights_only=False)][:count]
+        with torch.serialization.safe_globals([Board, Thing, Drawing]):
+            return [item for path in paths.values() for item in torch.load(path, weights_only=True)][:count]
 
     def _encode(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         if self.network is None:

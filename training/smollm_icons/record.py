@@ -36,7 +36,7 @@ def load_learner(folder: Path, device: str = "cpu") -> tuple[Learner, dict[str, 
     record = json.loads((folder / "run.json").read_text())
     recipe = record["recipe"]
     if (folder / "checkpoint.pt").is_file():
-        state = torch.load(folder / "checkpoint.pt", weights_only=False)
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
         learnt, record = state["learner"], state["record"] | {"steps_done": state["step"]}
     else:
         learnt = read_weights(folder)

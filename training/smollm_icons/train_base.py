@@ -112,7 +112,7 @@ class Trainer:
     def _saved(self, shipped: bool) -> dict[str, Any] | None:
         path = self.folder / "checkpoint.pt"
         if path.is_file():
-            return torch.load(path, weights_only=False)
+            return torch.load(path, weights_only=True)
         return shipped_state(WEIGHTS) if shipped else None
 
     def fit_plan(self, seconds: float) -> None:
