@@ -45,12 +45,12 @@ def read_json(path: str | Path) -> Iterator[tuple[str, Any]]:
             yield place, row
 
 
-def json_records(path: str, version: tuple[int, int]) -> Iterator[dict[str, str]]:
+def json_records(path: str, version: str) -> Iterator[dict[str, str]]:
     """`id` and `RECORD` of every row, for a table.
 
     Args:
         path: the file.
-        version: its size and time of change, by which `datasets` recognises what it has read before.
+        version: hash of its contents, by which `datasets` recognises what it has read before.
 
     Raises:
         ValueError: the file is neither a JSON list nor JSON lines.

@@ -31,7 +31,7 @@ from latefusion.data.samples import (
 )
 from latefusion.data.scenes import load_scenes
 from latefusion.data.videos import MAX_FRAMES
-from latefusion.models.fingerprint import fingerprint, local_path, rows_fingerprint
+from latefusion.models.fingerprint import file_hash, fingerprint, local_path, rows_fingerprint
 
 CONVERSATIONS = ("messages", "conversations")
 PROBED = 20  # images whose absence, all of them, means that the folder is wrong
@@ -139,11 +139,10 @@ def json_rows(path: str, images: str | None) -> Rows:
     file = Path(path)
     if images is not None:
         check_images(images)
-    stat = file.stat()
     try:
         table = datasets.Dataset.from_generator(
             json_records,
-            gen_kwargs={"path": str(file.resolve()), "version": (stat.st_size, stat.st_mtime_ns)},
+            gen_kwargs={"path": str(file.resolve()), "version": file_hash(file)},
             features=datasets.Features({"id": datasets.Value("string"), RECORD: datasets.Value("string")}),
         )
     except datasets.exceptions.DatasetGenerationError as error:
@@ -227,8 +226,10 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
             return saved.to_iterable_dataset() if streaming else saved
         kind = FORMATS.get(Path(path).suffix) if Path(path).is_file() else None
         if kind is not None:
-            return datasets.load_dataset(kind, data_files=path, split="train", streaming=streaming)
-        return datasets.load_dataset(path, split=split, streaming=streaming)
+            return datasets.load_dataset(
+                kind, data_files=path, split="train", streaming=streaming, cache_dir=cache_folder(path)
+            )
+        return datasets.load_dataset(path, split=split, streaming=streaming, cache_dir=cache_folder(path))
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise ValueError(f"the data at {path} cannot be read: {_reason(cause, path)}") from error
@@ -245,6 +246,23 @@ def read(path: str, *, split: str, streaming: bool = False) -> Any:
             f"no data set with a split {split!r} at {path} that can be read from here; name a file, a folder or "
             f"a hub id ({first_line(error)})."
         ) from error
+
+
+def cache_folder(path: str) -> str | None:
+    """Where `datasets` keeps the rows of a local file or folder, by its contents; None: where it keeps the hub's.
+
+    `datasets` knows a local file again by its path and its time of change, which other rows may have, too: `cp -p`,
+    rsync and archives keep it.
+    """
+    place = Path(path)
+    if place.is_file():
+        contents = file_hash(place)
+    elif place.is_dir():  # perhaps of many images: what no copying tool can set tells of a change
+        stats = ((file, file.stat()) for file in sorted(place.rglob("*")) if file.is_file())
+        contents = fingerprint([[str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for file, s in stats])
+    else:
+        return None
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "latefusion" / contents[:16])
 
 
 def _reason(error: BaseException, path: str) -> str:

@@ -12,7 +12,7 @@ import datasets
 
 from latefusion.data.json_file import Broken, read_json
 from latefusion.data.prompts import undecoded
-from latefusion.data.sources import read
+from latefusion.data.sources import cache_folder, read
 from latefusion.eval.metrics import Measure, normalise
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -205,7 +205,7 @@ def read_config(where: str, config: str, split: str) -> datasets.Dataset:
         FileNotFoundError: it does not exist or cannot be reached.
     """
     try:
-        return datasets.load_dataset(where, config, split=split)
+        return datasets.load_dataset(where, config, split=split, cache_dir=cache_folder(where))
     except (
         FileNotFoundError,
         ConnectionError,

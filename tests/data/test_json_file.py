@@ -23,7 +23,7 @@ VALUES = st.recursive(
 
 
 def reasons_of(path) -> list:
-    return [json.loads(row[RECORD]) for row in json_records(str(path), (0, 0))]
+    return [json.loads(row[RECORD]) for row in json_records(str(path), "")]
 
 
 def expected(rows: list) -> list:
@@ -93,7 +93,7 @@ def test_a_row_s_own_words_are_not_taken_for_ours(tmp_path):
     (tmp_path / "x.jsonl").write_text(
         '{"broken": "is fun", "record": "x", "id": ""}\n{"id": null}\n{"id": 0}'
     )
-    rows = list(json_records(str(tmp_path / "x.jsonl"), (0, 0)))
+    rows = list(json_records(str(tmp_path / "x.jsonl"), ""))
     assert json.loads(rows[0][RECORD])["broken"] == "is fun"
     assert [row["id"] for row in rows] == ["0", "1", "0"]  # those without a name have their number
 
@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     joined = "\n".join([row] * n) if name.endswith("l") else f"[{', '.join([row] * n)}]"
     (tmp_path / name).write_text(joined)
     tracemalloc.start()
-    assert sum(1 for _ in json_records(str(tmp_path / name), (0, 0))) == n
+    assert sum(1 for _ in json_records(str(tmp_path / name), "")) == n
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < len(joined) / 10

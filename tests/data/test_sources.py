@@ -1,6 +1,7 @@
 """From files to samples: every layout and format, each damage in its own row, mixtures and streams."""
 
 import json
+import os
 from base64 import b64encode
 
 import datasets
@@ -361,6 +362,37 @@ def test_image_parts_that_hold_their_images_take_their_places(folder):
         assert rows[0]["messages"][0] == turn("user", IMAGE_PART, IMAGE_PART, "which?", IMAGE_PART)
         assert [image.getpixel((0, 0))[0] for image in rows[0]["images"]] == [8, 9, 8]
         assert rows.sizes() == [(7, 3)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "folder"])
+def test_other_rows_under_the_same_name_size_and_time_are_read(folder, kind):
+    """`cp -p` and archives keep the time of change, and reordered rows the size."""
+    place = folder / "rows"
+    place.mkdir()
+    file = place / f"rows.{'parquet' if kind == 'folder' else kind}"
+
+    def write(*texts):
+        rows = [{"messages": [{"role": "user", "content": text}, ANSWER]} for text in texts]
+        if kind == "jsonl":
+            file.write_text("\n".join(map(json.dumps, rows)))
+        elif kind == "arrow":
+            table = pa.Table.from_pylist(rows)
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), file)
+
+    def first():
+        rows = sources.dataset(str(place if kind == "folder" else file), split="train")
+        return rows[0]["messages"][0]["content"][0]["text"]
+
+    write("one?", "two?")
+    before = file.stat()
+    assert first() == "one?"
+    write("two?", "one?")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert first() == "two?"
 
 
 def test_a_path_behind_file_is_that_file(folder):
