@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForImageTextToText
 
 from latefusion.data import sources
+from latefusion.models.locate import BASE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import save_student
@@ -64,6 +65,11 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     assert ("Programs that do not know the type refuse it" in card) == (merged == "true")
     printed = capsys.readouterr().out
     assert f"{target} is written." in printed
+    if merged == "false":
+        names = [
+            json.loads((folder / "adapter_config.json").read_text())[BASE] for folder in (source, target)
+        ]
+        assert names[0] == names[1] == str(source.parent / "base")  # what the run was given, and a folder
     if merged == "true":
         assert "tensors of the base have changed" in printed
         auto = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32)
