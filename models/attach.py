@@ -21,7 +21,7 @@ from latefusion.models.executor.hooks import HOOKS, Hooks
 from latefusion.models.executor.prompt import PromptEnd
 from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
-from latefusion.models.executor.unfit import check_stepwise, reason_unfit, takes_positions
+from latefusion.models.executor.unfit import check_stepwise, counted_rows, reason_unfit, takes_positions
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
@@ -339,6 +339,9 @@ def check_arguments(layer: Any) -> None:
             f"{type(layer).__name__} shares keys and values between layers in a way that has not been tested: no "
             "policy can be carried out on it yet."
         )
+    reason = counted_rows(layer)
+    if reason is not None:
+        raise ValueError(reason)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for name, parameter in inspect.signature(layer.forward).parameters.items():
         if name not in HANDED_ON and parameter.kind not in kinds:

@@ -23,6 +23,10 @@ def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
         )
     layers = getattr(decoder, "_modules", {}).get("layers")
     if not isinstance(layers, nn.ModuleList):
+        reasons = (counted_rows(module) for module in decoder.modules())
+        scaled = next((reason for reason in reasons if reason is not None), None)
+        if scaled is not None:
+            return scaled
         return f"{name} has no decoder with a list `layers` for a policy to work between (its decoder is {kind})."
     for i, layer in enumerate(layers):
         takes = inspect.signature(layer.forward).parameters
@@ -38,6 +42,20 @@ def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
                 "rotary, and what it does without some tokens has not been shown exact."
             )
     return f"{kind} has no last `norm`, before which a policy puts back the tokens that it removed."
+
+
+def counted_rows(layer: nn.Module) -> str | None:
+    """Why no policy can be carried out on a layer whose attention counts rows (Llama 4's); None for others.
+
+    From 8,192 tokens on its scales grow, which no try on a few tokens shows.
+    """
+    attention = layer._modules.get("self_attn")
+    if not getattr(attention, "attn_temperature_tuning", False):
+        return None
+    return (
+        f"{type(attention).__name__} scales its queries by the number of a row among those that it is handed "
+        "(attn_temperature_tuning), not by its position: no policy can be carried out on it yet."
+    )
 
 
 def takes_positions(parameters: Mapping[str, inspect.Parameter]) -> bool:

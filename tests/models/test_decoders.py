@@ -179,7 +179,7 @@ def test_what_cannot_be_frozen_is_refused_at_attach() -> None:
     [
         (
             lambda: text_config(hf.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=48),
-            r"^Llama4ForCausalLM has no decoder with a list `layers`",
+            r"^Llama4TextAttention scales its queries by the number of a row",
         ),
     ],
     ids=["llama 4"],
@@ -189,6 +189,15 @@ def test_what_a_policy_cannot_carry_is_refused_at_attach(config: Any, sentence: 
     with pytest.raises(ValueError, match=sentence):
         attach(model, VisionSchedule(enter=1), vision_mask=VISION)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_counts_rows_is_refused_before_any_try() -> None:
+    """Inside a model of somebody's own: its scales differ from 8,192 tokens on, which no short try shows."""
+    config = text_config(hf.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=48)
+    model = build("fused projections")
+    model.model = hf.Llama4TextModel(config)
+    with pytest.raises(ValueError, match=r"^Llama4TextAttention scales its queries"):
+        attach(model, VisionSchedule(enter=1), vision_mask=VISION)
 
 
 def test_a_layer_that_attends_in_its_own_way_is_an_error_not_dense() -> None:
