@@ -39,6 +39,17 @@ def test_seconds_and_speed_ups_are_those_of_the_benchmark():
             assert all(math.isclose(a, b, abs_tol=0.006) for a, b in zip(speed_up, expected, strict=True))
 
 
+def test_the_differences_named_are_the_worst_of_the_file():
+    worst = json.loads((ROOT / "docs/results/served_differences.json").read_text())["worst"]
+    for rows, text in (
+        (r"executor\[band-", "for the band"),
+        (r"executor\[cross-", "for `cross`"),
+        (r"\[mistral-", "for Mistral"),
+    ):
+        expected = max(value for name, value in worst.items() if re.search(rows, name))
+        assert f"{expected:.1e}".replace("e-0", "e-") + f" {text}" in " ".join(PAGE.split())
+
+
 def test_the_interval_is_students():
     low, high = interval([1.0, 2.0, 3.0])
     assert math.isclose(low, 2 - 4.303 / 3**0.5, abs_tol=1e-3) and math.isclose(
