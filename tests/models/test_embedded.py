@@ -127,6 +127,7 @@ def test_assistant_mask_covers_answers_and_eos(processor):
 # what the base is trained on
 
 
+@pytest.mark.slow
 def test_packed_questions_equal_single_prompts(processor):
     """The stock model on one prompt at a time gives the logits that training computes in one packed row."""
     torch.manual_seed(0)
@@ -251,6 +252,7 @@ def test_orthogonalised_matrices_have_singular_values_near_1():
         assert values.min() > 0.4 and values.max() < 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STAGES))
 def test_an_interrupted_stage_ends_in_the_same_state(name, tmp_path):
     stage = replace(STAGES[name], steps=4, scenes=2)
