@@ -16,11 +16,14 @@ class Decision:
     Attributes:
         trust: `all` or `labels`.
         right, answers: how many of how many answers the teacher knew; None: it was not asked.
+        surer: chance that it is surer of an answer that it knows than of one where the label differs; None: there are
+            not both, or it was not asked.
     """
 
     trust: str
     right: int | None = None
     answers: int | None = None
+    surer: float | None = None
 
     def __str__(self) -> str:
         how = {
@@ -29,9 +32,10 @@ class Decision:
         }[self.trust]
         if self.right is None or self.answers is None:
             return f"The teacher was not asked before training; {how} (kl.trust={self.trust})"
-        return (
-            f"The teacher knows {self.right / self.answers:.0%} of {self.answers} training answers, so {how}"
-        )
+        sure = ""
+        if self.surer is not None:
+            sure = f", and is surer of one it knows than of one where the label differs in {self.surer:.0%} of pairs"
+        return f"The teacher knows {self.right / self.answers:.0%} of {self.answers} training answers{sure}, so {how}"
 
     def write(self, folder: str | Path) -> None:
         (Path(folder) / FILE).write_text(json.dumps(asdict(self)) + "\n")

@@ -28,15 +28,27 @@ def test_an_answer_is_known_if_the_first_choice_is_right_at_each_of_its_tokens()
     labels[0, 6:8] = torch.tensor([7, 8])  # its second token is wrong
     labels[1, 1] = 9  # right
     labels[1, 8] = 4  # wrong, at the end of a row
-    choices = torch.tensor([5, 6, 7, 0, 9, 3])
-    assert trust.answers_right(labels, choices) == (2, 4)
-    assert trust.answers_right(labels, torch.tensor([5, 6, 7, 8, 9, 4])) == (4, 4)
-    assert trust.answers_right(torch.full((1, 3), IGNORE), torch.tensor([], dtype=torch.long)) == (0, 0)
+    choices, sure = torch.tensor([5, 6, 7, 0, 9, 3]), torch.tensor([0.9, 0.4, 1.0, 0.8, 0.3, 0.7])
+    known, surest = trust.answers_known(labels, choices, sure)
+    assert known.tolist() == [True, False, True, False]
+    assert surest.tolist() == pytest.approx([0.4, 0.8, 0.3, 0.7]), "the least sure of an answer's tokens"
+    assert trust.answers_known(labels, torch.tensor([5, 6, 7, 8, 9, 4]), sure)[0].all()
+    nothing = torch.tensor([], dtype=torch.long)
+    assert not len(trust.answers_known(torch.full((1, 3), IGNORE), nothing, nothing.float())[0])
 
 
 def test_answers_next_to_each_other_in_the_batch_are_two():
     labels = torch.tensor([[IGNORE, IGNORE, 3], [IGNORE, 4, IGNORE]])
-    assert trust.answers_right(labels, torch.tensor([3, 0])) == (1, 2)
+    known, _ = trust.answers_known(labels, torch.tensor([3, 0]), torch.ones(2))
+    assert known.tolist() == [True, False]
+
+
+def test_the_chance_to_be_surer_is_counted_over_all_pairs():
+    known, sure = torch.rand(60) < 0.6, (20 * torch.rand(60)).round() / 20
+    pairs = [(a > b) + (a == b) / 2 for a in sure[known].tolist() for b in sure[~known].tolist()]
+    assert trust.chance_surer(known, sure) == pytest.approx(sum(pairs) / len(pairs))
+    assert trust.chance_surer(torch.ones(3) > 0, torch.rand(3)) is None
+    assert trust.chance_surer(torch.ones(3) < 0, torch.rand(3)) is None
 
 
 def test_weights_scale_each_token_and_all_ones_change_nothing():
@@ -92,10 +104,26 @@ def settle(overrides, monkeypatch=None, resumed=None, measured=None):
     )
 
 
-@pytest.mark.parametrize(("right", "decided"), [(100, "all"), (80, "all"), (60, "labels"), (29, "labels")])
-def test_a_teacher_that_knows_most_answers_counts_fully(tmp_path, monkeypatch, right, decided):
-    decision = settle([f"output_dir={tmp_path}"], monkeypatch, measured=(right, 100))
+@pytest.mark.parametrize(
+    ("right", "unsure", "decided"),
+    [
+        (100, 0, "all"),
+        (80, 0, "all"),
+        (80, 10, "labels"),
+        (80, 1, "all"),
+        (60, 0, "labels"),
+        (29, 0, "labels"),
+    ],
+)
+def test_a_teacher_that_knows_most_answers_counts_fully_if_it_is_sure_of_the_others_too(
+    tmp_path, monkeypatch, right, unsure, decided
+):
+    """Wrong labels fall on answers that it is sure of; of answers that it does not know it is less sure."""
+    known = torch.arange(100) < right
+    sure = torch.where(known | (torch.arange(100) >= right + unsure), 0.9, 0.5)
+    decision = settle([f"output_dir={tmp_path}"], monkeypatch, measured=(known, sure))
     assert decision.trust == decided and f"knows {right}% of 100 training answers" in str(decision)
+    assert ("in 50% of pairs" in str(decision)) == (right < 100 and not unsure)
 
 
 def test_a_random_teacher_is_asked_and_steps_aside(base, tmp_path):
