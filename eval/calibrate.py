@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from rich.console import Console
 
 from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
-from latefusion.models.locate import named_model
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 
 

@@ -25,10 +25,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.models.locate import check_base, named_model
+from latefusion.models.locate import check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import world_size
+from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
 

@@ -24,9 +24,10 @@ from rich.table import Table
 from latefusion.data.escape import terminal
 from latefusion.data.images import BadImage, load_image
 from latefusion.data.videos import BadVideo, load_video
-from latefusion.models.locate import check_base, decoder_layers, named_model
+from latefusion.models.locate import check_base, decoder_layers
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 
 if TYPE_CHECKING:

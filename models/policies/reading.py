@@ -106,7 +106,7 @@ class LastRows:
             parts[0] if len(parts) == 1 else torch.cat(parts)
             for parts in zip(*((layer.query, layer.key, layer.value) for layer in layers), strict=True)
         )  # [L * B, H, R, D], [L * B, Hkv, K, D] twice
-        size = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # [L * B, Hkv, K]
+        size = torch.linalg.vector_norm(value.float(), dim=-1)  # [L * B, Hkv, K]
         size = size.view(len(layers), len(columns), -1, columns.shape[1])  # [L, B, Hkv, K]
         values = size.mul_(self._vision.gather(1, columns)[:, None]).log_()  # -inf but for vision tokens
         width = query.shape[1] // key.shape[1] * self.rows  # G * R

@@ -276,7 +276,7 @@ def test_data_without_a_row_are_refused_by_both(tmp_path, content, streaming):
 def test_files_of_other_kinds_and_damaged_ones_are_one_sentence(tmp_path):
     for name, data, reason in (
         ("rows.txt", b"{}", r"rows\.txt does not end in \.parquet, \.arrow, \.csv, \.json, \.jsonl"),
-        ("rows.parquet", b"no", "no data set .* smaller than the minimum file footer"),
+        ("rows.parquet", b"no", "cannot be read: .* smaller than the minimum file footer"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(SystemExit, match=f"^error: .*{reason}"):
