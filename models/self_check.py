@@ -35,10 +35,8 @@ ROWS = ("ttvvtvvvtttt", "  ttvvvtvttt")  # text, vision, padding
 PREFILL = 9  # of these tokens, in the check that uses a cache; the others come one by one
 HALVES = (torch.bfloat16, torch.float16)
 FULL = 1e-3  # largest relative error of a row
-HALF, TIMES = (
-    0.05,
-    5,
-)  # in 16 bits: of the median row, this many times the rounding that the machine shows itself
+HALF = 0.05  # largest relative error of the median row in 16 bits
+TIMES = 5  # in 16 bits: an error at most of the rounding that the machine shows itself
 SHARE = 0.01  # of what the tokens that left did to the text, an error at most; in 16 bits, beside rounding
 
 

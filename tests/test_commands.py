@@ -80,21 +80,21 @@ def test_the_installed_command_reads_its_words_as_the_file_does(words, sentence)
     assert run.returncode and sentence in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("found", [(), ("vllm",), ("datasets",)], ids=str)
-def test_a_command_that_lacks_a_package_does_not_send_its_user_to_break_vllm(found, monkeypatch):
+@pytest.mark.parametrize("installed", [(), ("vllm",), ("datasets",)], ids=str)
+def test_a_command_that_lacks_a_package_does_not_send_its_user_to_break_vllm(installed, monkeypatch):
     """What trains needs a later transformers than vLLM does. Hydra would end `train` with a traceback."""
 
     def run_module(*args, **settings):
-        assert "datasets" in found
+        assert "datasets" in installed
         raise ModuleNotFoundError(name="peft")
 
     monkeypatch.setattr("runpy.run_module", run_module)
-    monkeypatch.setattr("latefusion.__main__.find_spec", lambda name: object() if name in found else None)
+    monkeypatch.setattr("latefusion.__main__.find_spec", lambda name: object() if name in installed else None)
     monkeypatch.setattr(sys, "argv", ["latefusion", "train"])
     with pytest.raises(SystemExit) as end:
         main()
-    package, apart = "peft" if "datasets" in found else "datasets", ""
-    if "vllm" in found:
+    package, apart = "peft" if "datasets" in installed else "datasets", ""
+    if "vllm" in installed:
         apart = " apart from vLLM, which needs an older transformers"
     assert end.value.code == (
         f"error: latefusion train needs {package}, which is not installed: pip install 'latefusion[all]'{apart}."

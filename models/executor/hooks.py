@@ -103,9 +103,8 @@ class Hooks:
         self._watched: set[int] = set()  # those of them whose policy looks at attention
         self._readers: set[int | str] = set()  # those of them that read frozen tokens, and REPLAYS
         self._generating: set[int] = set()  # threads in `generate`
-        self._ending = (
-            False  # `detach` waits for other threads; forwards that begin now run without the policy
-        )
+        # `detach` waits for other threads; forwards that begin now run without the policy
+        self._ending = False
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
