@@ -20,7 +20,7 @@ from transformers import (
 from latefusion.models.smollm_icons import WEIGHTS
 from latefusion.models.smollm_icons.folder import assembled_folder, check_parts
 from latefusion.models.smollm_icons.packages import load_language_model, load_network, load_tokenizer
-from latefusion.models.smollm_icons.tower import SIDE, STRIDE, IconsTowerConfig
+from latefusion.models.smollm_icons.tower import SIDE, STRIDE, IconsTowerConfig, folded
 
 LORA_SCALE = 2.0
 IMAGE = "<file_sep>"  # a special token that SmolLM2 never used: no embedding has to be added
@@ -94,7 +94,7 @@ def build(weights: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    tower.network.load_state_dict(load_network().state_dict())
+    tower.network.load_state_dict(folded(load_network()).state_dict())
     for name in ("mean", "std"):
         getattr(tower, name).copy_(trained[f"projector.{name}"])
     for layer in ("linear_1", "linear_2"):

@@ -121,6 +121,29 @@ def test_the_tower_gives_its_weights_dtype_and_knows_its_places():
     assert tokens[0, 13, CHANNELS:].nonzero().flatten().tolist() == [1, 13]
 
 
+@needs_packages
+def test_folded_batch_norms_change_nothing_beyond_float_error():
+    from latefusion.models.smollm_icons.packages import empty_network
+    from latefusion.models.smollm_icons.tower import folded, picture_features
+
+    torch.manual_seed(0)
+    network = empty_network()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 1.5)
+    network.double()
+    pixels = torch.randn(1, 3, 768, 768, dtype=torch.float64)
+    with torch.no_grad():
+        expected = picture_features(network, pixels)
+        features = picture_features(folded(network), pixels)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert expected.std() > 0.1
+    assert (features - expected).abs().max() < 1e-10
+
+
 def test_missing_packages_are_one_sentence(monkeypatch):
     from latefusion.models.smollm_icons import packages
 
