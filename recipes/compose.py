@@ -30,6 +30,12 @@ TYPES = {  # a type in words, and how OmegaConf says that a value has another
     "a dictionary: KEY={NAME: VALUE}": "^Cannot assign .* to Dict|^Invalid type assigned",
 }
 HELP = {"-h", "--help"}
+SOURCES = (
+    "schedule",
+    "pyramid",
+    "cross",
+    "teacher",
+)  # keys of `model` that `schedule` and `teacher` are made of
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 
@@ -100,6 +106,20 @@ def refuse_typos(arguments: Sequence[str]) -> None:
         compose_tree(get_args_parser().parse_args(list(arguments)).overrides)
     except ValueError as error:
         sys.exit(error_line(error))
+
+
+def print_configuration(arguments: Sequence[str]) -> None:
+    """End a Hydra command line with its configuration as YAML if it says `--cfg job`.
+
+    Values stand for what they refer to. What a model offers for `schedule` and `teacher` is left out, as a recipe has
+    taken of it what it uses.
+    """
+    options = get_args_parser().parse_args(list(arguments))
+    if options.cfg != "job" or options.package is not None:
+        return  # another question, which Hydra answers
+    tree: Any = OmegaConf.to_container(compose_tree(options.overrides), resolve=True)
+    tree["model"] = {name: value for name, value in tree["model"].items() if name not in SOURCES}
+    print_and_exit(lambda: tree)
 
 
 def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:

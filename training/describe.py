@@ -24,6 +24,7 @@ from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
+from latefusion.recipes.compose import SOURCES
 from latefusion.recipes.launcher import world_size
 from latefusion.recipes.schema import SCHEMA, Config, ModelConfig, Teacher
 from latefusion.training.assemble import dtype_of
@@ -48,7 +49,8 @@ ALWAYS = {  # shown also where a run keeps the default
     *("kl.weight", "kl.temperature", "kl.trust", "kl.share", "eval.split", "eval.samples"),
 }
 NEVER = {  # what `schedule`, `teacher` and `train.steps` were made of
-    *("model.schedule", "model.pyramid", "model.cross", "model.teacher", "train.epochs"),
+    *(f"model.{name}" for name in SOURCES),
+    "train.epochs",
 }
 
 
@@ -147,8 +149,8 @@ def describe(
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross is not None else ''}"
             f"{narrowing_in_words(train.narrow)}",
-            f"FLOPs a prompt ({n_vision} vision + {n_text} text tokens): decoder {flops / 1e9:.2f}G, "
-            f"{flops / dense:.1%} of dense{whole_prefill(flops, dense, student.model, example)}",
+            f"FLOPs a prompt ({n_vision} vision + {n_text} text tokens){at_the_end(train.narrow, dense)}: decoder "
+            f"{flops / 1e9:.2f}G, {flops / dense:.1%} of dense{whole_prefill(flops, dense, student.model, example)}",
             estimate(
                 config,
                 model,
@@ -344,6 +346,11 @@ def estimate(
 def narrowing_in_words(narrow: float) -> str:
     """When the band of a run that narrows (`train.narrow` above 0) is the schedule's."""
     return f", from {narrow:.0%} of the steps on; in every layer at the start" if narrow else ""
+
+
+def at_the_end(narrow: float, dense: float) -> str:
+    """When FLOPs are the schedule's in a run that narrows (`train.narrow` above 0), and what they are before."""
+    return f", {dense / 1e9:.2f}G at the start, from {narrow:.0%} of the steps on" if narrow else ""
 
 
 def schedules_of(schedule: VisionSchedule, narrow: float, layers: int) -> list[tuple[float, VisionSchedule]]:

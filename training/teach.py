@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.recipes.compose import refuse_typos, with_one_length
+from latefusion.recipes.compose import print_configuration, refuse_typos, with_one_length
 from latefusion.training.preflight import checked_teaching
 
 
@@ -32,5 +32,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     refuse_typos(sys.argv[1:])
+    print_configuration(sys.argv[1:])
     sys.argv[1:] = with_one_length(sys.argv[1:])
     main()

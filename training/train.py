@@ -19,7 +19,7 @@ os.environ.setdefault(
 import hydra
 from omegaconf import DictConfig
 
-from latefusion.recipes.compose import refuse_typos, with_one_length
+from latefusion.recipes.compose import print_configuration, refuse_typos, with_one_length
 from latefusion.training.preflight import checked
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # between PEFT and transformers
@@ -39,5 +39,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     refuse_typos(sys.argv[1:])
+    print_configuration(sys.argv[1:])
     sys.argv[1:] = with_one_length(sys.argv[1:])
     main()

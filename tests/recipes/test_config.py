@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.tiny_base import composed, configured
 
 from latefusion.recipes.check import check_config
-from latefusion.recipes.compose import compose_tree
+from latefusion.recipes.compose import compose_tree, print_configuration
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import preflight
 
@@ -311,3 +312,14 @@ def test_the_entry_point_explains_and_exits(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(TRAIN), "train.step=3"])
     with pytest.raises(SystemExit, match=r"error: train.step does not exist \(did you mean steps\?\)"):
         runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def test_cfg_job_prints_the_values_that_the_run_uses(capsys):
+    with pytest.raises(SystemExit) as end:
+        print_configuration(["--cfg", "job", "recipe=late_fusion", "model=embedded", "train.steps=7"])
+    printed = capsys.readouterr().out
+    tree = yaml.safe_load(printed)
+    assert not end.value.code and "${" not in printed
+    assert tree["schedule"]["enter"] == 2 and tree["output_dir"] == "outputs/late_fusion"
+    assert (tree["train"]["steps"], tree["train"]["epochs"]) == (7, None)
+    assert not {"schedule", "pyramid", "cross", "teacher"} & tree["model"].keys()  # offers, not settings

@@ -108,3 +108,14 @@ def test_a_run_logs_the_share(tmp_path, monkeypatch, capsys, engine):
     ) in shares:  # 3 passes of 6 layers, but the student's without some vision tokens; heads
         most = samples * 3 * 6 * layer(tokens / samples, 32, 32) / 1e9
         assert share == pytest.approx(most, rel=0.4)
+
+
+def test_a_run_that_narrows_says_what_it_costs_at_the_start(tmp_path, capsys):
+    """The FLOPs of the schedule alone would promise a run that begins with every token in every layer."""
+    base = save_tiny_base(tmp_path / "base")
+    quick = ("train.steps=1", "train.batch_size=2", "train.threads=1", "data.scenes=2", "train.narrow=0.5")
+    more = ("eval.enabled=false", "model.visipruner.boundary=1", f"model.path={base}")
+    run_config(composed(*BAND, *SMALL, *quick, *more, f"output_dir={tmp_path / 'run'}"))
+    costs = r"text tokens\), ([\d.]+)G at the start, from 50% of the steps on: decoder ([\d.]+)G, ([\d.]+)% of dense"
+    *_, share = map(float, re.search(costs, capsys.readouterr().out).groups())
+    assert share < 100
