@@ -308,7 +308,8 @@ def note_on(config: Config, checkpoint: str) -> str:
 
     train, decision = config.train, read(checkpoint)
     how = f"{train.steps} steps of {train.batch_size} x {train.accumulation} samples a device, seed {train.seed}"
-    return f"{how}, {teacher_in_words(config)}{f'. {decision}' if decision else ''}"
+    who = teacher_in_words(config) if decision is None or decision.trust == "all" else "no teacher"
+    return f"{how}, {who}{f'. {decision}' if decision else ''}"
 
 
 def tasks_of(arguments: Arguments, config: Config | None) -> list[Task]:

@@ -19,6 +19,7 @@ from latefusion.recipes.schema import (
     Source,
     Teacher,
     Trainer,
+    Trust,
     Tune,
 )
 
@@ -212,6 +213,11 @@ def _check_teacher(config: Config) -> None:
         raise ValueError(
             f"kl.model={kl.model} would teach nothing; use teacher=visipruner or teacher=dense with kl.weight above "
             "0, or leave out kl.model."
+        )
+    if kl.model is not None and kl.cache is None and config.engine.in_shards and kl.trust is Trust.auto:
+        raise ValueError(
+            f"kl.trust=auto cannot ask kl.model={kl.model} what it knows while its weights are in shards; say "
+            "kl.trust=all, or write its answers first (training/teach.py, kl.cache)."
         )
 
 

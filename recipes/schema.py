@@ -28,15 +28,14 @@ class Teacher(Enum):
 
 
 class Trust(Enum):
-    """How much each token learns from the teacher.
+    """Whether the run keeps its teacher.
 
-    `all`: all the same. `labels`: a token's KL is weighted by the teacher's probability of its label. `auto`: `all` if
-    the teacher knows most answers of the training set, else `labels` (training/trust.py).
+    `all`: it teaches every token. `auto`: the run asks it some answers of the training set first, and trains without a
+    teacher unless it knows better than the labels (training/trust.py).
     """
 
     auto = "auto"
     all = "all"
-    labels = "labels"
 
 
 class Tune(Enum):
@@ -318,6 +317,12 @@ class EngineConfig:
     fsdp: dict[str, Any] | None = None
     processes: int | None = None
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether weights are spread over the processes."""
+        stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage")
+        return stage == 3 or bool(self.fsdp)
+
 
 @dataclass
 class TrainConfig:
@@ -402,7 +407,7 @@ class KLConfig:
     Attributes:
         weight: of KL(teacher || student) beside the cross-entropy; 0: no distillation.
         temperature: divides the logits of both before the KL, which then counts `temperature` squared times.
-        trust: how far the teacher is trusted.
+        trust: whether the run asks first what the teacher is worth.
         share: of the steps that the teacher runs in, evenly spaced; there the KL counts `1 / share` times, so that the
             sum over a run is expected to be that of a teacher in every step.
         model: another model as the teacher, a hub id or folder. It is frozen, and has the student's tokenizer and

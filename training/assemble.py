@@ -24,7 +24,6 @@ from latefusion.recipes.schema import (
     EntryConfig,
     EntryKind,
     Layers,
-    Trust,
     Tune,
     Variant,
 )
@@ -198,19 +197,13 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
             seed=config.train.seed,
             other=other,
             vocabulary=None if config.kl.model is None else shared_vocabulary(config),
-            by_label=config.kl.trust is Trust.labels,  # of `auto`, a run decides (training/trust.py)
         ),
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
-        sharded=in_shards(config) and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
+        sharded=config.engine.in_shards
+        and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
     )
-
-
-def in_shards(config: Config) -> bool:
-    """Whether the engine spreads weights over the processes."""
-    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage")
-    return stage == 3 or bool(config.engine.fsdp)
 
 
 def narrowing(config: Config, student: Student) -> Callable[[float], Policy] | None:

@@ -22,14 +22,12 @@ class Teaching:
 
     Attributes:
         temperature: of the KL term.
-        by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
         rows: the teacher's last hidden states `[N, D]`; with `read`, the way from them to logits.
         tokens, logprobs: in their place the teacher's likeliest tokens, and its log-probabilities of them, `[N, k]`.
         vocabulary: number of token ids that teacher and student both score; None: all.
     """
 
     temperature: float
-    by_label: bool
     rows: Tensor | None = None
     read: Read | None = None
     tokens: Tensor | None = None
@@ -42,22 +40,16 @@ class Teaching:
         Args:
             logits: of the student, `[n, V]`; labels: int64 `[n]`.
         """
-        shared, weights = logits[:, : self.vocabulary], None
+        shared = logits[:, : self.vocabulary]
         if self.rows is not None:
             assert self.read is not None
             with torch.no_grad():
                 taught = wide(self.read(self.rows[part]))[:, : self.vocabulary]  # [n, V]
                 choices = taught.argmax(-1)
-                if self.by_label:
-                    logprobs = (taught / self.temperature).log_softmax(-1)
-                    weights = logprobs.gather(1, labels[:, None])[:, 0].exp()
-            return distillation(shared, taught, self.temperature, weights), choices == labels
+            return distillation(shared, taught, self.temperature), choices == labels
         assert self.tokens is not None and self.logprobs is not None
         tokens, logprobs = self.tokens[part], self.logprobs[part]
-        if self.by_label:  # 0 if the label is not among the kept tokens
-            weights = (logprobs.exp() * (tokens == labels[:, None])).sum(-1)
-        kl = distillation_from(shared, tokens, logprobs, self.temperature, weights)
-        return kl, tokens[:, 0] == labels
+        return distillation_from(shared, tokens, logprobs, self.temperature), tokens[:, 0] == labels
 
 
 class Terms:
@@ -161,26 +153,18 @@ def wide(values: Tensor) -> Tensor:
     return values.to(wide_dtype(values))
 
 
-def distillation(
-    logits: Tensor, teacher_logits: Tensor, temperature: float, weights: Tensor | None = None
-) -> Tensor:
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """`temperature^2 * KL(softmax(teacher_logits / temperature) || softmax(logits / temperature))`, summed.
 
     Args:
         logits, teacher_logits: of student and teacher, `[N, V]`.
-        weights: of the tokens in the sum, `[N]`; None: all 1.
     """
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    if weights is None:
-        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
-    kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)  # [N]
-    return temperature**2 * (weights * kl).sum()
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
-def distillation_from(
-    logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float, weights: Tensor | None = None
-) -> Tensor:
+def distillation_from(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
     """`distillation` from the teacher's likeliest tokens; the rest of the vocabulary counts as one.
 
     With the whole vocabulary it is `distillation`; with less it is a lower bound of it.
@@ -188,16 +172,13 @@ def distillation_from(
     Args:
         logits: of the student, `[N, V]`.
         tokens: int64 `[N, k]`; logprobs: of the teacher at them, at this temperature, `[N, k]`.
-        weights: of the tokens in the sum, `[N]`; None: all 1.
     """
     student = F.log_softmax(logits / temperature, dim=-1)  # [N, V]
     at = student.gather(1, tokens)  # [N, k]
     terms = logprobs.exp() * (logprobs - at)
-    scale = 1.0 if weights is None else weights[:, None]  # [N, 1]
-    kl = (scale * terms.masked_fill(logprobs == float("-inf"), 0)).sum()
+    kl = terms.masked_fill(logprobs == float("-inf"), 0).sum()
     if tokens.shape[1] < logits.shape[1]:
         others = student.scatter(1, tokens, float("-inf")).logsumexp(-1)  # [N]
         rest = 1 - logprobs.exp().sum(-1)  # [N]
-        left = torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0)  # [N]
-        kl = kl + (left if weights is None else weights * left).sum()
+        kl = kl + torch.where(rest > 0, torch.xlogy(rest, rest) - rest * others, 0.0).sum()
     return temperature**2 * kl

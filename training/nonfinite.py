@@ -22,7 +22,7 @@ from latefusion.data.streaming import Stream
 from latefusion.models.student.build import Student
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
-from latefusion.recipes.schema import Config, NonFiniteStep
+from latefusion.recipes.schema import Config, NonFiniteStep, Teacher
 from latefusion.training.assemble import dtype_of, objective_of, student_of
 from latefusion.training.order import Order
 from latefusion.training.trust_record import read
@@ -167,9 +167,9 @@ def replay(folder: str | Path) -> Sequence[float]:
     config.output_dir = str(path.parent)  # wherever it has been moved to
     student = student_of(config)
     set_peft_model_state_dict(student.model, torch.load(path / WEIGHTS, weights_only=True))
+    if (decision := read(path.parent)) is not None and decision.trust == "none":
+        config.teacher = Teacher.none
     objective = objective_of(config, student)
-    if (decision := read(path.parent)) is not None:
-        objective.kl.by_label = decision.trust == "labels"
     saved = torch.load(path / BATCHES, weights_only=True)
     facts = json.loads((path / ROWS).read_text())
     objective.at(facts["step"] - 1, config.train.total_steps)

@@ -33,7 +33,6 @@ class Distillation:
         share, seed: of the steps with a teacher (`order.teacher_runs`).
         other: another model that teaches; None: the student's base does.
         vocabulary: number of token ids that `other` scores too; None: all.
-        by_label: each token's KL counts by the teacher's probability of its label (training/trust.py).
     """
 
     policy: Policy | None
@@ -43,7 +42,6 @@ class Distillation:
     seed: int = 0
     other: OtherTeacher | None = None
     vocabulary: int | None = None
-    by_label: bool = False
 
     def __post_init__(self) -> None:
         if self.weight == 0:
@@ -148,8 +146,8 @@ class Objective:
                 says: Any = cached if taught is None else {"rows": taught[0], "read": taught[1](read)}
                 teaching = None
                 if says is not None:
-                    how = {"temperature": self.kl.temperature, "by_label": self.kl.by_label}
-                    teaching = Teaching(**says, **how, vocabulary=self.kl.vocabulary)
+                    kl = self.kl
+                    teaching = Teaching(**says, temperature=kl.temperature, vocabulary=kl.vocabulary)
                 return answer_loss(
                     rows, label, read, teaching, sums, weight=weight, width=self.width, trained=trained
                 )

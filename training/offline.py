@@ -31,11 +31,13 @@ from latefusion.models.policies.base import Policy
 from latefusion.models.policies.configured import teacher
 from latefusion.recipes.launcher import local_rank, rank, world_size
 from latefusion.recipes.printable import error_line
-from latefusion.recipes.schema import Config, EntryInit
+from latefusion.recipes.schema import Config, EntryInit, Trust
 from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
-from latefusion.training.prepare import settle_threads
+from latefusion.training.prepare import count_steps, settle_threads
 from latefusion.training.teacher import check_models, shared_vocabulary
+from latefusion.training.trust import settle_trust
+from latefusion.training.trust_record import Decision
 
 TEACHER = "teacher.json"
 SCHEMA = pa.schema(
@@ -156,17 +158,10 @@ class Taught:
 
     def __init__(self, collator: Collator, folder: str, teacher: dict[str, Any]):
         path = Path(folder)
-        again = f"write it with python training/teach.py kl.cache={folder} and this run's other options"
-        try:
-            written = json.loads((path / TEACHER).read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again}.") from None
-        for key, value in teacher.items():
-            if written.get(key) != value:
-                raise Stale(
-                    f"the teacher's answers in {folder} were written with {key}={written.get(key)}, but this run has "
-                    f"{value}; {again}."
-                )
+        again = again_with(folder)
+        written = facts_in(folder, teacher)
+        if not written["files"]:
+            raise no_answers(folder)
         files = sorted(path.glob("teacher-*.arrow"))
         if len(files) != written["files"]:
             raise FileNotFoundError(
@@ -203,16 +198,57 @@ class Taught:
 def with_answers(config: Config, collator: Collator) -> Collator | Taught:
     """The collator, which adds the teacher's answers if `kl.cache` holds them.
 
+    A cache whose writing stopped at `kl.trust=auto` holds none; the collator then stays what it is.
+
     Raises:
         FileNotFoundError, Stale: there is no cache, or it holds another teacher's answers.
     """
-    if config.kl.cache is None:
+    folder = config.kl.cache
+    if folder is None:
         return collator
-    return Taught(collator, config.kl.cache, expected(config, collator.processor, teacher(config)))
+    facts = expected(config, collator.processor, teacher(config))
+    if config.kl.trust is Trust.auto and not facts_in(folder, facts)["files"]:
+        return collator
+    return Taught(collator, folder, facts)
+
+
+def facts_in(folder: str, teacher: dict[str, Any]) -> dict[str, Any]:
+    """What `teacher.json` of a cache says, which must be of this teacher.
+
+    Raises:
+        FileNotFoundError: there is no such cache.
+        Stale: it holds another teacher's answers.
+    """
+    try:
+        written: dict[str, Any] = json.loads((Path(folder) / TEACHER).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again_with(folder)}.") from None
+    for key, value in teacher.items():
+        if written.get(key) != value:
+            raise Stale(
+                f"the teacher's answers in {folder} were written with {key}={written.get(key)}, but this run has "
+                f"{value}; {again_with(folder)}."
+            )
+    return written
+
+
+def no_answers(folder: str) -> ValueError:
+    """The error of a run that needs answers which `write_answers` did not write."""
+    return ValueError(
+        f"kl.cache={folder} is empty, because its teacher knew no better than the labels that it was asked; "
+        f"{again_with(folder)}, and kl.trust=all if they are not to be asked."
+    )
+
+
+def again_with(folder: str) -> str:
+    return f"write it with python training/teach.py kl.cache={folder} and this run's other options"
 
 
 def write_answers(config: Config) -> None:
     """Write `kl.cache` for a configuration that `preflight.checked_teaching` has checked.
+
+    Under `kl.trust=auto` the teacher is asked first, and an empty cache is written if training would not have it; a
+    `kl.model` in shards is not asked.
 
     Raises:
         SystemExit: it cannot be done; the message is one sentence.
@@ -222,7 +258,7 @@ def write_answers(config: Config) -> None:
     try:
         check_models(config)
         policy = teacher(config)
-        sharded = parts.in_shards(config)
+        sharded, asked = config.engine.in_shards, not (config.engine.in_shards and config.kl.model)
         if sharded and config.kl.model is None:  # the base as a model of its own, without adapters to shard
             model = config.model
             config.kl.model, config.kl.revision, config.kl.visipruner = (
@@ -234,6 +270,13 @@ def write_answers(config: Config) -> None:
         collator = collator_without_weights(config, dtype=parts.dtype_of(config))
         parts.guarded(config, collator, dataset)(parts.first_samples(dataset))
         settle_threads(config)
+        facts = expected(config, collator.processor, policy)
+        if asked and config.kl.trust is Trust.auto:
+            count_steps(config, dataset)
+            decision = settle_trust(config, collator, lambda: parts.base_of(config)[0], dataset, None)
+            if decision is not None and decision.trust == "none":
+                leave_empty(Path(config.kl.cache or ""), facts, decision)
+                return
         config.entry.init = EntryInit.identity  # a teacher has no entry adapter to calibrate
         context = None
         if sharded:
@@ -262,7 +305,7 @@ def write_answers(config: Config) -> None:
         for old in folder.glob("teacher-*.arrow"):
             if not old.name.endswith(f"-of-{world:05d}.arrow"):
                 old.unlink()
-    pad, facts = student.processor.tokenizer.pad_token_id, expected(config, collator.processor, policy)
+    pad = student.processor.tokenizer.pad_token_id
     size, share = config.train.batch_size, range(process, len(dataset), world)
 
     def answers(batch: dict[str, Any]) -> Tensor:
@@ -296,6 +339,16 @@ def write_answers(config: Config) -> None:
         )
         if left_out := skipped(folder):
             print(f"{left_out} row(s) could not be used and were left out: {folder / SKIPPED_FILE} says why.")
+
+
+def leave_empty(folder: Path, facts: dict[str, Any], decision: Decision) -> None:
+    """Write a cache that says whose answers training does not need."""
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("teacher-*.arrow"):
+            old.unlink()
+        (folder / TEACHER).write_text(json.dumps({**facts, "files": 0}, indent=1) + "\n")
+        print(f"{decision}. {folder} stays empty; train with kl.cache={folder} or without.")
 
 
 def first_usable_batch(collator: Collator, dataset: Any) -> dict[str, Any]:

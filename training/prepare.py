@@ -66,13 +66,19 @@ def settle_threads(config: Config) -> None:
 
 def settle_steps(config: Config, cfg: DictConfig, dataset: Any) -> None:
     """Put the number of steps into both configurations where `train.epochs` says how long the run is."""
+    if config.train.steps is None:
+        count_steps(config, dataset)
+        cfg.train.steps, cfg.train.epochs = config.train.steps, None
+
+
+def count_steps(config: Config, dataset: Any) -> None:
+    """Set `train.steps` to what `train.epochs` take, if they say how long the run is."""
     train = config.train
     if train.steps is None:
         samples = train.batch_size * train.accumulation * world_size()
         assert train.epochs is not None
         train.steps = max(1, math.ceil(round(train.epochs * len(dataset) / samples, 6)))
         train.epochs = None
-        cfg.train.steps, cfg.train.epochs = train.steps, None
 
 
 # --- what a resumed run must find again ---

@@ -21,7 +21,7 @@ from latefusion.data.packing import Packed
 from latefusion.data.samples import Refused, sentence
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.inputs import PIXELS
-from latefusion.models.policies.configured import evaluates
+from latefusion.models.policies.configured import evaluates, teaches
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.recipes.launcher import rank
@@ -41,7 +41,7 @@ from latefusion.training.checkpoints import CannotSave, discard_after, step_of
 from latefusion.training.describe import composed_tree, describe
 from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
-from latefusion.training.offline import Stale, with_answers
+from latefusion.training.offline import Stale, Taught, no_answers, with_answers
 from latefusion.training.preflight import CONFIG
 from latefusion.training.prepare import (
     IDENTITY,
@@ -89,14 +89,17 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
                 print(composed_tree(cfg), flush=True)
             load = cache(lambda: base_of(config)[0])  # a whole model, before an engine shards what is loaded
             settle_entry(config, plain, load, lambda: images_to_fit(config, dataset), resumed)
-            trust = settle_trust(config, collator, load, dataset, resumed)
+            offline = isinstance(collator, Taught)
+            trust = settle_trust(config, collator, load, dataset, resumed, offline=offline)
+            if not teaches(config):
+                collator = plain
+            elif config.kl.cache is not None and not offline:
+                raise no_answers(config.kl.cache)
             load.cache_clear()
             set_seed(config.train.seed)
             context = engine.prepare(config, dtype=dtype_of(config))
             student = student_of(config)
             objective = objective_of(config, student)
-            if trust is not None:
-                objective.kl.by_label = trust.trust == "labels"
             clear(config, resumed)
             if isinstance(dataset, Stream):
                 dataset.marks = Path(config.output_dir) / MARKS

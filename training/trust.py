@@ -1,10 +1,9 @@
-"""How far a run trusts its teacher: measured on the labels before the first step, so that a teacher never harms.
+"""Whether a run has a teacher: measured on the labels before the first step, so that a teacher never harms.
 
-A teacher that does not know the answers would pull the student back to not knowing. One that knows them helps most if
-some labels are wrong, and must not step aside at those. So a run asks its teacher some answers first. Wrong labels fall
-on answers that it is as sure of as of any other; of what it does not know it is less sure. If it knows most answers and
-is as sure where the label differs, the KL of every token counts fully: the label may be wrong. If not, that of a token
-counts by the probability that the teacher gives its label.
+A teacher that does not know the answers would pull the student back to not knowing. One that agrees with every label
+adds nothing to them but its cost. What gains is a teacher that knows better than the labels: some are wrong, and it is
+as sure of its own answers there as of any other, while of what it does not know it is less sure. So a run asks its
+teacher some answers first, no more than it takes, and trains without it unless it knows better.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 
 from latefusion.data.bad_rows import Guard
@@ -24,38 +23,38 @@ from latefusion.data.collate import IGNORE, label_columns
 from latefusion.data.streaming import Stream
 from latefusion.models.attach import attach
 from latefusion.models.policies.configured import teacher, teaches
-from latefusion.recipes.schema import Config, Trust
-from latefusion.training.assemble import first_samples, guarded, in_shards
+from latefusion.recipes.launcher import world_size
+from latefusion.recipes.schema import Config, Teacher, Trust
+from latefusion.training.assemble import first_samples, guarded
 from latefusion.training.prepare import dtype_of, from_first_process
 from latefusion.training.teacher import load_teacher
-from latefusion.training.trust_record import Decision, read
+from latefusion.training.trust_record import KNOWS, Decision, read
 
-ANSWERS = 256  # to measure the teacher on, at least: whole batches are asked
-SAMPLES = 256  # the most samples to draw for them
-KNOWS = 0.7  # share of answers from which on every token's KL may count fully; 20% of wrong labels leave 0.8
-SURER = 2 / 3  # chance up to which it does; 0.5 if every label that differs is wrong
+SAMPLES = 256  # the most to ask the teacher
+OF_THE_RUN = 10  # and no more than one of so many samples of the run, but a batch
 
 
 def settle_trust(
-    config: Config, collator: Any, load: Callable[[], Any], dataset: Any, resumed: Path | None
+    config: Config,
+    collator: Any,
+    load: Callable[[], Any],
+    dataset: Any,
+    resumed: Path | None,
+    *,
+    offline: bool = False,
 ) -> Decision | None:
-    """Decide how the KL counts; None: the run has no teacher.
+    """Decide whether the run keeps its teacher, and set `config.teacher` to none if not; None: it has none.
 
     The first process measures, with a whole model of its own, before the engine is prepared; all others take its
-    decision, so it is the same under every engine. A resumed run keeps the decision it began with. Another teacher
-    (`kl.model`) that lies in shards is not asked, and the KL counts by the labels.
+    decision, so it is the same under every engine. A resumed run keeps the decision it began with.
 
     Args:
         collator: of the run; its batches hold the answers of an offline teacher.
         load: loads the base.
+        offline: the answers come with the batches.
     """
     if not teaches(config):
         return None
-    offline = config.kl.cache is not None
-    if config.kl.trust is not Trust.auto:
-        return Decision(config.kl.trust.value)
-    if config.kl.model is not None and in_shards(config) and not offline:
-        return Decision("labels")
 
     def decide() -> dict[str, Any]:
         if resumed is not None and (before := read(config.output_dir)) is not None:
@@ -64,11 +63,13 @@ def settle_trust(
         known, sure = (
             measure(config, guard, dataset, cached) if offline else ask(config, guard, dataset, load)
         )
-        surer = chance_surer(known, sure)
-        trusted = known.sum() >= KNOWS * len(known) and (surer is None or surer <= SURER)
-        return asdict(Decision("all" if trusted else "labels", int(known.sum()), len(known), surer))
+        return asdict(Decision.of(int(known.sum()), len(known), chance_surer(known, sure)))
 
-    return Decision(**from_first_process("trust", decide))
+    auto = config.kl.trust is Trust.auto
+    decision = Decision(**from_first_process("trust", decide)) if auto else Decision(config.kl.trust.value)
+    if decision.trust == "none":
+        config.teacher = Teacher.none
+    return decision
 
 
 def ask(config: Config, guard: Guard, dataset: Any, load: Callable[[], Any]) -> tuple[Tensor, Tensor]:
@@ -113,22 +114,30 @@ def measure(
 ) -> tuple[Tensor, Tensor]:
     """Which answers of the training set the teacher knows, and how sure it is of each.
 
+    It is asked batch by batch, until the share that it knows is outside of `KNOWS` beyond doubt.
+
     Args:
         choose: the teacher's first choice for each label of a batch, int64 `[N]`, and its probability `[N]`.
 
     Returns:
-        Bool and float32 `[A]`, as in `answers_known`, of ANSWERS answers or a little more, if there are as many.
+        Bool and float32 `[A]`, as in `answers_known`.
     """
-    known, sure, count = [], [], 0
-    for samples in _draw(dataset, config.train.seed, config.train.batch_size):
-        batch = guard(samples)
-        known_here, sure_here = answers_known(batch["labels"], *choose(batch))
-        known.append(known_here)
-        sure.append(sure_here)
-        count += len(known_here)
-        if count >= ANSWERS:
+    train = config.train
+    known, sure = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+    samples = train.total_steps * train.batch_size * train.accumulation * world_size() // OF_THE_RUN
+    for drawn in _draw(dataset, train.seed, train.batch_size, max(train.batch_size, min(SAMPLES, samples))):
+        batch = guard(drawn)
+        more = answers_known(batch["labels"], *choose(batch))
+        known, sure = torch.cat([known, more[0]]), torch.cat([sure, more[1]])
+        if len(known) and outside(int(known.sum()), len(known)):
             break
-    return torch.cat(known), torch.cat(sure)
+    return known, sure
+
+
+def outside(right: int, answers: int) -> bool:
+    """Whether the share that is known is below or above `KNOWS` by its 95% interval (Wilson)."""
+    share = binomtest(right, answers).proportion_ci(method="wilson")
+    return share.high < KNOWS[0] or share.low > KNOWS[1]
 
 
 def answers_known(labels: Tensor, choices: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,12 +176,12 @@ def chance_surer(known: Tensor, sure: Tensor) -> float | None:
     return float(mannwhitneyu(yes.numpy(), no.numpy()).statistic) / (len(yes) * len(no))
 
 
-def _draw(dataset: Any, seed: int, size: int) -> Iterator[list[Any]]:
-    """Batches of samples drawn by the seed; of a stream, its first ones."""
+def _draw(dataset: Any, seed: int, size: int, count: int) -> Iterator[list[Any]]:
+    """Batches of `count` samples drawn by the seed; of a stream, its first ones."""
     if isinstance(dataset, Stream):
-        samples = first_samples(dataset, SAMPLES)
+        samples = first_samples(dataset, count)
         yield from (samples[i : i + size] for i in range(0, len(samples), size))
         return
-    rows = random.Random(seed).sample(range(len(dataset)), min(SAMPLES, len(dataset)))
+    rows = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
     for start in range(0, len(rows), size):
         yield [dataset[row] for row in rows[start : start + size]]

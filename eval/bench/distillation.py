@@ -1,15 +1,17 @@
 """What a teacher gives: accuracy with and without one, on data that it knows, does not know, or knows better than.
 
-    python eval/bench/distillation.py --data noise --arm auto --seed 0 --output outputs/teacher
+    python eval/bench/distillation.py --data noise --arm none,all,decision --seed 0 --output outputs/teacher
     python eval/bench/distillation.py --merge outputs/teacher --json outputs/teacher.json
 
 The first command trains one cell of the table, `recipe=late_fusion` on the model that ships here, answers clean test
-questions with it, and writes a small JSON file. The second merges all cells of a folder, with t intervals over seeds.
+questions with it, and writes a small JSON file. `--arm decision` asks the teacher alone, as `kl.trust=auto` does before
+training: that run is bit for bit the one with a teacher or without that the decision names. The last command merges all
+cells of a folder, with t intervals over seeds.
 
 Data: `easy_vqa` (a third party's pictures and questions, most of whose answers the base does not know), `scenes` (it
-knows nearly all), `mix` (half of each), `noise` (`scenes`, a fifth of whose training answers are wrong). A training row
-is one question. Its seed draws the rows, the wrong answers and all that training draws; test questions are always the
-same.
+knows nearly all), `mix` (half of each); `noise` and `noise_10` (`scenes`, a fifth or a tenth of whose training answers
+are wrong) and `easy_vqa_noise` (a fifth). A training row is one question. Its seed draws the rows, the wrong answers
+and all that training draws; test questions are always the same.
 """
 
 from __future__ import annotations
@@ -58,16 +60,15 @@ from latefusion.training.run import train
 from latefusion.training.trust import settle_trust
 from latefusion.training.trust_record import FILE as TRUST
 
-DATA = ("easy_vqa", "scenes", "mix", "noise")
+WRONG = {"noise": 0.2, "noise_10": 0.1, "easy_vqa_noise": 0.2}  # share of wrong training answers
+DATA = ("easy_vqa", "scenes", "mix", *WRONG)
 ARMS = {  # what the teacher does in a run
     "none": ["teacher=none"],
     "all": ["kl.trust=all"],
-    "labels": ["kl.trust=labels"],
     "auto": ["kl.trust=auto"],
-    "offline": ["kl.trust=auto"],  # its answers read from a cache
+    "offline": ["kl.trust=all"],  # its answers read from a cache
 }
-BASE = "base"  # the arm that trains nothing
-WRONG = 0.2  # share of wrong training answers in `noise`
+BASE, DECISION = "base", "decision"  # arms that train nothing
 PER_IMAGE = 10  # questions
 QUESTIONS = 1000  # of the test
 
@@ -103,15 +104,15 @@ def with_wrong_answers(rows: Sequence[dict[str, Any]], share: float, seed: int) 
 
 
 def rows_of(data: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """The questions of a data set; wrong answers are in the training rows of `noise` alone."""
+    """The questions of a data set; wrong answers are in training rows alone."""
     if data == "mix":
         half = count // 2
         return [
             *questions("scenes", split, count - half, seed),
             *questions("easy_vqa", split, half, seed),
         ]
-    rows = questions("easy_vqa" if data == "easy_vqa" else "scenes", split, count, seed)
-    return with_wrong_answers(rows, WRONG, seed) if data == "noise" and split == "train" else rows
+    rows = questions("easy_vqa" if data.startswith("easy_vqa") else "scenes", split, count, seed)
+    return with_wrong_answers(rows, WRONG[data], seed) if data in WRONG and split == "train" else rows
 
 
 def write_conversations(rows: Iterable[dict[str, Any]], file: Path) -> None:
@@ -131,7 +132,7 @@ def write_conversations(rows: Iterable[dict[str, Any]], file: Path) -> None:
 
 
 def run_cell(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """Train a cell and test it."""
+    """Train a cell and test it; a decision is a cell without either."""
     tested = datasets.Dataset.from_list(rows_of(args.data, "test", args.questions, seed=0))
     tested = tested.cast_column("image", datasets.Image(decode=False))
     cell = {
@@ -143,6 +144,8 @@ def run_cell(args: argparse.Namespace, arm: str) -> dict[str, Any]:
         "settings": args.settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+    if arm == DECISION:
+        return cell | decision(args)
     begun, device = time.process_time(), "cuda" if torch.cuda.is_available() else "cpu"
     if arm == BASE:
         model, processor = load_base("embedded", dtype=torch.float32)
@@ -160,16 +163,21 @@ def run_cell(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     return cell | trained | {"cpu_seconds": {"training": seconds, "all": time.process_time() - begun}} | right
 
 
-def train_cell(args: argparse.Namespace, arm: str, folder: Path) -> dict[str, Any]:
-    """Train in `folder / "run"`; returns what the run decided about its teacher, and the means of its log."""
+def words_of(args: argparse.Namespace, arm: str, folder: Path) -> list[str]:
+    """The settings of a cell's run in `folder / "run"`, whose training rows are written."""
     write_conversations(rows_of(args.data, "train", args.rows, args.seed), folder / "train.parquet")
-    words = [
+    return [
         *("model=embedded", "data=dataset", f"data.path={folder / 'train.parquet'}", "recipe=late_fusion"),
         *(f"train.steps={args.steps}", f"train.seed={args.seed}", "train.trackers=[]", "eval.enabled=false"),
         *("train.dtype=float32", f"train.save_every={args.steps}", f"output_dir={folder / 'run'}"),
-        *(ARMS[arm]),
+        *ARMS[arm],
         *args.settings,
     ]
+
+
+def train_cell(args: argparse.Namespace, arm: str, folder: Path) -> dict[str, Any]:
+    """Train in `folder / "run"`; returns what the run decided about its teacher, and the means of its log."""
+    words = words_of(args, arm, folder)
     if arm == "offline":
         words.append(f"kl.cache={folder / 'cache'}")
         write_answers(checked_teaching(compose_tree(words)))
@@ -179,7 +187,6 @@ def train_cell(args: argparse.Namespace, arm: str, folder: Path) -> dict[str, An
     logged = [line for line in lines if "loss" in line]
     decided = folder / "run" / TRUST
     return {
-        "auto": None if arm == "none" else decision(words),
         "decided": json.loads(decided.read_text()) if decided.is_file() else None,
         "log": {
             name: fmean(line[name] for line in logged if name in line)
@@ -189,13 +196,17 @@ def train_cell(args: argparse.Namespace, arm: str, folder: Path) -> dict[str, An
     }
 
 
-def decision(words: Sequence[str]) -> dict[str, Any]:
-    """What `kl.trust=auto` decides on the data of a run, which is then bit for bit one with that `kl.trust`."""
-    config = compose_config([*words, "kl.trust=auto"])
-    collator = collator_without_weights(config, dtype=torch.float32)
-    decided = settle_trust(config, collator, lambda: base_of(config)[0], training_data(config.data), None)
+def decision(args: argparse.Namespace) -> dict[str, Any]:
+    """What `kl.trust=auto` decides on a cell's data, and the CPU seconds that asking the teacher took."""
+    with TemporaryDirectory() as folder:
+        config = compose_config(words_of(args, "auto", Path(folder)))
+        collator = collator_without_weights(config, dtype=torch.float32)
+        model, rows = base_of(config)[0], training_data(config.data)  # which a run loads all the same
+        begun = time.process_time()
+        decided = settle_trust(config, collator, lambda: model, rows, None)
+        seconds = time.process_time() - begun
     assert decided is not None
-    return asdict(decided)
+    return {"auto": asdict(decided), "cpu_seconds": {"asking": seconds}}
 
 
 def scores(rows: Any, model: Any, processor: Any, attachment: Any, system: System) -> dict[str, Any]:
@@ -241,10 +252,10 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         groups[cell["data"], cell["rows"], cell["steps"]].setdefault(name, {})[cell["seed"]] = cell
     tables = []
     for (data, rows, steps), arms in sorted(groups.items()):
-        for settings in {tuple(cell["settings"]) for seeds in arms.values() for cell in seeds.values()}:
-            decided = as_decided(arms, settings)
-            if decided:
-                arms.setdefault(" ".join(["auto", *settings]), decided)
+        decisions = arms.pop(DECISION, {})
+        named = {seed: arms.get(cell["auto"]["trust"], {}).get(seed) for seed, cell in decisions.items()}
+        if decided := {seed: cell for seed, cell in named.items() if cell is not None}:
+            arms.setdefault("auto", decided)
         means = {arm: fmean(cell["accuracy"] for cell in seeds.values()) for arm, seeds in arms.items()}
         controls = [arm for arm in ("none", "all") if arm in arms]
         against = {f"to_{control}": control for control in controls}
@@ -256,9 +267,8 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "accuracy": interval([cell["accuracy"] for cell in seeds.values()]),
                 "of_seeds": {str(seed): seeds[seed]["accuracy"] for seed in sorted(seeds)},
             }
-            autos = [seeds[seed]["auto"] for seed in sorted(seeds) if seeds[seed].get("auto")]
-            if autos:
-                row["auto"] = autos
+            if arm == "auto":
+                row["decisions"] = [decisions[seed]["auto"] for seed in sorted(seeds) if seed in decisions]
             for name, control in against.items():
                 common = sorted(seeds.keys() & arms[control].keys())
                 if common and arm not in (control, BASE):
@@ -270,18 +280,6 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"tables": tables, "cells": list(cells)}
 
 
-def as_decided(arms: dict[str, dict[int, dict[str, Any]]], settings: tuple) -> dict[int, dict[str, Any]]:
-    """For each seed the cell with the trust that `auto` decides on its data."""
-    trusts = {
-        seed: cell["auto"]["trust"]
-        for seeds in arms.values()
-        for seed, cell in seeds.items()
-        if cell.get("auto") and tuple(cell["settings"]) == settings
-    }
-    of_arm = {seed: arms.get(" ".join([trust, *settings]), {}) for seed, trust in trusts.items()}
-    return {seed: cells[seed] for seed, cells in of_arm.items() if seed in cells}
-
-
 COLUMNS = {
     "data": "data",
     "rows": "questions",
@@ -290,7 +288,8 @@ COLUMNS = {
     "accuracy": "right, %",
     "to_none": "to `none`",
     "to_all": "to `all`",
-    "auto": "teacher knows, %",
+    "knows": "teacher knows, %",
+    "asked": "of answers",
 }
 
 
@@ -299,18 +298,18 @@ def rows_to_show(result: dict[str, Any]) -> list[dict[str, str]]:
     shown = []
     for part in result["tables"]:
         for arm, row in part["arms"].items():
-            shares = [
-                100 * each["right"] / each["answers"] for each in row.get("auto", []) if each["answers"]
-            ]
-            trusts = "/".join(sorted({each["trust"] for each in row.get("auto", [])}))
+            decisions = row.get("decisions", [])
+            shares = [100 * each["right"] / each["answers"] for each in decisions]
+            trusts = "/".join(sorted({each["trust"] for each in decisions}))
             shown.append(
                 {
                     "data": part["data"],
                     "rows": f"{part['rows']:,}",
-                    "arm": f"{arm} (= {trusts})" if arm.startswith("auto") else arm,
+                    "arm": f"{arm} (= {trusts})" if trusts else arm,
                     "seeds": str(row["accuracy"]["seeds"]),
                     **{key: _percent(row.get(key), plus=key != "accuracy") for key in list(COLUMNS)[4:7]},
-                    "auto": f"{min(shares):.0f} to {max(shares):.0f}" if shares else "",
+                    "knows": f"{min(shares):.0f} to {max(shares):.0f}" if shares else "",
+                    "asked": "/".join(str(each["answers"]) for each in decisions),
                 }
             )
     return shown
@@ -318,7 +317,9 @@ def rows_to_show(result: dict[str, Any]) -> list[dict[str, str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a page; brackets are 95% t intervals over seeds."""
-    head = f"| {' | '.join(COLUMNS.values())} |\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+    head = (
+        f"| {' | '.join(COLUMNS.values())} |\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
     rows = [" | ".join(row[key] for key in COLUMNS) for row in rows_to_show(result)]
     return "\n".join([head, *(f"| {row} |" for row in rows)])
 
@@ -346,7 +347,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     options.add_argument(
         "--arm",
         type=lambda names: names.split(","),
-        help=f"what the teacher does: {', '.join(ARMS)} (several: a cell each), or {BASE}, which trains nothing",
+        help=f"what the teacher does: {', '.join(ARMS)} (several: a cell each), or {BASE}, {DECISION}",
     )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--rows", type=int, default=2400, help="training questions")
@@ -360,10 +361,10 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     args = options.parse_args(words)
     if args.merge is None and None in (args.data, args.arm):
         options.error("name a cell with --data and --arm, or a folder of cells with --merge")
-    unknown = set(args.arm or ()) - {BASE, *ARMS}
+    unknown = set(args.arm or ()) - {BASE, DECISION, *ARMS}
     if unknown:
         options.error(
-            f"--arm {', '.join(sorted(unknown))} does not exist; choose from {', '.join([BASE, *ARMS])}"
+            f"--arm {', '.join(sorted(unknown))} does not exist; choose from {', '.join([BASE, DECISION, *ARMS])}"
         )
     return args
 
@@ -377,7 +378,7 @@ def main(words: Sequence[str]) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             cell = run_cell(args, arm)
             file.write_text(json.dumps(cell, indent=1) + "\n")
-            print(f"{cell['accuracy']:.1%} of {cell['questions']} right: {file}", flush=True)
+            print(f"{cell.get('accuracy', cell.get('auto'))}: {file}", flush=True)
         return
     cells = [json.loads(file.read_text()) for file in sorted(Path(args.merge).glob("*.json"))]
     if not cells:

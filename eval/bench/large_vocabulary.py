@@ -82,7 +82,7 @@ def head_and_loss(
     def parts() -> Tensor:
         teaching = None
         if teacher:
-            teaching = Teaching(rows=taught[learnt], read=head, temperature=TEMPERATURE, by_label=False)
+            teaching = Teaching(rows=taught[learnt], read=head, temperature=TEMPERATURE)
         value = answer_loss(
             hidden[learnt], labels, head, teaching, Terms(labels.device), weight=WEIGHT, width=args.vocabulary
         )

@@ -32,37 +32,43 @@ def test_the_test_is_clean_and_the_same_for_every_seed() -> None:
     assert trained[0] != trained[1] and all(row["id"].startswith("train-") for row in trained[0])
 
 
-def cell(arm: str, seed: int, accuracy: float, trust: str | None = None) -> dict[str, Any]:
-    decided = None if trust is None else {"trust": trust, "right": 9, "answers": 10}
-    where = {"data": "noise", "rows": 9, "steps": 2, "settings": [], "decided": None}
-    return {**where, "arm": arm, "seed": seed, "accuracy": accuracy, "auto": decided}
+WHERE = {"data": "noise", "rows": 9, "steps": 2, "settings": []}
+
+
+def cell(arm: str, seed: int, accuracy: float) -> dict[str, Any]:
+    return {**WHERE, "arm": arm, "seed": seed, "accuracy": accuracy}
+
+
+def decision(seed: int, trust: str) -> dict[str, Any]:
+    return {**WHERE, "arm": "decision", "seed": seed, "auto": {"trust": trust, "right": 9, "answers": 10}}
 
 
 def test_cells_become_means_with_t_intervals_and_differences_in_the_same_seeds() -> None:
     none = [cell("none", 0, 0.5), cell("none", 1, 0.7), cell("none", 2, 0.6)]
-    full = [cell("all", seed, 0.8, "all") for seed in (0, 1)] + [cell("all", 2, 0.5, "labels")]
-    labels = [cell("labels", 2, 0.9, "labels")]
-    (table,) = bench.merged(none + full + labels)["tables"]
+    full = [cell("all", 0, 0.8), cell("all", 1, 0.8), cell("all", 2, 0.5)]
+    decisions = [decision(0, "all"), decision(1, "all"), decision(2, "none")]
+    shared = [{**cell("all", 0, 0.9), "settings": ["kl.share=0.5"]}]
+    (table,) = bench.merged(none + full + decisions + shared)["tables"]
     arms = table["arms"]
     assert arms["none"]["accuracy"] == pytest.approx(  # t of 2 degrees of freedom: 4.3027
         {"mean": 0.6, "low": 0.6 - 4.3027 * 0.1 / 3**0.5, "high": 0.6 + 4.3027 * 0.1 / 3**0.5, "seeds": 3},
         rel=1e-4,
     )
     assert arms["all"]["to_none"]["mean"] == pytest.approx((0.3 + 0.1 - 0.1) / 3)
-    assert arms["auto"]["of_seeds"] == {"0": 0.8, "1": 0.8, "2": 0.9}  # the cells that it decided for
-    assert arms["auto"]["to_better"]["mean"] == pytest.approx(0.4 / 3)  # `all` is the better control
-    assert arms["labels"]["accuracy"] == {"mean": 0.9, "seeds": 1}
+    assert arms["auto"]["of_seeds"] == {"0": 0.8, "1": 0.8, "2": 0.6}  # the cells that it decided for
+    assert arms["auto"]["to_better"]["mean"] == pytest.approx(0.1 / 3)  # `all` is the better control
+    assert arms["all kl.share=0.5"]["accuracy"] == {"mean": 0.9, "seeds": 1} and "decision" not in arms
 
 
 @pytest.mark.slow
 def test_a_cell_is_written_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--rows", "24", "--steps", "1", "--questions", "12", "--output", str(tmp_path / "cells"))
-    for arm in ("none", "auto"):
-        bench.main(["--data", "scenes", "--arm", arm, *small, "entry.images=16", "kl.share=0.5"])
+    bench.main(["--data", "scenes", "--arm", "none,all,decision", *small, "entry.images=16"])
     bench.main(["--merge", str(tmp_path / "cells"), "--json", str(tmp_path / "all.json")])
-    result = json.loads((tmp_path / "all.json").read_text())
-    assert {cell["arm"] for cell in result["cells"]} == {"none", "auto"}
-    assert "scenes" in capsys.readouterr().out
+    (table,) = json.loads((tmp_path / "all.json").read_text())["tables"]
+    (decided,) = table["arms"]["auto"]["decisions"]
+    assert table["arms"]["auto"]["of_seeds"] == table["arms"][decided["trust"]]["of_seeds"]
+    assert decided["answers"] == 12 and "scenes" in capsys.readouterr().out
 
 
 def test_the_table_of_the_page_is_that_of_its_file() -> None:

@@ -21,9 +21,7 @@ from latefusion.training.objective import IGNORE, Distillation, Objective
 from latefusion.training.readout import Readout
 
 
-def plain(
-    logits, labels, weight, *, taught=None, kept=None, temperature=1.0, by_label=False, vocabulary=None
-):
+def plain(logits, labels, weight, *, taught=None, kept=None, temperature=1.0, vocabulary=None):
     """Loss, ce, kl and right first choices by the definitions, token by token, from all logits in float64."""
     ce = kl = 0.0
     right = 0
@@ -37,16 +35,15 @@ def plain(
             scaled = torch.exp(taught[n][:vocabulary] / temperature)
             p = scaled / scaled.sum()
             right += int(p.argmax()) == label
-            trust, divergence = p[label], (p * (p / q).log()).sum()
+            divergence = (p * (p / q).log()).sum()
         else:
             tokens, p = kept[0][n], kept[1][n].exp()
             right += int(tokens[0]) == label
-            trust = sum(p[i] for i in range(len(tokens)) if tokens[i] == label)
             divergence = (p * (p / q[tokens]).log()).sum()
             others = [i for i in range(len(q)) if i not in tokens.tolist()]
             if others:
                 divergence = divergence + (1 - p.sum()) * ((1 - p.sum()) / q[others].sum()).log()
-        kl = kl + temperature**2 * (trust if by_label else 1.0) * divergence
+        kl = kl + temperature**2 * divergence
     return ce + weight * kl, ce, kl, right
 
 
@@ -57,16 +54,13 @@ def plain(
     fewer=st.integers(0, 2),
     at_once=st.integers(1, 120),
     teacher=st.sampled_from(["none", "online", "cached"]),
-    by_label=st.booleans(),
     temperature=st.sampled_from([0.7, 1.0, 2.0]),
     weight=st.sampled_from([0.3, 4.0]),
     cap=st.sampled_from([None, 1.5]),
     trains=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_in_parts_as_at_once(
-    n, vocabulary, fewer, at_once, teacher, by_label, temperature, weight, cap, trains, seed
-):
+def test_in_parts_as_at_once(n, vocabulary, fewer, at_once, teacher, temperature, weight, cap, trains, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -88,7 +82,7 @@ def test_in_parts_as_at_once(
         product = chunk @ head.T + bias
         return product if cap is None else cap * torch.tanh(product / cap)
 
-    how = {"temperature": temperature, "by_label": by_label, "vocabulary": shared}
+    how = {"temperature": temperature, "vocabulary": shared}
     teaching = None if says is None else Teaching(**says, **how)
     sums, trained = Terms(rows.device), (head, bias) if trains else ()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,23 +1,22 @@
-"""How far a run trusts its teacher: what it measures, what it decides, and what the loss then is."""
+"""How far a run trusts its teacher: what it measures, what it decides, and what then runs."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers.quick_runs import metrics_entries, train
-from helpers.tiny_base import BAND, configured, shake, tiny_base, tiny_student
+from helpers.quick_runs import QUICK, metrics_entries, run_config, teach_config, train
+from helpers.tiny_base import BAND, SMALL, configured
 from helpers.tiny_base import composed as composed_tree
+from safetensors.torch import load_file
 
-from latefusion.data import sources
 from latefusion.data.collate import IGNORE, collator_without_weights
 from latefusion.data.load import training_data
 from latefusion.eval.evaluate import note_on
-from latefusion.models.attach import attach
-from latefusion.models.policies.configured import visipruner
-from latefusion.training import assemble, trust
-from latefusion.training.loss import distillation, distillation_from
+from latefusion.training import assemble, objective, trust
+from latefusion.training.trust_record import read
 
 DATA = ("data.scenes=4", "model.visipruner.boundary=1")
 
@@ -51,49 +50,6 @@ def test_the_chance_to_be_surer_is_counted_over_all_pairs():
     assert trust.chance_surer(torch.ones(3) < 0, torch.rand(3)) is None
 
 
-def test_weights_scale_each_token_and_all_ones_change_nothing():
-    logits, teacher, weights = torch.randn(6, 9), torch.randn(6, 9), torch.rand(6)
-    each = torch.stack([distillation(logits[i : i + 1], teacher[i : i + 1], 1.5) for i in range(6)])
-    weighted = distillation(logits, teacher, 1.5, weights)
-    assert weighted.item() == pytest.approx((each * weights).sum().item(), rel=1e-5)
-    logprobs, tokens = (teacher / 1.5).log_softmax(-1).topk(9)
-    assert distillation_from(logits, tokens, logprobs, 1.5, weights).item() == pytest.approx(
-        weighted.item(), rel=1e-4
-    )
-    logprobs, tokens = logprobs[:, :3], tokens[:, :3]  # the rest of the vocabulary counts as one
-    each = torch.stack(
-        [distillation_from(logits[i : i + 1], tokens[i : i + 1], logprobs[i : i + 1], 1.5) for i in range(6)]
-    )
-    assert distillation_from(logits, tokens, logprobs, 1.5, weights).item() == pytest.approx(
-        (each * weights).sum().item(), rel=1e-4
-    )
-
-
-def test_by_label_a_token_counts_by_the_teachers_probability_of_its_label():
-    """The oracle computes every logit, with nothing shared between teacher and student."""
-    config, student = tiny_student(
-        "kl.trust=labels", "kl.temperature=1.5", "model.visipruner.boundary=1", "kl.weight=0.7"
-    )
-    shake(student)
-    rows = sources.scenes("validation", n_scenes=1)
-    batch = assemble.collator_of(student)([rows[i] for i in range(4)])
-    loss, terms = assemble.objective_of(config, student)(student.model, batch, count=1)
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "queries")}
-    base, _ = tiny_base()
-    teacher = attach(base, visipruner(config.model.visipruner))
-    places = (batch["queries"], batch["labels"] != IGNORE)
-    with torch.no_grad(), student.attachment.queries(*places), teacher.queries(*places):
-        s, t = student.model(**inputs).logits, base(**inputs).logits
-    kl, right = 0.0, 0
-    for b, p in (batch["labels"] != IGNORE).nonzero().tolist():
-        p_t, p_s = (torch.softmax(x[b, p - 1].double() / 1.5, -1) for x in (t, s))
-        kl += 1.5**2 * (p_t[batch["labels"][b, p]] * (p_t * (p_t / p_s).log()).sum()).item()
-        right += int(t[b, p - 1].argmax() == batch["labels"][b, p])
-    assert terms["kl"].item() == pytest.approx(kl, rel=1e-4) and kl > 0
-    assert loss.item() == pytest.approx(terms["ce"].item() + 0.7 * kl, rel=1e-4)
-    assert terms["teacher_right"].item() == right
-
-
 def settle(overrides, monkeypatch=None, resumed=None, measured=None):
     config = configured(*DATA, *overrides)
     if measured is not None:
@@ -105,54 +61,144 @@ def settle(overrides, monkeypatch=None, resumed=None, measured=None):
 
 
 @pytest.mark.parametrize(
-    ("right", "unsure", "decided"),
+    ("right", "unsure", "decides", "why"),
     [
-        (100, 0, "all"),
-        (80, 0, "all"),
-        (80, 10, "labels"),
-        (80, 1, "all"),
-        (60, 0, "labels"),
-        (29, 0, "labels"),
+        (
+            100,
+            0,
+            "none",
+            "knows 100% of 100 training answers: the labels say the same, so this run has no teacher",
+        ),
+        (96, 0, "none", "the labels say the same"),
+        (
+            95,
+            0,
+            "all",
+            "is surer of one it knows than of one where the label differs in 50% of pairs: the labels",
+        ),
+        (80, 0, "all", "so it teaches every token"),
+        (80, 10, "none", "differs in 75% of pairs: where the label differs it does not know"),
+        (80, 5, "all", "in 62% of pairs"),
+        (70, 0, "all", "knows 70%"),
+        (69, 0, "none", "too few to teach them"),
+        (29, 0, "none", "knows 29% of 100 training answers: too few"),
     ],
 )
-def test_a_teacher_that_knows_most_answers_counts_fully_if_it_is_sure_of_the_others_too(
-    tmp_path, monkeypatch, right, unsure, decided
+def test_a_teacher_teaches_if_it_knows_better_than_the_labels(
+    tmp_path, monkeypatch, right, unsure, decides, why
 ):
     """Wrong labels fall on answers that it is sure of; of answers that it does not know it is less sure."""
     known = torch.arange(100) < right
     sure = torch.where(known | (torch.arange(100) >= right + unsure), 0.9, 0.5)
     decision = settle([f"output_dir={tmp_path}"], monkeypatch, measured=(known, sure))
-    assert decision.trust == decided and f"knows {right}% of 100 training answers" in str(decision)
-    assert ("in 50% of pairs" in str(decision)) == (right < 100 and not unsure)
+    assert decision.trust == decides and why in str(decision)
+
+
+@pytest.mark.parametrize(
+    ("right", "answers"), [(12, 12), (73, 73), (72, 72), (4, 12), (5, 12), (6, 12), (150, 180), (180, 184)]
+)
+def test_no_more_is_asked_once_the_share_is_beyond_doubt(right, answers):
+    """Wilson's bounds solve |share - p| = z sqrt(p (1 - p) / n), here found by search."""
+    share, z = right / answers, 1.959964
+
+    def solve(inside, beyond):
+        for _ in range(60):
+            p = (inside + beyond) / 2
+            off = abs(share - p) > z * (p * (1 - p) / answers) ** 0.5
+            inside, beyond = (inside, p) if off else (p, beyond)
+        return inside
+
+    low, high = solve(share, 0.0), solve(share, 1.0)
+    assert trust.outside(right, answers) == (high < 0.7 or low > 0.95)
+
+
+class Answers:
+    """A data set of one-answer samples, of which a teacher knows a share."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def __len__(self):
+        return 3000
+
+    def __getitem__(self, i):
+        return i
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "most", "least"),
+    [(10**6, 900, 84, 73), (1, 900, 12, 12), (5, 900, 264, 256), (5, 150, 180, 180), (5, 1, 12, 12)],
+)
+def test_a_teacher_is_asked_no_more_than_it_takes(tmp_path, every, steps, most, least):
+    """Every `every`-th answer is wrong; a run of few steps asks a tenth of its samples."""
+    config = configured(*DATA, f"output_dir={tmp_path}", f"train.steps={steps}", "train.batch_size=12")
+    asked = []
+
+    def guard(samples):
+        asked.extend(samples)
+        return {"labels": torch.tensor([[IGNORE, 1]] * len(samples)), "at": samples}
+
+    def choose(batch):
+        return torch.tensor([int(i % every > 0) for i in batch["at"]]), torch.ones(len(batch["at"]))
+
+    known, _ = trust.measure(config, guard, Answers(every), choose)
+    assert len(known) == len(asked) == len(set(asked)) and least <= len(asked) <= most
 
 
 def test_a_random_teacher_is_asked_and_steps_aside(base, tmp_path):
     decision = settle([*BAND, f"model.path={base}", f"output_dir={tmp_path}"])
-    assert decision.trust == "labels" and decision.answers >= 20 and decision.right < decision.answers / 2
+    assert decision.trust == "none" and decision.answers >= 4 and decision.right < decision.answers / 2
 
 
 def test_what_is_given_is_not_measured_and_no_teacher_decides_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(trust, "ask", lambda *_: pytest.fail("the teacher was asked"))
     out = f"output_dir={tmp_path}"
-    assert settle([out, "kl.trust=all"]).trust == "all"
-    assert settle([out, "kl.trust=labels"]).trust == "labels"
+    decision = settle([out, "kl.trust=all"])
+    assert decision.trust == "all" and "not asked" in str(decision)
     assert settle([out, "teacher=none"]) is None and settle([out, "kl.weight=0"]) is None
-    sharded = settle([out, "engine=deepspeed_zero3", "kl.model=embedded"])
-    assert sharded.trust == "labels" and "not asked" in str(sharded)
 
 
-def test_a_run_says_what_it_decided_and_keeps_it_when_it_goes_on(base, tmp_path, capsys, monkeypatch):
-    train(base, tmp_path, "train.steps=2", "kl.trust=auto")
-    assert "% of " in (printed := capsys.readouterr().out) and "The teacher knows " in printed
-    note = note_on(configured("kl.share=0.5"), str(tmp_path))
-    assert "teacher visipruner in 0.5 of the steps. The teacher knows " in note
-    assert "trust in the teacher | The teacher knows " in (tmp_path / "README.md").read_text()
-    before = json.loads((tmp_path / "trust.json").read_text())
-    assert before["trust"] == "labels"
-    assert all(0 <= e["teacher_right"] <= 1 for e in metrics_entries(tmp_path) if "loss" in e)
+@pytest.mark.parametrize("engine", ["deepspeed_zero3", "fsdp2"])
+def test_a_teacher_in_shards_must_be_trusted_by_its_user(engine):
+    with pytest.raises(ValueError, match=r"kl\.trust=auto cannot ask kl\.model=embedded what it knows"):
+        configured(f"engine={engine}", "kl.model=embedded", "kl.trust=auto")
+    configured(f"engine={engine}", "kl.model=embedded", "kl.trust=all")
+
+
+def test_a_run_whose_teacher_steps_aside_is_the_run_without_one(base, tmp_path, capsys, monkeypatch):
+    """Bit for bit, also after it stopped and went on; its teacher never runs, and is not asked again."""
+    train(base, tmp_path / "none", "teacher=none", "kl.trust=auto")
+    capsys.readouterr()
+    monkeypatch.setattr(objective.Objective, "teacher_rows", lambda *_: pytest.fail("the teacher ran"))
+    train(base, tmp_path / "auto", "kl.trust=auto")
+    printed = capsys.readouterr().out
+    assert "so this run has no teacher" in printed and ", no teacher, float32" in printed
+    before = json.loads((tmp_path / "auto/trust.json").read_text())
+    assert before["trust"] == "none"
     monkeypatch.setattr(trust, "ask", lambda *_: pytest.fail("asked again"))
-    train(base, tmp_path, "train.steps=3", "resume=true", "kl.trust=auto")
-    assert json.loads((tmp_path / "trust.json").read_text()) == before
+    went_on = shutil.copytree(tmp_path / "auto", tmp_path / "went_on")
+    train(base, went_on, "resume=1", "kl.trust=auto")
+    assert json.loads((went_on / "trust.json").read_text()) == before
+    none, *others = (
+        load_file(tmp_path / x / "adapter_model.safetensors") for x in ("none", "auto", "went_on")
+    )
+    for student in others:
+        assert student.keys() == none.keys()
+        assert all(torch.equal(student[name], none[name]) for name in none)
+    note = note_on(configured("kl.share=0.5"), str(tmp_path / "auto"))
+    assert "no teacher. The teacher knows " in note
+    assert "trust in the teacher | The teacher knows " in (tmp_path / "auto/README.md").read_text()
+    assert not any("teacher_right" in entry for entry in metrics_entries(tmp_path / "auto"))
+
+
+def test_a_teacher_that_knows_better_teaches(base, tmp_path, capsys, monkeypatch):
+    known = torch.arange(100) < 80
+    monkeypatch.setattr(trust, "ask", lambda *_: (known, torch.ones(100)))
+    train(base, tmp_path / "auto", "kl.trust=auto")
+    assert "The teacher knows 80% of 100 training answers" in capsys.readouterr().out
+    train(base, tmp_path / "all", "kl.trust=all")
+    losses = [[e["kl"] for e in metrics_entries(tmp_path / name) if "loss" in e] for name in ("auto", "all")]
+    assert losses[0] == losses[1] and all(kl > 0 for kl in losses[0])
 
 
 def test_another_trust_is_another_run(base, tmp_path):
@@ -160,3 +206,27 @@ def test_another_trust_is_another_run(base, tmp_path):
     with pytest.raises(SystemExit, match=r"kl\.trust=all \(it had auto\)"):
         train(base, tmp_path, "train.steps=2", "resume=true", "kl.trust=all")
     assert composed_tree().kl.trust.value == "auto"
+
+
+def test_the_decision_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "trust.json").write_text('{"trust": "labels", "right": 1, "answers": 9, "surer": 0.5}')
+    with pytest.raises(ValueError, match="trust=labels, which is of an earlier latefusion"):
+        read(tmp_path)
+
+
+def test_no_answers_are_written_for_a_teacher_that_steps_aside(base, tmp_path, capsys, monkeypatch):
+    """The empty cache trains without a teacher, and is refused where the run would have one."""
+    cache, out = tmp_path / "cache", f"output_dir={tmp_path / 'run'}"
+    options = [*QUICK, *SMALL, *BAND, f"model.path={base}", f"kl.cache={cache}"]
+    teach_config(composed_tree(*options, "kl.trust=auto"))
+    assert "stays empty" in capsys.readouterr().out and not list(cache.glob("*.arrow"))
+    run_config(composed_tree(*options, out, "kl.trust=auto"))
+    assert "so this run has no teacher" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is empty, because its teacher knew no better than the labels"):
+        run_config(composed_tree(*options, out, "kl.trust=all", "overwrite=true"))
+    known = torch.arange(100) < 80
+    monkeypatch.setattr(trust, "ask", lambda *_: (known, torch.ones(100)))
+    with pytest.raises(SystemExit, match="is empty, because its teacher"):
+        run_config(composed_tree(*options, out, "kl.trust=auto", "overwrite=true"))
+    teach_config(composed_tree(*options, "kl.trust=auto"))
+    assert list(cache.glob("*.arrow"))

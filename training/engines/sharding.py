@@ -10,7 +10,6 @@ from transformers import Trainer
 
 from latefusion.models.student.build import Student
 from latefusion.recipes.schema import Config
-from latefusion.training.assemble import in_shards
 from latefusion.training.teacher import OtherTeacher
 
 
@@ -46,7 +45,7 @@ def place_teacher(config: Config, teacher: OtherTeacher, device: torch.device) -
     ZeRO-3 sharded them while they were loaded, and gets an engine of its own that gathers them layer by layer. FSDP2
     shards them here. Under every other engine each process holds all of them.
     """
-    teacher.sharded = in_shards(config)
+    teacher.sharded = config.engine.in_shards
     if config.engine.fsdp:
         shard_fsdp2(teacher, device)
     elif teacher.sharded:
