@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -72,6 +72,11 @@ class Batch:
         """Bool `[B, T]`, false for padding."""
         return self.inputs["attention_mask"].bool()
 
+    @property
+    def bytes(self) -> int:
+        """Of its tensors, features of the images included."""
+        return size([self.inputs, self.labels, self.queries, self.vision])
+
     def fresh(self) -> dict[str, Any]:
         """The inputs, for a forward that may write into `mm_encoder_outputs`."""
         return fresh_inputs(self.inputs)
@@ -92,6 +97,15 @@ class Batch:
             if isinstance(value, Tensor) and value.shape[:2] == self.labels.shape
         }
         return {**rest, "attention_mask": self.inputs["attention_mask"]}
+
+
+def size(tensors: Any) -> int:
+    """Bytes of the tensors in a tree of lists and dictionaries."""
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    if isinstance(tensors, Mapping):
+        return sum(map(size, tensors.values()))
+    return sum(map(size, tensors)) if isinstance(tensors, list | tuple) else 0
 
 
 def collated(

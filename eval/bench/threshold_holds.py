@@ -32,6 +32,7 @@ from latefusion.eval.thresholds.prefills import Prompts
 from latefusion.eval.thresholds.questions import of_rows
 from latefusion.eval.thresholds.search import scale
 from latefusion.eval.thresholds.settings import Arguments, grid
+from latefusion.eval.thresholds.tried import Tried
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
@@ -59,9 +60,9 @@ def measure(path: Path, scenes: int, part: int, parts: int, device: str, most: i
                 settings = grid(arguments, range(len(attachment.layers) - 1), scale(recorded))
             for at in track(prompts.batches[part::parts], console=Console(stderr=True)):
                 batch, _ = prompts.dense_batch(at)
-                dense = replay.record(batch, attachment, 0, arguments.sink_rule)
-                whole = replay.judge(batch, attachment, dense.logits, dense.logits).flops
-                outcomes = prompts.outcomes(batch, dense, settings)
+                tried = Tried(lambda batch=batch: batch, attachment, arguments)  # type: ignore[misc]
+                outcomes = tried.outcomes(settings)
+                whole = tried.unpruned[0].flops
                 columns["kl"].append(np.stack([outcome.kl for outcome in outcomes]))
                 columns["flops"].append(np.stack([outcome.flops for outcome in outcomes]) / whole)
                 columns["seed"].append(np.full((1, len(at)), seed))

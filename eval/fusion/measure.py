@@ -15,7 +15,7 @@ from latefusion.eval.fusion.blind import Runner
 from latefusion.eval.fusion.effects import Answers
 from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
 from latefusion.eval.fusion.looks import AverageImage, observe
-from latefusion.eval.fusion.plan import Plan
+from latefusion.eval.fusion.plan import HELD, Plan
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.trace import PrefillTrace
@@ -28,7 +28,7 @@ EXAMPLES = 6  # samples whose maps are kept
 
 @dataclass
 class Measurer:
-    """Measures on all batches, one at a time on the device; what the ledger holds is not measured again.
+    """Measures on all batches, each encoded once if it fits into memory; what the ledger holds is not measured again.
 
     Args:
         groups: the batches.
@@ -45,7 +45,8 @@ class Measurer:
 
     def __post_init__(self) -> None:
         self.layers = len(self.attachment.layers)
-        self._current: tuple[int, Batch] | None = None
+        self._batches: dict[int, Batch] = {}
+        self._room = HELD
         self._dense: dict[int, Answers] = {}
         self._average: AverageImage | None = None
 
@@ -157,13 +158,17 @@ class Measurer:
         return joined(parts)
 
     def _runner(self, i: int) -> Runner:
-        if self._current is None or self._current[0] != i:
-            self._current = i, self.groups[i].make()
-            if not self.plan.hold:
-                self._dense = {}
-        return Runner(self.model, self.attachment, self._current[1])
+        batch = self._batches.get(i)
+        if batch is None:
+            batch = self.groups[i].make()
+            if batch.bytes <= self._room:
+                self._batches[i] = batch
+                self._room -= batch.bytes
+        return Runner(self.model, self.attachment, batch)
 
     def _dense_answers(self, i: int, runner: Runner) -> Answers:
+        if not self.plan.hold and i not in self._dense:
+            self._dense.clear()
         if i not in self._dense:
             self._dense[i] = runner.answers(VisionSchedule()).to("cpu")
         return self._dense[i].to(runner.batch.labels.device)

@@ -31,7 +31,9 @@ PROBES = 7  # pyramids confirmed in a band at most
 CONFIRM = 1 + (TRIES + 1) + 2 * PROBES
 
 
-HELD = 2**30  # bytes of dense answers held on the host; if there are more, each schedule computes them again
+# bytes of dense answers held on the host, and of batches with encoded images held beside the model; where there are
+# more, each schedule computes them again
+HELD = 2**30
 
 
 @dataclass(frozen=True)

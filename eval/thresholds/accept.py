@@ -44,7 +44,8 @@ def accept(
     Args:
         cheapest: the setting of least FLOPs whose KL on the prompts of the search is at most the first number, among
             those of at least the second in FLOPs; None if no setting is.
-        kl: of each confirming prompt under a setting.
+        kl: of the confirming prompts under a setting: of all of them, or of the first ones, if their sum alone puts
+            the mean over all beyond the bound.
         flops: of a setting, as a share of dense.
         images: what each confirming prompt is about; None: no two share an image.
     """
@@ -54,7 +55,8 @@ def accept(
         setting = cheapest(START * bound, least)
         if setting is None:
             break
-        limits[setting] = upper_limit(np.asarray(kl(setting)).tolist(), images)
+        values = np.asarray(kl(setting)).tolist()
+        limits[setting] = upper_limit(values, None if images is None else images[: len(values)])
         if limits[setting] <= bound:
             return Accepted(setting, limits)
         least = (1 + STEP * 2**tried) * flops(setting)

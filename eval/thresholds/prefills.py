@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -10,58 +11,83 @@ import torch
 from numpy.typing import NDArray
 
 from latefusion.data.prompts import prompt_inputs
+from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.metrics import normalise
-from latefusion.eval.thresholds import replay
 from latefusion.eval.thresholds.questions import Questions
-from latefusion.eval.thresholds.replay import Batch, Outcome, Recorded, fusion_layers, surveyed
-from latefusion.eval.thresholds.settings import Arguments, Setting, policy_of, prefix
+from latefusion.eval.thresholds.replay import Batch, Outcome, surveyed
+from latefusion.eval.thresholds.settings import Arguments, Setting
+from latefusion.eval.thresholds.tried import Tried
 from latefusion.models.attach import Attachment
 from latefusion.models.flops import outside_flops
-from latefusion.models.inputs import encode_images, fresh_inputs, stop_ids
+from latefusion.models.inputs import fresh_inputs, stop_ids
+
+HELD = (
+    2**30
+)  # bytes of recorded prefills that are held; those of further batches run again where a pass needs them
 
 
 class Prompts:
-    """Prompts in batches: the dense model's answers, and what becomes of them under settings."""
+    """Prompts in batches: the dense model's answers, and what becomes of them under settings.
+
+    The first batches are small: most settings are ruled out by a handful of prompts.
+    """
 
     def __init__(self, arguments: Arguments, attachment: Attachment, processor: Any, rows: Questions):
         self.arguments, self.attachment = arguments, attachment
         self.processor, self.rows = processor, rows
         self.model: Any = attachment.model
         self.labelled = rows.labelled
+        self.images, self.room = EncodedImages(), HELD
+        self.tried: dict[tuple[int, ...], Tried] = {}
         lengths = [len(str(row)) for row in rows.records]
         order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-        batches = [order[i : i + arguments.batch_size] for i in range(0, len(order), arguments.batch_size)]
-        middle = len(batches) // 2
-        self.batches = [batches[middle], *batches[:middle], *batches[middle + 1 :]]
-        self.order = [i for batch in self.batches for i in batch]
+        middle = len(order) // 2  # the first batches are of typical length
+        self.order = order[middle:] + order[:middle]
+        self.batches = growing(self.order, arguments.batch_size)
 
     def survey(
         self, rows: Sequence[int], prefixes: Sequence[int], thresholds: Sequence[float]
     ) -> dict[str, Any]:
         """The dense model's answers and FLOPs, and what its prefills say about every setting (`replay.surveyed`)."""
         batch, right = self.dense_batch(rows)
+        written = batch.answers.masked_fill(~batch.real, -1).T.cpu().numpy()
+        tried = self._tried(rows, written)
         columns: dict[str, Any] = {"right": np.array(right, float)}
-        for shallow in sorted(prefixes, reverse=True):  # 0, the dense one, last
-            recorded = replay.record(batch, self.attachment, shallow, self.arguments.sink_rule)
-            for name, values in surveyed(recorded, thresholds).items():
+        tried.recorded(0)
+        dense, trace = tried.unpruned[0], self.attachment.trace
+        answers = batch.real.sum(1).cpu().numpy()
+        for shallow in prefixes:
+            for name, values in surveyed(tried.recorded(shallow), thresholds).items():
                 columns[f"{name}_{shallow}"] = values
-        dense = replay.judge(batch, self.attachment, recorded.logits, recorded.logits)
-        trace, answers = self.attachment.trace, batch.real.sum(1).cpu().numpy()
         columns["vision"] = np.array([record.n_vision for record in trace])
         columns["text"] = np.array([record.tokens[0] for record in trace]) - columns["vision"] - answers
         padded = np.full((self.arguments.max_new_tokens, len(rows)), -1)
-        padded[: batch.answers.shape[1]] = batch.answers.masked_fill(~batch.real, -1).T.cpu().numpy()
+        padded[: batch.answers.shape[1]] = written
+        self._hold(tried)
         return columns | {"answers": padded, "dense_flops": dense.flops, "dense_vision": dense.vision}
 
     def try_on(
         self, rows: Sequence[int], written: NDArray[np.int64], settings: Sequence[Setting]
     ) -> dict[str, NDArray]:
         """Outcomes of a batch whose dense answers are `written` `[A, B]` (-1: no token), `[settings, B]` a name."""
-        answers = [[token for token in answer if token >= 0] for answer in written.T.tolist()]
-        batch = Batch.build(self.model, self.encoded([self.rows[i] for i in rows]), answers)
-        recorded = replay.record(batch, self.attachment, 0, self.arguments.sink_rule)
-        outcomes = self.outcomes(batch, recorded, settings)
+        tried = self._tried(rows, written)
+        outcomes = tried.outcomes(settings)
+        self._hold(tried)
         return {n: np.stack([getattr(o, n) for o in outcomes]) for n in Outcome.__annotations__}
+
+    def _tried(self, rows: Sequence[int], written: NDArray[np.int64]) -> Tried:
+        """What is known of a batch whose dense answers are `written` `[A, B]` (-1: no token)."""
+
+        def make() -> Batch:
+            answers = [[token for token in answer if token >= 0] for answer in written.T.tolist()]
+            return Batch.build(self.model, self.encoded([self.rows[i] for i in rows]), answers)
+
+        return self.tried.setdefault(tuple(rows), Tried(make, self.attachment, self.arguments))
+
+    def _hold(self, tried: Tried) -> None:
+        """Hold a batch's prefills as long as there is room for them."""
+        self.room += tried.held
+        self.room -= tried.hold(self.room)
 
     def dense_batch(self, rows: Sequence[int]) -> tuple[Batch, list[bool]]:
         """These prompts with the dense model's answers behind them, and which answers are the labels."""
@@ -89,36 +115,13 @@ class Prompts:
             [row["answer"] for row in samples], add_special_tokens=False
         ).input_ids
         batch = Batch.build(self.model, self.encoded(samples), [[*ids, self.stops[0]] for ids in labels])
-        recorded = replay.record(batch, self.attachment, 0, self.arguments.sink_rule)
-        return np.stack([outcome.same for outcome in self.outcomes(batch, recorded, settings)])
-
-    def outcomes(self, batch: Batch, dense: Recorded, settings: Sequence[Setting]) -> list[Outcome]:
-        """Outcomes of these settings, in their order; `dense` is the batch's last prefill."""
-        done: dict[int, Outcome] = {}
-        for shallow in sorted({prefix(setting) for setting in settings}):
-            recorded = dense
-            if shallow > 0:
-                recorded = replay.record(batch, self.attachment, shallow, self.arguments.sink_rule)
-            unpruned = replay.judge(batch, self.attachment, recorded.logits, dense.logits)
-            layers, short = len(recorded.states), dict[Any, Outcome]()
-            for number, setting in enumerate(settings):
-                if prefix(setting) != shallow:
-                    continue
-                fusion = fusion_layers(recorded.least, setting["boundary"], setting["layer_threshold"])
-                outcome = unpruned
-                for layer in sorted({int(f) for f in fusion if f < layers - 1}):
-                    key = layer, setting["tokens_threshold"], "deep" in setting["stages"]
-                    if key not in short:
-                        policy = policy_of(setting, self.arguments)
-                        logits = replay.resume(batch, self.attachment, recorded, layer, policy)
-                        short[key] = replay.judge(batch, self.attachment, logits, dense.logits)
-                    outcome = short[key].where(fusion == layer, outcome)
-                done[number] = outcome
-        return [done[number] for number in range(len(settings))]
+        outcomes = Tried(lambda: batch, self.attachment, self.arguments).outcomes(settings)
+        return np.stack([outcome.same for outcome in outcomes])
 
     def encoded(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         with torch.no_grad():
-            return encode_images(self.model, prompt_inputs(self.model, self.processor, samples))
+            inputs = prompt_inputs(self.model, self.processor, samples)
+            return self.images.encode(self.model, inputs)
 
     def outside_flops(self) -> float | None:
         """FLOPs of a prefill outside the decoder layers, mean over the first batch; None if they cannot be counted."""
@@ -135,3 +138,15 @@ def ended(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
     """An answer up to and with the token that ends it."""
     at = next((i for i, token in enumerate(ids) if token in stops), len(ids) - 1)
     return list(ids[: at + 1])
+
+
+def growing(order: Sequence[int], size: int) -> list[list[int]]:
+    """Batches of an eighth of `size`, then twice as large each, up to `size`."""
+    batches: list[list[int]] = []
+    start = 0
+    for n in (min(max(1, size // 8) * 2**i, size) for i in count()):
+        if start >= len(order):
+            break
+        batches.append(list(order[start : start + n]))
+        start += n
+    return batches

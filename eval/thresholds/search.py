@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
 
 from latefusion.eval.comparison.answers import progress_bar
 from latefusion.eval.thresholds import replay
@@ -25,7 +24,7 @@ from latefusion.eval.thresholds.accept import Accepted, accept
 from latefusion.eval.thresholds.prefills import Prompts
 from latefusion.eval.thresholds.questions import Questions
 from latefusion.eval.thresholds.replay import Batch, fusion_layers
-from latefusion.eval.thresholds.scores import Scores
+from latefusion.eval.thresholds.scores import EXACT, Scores
 from latefusion.eval.thresholds.settings import Arguments, Setting, grid, policy_of, prefix
 from latefusion.models.attach import Attachment
 from latefusion.models.fingerprint import fingerprint, model_identity, rows_fingerprint
@@ -96,11 +95,11 @@ class Search:
             f"{len(self.rows)} prompts in {len(self.prompts.batches)} batches, {len(self.settings)} settings. Each "
             f"prompt: the dense answer and {prefills - 1} recorded prefill{'s' * (prefills > 2)}. Then all settings on "
             f"the first batch, {passes} short passes over what is left after fusion at most; on the others those that "
-            "are not ruled out yet, the most promising first, after one more recorded prefill each time. Together at "
-            f"least like {prefills + 1 + resumed * first:.1f} dense prefills of every prompt "
-            f"({dense / 1e9:.2g} GFLOPs each), {prefills + 2 + resumed:.0f} or more if nothing can be ruled out."
+            "are not ruled out yet, the most promising first; no pass runs twice. Together at least like "
+            f"{prefills + resumed * first:.1f} dense prefills of every prompt ({dense / 1e9:.2g} GFLOPs each), "
+            f"{prefills + resumed:.0f} if nothing can be ruled out, more where they do not fit into memory."
             + (
-                f" Then {others} other prompts accept the setting: the dense answer, and two prefills each."
+                f" Then {others} other prompts accept the setting: the dense answer, a prefill and a short pass each."
                 if others
                 else ""
             )
@@ -117,6 +116,10 @@ class Search:
                 done.append(self.kept(f"survey_{number:05d}", work))
                 progress.advance(task, len(rows))
             self.dense = joined(done)
+            most = int((self.dense["text"] + self.dense["vision"]).max())
+            self.layer_cost = np.array(
+                [layer_flops(self.attachment.model.config, n) for n in range(most + 1)], float
+            )
             floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
             self.scores = Scores(floors, self.dense["dense_flops"])
             if self.confirming is None:
@@ -142,10 +145,14 @@ class Search:
         return scores.cheapest()
 
     def confirmed(self, number: int, progress: Any) -> dict[str, NDArray]:
-        """What a setting does to each confirming prompt: `kl`, `same` and `flops` against dense, `[N]` each."""
+        """What a setting does to the confirming prompts: `kl`, `same` and `flops` against dense, `[N]` each.
+
+        Ends as soon as the KL of those that it ran on puts the mean over all beyond the bound.
+        """
         prompts, parts = self.confirming, []
         assert prompts is not None
-        task = progress.add_task("Confirm", total=sum(map(len, prompts.batches)))
+        most = self.arguments.kl * len(prompts.order) * (1 + EXACT)
+        task = progress.add_task("Confirm", total=len(prompts.order))
         for at, rows in enumerate(prompts.batches):
             survey = self.kept(f"dense_{at:05d}", partial(prompts.survey, rows, [0], self.thresholds))
             work = partial(prompts.try_on, rows, survey["answers"], [self.settings[number]])
@@ -158,13 +165,15 @@ class Search:
                 }
             )
             progress.advance(task, len(rows))
+            if sum(part["kl"].sum() for part in parts) > most:
+                break
         self.outcomes[number] = joined(parts)
         return self.outcomes[number]
 
     def bound_of(self, setting: Setting) -> NDArray:
         shallow = prefix(setting)
         return flops_bound(
-            self.attachment.model.config,
+            self.layer_cost,
             setting,
             least=self.dense[f"least_{shallow}"],
             kept=self.dense[f"kept_{shallow}"][:, self.thresholds.index(setting["tokens_threshold"])],
@@ -279,7 +288,7 @@ def scale(recorded: replay.Recorded) -> list[float]:
 
 
 def flops_bound(
-    config: PretrainedConfig,
+    cost: NDArray,
     setting: dict[str, Any],
     *,
     least: NDArray,
@@ -291,6 +300,7 @@ def flops_bound(
     """Lower bound of a setting's FLOPs on each prompt, `[N]`: exact if vision leaves as soon as it may.
 
     Args:
+        cost: FLOPs of a layer over 0, 1, 2, ... tokens.
         least: `[layers, N]`; kept: tokens above the setting's threshold, `[layers, N]`.
         text, vision: tokens of each prompt, `[N]`.
         patience: layers after fusion that have to pass before vision leaves.
@@ -298,7 +308,6 @@ def flops_bound(
     layers = len(least)
     fusion = fusion_layers(least, setting["boundary"], setting["layer_threshold"])
     chosen = np.take_along_axis(kept, np.minimum(fusion, layers - 1)[None], 0)[0]
-    cost = np.array([layer_flops(config, n) for n in range(int((text + vision).max()) + 1)], float)
     whole = np.minimum(fusion + 1, layers)  # layers that compute every token
     pruned = layers - whole
     if "deep" in setting["stages"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,20 @@ def test_answers_too_many_to_hold_are_announced_as_computed_again() -> None:
     held, fresh = plan.make_plan(config, [few] * 2), plan.make_plan(config, [few, many])
     assert held.hold and not fresh.hold
     assert fresh.cost.deciding - held.cost.deciding == pytest.approx(plan.SCHEDULES)
+
+
+def test_images_are_encoded_once_while_their_batches_fit_into_memory(tmp_path: Path) -> None:
+    model = planted("llava", 1, 5)
+    batches, numbers = [planted_batch(model, 4), planted_batch(model, 4, seed=1)], []
+    for room in (plan.HELD, batches[0].bytes, 0):
+        made: list[int] = []
+        with attach(model, VisionSchedule()) as attachment:
+            one = measurer(model, attachment, batches, tmp_path / f"{room}.jsonl")
+            one.groups = [
+                replace(group, make=lambda i=i, make=group.make, made=made: made.append(i) or make())  # type: ignore[func-returns-value]
+                for i, group in enumerate(one.groups)
+            ]
+            one._room = room
+            numbers.append([one.schedule(VisionSchedule(exit=layer), None, 0.0) for layer in (1, 2, 3)])
+        assert made == ([0, 1] if room == plan.HELD else [0, 1, 1, 1] if room else [0, 1] * 3)
+    assert numbers[0] == numbers[1] == numbers[2]

@@ -18,10 +18,12 @@ from rich.progress import Progress
 from latefusion.data.scenes import load_scenes
 from latefusion.eval import calibrate, evaluate, generate
 from latefusion.eval.thresholds import accept, choose, questions, replay
+from latefusion.eval.thresholds import prefills as prefills_module
 from latefusion.eval.thresholds.prefills import Prompts, ended
 from latefusion.eval.thresholds.replay import fusion_layers
 from latefusion.eval.thresholds.search import Search
 from latefusion.eval.thresholds.settings import grid, policy_of
+from latefusion.eval.thresholds.tried import Tried
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base
 from latefusion.models.flops import decoder_flops
@@ -245,6 +247,45 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
     assert ruled_out > len(kl), "hardly anything was ruled out"
 
 
+def test_no_prefill_no_pass_and_no_image_runs_twice(base: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """And where nothing fits into memory, everything runs as often as it has to, with the same numbers."""
+    model, processor = load_base(base, dtype=torch.float32)
+    arguments = arguments_for(base, tmp_path / "held", samples=16, batch_size=8, confirm=6, **GRID)
+    rows, others = questions.read(arguments)
+    prefills, passes, record, resume = [], [], replay.record, replay.resume
+
+    def recording(batch: Any, *more: Any) -> Any:
+        prefills.append(batch)
+        return record(batch, *more)
+
+    def resuming(batch: Any, attachment: Any, recorded: Any, fusion: int, policy: VisiPruner) -> Any:
+        passes.append((batch.inputs["input_ids"].tolist(), fusion, policy.tokens_threshold, policy.stages))
+        return resume(batch, attachment, recorded, fusion, policy)
+
+    monkeypatch.setattr(replay, "record", recording)
+    monkeypatch.setattr(replay, "resume", resuming)
+    columns = []
+    with attach(model, VisionSchedule()) as attachment:
+        for room, folder in ((prefills_module.HELD, "held"), (0, "dropped")):
+            monkeypatch.setattr(prefills_module, "HELD", room)
+            search = Search(
+                replace(arguments, output=str(tmp_path / folder)), attachment, processor, rows, others
+            )
+            prefills.clear()
+            passes.clear()
+            columns.append(search.run()["columns"])
+            batches = len(search.prompts.batches) + len(search.confirming.batches)  # type: ignore[union-attr]
+            keys = [str(key) for key in passes]
+            assert [len(batch) for batch in search.prompts.batches] == [1, 2, 4, 8, 1]
+            assert passes and len(set(keys)) == len(keys)
+            batches += 2  # of 8 prompts, whose labels are no dense answers
+            assert (len(prefills) == batches) if room else (len(prefills) > batches)
+    for name, column in columns[0].items():
+        np.testing.assert_allclose(column, columns[1][name], atol=1e-6)
+    scenes = {row["scene"] for row in rows.records}
+    assert len(search.prompts.images.features) == len(scenes) < len(rows)
+
+
 def test_kept_numbers_are_of_these_images_and_this_processor(base: str, tmp_path: Any) -> None:
     """The same questions about the picture upside down; and a processor with other settings."""
     rows = questions.of_rows(load_scenes("validation", n_scenes=1).select(range(2)))
@@ -278,8 +319,7 @@ def test_same_answer_is_what_generation_would_write(base: str, tmp_path: Any) ->
                 ]
             written[number] = [ended(row, search.prompts.stops) for row in ids.tolist()]
         batch = replay.Batch.build(model, inputs, written[2])
-        recorded = replay.record(batch, attachment, 0, "first")
-        outcomes = search.prompts.outcomes(batch, recorded, search.settings)
+        outcomes = Tried(lambda: batch, attachment, arguments).outcomes(search.settings)
     for number, outcome in enumerate(outcomes, 1):
         assert outcome.same.tolist() == [a == b for a, b in zip(written[number], written[2], strict=True)]
     assert outcomes[1].same.all() and not outcomes[0].same.all()
@@ -313,6 +353,12 @@ def test_prompts_about_one_image_do_not_accept_a_setting_together() -> None:
         )
 
     assert outcome(None).setting == 0 and outcome(images).setting is None
+    stopped = accept.accept(
+        lambda bound, least: 0 if least == 0 else None, lambda n: kl[-40:], lambda n: 0.5, 0.022, images
+    )
+    assert stopped.setting is None and stopped.limits[0] > kl[-40:].mean() > 0.022, (
+        "it ended before all prompts ran"
+    )
     names = [str(number) for number in images]
     assert choose.standard_error(kl, names) == pytest.approx(np.std(kl[::10], ddof=1) / 60**0.5)
     assert choose.standard_error(np.r_[kl[:10], np.full(590, np.nan)], names) is None
