@@ -1,8 +1,8 @@
 """Schedules and thresholds that other prompts chose, judged untrained on test questions of `smollm_icons`.
 
     python eval/bench/icons_schedules.py --profile outputs/real/profile --policy outputs/real/calibration/policy.yaml \\
-        --json docs/results/icons_schedules.json
-    python eval/bench/icons_schedules.py --json docs/results/icons_schedules.json     # the table again
+        --json outputs/icons_schedules.json
+    python eval/bench/icons_schedules.py --json outputs/icons_schedules.json  # the table again
 
 Each question is about a board of its own, and every row answers all of them: the KL of its answer's tokens to the dense
 model's, and whether greedy decoding would write the label. Beside the chosen schedule and the recipe's own stand three
