@@ -4,7 +4,7 @@
     python eval/bench/icons_students.py --arm base --output outputs/students
     python eval/bench/icons_students.py --merge outputs/students --json outputs/students.json
 
-An arm is a recipe and a teacher; `base` trains nothing and answers under dense and VisiPruner. `--share` takes a part
+An arm is a recipe and a teacher, heard in every step; `base` trains nothing and answers under dense and VisiPruner. `--share` takes a part
 of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on training on 50 pictures of
 `easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are compared on the same
 questions: new boards (`test`), boards of drawings that training never shows (`new_drawings`), and `easy_vqa`.
@@ -54,13 +54,13 @@ ROOT = Path(__file__).parents[2]
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
-    "dense_taught": ["recipe=dense", "teacher=dense"],
-    "late_fusion": ["recipe=late_fusion", "teacher=visipruner"],
-    "late_fusion_dense_teacher": ["recipe=late_fusion", "teacher=dense"],
+    "dense_taught": ["recipe=dense", "teacher=dense", "kl.trust=all"],
+    "late_fusion": ["recipe=late_fusion", "teacher=visipruner", "kl.trust=all"],
+    "late_fusion_dense_teacher": ["recipe=late_fusion", "teacher=dense", "kl.trust=all"],
     "late_fusion_no_teacher": ["recipe=late_fusion", "teacher=none"],
-    "cross_only": ["recipe=cross_only", "teacher=visipruner"],
+    "cross_only": ["recipe=cross_only", "teacher=visipruner", "kl.trust=all"],
     "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
-    "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner"],
+    "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
 }
 TESTS = {  # name -> set, split, boards or pictures (about 11 and 10 questions each)
