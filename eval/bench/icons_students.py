@@ -4,10 +4,11 @@
     python eval/bench/icons_students.py --arm base --output outputs/students
     python eval/bench/icons_students.py --merge outputs/students --json outputs/students.json
 
-An arm is a recipe and a teacher, heard in every step; `base` trains nothing and answers under dense and VisiPruner. `--share` takes a part
-of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on training on 50 pictures of
-`easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are compared on the same
-questions: new boards (`test`), boards of drawings that training never shows (`new_drawings`), and `easy_vqa`.
+An arm is a recipe and a teacher, which counts fully; `base` trains nothing and answers under dense and VisiPruner.
+`--share` takes a part of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on
+training on 50 pictures of `easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are
+compared on the same questions: new boards (`test`), boards of drawings that training never shows (`new_drawings`),
+and `easy_vqa`.
 """
 
 from __future__ import annotations
