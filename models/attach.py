@@ -17,11 +17,17 @@ from transformers import PreTrainedModel
 
 from latefusion.models.executor.around import Around
 from latefusion.models.executor.cache import is_scheduled
+from latefusion.models.executor.forward import TOKEN_TYPES
 from latefusion.models.executor.hooks import HOOKS, Hooks
 from latefusion.models.executor.prompt import PromptEnd
-from latefusion.models.executor.recurrence import check_recurrence, last_norm, mixer_of, recurrence_of
+from latefusion.models.executor.recurrence import check_recurrence, mixer_of, recurrence_of
 from latefusion.models.executor.trace import PrefillTrace, TextTrace, TraceRecord
-from latefusion.models.executor.unfit import check_stepwise, counted_rows, reason_unfit, takes_positions
+from latefusion.models.executor.unfit import (
+    check_reads_its_images,
+    check_stepwise,
+    counted_rows,
+    reason_unfit,
+)
 from latefusion.models.executor.vision import VisionMask, vision_token_ids
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies.base import Policy
@@ -278,11 +284,8 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder, once it is sure that hooks on its layers can work."""
     decoder = model.get_decoder()
     layers = decoder._modules.get("layers")
-    fits = (
-        isinstance(layers, nn.ModuleList)
-        and last_norm(decoder) is not None
-        and not model.config.is_encoder_decoder
-    )
+    fits = isinstance(layers, nn.ModuleList) and not model.config.is_encoder_decoder
+    check_reads_its_images(model, decoder)
     root = next((name for name, module in model.named_modules() if module is layers), "")
     placed = vars(model).get(
         "hf_device_map", {}
@@ -298,8 +301,7 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
             'load the model on one, with device_map={"": 0}; weights on "cpu" or "disk" are fine.'
         )
     for layer in layers if fits else ():  # type: ignore[union-attr]
-        takes = inspect.signature(layer.forward).parameters
-        fits = fits and mixer_of(layer) is not None and takes_positions(takes)
+        fits = fits and mixer_of(layer) is not None
         if fits:
             check_arguments(layer)
             check_recurrence(layer)
@@ -322,6 +324,7 @@ HANDED_ON = {
     "output_router_logits",
     "per_layer_input",
     "shared_kv_states",
+    TOKEN_TYPES,
 }
 """Arguments of a decoder layer that the executor translates, or that say nothing of single tokens."""
 
@@ -329,11 +332,6 @@ HANDED_ON = {
 def check_arguments(layer: Any) -> None:
     """Raise ValueError if a decoder layer takes more of every token than the executor hands on."""
     config = getattr(mixer_of(layer), "config", None)
-    if getattr(config, "altup_num_inputs", 1) > 1:
-        raise ValueError(
-            f"{type(layer).__name__} carries several states of every token (AltUp), of which a policy would have to "
-            "remove and put back all: no policy can be carried out on it yet."
-        )
     if getattr(config, "num_kv_shared_layers", 0) and not hasattr(layer.self_attn, "is_kv_shared_layer"):
         raise ValueError(
             f"{type(layer).__name__} shares keys and values between layers in a way that has not been tested: no "
@@ -344,6 +342,12 @@ def check_arguments(layer: Any) -> None:
         raise ValueError(reason)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for name, parameter in inspect.signature(layer.forward).parameters.items():
+        if name == "conv_mask":
+            raise ValueError(
+                f"{type(layer).__name__} runs convolutions over neighbouring tokens beside its attention (conv_mask): "
+                "what they make of a text without some tokens has not been shown exact, so no policy can be carried "
+                "out on it yet."
+            )
         if name not in HANDED_ON and parameter.kind not in kinds:
             raise ValueError(
                 f"{type(layer).__name__} takes {name}, which would have to follow the tokens that stay: no policy can "

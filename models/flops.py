@@ -43,14 +43,15 @@ def layer_flops(
     kv_heads = text.num_key_value_heads or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     whole = tokens - frozen
-    mlp = 6 * whole * hidden * mlp_width(text)
+    mlp = 6 * whole * hidden * mlp_width(text, layer) + whole * flops_beside(text)
     kind = "full_attention" if layer is None else layer_kind(config, layer)
     if kind == "linear_attention":
         return delta_flops(text, whole) + mlp
     if kind == "conv":
         return convolution_flops(text, whole) + mlp
     written = 2 + gates_attention(text)  # projections of queries, outputs and gates
-    projections = 2 * hidden * head_dim * (written * heads * whole + 2 * kv_heads * tokens)
+    stored = 0 if shares_keys(text, layer) else 2 * kv_heads * tokens
+    projections = 2 * hidden * head_dim * (written * heads * whole + stored)
     attention = 4 * whole * (past + tokens) * heads * head_dim
     return projections + attention + mlp
 
@@ -81,9 +82,27 @@ def convolution_flops(text: PretrainedConfig, tokens: int) -> int:
     return tokens * (2 * hidden * 4 * hidden + 2 * hidden * text.conv_L_cache)
 
 
-def mlp_width(text: PretrainedConfig) -> int:
+def flops_beside(text: PretrainedConfig) -> int:
+    """FLOPs of a token in a layer beside attention and MLP: Gemma 3n's and 4's inputs of a layer, AltUp, Laurel."""
+    hidden, states = text.hidden_size, getattr(text, "altup_num_inputs", 0)
+    altup = (
+        2 * states * (2 * hidden + states * (states + 1 + hidden))
+    )  # routed twice; both maps; the prediction
+    inner = (getattr(text, "hidden_size_per_layer_input", 0) or 0) + getattr(text, "laurel_rank", 0)
+    return altup + 4 * hidden * inner
+
+
+def shares_keys(text: PretrainedConfig, layer: int | None) -> bool:
+    """Whether a layer attends to the keys of a layer before (Gemma 3n, Gemma 4 E2B and E4B)."""
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    return layer is not None and layer >= text.num_hidden_layers - shared
+
+
+def mlp_width(text: PretrainedConfig, layer: int | None = None) -> int:
     """The inner size of a layer's MLP; LFM2 derives it from `intermediate_size`. Without one, of the active experts."""
     width: int | None = getattr(text, "intermediate_size", None)
+    if isinstance(width, (list, tuple)):  # Gemma 3n's, one a layer
+        return int(width[layer or 0])
     if width is None:
         shared = getattr(text, "shared_expert_intermediate_size", 0)
         return int(text.num_experts_per_tok * text.moe_intermediate_size + shared)
@@ -213,10 +232,13 @@ def vision_macs(config: PretrainedConfig, vision_tokens: Sequence[int], *, froze
     LLaVA-1.5-7B gives 3.82T. Of `frozen` tokens keys and values are left, `2nd^2`.
     """
     text = config.get_text_config()
-    d, m = text.hidden_size, text.intermediate_size
+    d = text.hidden_size
     if frozen:
         return sum(2 * n * d * d for n in vision_tokens)
-    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in vision_tokens)
+    widths = [mlp_width(text, i) for i in range(len(vision_tokens))]
+    return sum(
+        4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n, m in zip(vision_tokens, widths, strict=True)
+    )
 
 
 @dataclass(frozen=True)

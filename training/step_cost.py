@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from latefusion.models.attach import Attachment
-from latefusion.models.flops import decoder_flops, head_flops
+from latefusion.models.flops import decoder_flops, head_flops, mlp_width
 from latefusion.models.inputs import unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import entry_of
@@ -118,7 +118,7 @@ def activation_bytes(
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     attention = 2 * head_dim * (heads + (text.num_key_value_heads or heads))
     size = torch.finfo(dtype).bits // 8
-    vector = size * (4 * hidden + 4 * text.intermediate_size + attention) + 4 * 2 * hidden
+    vector = size * (4 * hidden + 4 * mlp_width(text) + attention) + 4 * 2 * hidden
     read = size * (4 * hidden + 2 * head_dim * (text.num_key_value_heads or heads)) + 4 * 2 * hidden
     layers = [
         (n - f) * vector + f * read + (2 * size * heads * n * (n - f) if eager else 0)

@@ -1,7 +1,7 @@
 """One forward under a policy: each layer computes the tokens of its segment, the model around the layers sees all.
 
-`enter_layer` runs before each layer and `leave_layer` after it, `finish` before the decoder's last norm. Vision tokens
-enter, and are removed, in `_switch` and nowhere else.
+`enter_layer` runs before each layer and `leave_layer` after it. Vision tokens enter, and are removed, in `_switch` and
+nowhere else; `leave_layer` puts them back behind the last layer.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ from latefusion.models.executor.tokens import Tokens
 from latefusion.models.executor.traits import checkpoints
 from latefusion.models.policies.base import Decision, SeesEmbeddings, Selection
 
+TOKEN_TYPES = "moe_mm_token_type_ids"  # [B, T], which experts a token goes to (Ernie 4.5 VL)
+
+
+def first_state(hidden_states: Tensor) -> Tensor:
+    """One state `[B, n, D]` of each token, of several under AltUp, `[A, B, n, D]`: before layer 0, its embedding."""
+    return hidden_states if hidden_states.dim() == 3 else hidden_states[0]
+
 
 class Forward:
     """The state of one forward of the decoder, from before its first layer to after its last.
@@ -47,7 +54,7 @@ class Forward:
         plain: the stock mask holds nothing but causal order and padding.
         decision: what the policy says of the vision tokens; None if there are none, or all take part everywhere.
         entering: the entry adapter, if the model has one.
-        deepstack: the layers after which the model itself adds to the full hidden states.
+        full_after: the layers after which the model itself works on the states of all tokens.
         recorded: keeps what is needed to expand what the model records of every layer; None if it records nothing.
         replayed: whether the backward pass computes the layers a second time (gradient checkpointing).
         uniform: the cache's layers hold equally many tokens of every sample (`is_uniform`).
@@ -68,7 +75,7 @@ class Forward:
         plain: bool,
         decision: Decision | None,
         entering: Entering | None,
-        deepstack: frozenset[int],
+        full_after: frozenset[int],
         recorded: Recorded | None,
         replayed: bool,
         uniform: bool,
@@ -76,7 +83,7 @@ class Forward:
         shares_keys: bool,
     ):
         self.config, self.tokens, self.plain, self.decision = config, tokens, plain, decision
-        self.entering, self.deepstack, self.recorded = entering, deepstack, recorded
+        self.entering, self.full_after, self.recorded = entering, full_after, recorded
         self.replayed, self.gaps = replayed, gaps
         self.uniform = uniform and tokens.prompt is None and recorded is None
         self.keys = LayerKeys(tokens.length, tokens.past, shared=shares_keys)
@@ -94,25 +101,29 @@ class Forward:
         i: int,
         layer: nn.Module,
         stock: Callable[..., Any],
-        args: tuple[Any, ...],
+        hidden_states: Tensor,
         kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """A layer's arguments in compact coordinates; the same objects if they stay as they are.
 
         Args:
             stock: the layer's own forward.
+            kwargs: all other arguments, by name.
         """
         if (
             self.uniform
             and kwargs.get("attention_mask") is None
             and (self.entering is None or i != self.entering.idle_before)
         ):
-            return args, kwargs  # a decode step: no mask to translate, and the cache counts new tokens itself
+            return (
+                hidden_states,
+                kwargs,
+            )  # a decode step: no mask to translate, and the cache counts new tokens itself
         if self.watch is not None:
             self.watch.check()
             if i in self.watch.looks_ahead:
-                self._look_ahead(i, layer, stock, args, kwargs)
-        hidden_states = self._select(i, args[0])
+                self._look_ahead(i, layer, stock, hidden_states, kwargs)
+        hidden_states = self._select(i, hidden_states)
         if self.watch is not None and not is_skipped(stock):
             self.watch.enter(i, mixer_of(layer))
         if self.recorded is not None:
@@ -121,30 +132,28 @@ class Forward:
         if checkpoints(layer):
             cache = None  # the layer is about to drop it, too
         if self.segment.layout is None and not self.keys.lacks_some(i, layer, cache):
-            return (args if hidden_states is args[0] else (hidden_states, *args[1:])), kwargs
-        compact = self._compact(i, layer, hidden_states, kwargs, cache)
-        return (hidden_states, *self._compact_inputs(args[1:])), compact
-
-    def _compact_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a layer is handed by position after its hidden states: Gemma 4's `per_layer_input` `[B, T, P]`."""
-        return tuple(self.segment.take(arg) if isinstance(arg, Tensor) else arg for arg in args)
+            return hidden_states, kwargs
+        return hidden_states, self._compact(i, layer, hidden_states, kwargs, cache)
 
     def leave_layer(self, i: int, output: Any) -> Any:
-        """A layer's output, at full length where the model is going to add to it."""
-        if self.segment.layout is None or i not in self.deepstack:
+        """A layer's output, at full length where the model goes on with it."""
+        if i not in self.full_after:
             return output
-        self.expanded = True
-        output = self.segment.expand(output)
-        if self.recorded is not None:
-            self.recorded.full_length.append(output)
-        return output
+        if isinstance(output, tuple):
+            return (self._full(i, output[0]), *output[1:])
+        return self._full(i, output)
 
-    def finish(self, hidden_states: Tensor) -> Tensor:
-        """The last layer's output at full length."""
+    def _full(self, i: int, hidden_states: Tensor) -> Tensor:
+        """The states behind layer i at full length."""
+        if self.segment.layout is not None:
+            self.expanded = True
+            hidden_states = self.segment.expand(hidden_states)
+            if self.recorded is not None:
+                self.recorded.full_length.append(hidden_states)
+        if i < max(self.full_after):
+            return hidden_states
         if self.watch is not None:
             self.watch.check()
-        if not self.expanded:
-            hidden_states = self.segment.expand(hidden_states)
         return hidden_states if self.entering is None else self.entering.run_idle(hidden_states)
 
     # ---------------------------------------------------------------- which tokens
@@ -153,7 +162,8 @@ class Forward:
         """Ask the policy before layer i; the hidden states of the tokens that the layer computes."""
         if i == 0 and self.decision is not None and isinstance(self.decision, SeesEmbeddings):
             samples = self.tokens.samples
-            self.decision.embedded(hidden_states if samples is None else samples.split(hidden_states))
+            embeddings = first_state(hidden_states)
+            self.decision.embedded(embeddings if samples is None else samples.split(embeddings))
         entering = self.entering
         if self.tokens.prompt is None and entering is not None and 0 < i == entering.idle_before:
             hidden_states = entering.run_idle(hidden_states)
@@ -207,7 +217,10 @@ class Forward:
         """A layer's keyword arguments for the tokens of its segment; its cache learns which tokens are coming."""
         segment, kwargs = self.segment, dict(kwargs)
         if segment.layout is not None:
-            kwargs["position_embeddings"] = segment.take_embeddings(kwargs["position_embeddings"])
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = segment.take_embeddings(kwargs["position_embeddings"])
+            if kwargs.get(TOKEN_TYPES) is not None:
+                kwargs[TOKEN_TYPES] = segment.take_ids(kwargs[TOKEN_TYPES])
             ids = kwargs.get("position_ids")
             if ids is not None:  # flash attention would take ids with gaps for packed sequences
                 packs = is_flash_attention_requested(self.config)
@@ -233,12 +246,11 @@ class Forward:
             "past": self.tokens.past,
             "causal": getattr(layer.self_attn, "is_causal", True),  # as transformers decides for its kernels
         }
+        rows = first_state(hidden_states)
         if reused is not None:
-            kwargs["attention_mask"] = shared_mask(mask, segment, keys, hidden_states, **facts)
+            kwargs["attention_mask"] = shared_mask(mask, segment, keys, rows, **facts)
         else:
-            kwargs["attention_mask"] = segment_mask(
-                mask, segment, keys, hidden_states, plain=self.plain, **facts
-            )
+            kwargs["attention_mask"] = segment_mask(mask, segment, keys, rows, plain=self.plain, **facts)
         return kwargs
 
     def _rows_read(self, i: int, cache: Cache | None) -> Tensor | None:
@@ -262,18 +274,19 @@ class Forward:
         i: int,
         layer: nn.Module,
         stock: Callable[..., Any],
-        args: tuple[Any, ...],
+        hidden_states: Tensor,
         kwargs: dict[str, Any],
     ) -> None:
         """Show the decision the attention of layer i on the tokens of the layer before; nothing else comes of it."""
         assert self.watch is not None
         check_not_sharded(layer)
-        hidden_states = self.segment.take(args[0]) if self.expanded else args[0]
+        if self.expanded:
+            hidden_states = self.segment.take(hidden_states)
         cache = kwargs.get("past_key_values")
         copied = None if cache is None or checkpoints(layer) else without_effect(cache, i)
         kwargs = self._compact(i, layer, hidden_states, {**kwargs, "past_key_values": copied}, copied)
         with self.watch.ahead(i):
-            stock(hidden_states, *args[1:], **kwargs)
+            stock(hidden_states, **kwargs)
 
     def attend(self, i: int, attention: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The attention of layer i, shown to the policy, which watches some; `args` are the function's."""

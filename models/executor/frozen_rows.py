@@ -116,10 +116,16 @@ class ReadingLayer:
         self.forget()  # the MLP comes last
         if rows is None:
             return stock(*args, **kwargs)
-        output = stock(rows.take(args[0]), *args[1:], **kwargs)
+        others = (self._of_rows(rows, arg, args[0].shape[:2]) for arg in args[1:])
+        output = stock(rows.take(args[0]), *others, **kwargs)
         if isinstance(output, tuple):  # with what a router says of the rows
             return (_put(rows, output[0]), *output[1:])
         return _put(rows, output)
+
+    @staticmethod
+    def _of_rows(rows: Layout, arg: Any, shape: torch.Size) -> Any:
+        """What the MLP is handed of every row, `[B, N]`, for some of them: the kinds of tokens that Ernie routes by."""
+        return arg.gather(1, rows.index) if isinstance(arg, Tensor) and arg.shape == shape else arg
 
     def restore(self, rows: Layout, hidden_states: Tensor, output: Tensor) -> Tensor:
         """The layer's output, with the state that the other rows than `rows` had before."""

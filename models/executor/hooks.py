@@ -38,7 +38,6 @@ from latefusion.models.executor.recurrence import (
     Gaps,
     by_length,
     check_continued,
-    last_norm,
     recurrence_of,
 )
 from latefusion.models.executor.threads import PerThread
@@ -49,6 +48,7 @@ from latefusion.models.executor.traits import (
     arguments_by_name,
     checkpoints,
     layers_before_additions,
+    positional,
     runs_on_every_process,
 )
 from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
@@ -74,11 +74,11 @@ class Running:
 
 
 class Hooks:
-    """The hooks of one attached model: around its forward, its decoder's, each layer's, and before the last norm.
+    """The hooks of one attached model: around its forward, its decoder's, and each layer's.
 
     Args:
         model: the Hugging Face model.
-        decoder: its decoder, which has `layers`, each with attention or a recurrence, and a last norm.
+        decoder: its decoder, which has `layers`, each with attention or a recurrence.
         multimodal: what calls the decoder and sees the images; the decoder itself in a bare language model.
         vision_mask: the user's own rule for what is vision, or None.
         inexact: why the decoder does not do what policies may ask for: `ranking`, `freezing` (`self_check`).
@@ -159,9 +159,6 @@ class Hooks:
             mixer = recurrence_of(layer)
             if mixer is not None:
                 yield Around(mixer, "forward", partial(self._recur, mixer), occasions=self._busy)
-        norm = last_norm(decoder)
-        assert norm is not None
-        yield norm.register_forward_pre_hook(self._before_norm)
 
     @torch.compiler.disable  # dynamo would take one thread's number for that of all
     def _set_forward(self, forward: Forward | None) -> None:
@@ -284,7 +281,7 @@ class Hooks:
             plain=self._is_plain(arguments.get("attention_mask"), tokens),
             decision=decision,
             entering=entering,
-            deepstack=layers_before_additions(arguments),
+            full_after=layers_before_additions(arguments) | {len(self.layers) - 1},
             recorded=Recorded(traits.attention) if _records(arguments, config) else None,
             replayed=torch.is_grad_enabled() and any(map(checkpoints, self.layers)),
             uniform=is_uniform(cache),
@@ -354,6 +351,9 @@ class Hooks:
         forward = self._threads.get().forward
         if forward is None:
             return stock(*args, **kwargs)
+        names = positional(type(layer))[1 : len(args)] if len(args) > 1 else ()
+        if names:  # Gemma 3n hands on three more by position
+            kwargs = {**dict(zip(names, args[1:], strict=True)), **kwargs}
         if (
             i == 0
             and forward.uniform
@@ -362,13 +362,14 @@ class Hooks:
             and kwargs.get("attention_mask") is None
         ):
             self._set_forward(None)  # a decode step without a mask: no layer has anything to translate
-            return stock(*args, **kwargs)
-        args, kwargs = forward.enter_layer(i, layer, stock, args, kwargs)
+            return stock(args[0], **kwargs)
+        states, kwargs = forward.enter_layer(i, layer, stock, args[0], kwargs)
         if forward.selections is not None and forward.selections.freezes:
             self._begin_reading(i, forward.replayed)
-        output = stock(*args, **kwargs)
+        # by position again: checkpointing may give gradients to such arguments alone
+        output = stock(states, *(kwargs.pop(name) for name in names), **kwargs)
         if forward.segment.text is not None:
-            output = self._reading[i].restore(forward.segment.text, args[0], output)
+            output = self._reading[i].restore(forward.segment.text, states, output)
         return forward.leave_layer(i, output)
 
     @torch.compiler.disable
@@ -420,10 +421,6 @@ class Hooks:
         if layout is None or layout.valid is None:
             return stock(*args, **kwargs)
         return by_length(stock, layout, mixer.layer_idx, arguments_by_name(mixer, args, kwargs))
-
-    def _before_norm(self, module: nn.Module, args: tuple) -> tuple | None:
-        forward = self._running.forward
-        return None if forward is None else (forward.finish(args[0]), *args[1:])
 
 
 class Watcher:

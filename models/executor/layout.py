@@ -39,16 +39,17 @@ class Layout:
         return cls(index, valid, (index + start).flatten(), length, tuple(counts))
 
     def take(self, full: Tensor) -> Tensor:
-        """`[B, T, D]` (or one row `[1, T, D]` for all samples) -> `[B, n, D]`."""
-        rows = self.rows if full.shape[0] == self.index.shape[0] else self.index.flatten()
-        return full.flatten(0, 1).index_select(0, rows).unflatten(0, self.index.shape)
+        """`[..., B, T, D]` (or one row `[..., 1, T, D]` for all samples) -> `[..., B, n, D]`."""
+        rows = self.rows if full.shape[-3] == self.index.shape[0] else self.index.flatten()
+        return full.flatten(-3, -2).index_select(-2, rows).unflatten(-2, self.index.shape)
 
     def put(self, full: Tensor, compact: Tensor) -> Tensor:
-        """A copy of `full` `[B, T, D]` in which the segment's rows are `compact` `[B, n, D]`."""
+        """A copy of `full` `[..., B, T, D]` in which the segment's rows are `compact` `[..., B, n, D]`."""
         full = full.to(compact.dtype)
         if self.valid is not None:
             compact = torch.where(self.valid[..., None], compact, self.take(full))
-        return full.flatten(0, 1).index_copy(0, self.rows, compact.flatten(0, 1)).unflatten(0, full.shape[:2])
+        rows = full.flatten(-3, -2).index_copy(-2, self.rows, compact.flatten(-3, -2))
+        return rows.unflatten(-2, full.shape[-3:-1])
 
     def positions(self, offset: int) -> Tensor:
         """Logical positions after `offset` earlier tokens, -1 for padding, int64 `[B, n]`."""

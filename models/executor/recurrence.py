@@ -26,7 +26,7 @@ EXACT = (  # parts and parameters of the recurrences that have been shown exact
     {"in_proj", "conv", "out_proj"},
 )
 STATES = ("conv_states", "recurrent_states")  # of a cache layer
-NORMS = ("norm", "embedding_norm")  # what decoders call the norm after their last layer
+NORMS = ("norm", "embedding_norm", "final_layernorm")  # what decoders call the norm after their last layer
 
 
 def mixer_of(layer: nn.Module) -> nn.Module | None:

@@ -19,7 +19,7 @@ class Segment:
     Attributes:
         layout: the tokens that these layers compute; None: all, and the stock model's tensors stay untouched.
         full: `[B, T, D]`, every token's state at the start of the segment: what a token keeps that is not computed.
-            None if all are computed.
+            None if all are computed. `[A, B, T, D]` in decoders that carry several states of a token (AltUp).
         text: where vision tokens are frozen, the text rows among the layout's tokens; else None.
         silent: bool over the rows that attend (the text rows, or all of the layout), whose attention output is zero;
             None: no rows.
@@ -47,7 +47,7 @@ class Segment:
         return self._made[key][1]
 
     def take(self, full: Tensor) -> Tensor:
-        """The segment's rows of `[B, T, D]`."""
+        """The segment's rows of `[..., B, T, D]`."""
         return full if self.layout is None else self.layout.take(full)
 
     def take_embeddings(self, embeddings: Any) -> Any:
@@ -60,8 +60,8 @@ class Segment:
 
     def _take_embedding(self, full: Tensor) -> Tensor:
         """The segment's rows of `[B|1, T, D]`, or of `[axes, B|1, T, D]`: M-RoPE before transformers 5.17."""
-        if self.layout is not None and full.dim() == 4 and full.shape[2] == self.layout.length:
-            return torch.stack([self.layout.take(axis) for axis in full])
+        if self.layout is not None and full.dim() == 4 and full.shape[2] != self.layout.length:
+            return self.layout.take(full.flatten(2)).unflatten(-1, full.shape[2:])  # [B|1, T, heads, D]
         return self.take(full)
 
     def take_ids(self, ids: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Segment:
         return self.once("positions", (ids,), lambda: ids.expand(*index.shape[:-1], -1).gather(-1, index))
 
     def expand(self, hidden_states: Tensor) -> Tensor:
-        """The segment's hidden states `[B, n, D]` at full length `[B, T, D]`."""
+        """The segment's hidden states `[..., B, n, D]` at full length `[..., B, T, D]`."""
         if self.layout is None:
             return hidden_states
         assert self.full is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def arguments_by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if not args:
         return kwargs
     return dict(zip(parameters_of(module), args, strict=False), **kwargs)
+
+
+@cache
+def positional(kind: type) -> tuple[str, ...]:
+    """What a layer of this class can be handed by position, by name; a subclass may hand all of it on (`*args`)."""
+    for base in kind.__mro__:
+        forward = vars(base).get("forward")
+        takes = {} if forward is None else inspect.signature(forward).parameters
+        if takes and inspect.Parameter.VAR_POSITIONAL not in {p.kind for p in takes.values()}:
+            return tuple(takes)[1:]  # without self
+    raise AssertionError(f"{kind.__name__} has no forward")
 
 
 def layers_before_additions(arguments: Mapping[str, Any]) -> frozenset[int]:

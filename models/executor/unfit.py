@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from latefusion.models.executor.cache import SUPPORTED, UNCHANGED
 from latefusion.models.executor.recurrence import mixer_of
+
+CROSS = re.compile(r"crossattention|CrossAttention")  # in the name of a module or of its class
 
 
 def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
@@ -21,6 +23,9 @@ def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
             f"{name} is an encoder-decoder model: its text reads the image through cross-attention, so there are no "
             "vision tokens among the decoder's to remove; use a decoder-only model such as LLaVA or Qwen2-VL."
         )
+    inner = getattr(decoder, "get_decoder", lambda: decoder)()
+    if inner is not decoder and isinstance(inner, nn.Module):  # a language model inside of the model
+        decoder, kind = inner, type(inner).__name__
     layers = getattr(decoder, "_modules", {}).get("layers")
     if not isinstance(layers, nn.ModuleList):
         reasons = (counted_rows(module) for module in decoder.modules())
@@ -28,20 +33,35 @@ def reason_unfit(model: PreTrainedModel, decoder: Any) -> str:
         if scaled is not None:
             return scaled
         return f"{name} has no decoder with a list `layers` for a policy to work between (its decoder is {kind})."
-    for i, layer in enumerate(layers):
-        takes = inspect.signature(layer.forward).parameters
-        if mixer_of(layer) is None:
-            return (
-                f"layer {i} of {kind}, {type(layer).__name__}, mixes tokens in none of the known ways (self_attn, "
-                f"linear_attn, conv) but has {', '.join(dict(layer.named_children()))}: what it does without some "
-                "tokens has not been shown exact."
-            )
-        if not takes_positions(takes):
-            return (
-                f"layer {i} of {kind}, {type(layer).__name__}, takes no position_embeddings: its positions are not "
-                "rotary, and what it does without some tokens has not been shown exact."
-            )
-    return f"{kind} has no last `norm`, before which a policy puts back the tokens that it removed."
+    i, layer = next(((i, layer) for i, layer in enumerate(layers) if mixer_of(layer) is None), (0, None))
+    if layer is None:
+        return f"{name} keeps its decoder ({kind}) inside of another model, where no policy has been tried."
+    return (
+        f"layer {i} of {kind}, {type(layer).__name__}, mixes tokens in none of the known ways (self_attn, "
+        f"linear_attn, conv) but has {', '.join(dict(layer.named_children()))}: what it does without some "
+        "tokens has not been shown exact."
+    )
+
+
+def check_reads_its_images(model: PreTrainedModel, decoder: Any) -> None:
+    """Raise ValueError if the decoder has no vision tokens of its own, or nothing says which they are."""
+    if model.config.is_encoder_decoder:
+        return  # for its own reason
+    if "qformer" in model.base_model._modules:
+        raise ValueError(
+            f"{type(model).__name__}.generate hands its language model embeddings alone, where nothing says which of "
+            "them are vision tokens: use a model that writes token by token itself, such as LLaVA or Qwen2-VL."
+        )
+    reader = next(
+        (part for name, part in decoder.named_modules() if CROSS.search(f"{name} {type(part).__name__}")),
+        None,
+    )
+    if reader is not None:
+        raise ValueError(
+            f"{type(model).__name__} reads what it is shown through cross-attention ({type(reader).__name__}), so "
+            "there are no vision tokens among the decoder's to remove; use a model whose images are tokens, such as "
+            "LLaVA or Qwen2-VL."
+        )
 
 
 def counted_rows(layer: nn.Module) -> str | None:
@@ -56,13 +76,6 @@ def counted_rows(layer: nn.Module) -> str | None:
         f"{type(attention).__name__} scales its queries by the number of a row among those that it is handed "
         "(attn_temperature_tuning), not by its position: no policy can be carried out on it yet."
     )
-
-
-def takes_positions(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a layer takes rotary positions: by name, or as all that a subclass hands on."""
-    kinds = {parameter.kind for parameter in parameters.values()}
-    hands_on = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
-    return hands_on or "position_embeddings" in parameters
 
 
 def check_stepwise(decoder: Any) -> None:

@@ -99,13 +99,19 @@ def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAd
     """Add a new entry adapter to the Hugging Face model as its submodule `vision_entry`, in float32.
 
     Raises:
-        ValueError: the rank is negative, or the model has an entry adapter.
+        ValueError: the rank is negative, or the model has an entry adapter, or several states for it to map.
     """
     if rank < 0:
         raise ValueError(f"entry rank {rank} must not be negative; 0 means a scale per channel only.")
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; load a fresh base model.")
-    hidden_size = model.config.get_text_config().hidden_size
+    text = model.config.get_text_config()
+    if getattr(text, "altup_num_inputs", 1) > 1:
+        raise ValueError(
+            f"{type(model).__name__} carries {text.altup_num_inputs} states of every token (AltUp), and an entry "
+            "adapter maps one: use schedule.enter=0."
+        )
+    hidden_size = text.hidden_size
     with model.device:
         entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places)
     model.add_module(ENTRY, entry)

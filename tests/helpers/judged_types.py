@@ -114,7 +114,12 @@ class Subject:
             mask = torch.nn.functional.pad(out["attention_mask"], (0, NEW_TOKENS), value=1)
             first = int(self.model.config.model_type == "paligemma")
             out["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + first
-        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        for name, fill in (
+            ("attention_mask", 1),
+            ("mm_token_type_ids", 0),
+            ("moe_mm_token_type_ids", 0),
+            ("token_type_ids", 0),
+        ):
             if name in out:
                 old = out[name]
                 fill = 1 if self.model.config.model_type == "paligemma" else fill  # its suffix is causal

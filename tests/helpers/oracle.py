@@ -80,11 +80,11 @@ def masked(
             state[i] = (torch.ones_like(vision) if mask is None else mask.bool()) & (~vision | seen[i])
             return (hidden, *args[1:]), kwargs
         stored = seen[source_of_keys(decoder.layers, i)]
-        kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, hidden, vision & ~stored)
+        kwargs["attention_mask"] = hide(kwargs.get("attention_mask"), layer, vision & ~stored)
         return (hidden, *args[1:]), kwargs
 
-    def hide(mask: Tensor | None, layer: Any, hidden: Tensor, columns: Tensor) -> Tensor:
-        batch, length = hidden.shape[:2]
+    def hide(mask: Tensor | None, layer: Any, columns: Tensor) -> Tensor:
+        batch, length = columns.shape
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool)
             mask = mask.tril() if layer.self_attn.is_causal else mask

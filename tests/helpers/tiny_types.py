@@ -119,7 +119,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 1], [0, 2]],
         "downsample_rate": "1/1",
@@ -162,6 +162,7 @@ SCALED = {
 EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 LOCAL = ["sliding_attention", "full_attention"] * 3
 VARIANTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "gemma3n, no shared keys": ("gemma3n", None, {"num_kv_shared_layers": 0}),
     "gemma4, no per-layer inputs": ("gemma4", None, {"hidden_size_per_layer_input": 0}),
     "gemma4, experts": ("gemma4", None, {"hidden_size_per_layer_input": 0, **EXPERTS}),
     "gemma4, per-layer inputs and shared keys": (
@@ -308,11 +309,15 @@ def build_type(row: str, attention: str = "sdpa") -> Any:
     with no_timm():
         config = shrunk(model_type, decoder, **changes)
         try:
-            return build_from(config, attention)
+            model = build_from(config, attention)
         except ValueError as error:
             if "attention implementation" not in str(error):
                 raise
-            return build_from(config, "eager")
+            model = build_from(config, "eager")
+    for name, weight in model.named_parameters():
+        if name.endswith("correct_output_scale"):  # zeros, with which Gemma 3n's per-layer inputs do nothing
+            torch.nn.init.normal_(weight.data)
+    return model
 
 
 def weightless(model_type: str) -> Any:
@@ -333,7 +338,7 @@ def prompt_for(model: Any) -> tuple[dict[str, Any], torch.Tensor]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     takes = inspect.signature(model.forward).parameters
     vision = ids == IMAGE
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if name in takes:
             inputs[name] = vision.int() if name.startswith("mm") else vision.long()
     if model.config.model_type == "paligemma":

@@ -44,6 +44,12 @@ SCALED = {
 FULL = {"layer_types": ["full_attention"] * LAYERS}
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 GEMMA4: dict[str, Any] = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+GEMMA3N: dict[str, Any] = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 120,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 0,
+}
 
 DECODERS: dict[
     str, tuple[Any, dict[str, Any], bool]
@@ -63,6 +69,16 @@ DECODERS: dict[
         True,
     ),
     "experts as the mlp": (hf.Qwen3MoeConfig, {"num_experts": 4, **EXPERTS}, True),
+    "several states a token": (
+        hf.Gemma3nTextConfig,
+        {
+            **LOCAL,
+            "intermediate_size": [48] * LAYERS,
+            "activation_sparsity_pattern": [0.5] * LAYERS,
+            **GEMMA3N,
+        },
+        True,
+    ),
     "fused projections": (hf.Phi3Config, {}, False),
     "keys hidden by their values": (hf.DogeConfig, {"keep_window_size": 4}, False),
 }
@@ -132,7 +148,9 @@ def test_the_policy_is_shown_the_attention_weights_of_the_model(name: str) -> No
 
     model = build(name)
     with torch.no_grad():
-        stock = model(input_ids=IDS, attention_mask=MASK, use_cache=False, output_attentions=True).attentions
+        embeds = model.get_input_embeddings()(IDS)  # as `logits`: Gemma 3n makes inputs of each layer of ids
+        options = {"attention_mask": MASK, "use_cache": False, "output_attentions": True}
+        stock = model(inputs_embeds=embeds, **options).attentions
     with attach(model, Look(), vision_mask=VISION):
         logits(model, use_cache=False)
     assert len(shown) == len(stock) == LAYERS

@@ -10,6 +10,7 @@ from helpers.data_rows import IMAGE_PART, grey_image, turn
 from helpers.families import CONFIGS, HYBRID_FAMILIES, build_from
 from helpers.flop_counter import CPU_ATTENTION, N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
 from helpers.models_with_processors import collator_of, model_and_processor
+from helpers.tiny_types import build_type
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,6 +103,22 @@ def test_an_unknown_convention_is_refused() -> None:
         ValueError, match=r"^convention='tops' is unknown; use 'computed' or 'vision_only'\.$"
     ):
         VisionSchedule().flops(llama_config(2, "sdpa"), 1, 1, convention="tops")
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma3n, no shared keys"])
+def test_states_inputs_and_shared_keys_of_gemma3n_cost_what_pytorch_counts(name: str) -> None:
+    model = build_type(name)
+    text, tokens = model.config.get_text_config(), 120
+    decoder = model.get_decoder()
+    embeddings = {"inputs_embeds": torch.randn(1, tokens, text.hidden_size), "use_cache": False}
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+        decoder(**embeddings)
+    hidden, around = text.hidden_size, 2 * (text.altup_num_inputs - 1)  # states made before and joined after
+    around = (
+        2 * tokens * hidden * (around * hidden + text.num_hidden_layers * text.hidden_size_per_layer_input)
+    )
+    formula = decoder_flops(model.config, [tokens] * text.num_hidden_layers)
+    assert formula == pytest.approx(counter.get_total_flops() - around, rel=0.01)
 
 
 @pytest.mark.parametrize("family", HYBRID_FAMILIES)
