@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,13 @@ NOT_EXPORTED = (
     "graph would hold one prompt's numbers. Call detach() to export the model without the policy, or let vLLM "
     "serve a student (docs/serving.md)."
 )
+
+
+def refuse_export() -> None:
+    """Raise ValueError inside of torch.export, before it traces anything."""
+    tracer = sys.modules.get("torch.export._trace")
+    if getattr(tracer, "_EXPORT_FLAGS", None) is not None:
+        raise ValueError(NOT_EXPORTED)
 
 
 class Around:
@@ -64,11 +72,14 @@ class Around:
 
     @property
     def __code__(self) -> Any:
-        """What torch.export looks for first."""
-        raise AttributeError(NOT_EXPORTED)
+        """What `torch.export(strict=False)` looks for first."""
+        refuse_export()
+        raise AttributeError("__code__")
 
     @property
     def __signature__(self) -> inspect.Signature:
+        """What `torch.export(strict=True)` looks for first; behind it, dynamo would wrap a refusal in 23 lines."""
+        refuse_export()
         return inspect.signature(self.stock)
 
     def remove(self) -> None:
