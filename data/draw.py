@@ -1,4 +1,4 @@
-"""Draw rows to measure on: rows with images, cut after the first answer, different images first."""
+"""Draw rows to measure on: rows with images or videos, cut after the first answer, different images first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from latefusion.data.bad_rows import Bad, Checked, usable
 from latefusion.data.load import Mixture, parts_of, rows_of, training_data
-from latefusion.data.samples import first_exchange, videos_of_sample
+from latefusion.data.samples import BadSample, first_exchange, videos_of_sample
 from latefusion.data.sources import Rows
 from latefusion.data.streaming import Lazy
 from latefusion.models.fingerprint import image_fingerprint
@@ -21,7 +21,7 @@ OPENED = 20  # rows with images that are opened at most for each image that is n
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A row with images: its number, a key of its images, and how many rows before it have the same images."""
+    """A row with images or videos: its number, a key of these, and how many rows before it have the same."""
 
     row: int
     images: frozenset[Hashable]
@@ -65,10 +65,15 @@ def prompt_rows(data: DataConfig, split: str | None, needed: int) -> Any:
     return Checked(rows[0] if len(rows) == 1 else Mixture(rows, weights, data.seed))
 
 
-def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[ImageRow], list[Bad]]:
-    """Rows that have images and no videos before their first answer, new images first, and rows that cannot be used.
+def with_images(
+    rows: Any, *, needed: int | None, seed: int, no_videos: str = ""
+) -> tuple[list[ImageRow], list[Bad]]:
+    """Rows that have images or videos before their first answer, new images first, and rows that cannot be used.
 
     Rows are opened in an order drawn by `seed`, until there are `needed` different images; None: all rows.
+
+    Args:
+        no_videos: why a row with a video cannot be used (`videos.unreadable`); empty: it can.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -81,7 +86,10 @@ def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[Image
             bad.append(row)
             continue
         sample = first_exchange(row)
-        if not sample["images"] or videos_of_sample(sample):
+        if not shows(sample):
+            continue
+        if no_videos and videos_of_sample(sample):
+            bad.append(Bad(i, str(sample.get("id", i)), BadSample(f"has a video: {no_videos}")))
             continue
         images = images_key(sample)
         image_rows.append(ImageRow(i, images, times[images]))
@@ -92,10 +100,11 @@ def with_images(rows: Any, *, needed: int | None, seed: int) -> tuple[list[Image
 
 
 def images_key(row: dict[str, Any]) -> frozenset[Hashable]:
-    """A key that rows about the same images share: their pixels, or the scene that they show."""
+    """A key that rows about the same images and videos share: their pixels, or the scene that they show."""
     if "scene" in row:
         return frozenset([row["scene"]])
-    return frozenset(image_fingerprint(image) for image in row["images"])
+    videos = (video.fingerprint() for video in videos_of_sample(row))
+    return frozenset([*(image_fingerprint(image) for image in row["images"]), *videos])
 
 
 def shows(sample: dict[str, Any]) -> bool:

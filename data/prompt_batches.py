@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latefusion.data.collate import IGNORE, Collator, label_columns
+from latefusion.data.samples import videos_of_sample
 from latefusion.data.videos import TIMES
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -129,17 +130,18 @@ def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], s
     """Batches of at most `size` samples.
 
     Samples whose images stand at the same places share a batch (`blind.CachedRuns` works on such), like lengths
-    together.
+    together, those with videos apart.
     """
     vision_ids = set(vision_token_ids(model.base_model.config).values())
-    keys: list[tuple[tuple[int, ...], int]] = []
+    keys: list[tuple[tuple[tuple[int, ...], bool], int]] = []
     answers: list[int] = []
     content: list[bytes] = []
     for sample in samples:
         row = collator([sample])
         content.append(_hashed(row))
         ids = row["input_ids"][0].tolist()
-        keys.append((tuple(i for i, token in enumerate(ids) if token in vision_ids), len(ids)))
+        places = tuple(i for i, token in enumerate(ids) if token in vision_ids)
+        keys.append(((places, bool(videos_of_sample(sample))), len(ids)))
         answers.append(int((row["labels"] != IGNORE).sum()))
     order = sorted(range(len(samples)), key=lambda i: (keys[i], i))
     groups: list[list[int]] = []
@@ -158,7 +160,7 @@ def batches(model: Any, collator: Collator, samples: Sequence[dict[str, Any]], s
         Group(
             tuple(group),
             maker(group),
-            places=keys[group[0]][0],
+            places=keys[group[0]][0][0],
             lengths=tuple(keys[i][1] for i in group),
             answers=sum(answers[i] for i in group),
             content=sha256(b"".join(content[i] for i in group)).hexdigest()[:16],

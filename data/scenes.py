@@ -83,7 +83,7 @@ def render(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for item in scene.items:
         x, y = _center(item)
-        _draw_shape(draw, item.shape, COLORS[item.color], x, y, item.radius * ZOOM)
+        draw_shape(draw, item.shape, COLORS[item.color], x, y, item.radius * ZOOM)
     x, y = _center(scene.sign)
     box = (x - 15 * ZOOM, y - 9 * ZOOM, x + 15 * ZOOM, y + 9 * ZOOM)
     draw.rectangle(box, fill=(255, 255, 255), outline=(120, 120, 120), width=ZOOM)
@@ -97,7 +97,7 @@ def _center(thing: Item | Sign) -> tuple[int, int]:
     return x * ZOOM, y * ZOOM
 
 
-def _draw_shape(
+def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, color: tuple[int, int, int], x: int, y: int, r: int
 ) -> None:
     if shape == "circle":

@@ -19,6 +19,7 @@ import numpy as np
 from latefusion.data.images import ADDRESS, MAX_PIXELS, BadImage, data_url_bytes, is_data_url, load_image
 from latefusion.data.printing import first_line, short
 from latefusion.models.fingerprint import fingerprint, frames_of_folder, local_path
+from latefusion.models.locate import readable
 
 MAX_FRAMES = 16  # shown of a video where nothing else is said
 MAX_TOTAL = 4 * MAX_PIXELS  # pixels of all frames that are shown: 1.2 GB as RGB
@@ -159,6 +160,13 @@ def unreadable(family: str) -> str:
     if family in FAMILIES:
         return ""
     return f"a model of type {family or 'unknown'} is shown no videos; use one of {', '.join(FAMILIES)}"
+
+
+def unreadable_by(path: str, **place: Any) -> str:
+    """Why the model at a path (`load_base`) is not shown videos; empty if it is. `place`: its revision, say."""
+    from transformers import AutoConfig  # lazy: a bad video is refused without it
+
+    return unreadable(AutoConfig.from_pretrained(readable(path), **place).model_type)
 
 
 def video_arguments(videos: Sequence[Video], family: str) -> dict[str, Any]:

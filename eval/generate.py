@@ -23,7 +23,7 @@ from rich.table import Table
 
 from latefusion.data.escape import terminal
 from latefusion.data.images import BadImage, load_image
-from latefusion.data.videos import BadVideo, load_video
+from latefusion.data.videos import BadVideo, load_video, unreadable_by
 from latefusion.models.locate import check_base, decoder_layers
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
@@ -153,12 +153,7 @@ def row_of(text: str, images: list[Any], videos: list[Any]) -> dict[str, Any]:
 
 def check_videos(path: str, row: dict[str, Any]) -> None:
     """Raise ValueError if the row has videos and the model's family is not known to read them, before weights load."""
-    from transformers import AutoConfig  # lazy: keeps argument errors fast
-
-    from latefusion.data.videos import unreadable
-    from latefusion.models.locate import readable
-
-    if row["videos"] and (reason := unreadable(AutoConfig.from_pretrained(readable(path)).model_type)):
+    if row["videos"] and (reason := unreadable_by(path)):
         raise ValueError(f"{reason}.")
 
 

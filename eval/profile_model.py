@@ -148,7 +148,7 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
     from latefusion.models.fingerprint import model_identity
 
     console = console or Console()
-    prompts = draw(config.data, arguments)
+    prompts = draw(config.data, arguments, no_videos=videos_refused(config))
     dtype = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}.get(
         arguments.dtype, compute_dtype()
     )
@@ -222,8 +222,21 @@ def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
     return None if schedule == VisionSchedule() else schedule
 
 
-def draw(data: DataConfig, arguments: Arguments) -> DrawnPrompts:
+def videos_refused(config: Config) -> str:
+    """Why rows with videos cannot be measured on; empty if they can."""
+    from latefusion.data.videos import unreadable_by
+
+    if config.data.source in QUESTION_SETS:
+        return ""
+    source = config.model
+    return unreadable_by(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+
+def draw(data: DataConfig, arguments: Arguments, no_videos: str = "") -> DrawnPrompts:
     """Draw samples to measure on, others to confirm on, and others again, with different images, to calibrate on.
+
+    Args:
+        no_videos: why a row with a video cannot be used; empty: it can.
 
     Raises:
         FileNotFoundError, ValueError: the data are missing, or have fewer samples than `samples`.
@@ -255,8 +268,12 @@ def draw(data: DataConfig, arguments: Arguments) -> DrawnPrompts:
         )
     needed += arguments.images
     rows = prompt_rows(data, arguments.split, needed)
-    candidates, bad = with_images(rows, needed=needed, seed=arguments.seed)
-    chosen, remarks = first_samples(candidates, arguments.samples), left_out(bad)
+    candidates, bad = with_images(rows, needed=needed, seed=arguments.seed, no_videos=no_videos)
+    remarks = left_out(bad)
+    try:
+        chosen = first_samples(candidates, arguments.samples)
+    except ValueError as error:  # of data all of which are videos, why
+        raise ValueError(" ".join([str(error), *remarks])) from None
     rest = candidates[arguments.samples :]
     calibrating = with_other_images(rest, chosen, min(arguments.images, -(-len(rest) // 2)))
     seen = {image for row in calibrating for image in row.images}

@@ -64,7 +64,8 @@ NOT_COMPARED = (
 def fingerprint(*values: Any) -> str:
     """Hash of plain values: None, bool, numbers, str, bytes, enums, mappings, sequences, sets, dataclasses, images.
 
-    Mappings and sets count without their order. A `Path` counts as its text, not as the file's contents.
+    Mappings and sets count without their order. A `Path` counts as its text, not as the file's contents, a dataclass
+    with a method `fingerprint` as what that returns.
 
     Raises:
         TypeError: a value has another type.
@@ -213,7 +214,8 @@ def _add(digest: hashlib._Hash, value: Any) -> None:
     if isinstance(value, Enum):
         value = value.value
     if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        own = getattr(value, "fingerprint", None)  # an opened video's
+        value = {field.name: getattr(value, field.name) for field in fields(value)} if own is None else own()
     if value is None or isinstance(value, bool | int | float):
         digest.update(f"{type(value).__name__} {value!r};".encode())
     elif isinstance(value, str | Path):

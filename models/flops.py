@@ -159,7 +159,7 @@ def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
     import torch  # lazy: the rest of this module is arithmetic
     from torch.utils.flop_counter import FlopCounterMode
 
-    from latefusion.models.inputs import encode_images
+    from latefusion.models.inputs import PIXELS, encode_images
 
     def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
         batch, heads, queries, width = query
@@ -171,9 +171,9 @@ def encoder_flops(model: Any, inputs: dict[str, Any]) -> int | None:
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch leaves it out
     # a projector in training is float32 beside a bfloat16 tower: as in training, autocast brings them together
     mixed = len({parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}) > 1
-    cast = torch.autocast(
-        inputs.get("pixel_values", torch.empty(0)).device.type, torch.bfloat16, enabled=mixed
-    )
+    pixels = [inputs[name] for name in PIXELS.values() if name in inputs]
+    device = pixels[0].device.type if pixels else "cpu"
+    cast = torch.autocast(device, torch.bfloat16, enabled=mixed)
     with torch.no_grad(), cast, FlopCounterMode(display=False, custom_mapping=fused) as counter:
         encode_images(model, inputs)
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Example images of a profile: where the last prompt token looks, and which vision tokens the schedule keeps."""
+"""Example images and frames of a profile: where the last prompt token looks, which vision tokens the schedule keeps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from latefusion.data.samples import videos_of_sample
 from latefusion.eval.fusion.style import ORANGE
 from latefusion.models.explain import grid_shape, pixels, run_lengths
 
@@ -27,7 +28,7 @@ class View:
 
     Attributes:
         tokens: which of the sample's vision tokens are its.
-        grid: their rows and columns; None where their places are not known (tiles).
+        grid: their rows and columns; None where their places are not known (tiles, frames of a video).
     """
 
     image: Image.Image
@@ -36,12 +37,15 @@ class View:
 
 
 def views(row: Mapping[str, Tensor], sample: dict[str, Any], vision_ids: Collection[int]) -> list[View]:
-    """The first images of a sample.
+    """The first images of a sample; of one with videos its first picture and its last, without their tokens.
 
     Args:
         row: what the collator makes of the sample: images that it crops are shown cropped.
     """
-    images = sample["images"]
+    images = pictures_of(sample)
+    if videos_of_sample(sample):
+        ends = images if len(images) < SHOWN else [images[0], images[-1]]
+        return [View(image, range(0), None) for image in ends]
     lengths = run_lengths(torch.isin(row["input_ids"][0], torch.tensor(sorted(vision_ids))))
     each = sum(lengths) // len(images)
     if len(lengths) < len(images) and all(length % each == 0 for length in lengths):
@@ -59,15 +63,24 @@ def views(row: Mapping[str, Tensor], sample: dict[str, Any], vision_ids: Collect
     return shown[:SHOWN]
 
 
+def pictures_of(sample: dict[str, Any]) -> list[Image.Image]:
+    """The images of a sample, then the frames of its videos."""
+    frames = (frame for video in videos_of_sample(sample) for frame in video.frames)
+    return [*sample["images"], *map(Image.fromarray, frames)]
+
+
 def examples(
     folder: Path, profile: dict[str, Any], samples: Sequence[dict[str, Any]], shown: Sequence[Sequence[View]]
 ) -> list[dict[str, Any]]:
     """The first few samples as the page has them, each also a PNG in `folder`; `shown`: of each its `views`."""
     rows = []
     for i, (sample, seen) in enumerate(zip(samples, shown, strict=False)):
-        pictures = []
+        pictures, every = [], len(pictures_of(sample))
         for number, view in enumerate(seen):
-            name = f"image {number + 1}: " if len(sample["images"]) > 1 else ""
+            if videos_of_sample(sample):
+                pictures.append((("first picture", "last picture")[number], scaled(view)))
+                continue
+            name = f"image {number + 1}: " if every > 1 else ""
             pictures += [(name + label, picture) for label, picture in maps(profile, i, view)]
         strip([picture for _, picture in pictures]).save(folder / f"example_{i}.png")
         question = [part for m in sample["messages"][:-1] for part in m["content"] if m["role"] != "system"]
@@ -76,7 +89,7 @@ def examples(
                 "question": " ".join(part["text"] for part in question if part["type"] == "text"),
                 "answer": " ".join(part["text"] for part in sample["messages"][-1]["content"]),
                 "pictures": [(label, uri(picture)) for label, picture in pictures],
-                "hidden": len(sample["images"]) - len(seen),
+                "hidden": every - len(seen),
                 "unknown": any(view.grid is None for view in seen),
             }
         )

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from latefusion.data.prompts import prompt_inputs
+from latefusion.data.samples import number_of
 from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.metrics import normalise
 from latefusion.eval.thresholds.questions import Questions
@@ -42,8 +43,12 @@ class Prompts:
         lengths = [len(str(row)) for row in rows.records]
         order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
         middle = len(order) // 2  # the first batches are of typical length
-        self.order = order[middle:] + order[:middle]
-        self.batches = growing(self.order, arguments.batch_size)
+        filmed = [number_of("video", row.get("messages") or []) > 0 for row in rows.records]
+        mixed = growing(order[middle:] + order[:middle], arguments.batch_size)
+        # no prompt with a video beside one with images alone
+        parts = [[i for i in batch if filmed[i] == kind] for batch in mixed for kind in (False, True)]
+        self.batches = [part for part in parts if part]
+        self.order = [i for batch in self.batches for i in batch]
 
     def survey(
         self, rows: Sequence[int], prefixes: Sequence[int], thresholds: Sequence[float]

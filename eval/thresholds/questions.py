@@ -11,6 +11,7 @@ from datasets import Dataset
 from latefusion.data.draw import left_out, opened, prompt_rows, with_images
 from latefusion.data.question_sets import is_question_set, load_questions
 from latefusion.data.samples import first_exchange
+from latefusion.data.videos import unreadable_by
 from latefusion.eval.thresholds.settings import Arguments
 from latefusion.recipes.schema import DataConfig, Source
 
@@ -58,10 +59,15 @@ def read(arguments: Arguments) -> tuple[Questions, Questions | None]:
         )
     data = DataConfig(source=Source.dataset, path=arguments.data, split=arguments.split)
     rows = prompt_rows(data, None, 0)
-    drawn, bad = with_images(rows, needed=arguments.samples + arguments.confirm, seed=arguments.seed)
+    drawn, bad = with_images(
+        rows,
+        needed=arguments.samples + arguments.confirm,
+        seed=arguments.seed,
+        no_videos=unreadable_by(arguments.model),
+    )
     if not drawn:
         raise ValueError(
-            f"no prompt of {arguments.data} has an image (rows with videos are passed over): name data with images."
+            " ".join([f"no prompt of {arguments.data} has an image: name others.", *left_out(bad)])
         )
     taken = drawn[: arguments.samples + arguments.confirm]
     records = []

@@ -24,7 +24,7 @@ from latefusion.data.prompts import prompt_of, videos_of, without_image
 from latefusion.data.samples import BadSample, Refused, first_exchange, sample_of
 from latefusion.data.videos import MAX_TOTAL, BadVideo, Video, evenly, load_video
 from latefusion.eval.tasks.exact import questions_of_file
-from latefusion.models.fingerprint import image_fingerprint
+from latefusion.models.fingerprint import image_fingerprint, rows_fingerprint
 from latefusion.training.embedded.vocabulary import IMAGE, build_processor
 from latefusion.training.offline import prompt_hash
 
@@ -188,13 +188,18 @@ def test_only_the_videos_before_the_first_answer_are_measured_on(clips: Path) ->
     assert len(sample["messages"]) == 2 and [greys(v) for v in sample["videos"]] == [[0, 1, 2]]
 
 
-def test_profiles_pass_over_rows_with_videos_and_the_entry_is_fitted_on_them(clips: Path) -> None:
+def test_profiles_draw_rows_with_videos_and_the_entry_is_fitted_on_them(clips: Path) -> None:
     shown = {"messages": [turn("user", PICTURE, "?"), ANSWER], "images": ["a.png"]}
     both = {"messages": [turn("user", PICTURE, VIDEO, "?"), ANSWER], "images": ["a.png"], "videos": ["clip"]}
     filmed = {"messages": [turn("user", VIDEO, "?"), ANSWER], "videos": ["clip"]}
     rows = Checked(sources.dataset(write_rows(clips, filmed, both, shown, name="rows.jsonl"), split="train"))
     drawn, bad = with_images(rows, needed=None, seed=0)
-    assert [row.row for row in drawn] == [2] and not bad
+    assert sorted(row.row for row in drawn) == [0, 1, 2] and not bad
+    by_row = {row.row: row.images for row in drawn}
+    assert by_row[1] == by_row[0] | by_row[2] and not by_row[0] & by_row[2]
+    drawn, bad = with_images(rows, needed=None, seed=0, no_videos="no eyes for it")
+    assert [row.row for row in drawn] == [2] and sorted(row.row for row in bad) == [0, 1]
+    assert {str(row.error) for row in bad} == {"has a video: no eyes for it"}
     assert len(distinct_images(rows, 3)) == 3
 
 
@@ -227,6 +232,14 @@ def test_the_fingerprint_of_data_has_the_contents_of_its_videos(clips: Path) -> 
     assert len(different) == 5
     as_list = [str(clips / "other" / f"f{i}.png") for i in range(3)]
     assert image_fingerprint("other", clips) == image_fingerprint(as_list) != image_fingerprint(as_list[::-1])
+
+
+def test_samples_with_opened_videos_are_told_apart(clips: Path) -> None:
+    """As a calibration goes on where it stopped only with the same frames."""
+    filmed = {"messages": [turn("user", VIDEO, "?"), ANSWER]}
+    names = ["clip", "other", {"path": "clip", "fps": 3}, "clip"]
+    hashes = [rows_fingerprint([sample_of({**filmed, "videos": [name]}, clips)]) for name in names]
+    assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
 
 
 def test_a_kept_answer_of_the_teacher_is_of_these_frames(clips: Path) -> None:
