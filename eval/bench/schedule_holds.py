@@ -46,7 +46,7 @@ from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
 from latefusion.eval.fusion.run import calibrate
 from latefusion.eval.fusion.study import Study
 from latefusion.models.attach import Attachment, attach
-from latefusion.models.base_model import load_base
+from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import Calibration, installed
@@ -62,7 +62,7 @@ UNEVEN = tuple(  # schedules whose upper limits are looked at
         (11, {4: 72, 8: 24}),
     )
 )
-DECIDING = ("prefix", "suffix", "late")  # knock-outs that a schedule is chosen by
+DECIDING = ("prefix", "suffix")  # knock-outs that a schedule is chosen by
 
 
 @dataclass
@@ -346,12 +346,19 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=640, help="new questions that a subset is judged on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: what a profile computes in; a table holds the numbers of one of them",
+    )  # fmt: skip
+    parser.add_argument(
         "--table", type=Path, nargs="+", default=[], help=".npz that keep what is measured: in the first"
     )
     parser.add_argument(
         "--fill", nargs="*", metavar="ENTER:EXIT", help="measure every pyramid of these bands, and no more"
     )
     parser.add_argument("--part", default="0/1", help="of the questions, that --fill measures")
+    parser.add_argument(
+        "--limits", action="store_true", help="write how uneven the KL is, and how often a limit is too low"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--merge", type=Path, nargs="+", help="put together what several runs wrote into --json"
@@ -362,7 +369,8 @@ def main() -> None:
         subsets = sorted((one for part in parts for one in part["subsets"]), key=lambda one: one["subset"])
         write(options.json, subsets, parts[0]["settings"])
         return
-    model, processor = load_base("embedded", dtype=torch.float32)
+    dtype = compute_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    model, processor = load_base("embedded", dtype=dtype)
     model.to(options.device)
     with attach(model, VisionSchedule()) as attachment:
         drawn = pool(attachment, processor, options.scenes, options.new, options.samples, options.questions)
@@ -386,6 +394,8 @@ def main() -> None:
             ):
                 subsets.append(drawn.choose(number, options.confirm, options.bound, options.fresh))
                 write(options.json, subsets, vars(options))
+                if options.table:
+                    drawn.table.save(options.table[0])
             print(json.dumps(summary(subsets, options.bound), indent=1))
         if options.table:
             drawn.table.save(options.table[0])
@@ -393,7 +403,8 @@ def main() -> None:
 
 def write(path: Path, subsets: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
     settings = {
-        name: options[name] for name in ("samples", "confirm", "bound", "scenes", "new", "fresh", "device")
+        name: options[name]
+        for name in ("samples", "confirm", "bound", "scenes", "new", "fresh", "device", "dtype")
     }
     out = {"settings": settings, "summary": summary(subsets, options["bound"]), "subsets": list(subsets)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -198,10 +198,11 @@ class Study:
                 ("late", VisionSchedule(enter=layer)),
                 ("suffix", VisionSchedule(exit=layer)),
             ):
-                effect = effects[f"{kind} {layer}"]
-                points.append(
-                    self._point(schedule, False, self.flops(schedule), effect["kl"], effect["right"])
-                )
+                effect = effects.get(f"{kind} {layer}")  # a measurer may leave out what decides nothing
+                if effect is not None:
+                    points.append(
+                        self._point(schedule, False, self.flops(schedule), effect["kl"], effect["right"])
+                    )
         return points
 
     def _keeps(

@@ -14,6 +14,8 @@ from typing import Any
 
 WIDTH = 400
 ROW = 18  # of the legend
+LETTER = 6.7  # width of a letter of it, on average, in a wide font
+LEAST = 12  # letters of a name that are always shown
 SERIES = 8  # colours, markers and dashes before they repeat
 
 STYLE = """
@@ -84,9 +86,16 @@ def legend(
             body += f'x1="2" x2="26" y1="{at}" y2="{at}"/>'
         else:
             body += mark(14, at, i, open_=system.get("control", False))
-        body += f'<text x="34" y="{at + 4}">{escape(system["name"])}'
-        body += f'<tspan class="muted" dx="8">{escape(detail(system))}</tspan></text>'
+        body += _legend_text(at + 4, system["name"], detail(system))
     return body
+
+
+def _legend_text(y: float, name: str, detail: str) -> str:
+    """A system's name and a detail of it; a name too long for the figure's width is cut, and whole under a pointer."""
+    most = max(LEAST, round((WIDTH - 34) / LETTER) - (len(detail) + 2 if detail else 0))
+    cut = name if len(name) <= most else name[: most - 1].rstrip() + "…"
+    title = "" if cut == name else f"<title>{escape(name)}</title>"
+    return f'<text x="34" y="{y}">{title}{escape(cut)}<tspan class="muted" dx="8">{escape(detail)}</tspan></text>'
 
 
 def mark(x: float, y: float, i: int, *, open_: bool = False, hint: str = "") -> str:

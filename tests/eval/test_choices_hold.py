@@ -49,7 +49,7 @@ def test_a_table_measures_what_a_profile_measures_and_nothing_twice(tmp_path: Pa
             np.testing.assert_allclose(kl[at], same, rtol=1e-5, atol=1e-7)
             assert right[at] == also_right
             np.testing.assert_allclose(
-                knock_outs["late 2"]["kl"][at], made.knock_outs()["late 2"]["kl"], rtol=1e-5, atol=1e-7
+                knock_outs["suffix 2"]["kl"][at], made.knock_outs()["suffix 2"]["kl"], rtol=1e-5, atol=1e-7
             )
             np.testing.assert_allclose(
                 bands["1 4"]["kl"][at], made.bands([(1, 4)])["1 4"]["kl"], rtol=1e-5, atol=1e-7

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from latefusion.eval.compare import compare, main
 from latefusion.eval.comparison.run import budgets
-from latefusion.eval.report import tables
+from latefusion.eval.report import svg, tables
 from latefusion.eval.report.__main__ import insert
 from latefusion.eval.report.figures import tokens_per_layer
 from latefusion.eval.report.gallery import EACH
@@ -414,3 +414,14 @@ def test_reports_that_have_nothing_in_common(run: tuple[Path, dict[str, Any]], t
         compare(run[0], changed(run[0], tmp_path / "a", rename))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         compare(tmp_path / "nowhere", run[0])
+
+
+def test_a_long_name_in_a_legend_is_cut_to_the_figure_and_whole_under_a_pointer() -> None:
+    name, detail = "VisiPruner (boundary=20, layer_threshold=0.998, tokens_threshold=0.7)", "107.6 a layer"
+    long, short = ({"name": one} for one in (name, "FastV"))
+    drawn = svg.legend([(0, long), (1, short)], lambda system: detail)
+    texts = [element for element in ElementTree.fromstring(f"<svg>{drawn}</svg>").iter("text")]
+    cut = texts[0].findtext("title"), texts[0].find("title").tail  # type: ignore[union-attr]
+    assert cut[0] == name and cut[1].endswith("…") and name.startswith(cut[1][:-1])
+    assert 34 + svg.LETTER * (len(cut[1]) + 2 + len(detail)) <= svg.WIDTH + svg.LETTER
+    assert texts[1].text == "FastV" and texts[1].find("title") is None
