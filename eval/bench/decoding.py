@@ -1,6 +1,9 @@
-"""What a decode step costs under a policy, over the length of the prompt; random weights, one token on a filled cache.
+"""What a decode step costs under a policy, over the length of the prompt: one token on a filled cache.
 
     python eval/bench/decoding.py --threads 1 --json outputs/bench_decoding.json
+    python eval/bench/decoding.py --threads 1 --model embedded --text 10 --json outputs/bench_decoding_embedded.json
+
+The weights are random, or a model's; random numbers stand for its images.
 
 Two things move a step away from the stock model's: the calls that a policy adds (they do not depend on the length), and
 the caches of layers that saw fewer vision tokens, which are shorter. The table says from which length on they win. The
@@ -25,6 +28,7 @@ from rich.table import Table
 
 from latefusion.eval.bench.executor import build, under
 from latefusion.eval.bench.timing import interleaved, parser, prompt, ratios, seconds, setting, write_json
+from latefusion.models.base_model import load_base
 from latefusion.models.schedule import VisionSchedule
 
 STEPS = 6  # of a variant in a round; the first is not timed
@@ -62,7 +66,11 @@ def calls(work: Callable[[], Any]) -> int:
 
 def measure(args: argparse.Namespace, model: Any, vision: int) -> list[dict[str, Any]]:
     """A row for each policy at one number of vision tokens."""
-    inputs = prompt(argparse.Namespace(**{**vars(args), "vision": vision}))
+    inputs = prompt(
+        argparse.Namespace(**{**vars(args), "vision": vision}),
+        vocabulary=model.config.text_config.vocab_size,
+        image_token=model.config.image_token_id,
+    )
     token = torch.full_like(inputs["input_ids"][:, :1], 2)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     variants = schedules(args.layers, vision)
@@ -129,6 +137,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--model", help="a LLaVA, in place of --layers and --hidden")
     options.add_argument("--layers", type=int, default=16)
     options.add_argument("--hidden", type=int, default=512)
     options.add_argument("--text", type=int, default=64, help="text tokens of a prompt")
@@ -138,9 +147,14 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="also write the rows here")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    model = build(args)
+    if args.model is None:
+        model = build(args)
+    else:
+        model = load_base(args.model, dtype=getattr(torch, args.dtype))[0].to(args.device)
+        sizes = model.config.text_config
+        args.layers, args.hidden = sizes.num_hidden_layers, sizes.hidden_size
     gc.disable()
-    title = f"{args.layers} layers x {args.hidden}, {setting(args)}"
+    title = f"{args.model or 'random'}, {args.layers} layers x {args.hidden}, {setting(args)}"
     rows: list[dict[str, Any]] = []
     for vision in map(int, args.visions.split(",")):
         rows += measure(args, model, vision)

@@ -6,11 +6,13 @@
 
 Needs this checkout and a torch with CUDA; nothing is fetched. On a machine without network whose Python has only torch,
 carry these wheels beside it (`pip download --no-deps`, in the versions of constraints.txt): transformers, tokenizers,
-huggingface-hub, safetensors, peft, accelerate, datasets, dill, multiprocess, xxhash, hydra-core, omegaconf,
-antlr4-python3-runtime (build it with `pip wheel`), rich, tensorboardX, pytest, hypothesis; for more of the tests
-deepspeed, hjson, pydantic, pydantic-core, annotated-types, typing-inspection, msgpack, py-cpuinfo, ninja, einops,
-pytorch-lightning, bitsandbytes and flash-attn. `latefusion` must import: `pip install -e . --no-deps`, or a folder on
-PYTHONPATH with a link `latefusion` to the checkout.
+huggingface-hub, safetensors, peft, accelerate, datasets, dill, multiprocess, xxhash, pyarrow, pandas, python-dateutil,
+six, numpy, scipy, pillow, regex, PyYAML, tqdm, packaging, psutil, httpx2, httpcore2, h11, anyio, idna, truststore,
+hydra-core, omegaconf, antlr4-python3-runtime (build it with `pip wheel`), rich, tensorboardX, protobuf, pytest, pluggy,
+iniconfig, pygments, hypothesis, sortedcontainers, attrs; for more of the tests deepspeed, hjson, pydantic,
+pydantic-core, annotated-types, typing-inspection, msgpack, py-cpuinfo, ninja, einops, pytorch-lightning, bitsandbytes
+and flash-attn. `latefusion` must import: `pip install -e . --no-deps`, or a folder on PYTHONPATH with a link
+`latefusion` to the checkout.
 
 1. `end_to_end.py`: training runs and answered requests, the most telling cell first (text 256, batch 8), written to
    `gpu_end_to_end.json` after every cell;

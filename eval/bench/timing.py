@@ -64,11 +64,14 @@ def llava(*, layers: int, hidden: int, mlp: int, heads: int, device: str, dtype:
         torch.set_default_dtype(before)
 
 
-def prompt(args: argparse.Namespace) -> dict[str, Any]:
+def prompt(
+    args: argparse.Namespace, *, vocabulary: int = VOCABULARY, image_token: int = IMAGE_TOKEN
+) -> dict[str, Any]:
     """Rows of one image and a question; random numbers stand for the features of the vision tower."""
     before = args.text // 2
-    ids = torch.randint(2, VOCABULARY, (args.batch, args.text + args.vision), device=args.device)
-    ids[:, before : before + args.vision] = IMAGE_TOKEN
+    ids = torch.randint(2, vocabulary, (args.batch, args.text + args.vision), device=args.device)
+    ids[ids == image_token] = image_token - 1
+    ids[:, before : before + args.vision] = image_token
     rows = torch.randn(
         args.batch, args.vision, args.hidden, device=args.device, dtype=getattr(torch, args.dtype)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,13 @@ def best(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
         bool `[B, T]`.
     """
     order = scores.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)  # [B, T]
-    first = torch.arange(order.shape[1], device=order.device) < on_device(counts, order.device)[:, None]
-    return torch.zeros_like(among).scatter(1, order, first) & among
+    most = max(counts)
+    first: Any = True
+    if min(counts) < most:
+        first = (
+            torch.arange(most, device=order.device) < on_device(counts, order.device)[:, None]
+        )  # [B, most]
+    return torch.zeros_like(among).scatter_(1, order[:, :most], first)
 
 
 def on_device(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:

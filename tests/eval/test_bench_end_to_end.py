@@ -1,6 +1,8 @@
 """The end-to-end benchmark: its stopwatch, its data, and one small run as `make gpu` makes it."""
 
 import json
+import re
+import subprocess
 import sys
 import time
 
@@ -96,6 +98,40 @@ def test_a_dry_run_writes_every_cell_and_draws_it(tmp_path, monkeypatch, capsys)
         "request_1x24.svg",
         "training_1x24.svg",
     ]
+
+
+USED = """
+import re, runpy, sys
+from importlib.metadata import packages_distributions, requires
+sys.argv = ["gpu.py", "--dry-run", "--only", "speed", "--out", sys.argv[1]]
+runpy.run_path("eval/bench/gpu.py", run_name="__main__")
+import pytest, hypothesis, tensorboardX
+installed = packages_distributions()
+def plain(name):
+    return name.lower().replace("_", "-")
+
+used = {plain(name) for module in list(sys.modules) for name in installed.get(module.split(".")[0], [])}
+
+def brought(name):
+    for line in requires(name) or []:
+        if "extra ==" not in line:
+            needed = plain(re.match("[A-Za-z0-9-_.]+", line)[0])
+            yield needed
+            yield from brought(needed)
+
+print("USED", *sorted(used - {"latefusion", "torch"} - set(brought("torch"))))
+"""
+
+
+@pytest.mark.slow
+def test_make_gpu_names_every_wheel_that_it_needs(tmp_path):
+    """What is in use once it has run, but for what torch brings."""
+    run = subprocess.run(
+        [sys.executable, "-c", USED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    used = run.stdout.rsplit("USED", 1)[1].split()
+    words = set(re.findall("[a-z0-9-]+", gpu.__doc__.lower()))
+    assert "transformers" in used and not set(used) - words
 
 
 def test_outcomes_of_gpu_tests_are_read_from_what_pytest_printed():
