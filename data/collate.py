@@ -17,12 +17,14 @@ from latefusion.data.samples import BadSample, Refused, TooLong, videos_of_sampl
 from latefusion.data.turns import isolate_turns
 from latefusion.data.videos import Video, unreadable, video_arguments
 from latefusion.models.base_model import load_processor
+from latefusion.models.executor.masks import attention_window
 from latefusion.models.executor.prompt import IGNORE
 from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.layer_kinds import attends
 from latefusion.models.locate import check_base, readable
 from latefusion.models.policies.configured import schedule_of
+from latefusion.models.self_check import isolating
 from latefusion.recipes.schema import Config, Teacher
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -59,9 +61,10 @@ class Collator:
             chat template does not close (LLaVA-1.5's does not).
         max_length: the most tokens, vision included, that a sample may have; None: any number. Nothing is ever cut.
         isolate: every turn sees the image and itself alone (`isolate_turns`), under a mask of this dtype;
-            None: turns see those before them. It needs sdpa or eager attention and plain positions.
+            None: turns see those before them. It needs sdpa or eager attention (`check_isolates`).
         ranked: a policy of the run chooses vision tokens by the text that follows them. Then a second image after an
             answer is a bad row: one question would have to rank the tokens of images that it has not read.
+        window: tokens that local layers look back, which the mask of `isolate` does not hold; None: all see everything.
         family: the model's type; a video is a bad row to a family that is not known to read it (`videos.FAMILIES`).
     """
 
@@ -75,10 +78,11 @@ class Collator:
         isolate: torch.dtype | None = None,
         ranked: bool = False,
         family: str = "",
+        window: int | None = None,
     ):
         self.family = family
         self.processor, self.stop, self.max_length = processor, tuple(stop), max_length
-        self.isolate, self.ranked = isolate, ranked
+        self.isolate, self.ranked, self.window = isolate, ranked, window
         self.vision_ids = torch.tensor(sorted(set(vision_ids)))
         self.reserved = reserved_tokens(processor, self.vision_ids.tolist())
 
@@ -107,6 +111,9 @@ class Collator:
             if self.max_length is not None and length > self.max_length:
                 reason = TooLong(f"has {length} tokens, more than data.max_length={self.max_length}")
                 raise BadRow(at, sample.get("id", at), reason)
+            if self.isolate is not None and self.window is not None and length > self.window:
+                local = f"more than the {self.window} that the decoder's local layers look back"
+                raise self.bad(at, sample, f"has {length} tokens, {local}; that takes data.isolate=false")
         answer, first = mark(offsets, [_after(s, m) for s, m in zip(spans, moved, strict=True)])
         inputs = dict(batch)
         ids = inputs["input_ids"]  # [B, T]
@@ -284,11 +291,8 @@ def build_collator(
     Raises:
         ValueError: turns are to be isolated by a mask, and a layer of the decoder has none.
     """
-    if isolate is not None and not all(attends(config)):
-        raise ValueError(
-            f"data.isolate=true keeps the turns of a row apart by a mask, which the recurrent layers of a decoder of "
-            f"type {config.get_text_config().model_type} do not have: set data.isolate=false and data.turns=1."
-        )
+    if isolate is not None:
+        check_isolates(config)
     return Collator(
         processor=processor,
         vision_ids=list(vision_token_ids(config).values()),
@@ -297,7 +301,26 @@ def build_collator(
         isolate=isolate,
         ranked=ranked,
         family=config.model_type,
+        window=attention_window(config),
     )
+
+
+def check_isolates(config: PretrainedConfig) -> None:
+    """Raise ValueError if the turns of a row that `isolate_turns` keeps apart would not get what each gets alone."""
+    text = config.get_text_config()
+    fix = "set data.isolate=false and data.turns=1."
+    if not all(attends(config)):
+        raise ValueError(
+            f"data.isolate=true keeps the turns of a row apart by a mask, which the recurrent layers of a decoder of "
+            f"type {text.model_type} do not have: {fix}"
+        )
+    several_axes = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    if config.model_type not in isolating() or several_axes or both_ways:
+        raise ValueError(
+            f"data.isolate=true keeps the turns of a row apart by a mask and positions of its own, under which models "
+            f"of type {config.model_type} are not known to answer as in a row each (docs/families.md): {fix}"
+        )
 
 
 def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float32) -> Collator:

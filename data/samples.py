@@ -31,6 +31,10 @@ KEYS = {  # where a part of a message keeps its own image or video
 }
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}
 SETTINGS = ("fps", "max_frames")  # which a part of a message may have beside its video
+SIZES = (  # Qwen's settings of one image or video, which only its own loader reads
+    *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
+    *("nframes", "min_frames", "video_start", "video_end"),
+)
 UNSUPPORTED = {  # columns that hold what is not read: video_url, frames, audio, audio_path, ...
     kind: re.compile(rf"{kind}s?(_?(url|uri|path|file|name|filename|byte|frame)s?)?{more}", re.IGNORECASE)
     for kind, more in (("video", "|frames"), ("audio", ""))
@@ -304,6 +308,13 @@ def _part(part: Any) -> dict[str, Any]:
     for medium in MEDIA:
         if kind not in TYPES[medium]:
             continue
+        if size := next((name for name in SIZES if part.get(name) is not None), None):
+            pixels = "pixels" in size or "resized" in size
+            fix = "model.processor={max_pixels: ...}" if pixels else "data.max_frames"
+            raise BadSample(
+                f"has {size}={short(part[size])} beside one {medium} of a message, which is not read; take it out of "
+                f"the rows, and set {fix} for all"
+            )
         source = next((part[key] for key in KEYS[medium] if _is_image(part.get(key))), None)
         if isinstance(source, dict) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
             source = source["url"]

@@ -68,6 +68,12 @@ def is_shown(decoder: Any) -> bool:
 
 
 @cache
+def isolating() -> set[str]:
+    """The types of models in which `data.isolate` was shown exact."""
+    return set(json.loads(SHOWN.read_text())["turns"])
+
+
+@cache
 def shown() -> dict[str, set[str]]:
     """The class of each decoder that was shown exact, with those of its parts."""
     return {name: set(parts) for name, parts in json.loads(SHOWN.read_text())["decoders"].items()}

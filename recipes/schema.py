@@ -179,8 +179,8 @@ class DataConfig:
         scenes: how many images to train on (`scenes`, `icons`, `easy_vqa`; None: the set's usual number).
         turns: the most questions about one image in a training sample (these three only).
         noise: share of the training rows that get a wrong answer, another row's of the same type (these three only).
-        isolate: let each turn see the image and itself alone, not the turns before it; for models with plain
-            (one number a token) positions, under sdpa or eager attention. Under `schedule.keep` or VisiPruner, the
+        isolate: let each turn see the image and itself alone, not the turns before it; for the
+            models that docs/families.md names, under sdpa or eager attention. Under `schedule.keep` or VisiPruner, the
             questions of a row then rank its vision tokens together; without it, the text before the first answer does.
         pack: let the samples of a batch share rows, each seeing itself alone, so that less padding is computed.
             Batches with images keep a row a sample under flash attention, DeepSpeed, FSDP and in Gemma 3.

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers.families import CONFIGS
 from helpers.processors import STOP, processor, vision_id
 from PIL import Image
 
-from latefusion.data.collate import IGNORE, BadRow, Collator
+from latefusion.data.collate import IGNORE, BadRow, Collator, check_isolates
 from latefusion.data.samples import TooLong
 from latefusion.training.embedded.vocabulary import EOS, IMAGE, build_processor
 
@@ -193,6 +194,33 @@ def test_an_image_after_an_answer_is_a_bad_row_where_turns_are_isolated():
         BadRow, match=r"sample 1 has an image after an answer; that takes data\.isolate=false"
     ):
         collator(isolate=torch.float32)([ONE, LATER_IMAGE])
+
+
+def test_a_row_longer_than_the_window_is_bad_where_turns_are_isolated():
+    """One mask for all layers: the local ones would look back over everything, without a word."""
+    with pytest.raises(BadRow, match=r"sample 1 has \d+ tokens, more than the 16 that .*data\.isolate=false"):
+        collator(isolate=torch.float32, window=16)([ONE, TWO_TURNS])
+    assert "position_ids" in collator(isolate=torch.float32, window=64)([ONE, TWO_TURNS])
+    assert "position_ids" not in collator(window=16)([ONE, TWO_TURNS])
+
+
+@pytest.mark.parametrize(
+    ("family", "exact"),
+    [
+        *((name, True) for name in ("llava", "llava_onevision", "internvl", "smolvlm")),
+        *((name, False) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "gemma3", "paligemma")),
+    ],
+)
+def test_turns_are_isolated_where_each_gets_what_it_gets_alone(family, exact):
+    """`judged_types` compares them: positions of several axes, or image tokens that see each other, were lost."""
+    config = CONFIGS[family]()
+    if exact:
+        check_isolates(config)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"models of type {config.model_type} .*: set data\.isolate=false"
+        ):
+            check_isolates(config)
 
 
 def test_an_image_after_an_answer_is_a_bad_row_where_a_policy_ranks_by_text():

@@ -155,6 +155,23 @@ def test_contents_are_parts_or_strings(content, parts):
     assert messages[0]["content"] == parts
 
 
+@pytest.mark.parametrize(
+    ("part", "fix"),
+    [
+        ({"type": "image", "image": "a.png", "min_pixels": 3136}, r"model\.processor=\{max_pixels"),
+        ({"type": "image", "image": "a.png", "resized_height": 28}, r"model\.processor=\{max_pixels"),
+        ({"type": "video", "video": "a.mp4", "nframes": 8}, r"data\.max_frames"),
+    ],
+)
+def test_a_size_of_one_image_is_refused_not_ignored(part, fix):
+    """Qwen's loader takes them from the part; ours has one processor for all, which they did not reach."""
+    record = {"messages": [{"role": "user", "content": [part, text_part("a")]}, ANSWER]}
+    with pytest.raises(BadSample, match=rf"^has {list(part)[-1]}=\d+ beside one {part['type']} .*{fix}"):
+        conversation_of(record)
+    part[list(part)[-1]] = None  # as Arrow fills the parts of other rows
+    conversation_of(record)
+
+
 def test_broken_utf8_and_broken_json_cost_their_own_row(folder):
     good = json.dumps({"messages": [QUESTION, ANSWER]}).encode()
     bad = good.replace(b"many", b"m\xff\xfeny")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ token that stands for them; with `vision_mask` the model's own path of images wa
 mask said what is vision.
 """
 
+TURNS = (
+    "**Separate questions in a row** (`data.isolate=true`, which `data=scenes`, `icons` and `easy_vqa` set) need a "
+    "mask and positions of their own. Where positions have several axes (M-RoPE), where image tokens see each other "
+    "both ways, or where a recurrence reads one question after the other, the answers would change, and the run is "
+    "refused. They are those of a row each in: "
+)
+
+
+def wrapped(text: str) -> list[str]:
+    """The text in lines of the page's width."""
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def turns(results: dict[str, Any]) -> list[str]:
+    """The types whose turns `data.isolate` keeps apart exactly, under each decoder that was tried."""
+    of_type: dict[str, list[bool]] = {}
+    for name, row in results["rows"].items():
+        if row["exact"]:
+            of_type.setdefault(name.partition(",")[0], []).append(row["turns"])
+    return [name for name, apart in of_type.items() if all(apart)]
+
 
 def page(results: dict[str, Any]) -> str:
     """docs/families.md."""
@@ -52,6 +74,8 @@ def page(results: dict[str, Any]) -> str:
     refused = sum(map(len, none.values()))
     lines = [
         HEAD.format(version=results["transformers"], command=COMMAND),
+        *wrapped(TURNS + ", ".join(turns(results)) + "."),
+        "",
         f"Of {len(rows)} rows, {len(whole)} are exact under every policy, {len(some)} under some, {refused} are "
         "refused.",
         "",
@@ -89,6 +113,7 @@ def classes(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "transformers": results["transformers"],
         "command": COMMAND,
+        "turns": turns(results),
         "decoders": {name: sorted(parts) for name, parts in sorted(decoders.items())},
     }
 

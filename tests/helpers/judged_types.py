@@ -6,11 +6,22 @@ import copy
 from typing import Any
 
 import torch
+from helpers.families import IMAGE
 from helpers.oracle import band, masked
-from helpers.tiny_types import LAYERS, VARIANTS, build_type, encoded_images, prompt_for, weightless
+from helpers.tiny_types import (
+    LAYERS,
+    TOKENS_PER_IMAGE,
+    VARIANTS,
+    build_type,
+    encoded_images,
+    inputs_for,
+    prompt_for,
+    weightless,
+)
 from torch import Tensor
 
 from latefusion import VisionSchedule
+from latefusion.data.turns import isolate_turns
 from latefusion.models.attach import attach
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.fastv import FastV
@@ -158,6 +169,33 @@ class Subject:
             raise AssertionError(f"the attention of layers {sorted(look.errors)} alone was shown")
         return max(look.errors.values())
 
+    def turns(self) -> bool:
+        """Whether the turns of a row that `data.isolate` keeps apart get what each gets in a row of its own."""
+        if self.mask is not None:
+            return False
+        image = [IMAGE] * TOKENS_PER_IMAGE
+        start = (
+            getattr(self.model.config, "vision_start_token_id", None) or 5
+        )  # by which Qwen-Omni knows an image
+        ids = torch.tensor(
+            [[start, *image, 11, 13, 17], [start, *image, 19, 23, 29]]
+        )  # no longer than windows
+        first = 1 + len(image)  # behind the image: a turn of one token, and one of two
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        answer[:, [first, first + 2]] = True
+
+        def logits(ids: Tensor, **more: Tensor) -> Tensor:
+            inputs, _ = inputs_for(self.model, ids)
+            return self.logits({**self.inputs, **inputs, **more}, use_cache=False)
+
+        apart = isolate_turns(ids == IMAGE, answer, torch.ones_like(answer), torch.float32)
+        try:
+            together = logits(ids, **apart)
+        except Exception:  # a model that takes no such mask or positions
+            return False
+        alone = [logits(torch.cat([ids[:, :first], ids[:, turn]], 1))[:, first:] for turn in ([5], [6, 7])]
+        return float((together[:, first:] - torch.cat(alone, 1)).abs().max()) <= NEAR
+
     def keep(self) -> float:
         keep = {self.first + 1: 3, LAYERS - 1: 2}
         return max(self.weights(), self.chosen(VisionSchedule(enter=1, keep=keep)))
@@ -230,6 +268,7 @@ def judged(row: str) -> dict[str, Any]:
             result["exact"].append(policy)
     if subject.mask is not None:
         result["images"] = "vision_mask"
+    result["turns"] = subject.turns()
     return result
 
 

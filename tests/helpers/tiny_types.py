@@ -334,7 +334,11 @@ def prompt_for(model: Any) -> tuple[dict[str, Any], torch.Tensor]:
     which is to be taken for vision (`vision_mask`): the third value says whether the placeholders work.
     """
     rows = [[5, 7, *[IMAGE] * TOKENS_PER_IMAGE, 11, 13, 17], [0, 19, *[IMAGE] * TOKENS_PER_IMAGE, 23, 29, 31]]
-    ids = torch.tensor(rows)
+    return inputs_for(model, torch.tensor(rows))
+
+
+def inputs_for(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """What a processor would give with these tokens `[2, T]`, an image in each row; and its vision tokens."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     takes = inspect.signature(model.forward).parameters
     vision = ids == IMAGE
