@@ -21,12 +21,14 @@ import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image, ImageDraw, ImageFont
 
 from latefusion.data.scene_questions import COLORS, SHAPES, WORDS, Item, Question, Scene, Sign, ask
+
+if TYPE_CHECKING:
+    import datasets
 
 VERSION = 1  # raise it when a scene, a question or a pixel changes: it names the cache
 SIZE, CELL, ZOOM = 96, 32, 2  # pixels of the image and of a cell; drawn at ZOOM times the size, then averaged
@@ -142,6 +144,8 @@ def load_scenes(split: str, n_scenes: int | None = None, seed: int = 0) -> datas
     n_scenes = N_SCENES[split] if n_scenes is None else n_scenes
     if n_scenes < 1:
         raise ValueError(f"n_scenes={n_scenes} leaves no scene; give 1 or more")
+    import datasets  # lazy: a scene can be drawn without it
+
     features = datasets.Features(
         {name: datasets.Value("string") for name in ("id", "question", "answer", "type", "scene")}
         | {"image": datasets.Image()}

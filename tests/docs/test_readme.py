@@ -42,9 +42,15 @@ def execute(snippet: str) -> None:
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__readme__"})
 
 
-def test_the_snippet_on_a_model_that_one_has(capsys: pytest.CaptureFixture[str]) -> None:
-    execute(blocks("python")[0])
-    assert "TraceRecord(fusion_layer=" in capsys.readouterr().out
+def test_the_snippet_on_a_model_that_one_has() -> None:
+    """With what `pip install latefusion` alone brings."""
+    missing = "import sys; sys.modules.update(dict.fromkeys(['datasets', 'peft', 'hydra', 'omegaconf', 'accelerate']))"
+    words = [sys.executable, "-c", f"{missing}\n{blocks('python')[0]}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    question = done.stdout.splitlines()[0]
+    assert re.fullmatch(r"[\w ,']+\? [\w ]+", question), question  # and its answer, without the prompt
+    assert "TraceRecord(fusion_layer=" in done.stdout
 
 
 def test_make_train_and_make_test_do_what_readme_says() -> None:
