@@ -181,7 +181,7 @@ def answer(
     inputs = prompt_inputs(model, processor, [row])
     table = Table(title=terminal(f"{arguments.model}: {row['question']}"), title_justify="left")
     for name in ("policy", "answer"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # a long name goes on below
     for name in (
         "vision\na layer",
         "FLOPs\nsaved",

@@ -198,6 +198,18 @@ def test_generate_answers_and_compares(base: str, tmp_path: Path, capsys: pytest
     assert "<image" in picture and "<title>4 vision" in picture
 
 
+def test_a_policy_files_name_is_not_cut(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of one beginning would be one name in a narrow terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a_schedule_of_my_own_for_this_model_second.yaml"
+    (tmp_path / name).write_text("_target_: latefusion.models.policies.random.Random\n")
+    generate.main([f"model={base}", f"policy={tmp_path / name}", "max_new_tokens=2"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "".join(line.split("│")[1].strip() for line in lines) == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
