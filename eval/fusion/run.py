@@ -82,9 +82,15 @@ def profile(
 
     console = console or Console()
     folder, samples = Path(output_dir), prompts.measured
-    layers = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    layers, states = text.num_hidden_layers, getattr(text, "altup_num_inputs", 1)
     if layers < 2:
         raise ValueError(f"a decoder of {layers} layer leaves nothing to choose; profile a deeper model.")
+    if states > 1:
+        raise ValueError(
+            f"a profile reads one state of a token, and {type(model).__name__} carries {states} (AltUp): give the "
+            "schedule yourself (schedule.exit=..., schedule.keep={...})."
+        )
     collator = build_collator(processor, model.config, model.generation_config)
     # two batches at least: a single one can leave out no knock-out (`plan.make_plan`)
     groups = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))

@@ -284,6 +284,18 @@ def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
         profile_model.run(arguments, config)
 
 
+def test_a_decoder_of_several_states_a_token_is_refused(tmp_path) -> None:
+    """The measurements index a batch, which is the second axis of Gemma 3n's states."""
+    path = save_tiny_base(tmp_path / "base")
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["altup_num_inputs"] = 4
+    file.write_text(json.dumps(config))
+    words = [f"model={path}", "samples=2", "confirm=2", f"output={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"carries 4 \(AltUp\): give the schedule yourself"):
+        profile_model.run(*profile_model.parse(words))
+
+
 def test_a_model_without_images_is_refused(tmp_path) -> None:
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
         tmp_path
