@@ -1,7 +1,7 @@
 """Schedules and thresholds that other prompts chose, judged untrained on test questions of `smollm_icons`.
 
-    python eval/bench/icons_schedules.py --profile outputs/real/profile --policy outputs/real/calibration/policy.yaml \\
-        --json outputs/icons_schedules.json
+    python eval/bench/icons_schedules.py --profile docs/results/profile_icons \\
+        --policy outputs/real/calibration/policy.yaml --json outputs/icons_schedules.json
     python eval/bench/icons_schedules.py --json outputs/icons_schedules.json  # the table again
 
 Each question is about a board of its own, and every row answers all of them: the KL of its answer's tokens to the dense

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from latefusion.eval.bench import icons_students
+from latefusion.eval.bench import icons_schedules, icons_students
 from latefusion.eval.report import tables
 from latefusion.eval.report.__main__ import insert
 
@@ -82,6 +82,8 @@ def test_the_tables_are_what_the_script_makes_of_their_files() -> None:
 def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     page, students = (ROOT / "docs/evidence.md").read_text(), results("icons_students")
     assert insert(page, "students", icons_students.markdown(students) + "\n") == page
+    schedules = icons_schedules.markdown(results("icons_schedules"))
+    assert insert(page, "schedules", schedules + "\n") == page
     (table,) = re.findall(r"<!-- icons -->\n(.*?)<!-- /icons -->", README, flags=re.DOTALL)
     rows = {row["arm"]: row for row in students["rows"]}
     arms = ("base, dense", "base, pruned", "late_fusion")
