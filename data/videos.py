@@ -181,20 +181,6 @@ def video_arguments(videos: Sequence[Video], family: str) -> dict[str, Any]:
     }
 
 
-def frames_in_words(videos: Sequence[Video], tokens: int, family: str) -> str:
-    """How many frames of these videos are shown, and what they cost.
-
-    Args:
-        tokens: vision tokens of all of them together.
-    """
-    shown = sum(video.limit if family in STACKED else len(video.indices) for video in videos)
-    total = sum(video.total for video in videos)
-    return (
-        f"Video: {shown} frames shown of {total}, {tokens:,} vision tokens, {tokens / shown:.1f} a frame; a policy "
-        "chooses among those of all frames."
-    )
-
-
 def _positive(value: Any, name: str) -> Any:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
         raise BadVideo(f"a video has {name}={short(value)}; give a number above 0")

@@ -163,12 +163,13 @@ def answer(
     """Print a table of what the model answers under each policy and what that saves, and each one explained."""
     import torch  # lazy: keeps argument errors fast
 
+    from latefusion.data.frame_cost import frames_in_words
     from latefusion.data.prompts import prompt_inputs
-    from latefusion.data.videos import frames_in_words
     from latefusion.eval.memory import kv_cache_bytes
     from latefusion.models.attach import attach
     from latefusion.models.base_model import compute_dtype, load_base
     from latefusion.models.explain import explain
+    from latefusion.models.flops import encoder_flops
     from latefusion.models.schedule import VisionSchedule
 
     check_videos(path, row)
@@ -220,7 +221,11 @@ def answer(
             )
     console.print(table)
     if row["videos"] and not row["images"]:
-        console.print(frames_in_words(row["videos"], sample.record.n_vision, model.config.model_type))
+        record = sample.record
+        counts = [(record.tokens[0] - record.vision[0], record.n_vision)]
+        encoder = encoder_flops(model, inputs)
+        words = frames_in_words(model.config, row["videos"], counts, encoder=encoder, encoded=record.n_vision)
+        console.print(words, highlight=False)
     if saved:
         shares = ", ".join(f"{terminal(Path(name).name)} {share:.1%}" for name, share in saved.items())
         console.print(

@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.bad_rows import Bad
 from latefusion.data.collate import IGNORE
+from latefusion.data.frame_cost import frames_in_words
 from latefusion.data.printing import short
 from latefusion.data.samples import videos_of_sample
 from latefusion.data.streaming import Stream
-from latefusion.data.videos import frames_in_words
 from latefusion.models.base_model import with_blank_vision
 from latefusion.models.executor.vision import vision_tokens
-from latefusion.models.flops import outside_flops, prefill_share
-from latefusion.models.inputs import unwrapped
+from latefusion.models.flops import head_flops, outside_flops, prefill_share
+from latefusion.models.inputs import PIXELS, unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
@@ -140,7 +140,7 @@ def describe(
     )
     return "\n".join(
         [
-            *videos_in_words(samples, vision, model.config.model_type),
+            *videos_in_words(student, samples, vision, real & ~vision, example),
             *borrowed(config.model),
             *unknown_words(samples, student.processor.tokenizer),
             f"{config.name}: {trainable / 1e6:.2f}M of {total / 1e6:.1f}M parameters train, "
@@ -163,11 +163,19 @@ def describe(
     )
 
 
-def videos_in_words(samples: Sequence[Any], vision: torch.Tensor, family: str) -> list[str]:
+def videos_in_words(
+    student: Student,
+    samples: Sequence[Any],
+    vision: torch.Tensor,
+    text: torch.Tensor,
+    example: dict[str, Any] | None,
+) -> list[str]:
     """How many frames the first samples with videos show, and what they cost; empty if none has any.
 
     Args:
-        vision: bool `[B, T]`, of the batch of these samples; one that cannot be used (`Bad`) stands for another there.
+        vision, text: bool `[B, T]`, of the batch of these samples; one that cannot be used (`Bad`) stands for another
+            there.
+        example: a batch of one sample with images or videos.
     """
     rows = [
         i
@@ -176,8 +184,19 @@ def videos_in_words(samples: Sequence[Any], vision: torch.Tensor, family: str) -
     ]
     if not rows or any(isinstance(sample, Bad) for sample in samples):
         return []
+    model = student.model
     videos = [video for i in rows for video in videos_of_sample(samples[i])]
-    return [frames_in_words(videos, int(vision[rows].sum()), family)]
+    counts = [(int(text[i].sum()), int(vision[i].sum())) for i in rows]
+    encoder, encoded = None, 0
+    if example is not None and PIXELS["video"] in example and PIXELS["image"] not in example:
+        outside = outside_of(model, example)
+        encoder = None if outside is None else outside - head_flops(model.config, 1)
+        encoded = int(vision_tokens(model.config, example["input_ids"]).sum())
+    return [
+        frames_in_words(
+            model.config, videos, counts, encoder=encoder, encoded=encoded, schedule=student.schedule
+        )
+    ]
 
 
 def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any] | None) -> str:
@@ -187,8 +206,17 @@ def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any
         flops, dense: of the decoder, under the schedule and without.
         example: a batch of one sample with images.
     """
-    if example is None:
+    outside = None if example is None else outside_of(model, example)
+    if outside is None:
         return ""
+    return (
+        f"; with vision tower, projector and head {(flops + outside) / 1e9:.2f}G, "
+        f"{prefill_share(flops / dense, outside / dense):.1%} of dense"
+    )
+
+
+def outside_of(model: Any, example: dict[str, Any]) -> float | None:
+    """`outside_flops` of a batch of one sample, also of a model whose weights lie in shards."""
     inner, device = unwrapped(model), model.device
     if any(
         hasattr(weight, "ds_id") for weight in model.parameters()
@@ -199,13 +227,7 @@ def whole_prefill(flops: float, dense: float, model: Any, example: dict[str, Any
         for name, value in example.items()
         if isinstance(value, torch.Tensor)
     }
-    outside = outside_flops(inner, inputs)
-    if outside is None:
-        return ""
-    return (
-        f"; with vision tower, projector and head {(flops + outside) / 1e9:.2f}G, "
-        f"{prefill_share(flops / dense, outside / dense):.1%} of dense"
-    )
+    return outside_flops(inner, inputs)
 
 
 def unknown_words(samples: Sequence[Any], tokenizer: Any) -> list[str]:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from latefusion.data.prompts import prompt_inputs, prompt_text
+from latefusion.data.frame_cost import frames_in_words
+from latefusion.data.prompts import images_of, prompt_inputs, prompt_text, videos_of
 from latefusion.eval.comparison import cost, results, sweeps
 from latefusion.eval.comparison.answers import answer_questions, progress_bar
 from latefusion.eval.comparison.settings import Settings
@@ -20,10 +21,13 @@ from latefusion.eval.report.page import write_report
 from latefusion.eval.report.tables import print_table
 from latefusion.eval.tasks.base import Answer, Task
 from latefusion.eval.tasks.clusters import with_clusters
+from latefusion.models.flops import encoder_flops
+from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
 from latefusion.models.schedule import VisionSchedule
 
 SCHEMA = 3  # of report.json; raise it when a key changes its meaning
+FIRST = 16  # questions with videos whose frames are counted
 NEW_TOKENS = 6  # generated while timing: the first and five further ones
 UNFINISHED = "unfinished.jsonl"  # answers of an evaluation that was interrupted
 NEAR = (
@@ -63,14 +67,14 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
         systems, answers = answer_all(settings, ledger)
         if not processes.main:
             return None
-        rows = prompts_to_time(settings)
+        rows, films = prompts_to_time(settings), films_in_words(settings, answers[settings.reference])
         costs, swept, vision = measure_costs(settings, systems, rows)
     finally:
         model.train(was_training)
     report = {
         "schema": SCHEMA,
         "title": settings.title,
-        "note": settings.note,
+        "note": " ".join(filter(None, [settings.note, films])),
         "checkpoint": settings.checkpoint,
         "roles": {
             "reference": settings.reference,
@@ -96,6 +100,8 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
     write(settings, report, answers)
     ledger.close()
     print_table(report)
+    if films:
+        print(films)
     print(settings.output / "report.html")
     return report
 
@@ -171,6 +177,28 @@ def prompts_to_time(settings: Settings) -> list[dict[str, Any]]:
     """Rows that latency and memory are measured on: about as many of each task, spread over it."""
     each = -(-settings.latency_prompts // len(settings.tasks))
     return [row for task in settings.tasks for row in spread_over(task, each)]
+
+
+def films_in_words(settings: Settings, answers: Sequence[Answer]) -> str:
+    """What the frames of the first questions with videos alone cost the reference; empty if none has any."""
+    every = [
+        (task, i) for task in settings.tasks for i in range(len(task.rows))
+    ]  # in the order of the answers
+    videos, counts, example = [], [], None
+    for (task, i), answer in zip(every, answers, strict=True):
+        if "videos" not in task.rows.column_names or len(counts) == FIRST:
+            continue
+        row = task.rows[i]
+        if row["videos"] and not images_of(row):
+            videos += videos_of(row)
+            counts.append((answer.text_tokens, answer.tokens[0] - answer.text_tokens))
+            example = example or row
+    if example is None:
+        return ""
+    encoder = encoder_flops(
+        unwrapped(settings.model), prompt_inputs(settings.model, settings.processor, [example])
+    )
+    return frames_in_words(settings.model.config, videos, counts, encoder=encoder, encoded=counts[0][1])
 
 
 def spread_over(task: Task, n: int) -> list[dict[str, Any]]:

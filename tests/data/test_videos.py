@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from helpers.data_rows import ANSWER, QUESTION, llava_turns, text_part, turn, write_rows
+from helpers.tiny_base import configured
 from PIL import Image
 
 from latefusion.data import sources
@@ -21,12 +23,13 @@ from latefusion.data.collate import BadRow, Collator
 from latefusion.data.draw import distinct_images, with_images
 from latefusion.data.load import data_fingerprint, training_data
 from latefusion.data.prompts import prompt_of, videos_of, without_image
-from latefusion.data.samples import BadSample, Refused, first_exchange, sample_of
+from latefusion.data.samples import BadSample, Refused, first_exchange, sample_of, videos_of_sample
 from latefusion.data.videos import MAX_TOTAL, BadVideo, Video, evenly, load_video
 from latefusion.eval.tasks.exact import questions_of_file
 from latefusion.models.fingerprint import image_fingerprint, rows_fingerprint
 from latefusion.training.embedded.vocabulary import IMAGE, build_processor
 from latefusion.training.offline import prompt_hash
+from latefusion.training.order import order_of
 
 VIDEO, PICTURE = {"type": "video"}, {"type": "image"}
 
@@ -177,6 +180,25 @@ def test_every_layout_of_a_row_places_its_videos(clips: Path) -> None:
     assert [greys(v)[-1] for v in stored[0]["videos"]] == [11, 2] and stored.sizes() == [(10, 32), (10, 0)]
 
 
+def test_steps_of_one_modality_hold_videos_of_like_length(clips: Path) -> None:
+    """Rows as they lie in a file: text alone, a picture, a video, two videos, four of each."""
+    kinds: list[dict] = [
+        {"messages": [turn("user", "?"), ANSWER]},
+        {"messages": [turn("user", PICTURE, "?"), ANSWER], "images": ["a.png"]},
+        {"messages": [turn("user", VIDEO, "?"), ANSWER], "video": "clip"},
+        {"messages": [turn("user", VIDEO, VIDEO, "?"), ANSWER], "videos": ["other", ["a.png"]]},
+    ]
+    path = write_rows(clips, *(kinds * 4), name="rows.jsonl")
+    config = configured("data=dataset", f"data.path={path}", "data.max_frames=3", "data.group=modality")
+    dataset = training_data(config.data)
+    order = order_of(replace(config.train, steps=4, batch_size=4, accumulation=1), dataset, world=1)
+    assert [size[1] for size in dataset.rows.sizes()] == [0, 1, 3, 6] * 4
+    steps = [[order.at(4 * step + i) for i in range(4)] for step in range(4)]
+    assert sorted([i % 4 for i in step] for step in steps) == [[kind] * 4 for kind in range(4)]
+    shown = [[len(videos_of_sample(dataset[i])) for i in step] for step in steps]
+    assert sorted(shown) == [[0] * 4, [0] * 4, [1] * 4, [2] * 4]
+
+
 def test_only_the_videos_before_the_first_answer_are_measured_on(clips: Path) -> None:
     turns = [
         turn("user", VIDEO, "?"),
@@ -214,8 +236,6 @@ def test_a_row_of_the_hub_may_not_name_a_video_of_this_machine(clips: Path) -> N
 
 def test_the_fingerprint_of_data_has_the_contents_of_its_videos(clips: Path) -> None:
     def made(rows: list[dict], **settings) -> str:
-        from helpers.tiny_base import configured
-
         path = write_rows(clips, *rows, name="rows.jsonl")
         options = [f"data.{name}={value}" for name, value in settings.items()]
         return data_fingerprint(training_data(configured("data=dataset", f"data.path={path}", *options).data))

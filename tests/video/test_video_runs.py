@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,14 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def words_of(home: Path, *more: str) -> list[str]:
     return [
-        *(*QUICK, *SMALL, "data=dataset", f"data.path={home / 'rows.jsonl'}", "data.max_frames=4"),
+        *(
+            *QUICK,
+            *SMALL,
+            "data=dataset",
+            f"data.path={home / 'rows.jsonl'}",
+            "data.max_frames=4",
+            "data.group=modality",
+        ),
         *("data.on_error=skip", "train.batch_size=3", "teacher=dense", "schedule.enter=2", "schedule.exit=4"),
         *("schedule.keep={3: 2}", f"model.path={home / 'model'}", "eval.batch_size=2", *more),
     ]
@@ -77,7 +85,10 @@ def test_a_student_is_trained_resumed_taught_and_evaluated(
 ) -> None:
     run_config(composed(*words_of(home, f"output_dir={home / 'student'}")))
     printed = capsys.readouterr().out
-    assert "Video: " in printed and "a frame; a policy chooses among those of all frames" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("Video: ")]
+    assert "in the decoder under the schedule; a policy chooses among the tokens of all frames" in line
+    tower = float(re.search(r"costs (\S+) GFLOPs in vision tower and projector", line)[1])
+    assert float(re.search(r"and (\S+) GFLOPs in the decoder", line)[1]) > 0
     assert "with vision tower, projector and head" in printed
     losses = [entry["loss"] for entry in metrics_entries(home / "student") if "loss" in entry]
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
@@ -102,6 +113,10 @@ def test_a_student_is_trained_resumed_taught_and_evaluated(
         )
     )
     assert report is not None
+    (films,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Video: ")]
+    assert films.startswith("Video: 12 frames shown of 65, ") and films in report["note"]
+    assert "GFLOPs in the dense decoder" in films
+    assert float(re.search(r"costs (\S+) GFLOPs in vision", films)[1]) == pytest.approx(tower, rel=0.02)
     lines = (home / "report" / "predictions.jsonl").read_text().splitlines()
     dense = [answer for answer in map(json.loads, lines) if answer["system"] == "dense"]
     seen = {answer["id"]: answer["tokens"][0] - answer["text_tokens"] for answer in dense}
@@ -119,8 +134,11 @@ def test_generate_prints_answers_tokens_a_frame_and_savings(
         ]
     )
     printed = " ".join(capsys.readouterr().out.split())
-    n = {"qwen2_5_vl": "8 vision tokens, 2.0 a", "llava_onevision": "5 vision tokens, 1.2 a"}
-    assert f"Video: 4 frames shown of 30, {n[home.name.rstrip('0123456789')]} frame" in printed
+    n = {
+        "qwen2_5_vl": "8 vision tokens. A frame has 2.0",
+        "llava_onevision": "5 vision tokens. A frame has 1.2",
+    }
+    assert f"Video: 4 frames shown of 30, {n[home.name.rstrip('0123456789')]} and costs " in printed
     assert "vision tower included" in printed and (home / "kept.svg").is_file()
     with pytest.raises(SystemExit, match=r"error: no video at none\.mp4; name a file with video=FILE"):
         generate.main([f"model={home / 'model'}", "video=none.mp4", "prompt=how many?"])
