@@ -141,7 +141,7 @@ def load_video(source: Any, folder: Path | None = None, *, max_frames: int = MAX
     except (OSError, ValueError) as error:  # ValueError: a pipe, or a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadVideo(f"{name} cannot be read ({reason}: {short(file)})") from None
-    return _of_frames(frames, None, rate, max_frames, name)
+    return _of_frames(frames, None, rate, max_frames, f"the folder {name}")
 
 
 def inside(source: Mapping[str, Any]) -> Any:
@@ -233,7 +233,7 @@ def _decoded(file: Any, name: str, max_frames: int) -> Video:
             shown, _ = _shown(file, indices, name)
     except av.FFmpegError as error:
         if isinstance(error, av.error.ArgumentError):
-            raise BadVideo(f"{name} is not a video (is it a still image, or a playlist?)") from None
+            raise BadVideo(f"{name} is not a video (is it sound, a still image or a playlist?)") from None
         raise BadVideo(f"{name} cannot be decoded ({error.strerror or first_line(error)})") from None
     return Video(np.stack(shown), tuple(indices), total, rate, max_frames)
 

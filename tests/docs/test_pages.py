@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from latefusion.data import motion
 from latefusion.eval import evaluate, generate, profile_model
 from latefusion.eval.thresholds import settings
 from latefusion.recipes.compose import compose_tree
@@ -172,6 +173,7 @@ KEYS = {
     "eval/calibrate.py": names_of(settings.Arguments),
     "eval/profile_model.py": set(profile_model.KEYS),
     "eval/compare.py": set(),
+    "data/motion.py": names_of(motion.Arguments),
     "training/export.py": names_of(export.Arguments),
     "training/import_llava.py": names_of(import_llava.Arguments),
 }
