@@ -11,6 +11,7 @@ from typing import Any
 
 from latefusion.data.frame_cost import frames_in_words
 from latefusion.data.prompts import images_of, prompt_inputs, prompt_text, videos_of
+from latefusion.data.videos import Video
 from latefusion.eval.comparison import cost, results, sweeps
 from latefusion.eval.comparison.answers import answer_questions, progress_bar
 from latefusion.eval.comparison.settings import Settings
@@ -184,7 +185,9 @@ def films_in_words(settings: Settings, answers: Sequence[Answer]) -> str:
     every = [
         (task, i) for task in settings.tasks for i in range(len(task.rows))
     ]  # in the order of the answers
-    videos, counts, example = [], [], None
+    videos: list[Video] = []
+    counts: list[tuple[int, int]] = []
+    example: dict[str, Any] | None = None
     for (task, i), answer in zip(every, answers, strict=True):
         if "videos" not in task.rows.column_names or len(counts) == FIRST:
             continue
