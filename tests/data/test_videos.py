@@ -89,7 +89,7 @@ def test_a_short_video_is_filled_evenly_for_families_that_stack() -> None:
         ([], "a video has no frames"),
         (["a.png", "none.png"], r"has a bad frame 1: none\.png cannot be read"),
         (["a.png", "clip/f0.png"], r"frames of different sizes \(8 x 6 and 8 x 8\)"),
-        ("empty", "empty has no frames"),
+        ("empty", "^the folder empty has no frames"),
         ({"frames": ["a.png"], "fps": 0}, "has fps=0; give a number above 0"),
         ({"frames": ["a.png"], "fps": "fast"}, "has fps=fast; give a number above 0"),
         ({"path": "clip", "max_frames": -1}, "has max_frames=-1; give a number above 0"),

@@ -61,6 +61,13 @@ def test_damaged_files_and_what_is_no_video_are_one_sentence_each(tmp_path: Path
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    wave = io.BytesIO()
+    with av.open(wave, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
     files = {
@@ -71,6 +78,7 @@ def test_damaged_files_and_what_is_no_video_are_one_sentence_each(tmp_path: Path
         "list.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\na.ts\n#EXT-X-ENDLIST\n", "not a video"),
         "list.ffconcat": (b"ffconcat version 1.0\nfile a.mp4\n", "not a video"),
         "still.png": (picture.getvalue(), "not a video"),
+        "sound.wav": (wave.getvalue(), "is it sound, a still image or a playlist"),
         "sound.mp4": (sound.getvalue(), "has no moving picture"),
     }
     for name, (data, reason) in files.items():
