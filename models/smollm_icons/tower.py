@@ -50,7 +50,8 @@ def folded(network: nn.Module) -> nn.Module:
         children = dict(parent.named_children())
         for name, norm in FOLLOWS.items():
             if name in children and norm in children:
-                convolution = fuse_conv_bn_eval(children[name], children[norm])
+                both: Any = (children[name], children[norm])
+                convolution: Any = fuse_conv_bn_eval(*both)
                 left, right, above, below = getattr(convolution.static_padding, "padding", (0, 0, 0, 0))
                 if left == right == above == below:
                     convolution.padding, convolution.static_padding = (above, left), nn.Identity()
