@@ -4,7 +4,8 @@
     python eval/bench/icons_students.py --arm base --output outputs/students
     python eval/bench/icons_students.py --merge outputs/students --json outputs/students.json
 
-An arm is a recipe and a teacher, which counts fully; `base` trains nothing and answers under dense and VisiPruner.
+An arm is a recipe and a teacher, which counts fully; `base` trains nothing and answers under dense, VisiPruner and
+the schedule of `schedule=auto`, under which `profiled` is trained.
 `--share` takes a part of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on
 training on 50 pictures of `easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are
 compared on the same questions: new boards (`test`), boards of drawings that training never shows (`new_drawings`),
@@ -46,12 +47,14 @@ from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.flops import head_flops
 from latefusion.models.policies.configured import visipruner
+from latefusion.models.profile_folder import read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.save import load_student
 from latefusion.recipes.compose import compose_config
 
 MODEL = "smollm_icons"
 ROOT = Path(__file__).parents[2]
+PROFILE = "docs/results/profile_icons"  # of schedule=auto
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
@@ -63,6 +66,7 @@ ARMS = {
     "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
+    "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
 }
 TESTS = {  # name -> set, split, boards or pictures (about 11 and 10 questions each)
     "test": ("icons", "test", 1.0),
@@ -96,6 +100,7 @@ def run_cell(args: argparse.Namespace) -> dict[str, Any]:
         systems = {
             "dense": System(name="Dense base", policy=VisionSchedule()),
             "pruned": System(name="VisiPruner", policy=thresholds),
+            "profiled": System(name="schedule=auto", policy=read_schedule(ROOT / PROFILE)),
         }
         with attach(model, VisionSchedule()) as attachment:
             return cell | {"systems": answered(model, processor, attachment, systems, tasks)}
@@ -155,6 +160,16 @@ def answered(
 # ---------------------------------------------------------------- the table
 
 
+SETTINGS = (
+    "arm",
+    "share",
+    "noise",
+    "transfer",
+    "steps",
+    "batch",
+)  # what cells of several seeds have in common
+
+
 def merged(folder: Path) -> dict[str, Any]:
     """All cells of a folder as rows: accuracy by seed and its difference to the dense arm of the same seed.
 
@@ -168,11 +183,11 @@ def merged(folder: Path) -> dict[str, Any]:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for cell in cells:
         if cell["arm"] != "base":
-            groups.setdefault((cell["arm"], cell["share"], cell["noise"], cell["transfer"]), []).append(cell)
+            groups.setdefault(tuple(cell[name] for name in SETTINGS), []).append(cell)
     rows = [] if base is None else [base_row(name, row, base) for name, row in base.items()]
-    for (arm, share, noise, transfer), members in groups.items():
-        dense = {cell["seed"]: cell for cell in groups.get(("dense", share, noise, transfer), [])}
-        row: dict[str, Any] = {"arm": arm, "share": share, "noise": noise, "transfer": transfer, "tests": {}}
+    for settings, members in groups.items():
+        dense = {cell["seed"]: cell for cell in groups.get(("dense", *settings[1:]), [])}
+        row: dict[str, Any] = {**dict(zip(SETTINGS, settings, strict=True)), "tests": {}}
         systems = {cell["seed"]: cell["systems"]["student"] for cell in members}
         first = next(iter(systems.values()))
         for test in TESTS:
@@ -183,14 +198,12 @@ def merged(folder: Path) -> dict[str, Any]:
                 **(
                     of_questions(first, test) if len(systems) == 1 else mean_over_seeds(list(values.values()))
                 ),
-                "against_dense": gaps(systems, {} if arm == "dense" else others, test),
+                "against_dense": gaps(systems, {} if row["arm"] == "dense" else others, test),
                 "against_base": gaps(systems, dict.fromkeys(systems, base["dense"]) if base else {}, test),
             }
         if base is not None:
             row |= {name: first[name] / base["dense"][name] for name in ("flops", "prefill_flops")}
-        rows.append(
-            row | {"device": members[0]["device"], "steps": members[0]["steps"], "batch": members[0]["batch"]}
-        )
+        rows.append(row | {"device": members[0]["device"]})
     return {"rows": rows, "questions": {test: len(cells[0]["systems"][s]["right"][test]) for test in TESTS
                                         for s in list(cells[0]["systems"])[:1]}}  # fmt: skip
 
@@ -261,7 +274,7 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float | None]:
 
 
 AGAINST = {"against_base": "against the dense base, test", "against_dense": "against dense LoRA, test"}
-HEAD = ("arm", "seeds", *TESTS, *AGAINST.values(), "decoder FLOPs", "whole prefill")
+HEAD = ("arm", "seeds", *TESTS, *AGAINST.values(), "decoder FLOPs", "whole prefill", "boards trained on")
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
@@ -276,6 +289,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
                 *(interval(row["tests"][test]) for test in TESTS),
                 *(against(of_test[name]) if name in of_test else "" for name in AGAINST),
                 *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
+                str(row["steps"] * row["batch"]) if "steps" in row else "",
             ]
         )
     return table
@@ -353,7 +367,8 @@ def main() -> None:
         parser.error(
             "name an arm and a folder (--arm NAME --output FOLDER), or cells to merge (--merge FOLDER)"
         )
-    name = f"{args.arm}_share{args.share:g}_noise{args.noise:g}{'_transfer' * args.transfer}_{args.seed}.json"
+    kind = f"{args.arm}_{args.steps}x{args.batch}_share{args.share:g}_noise{args.noise:g}"
+    name = f"{kind}{'_transfer' * args.transfer}_{args.seed}.json"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / name).write_text(json.dumps(run_cell(args)) + "\n")
 

@@ -118,7 +118,7 @@ class Forward:
             return (
                 hidden_states,
                 kwargs,
-            )  # a decode step: no mask to translate, and the cache counts new tokens itself
+            )  # a decode step: nothing to translate, and the cache counts new tokens
         if self.watch is not None:
             self.watch.check()
             if i in self.watch.looks_ahead:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from latefusion.models.attach import attach
 from latefusion.models.policies.visipruner import decision as fusion
@@ -68,17 +71,25 @@ class Recorded:
         vision[:, case["image_start"] :][:, : case["num_vision_tokens"]] = True
 
         self.effects: list[tuple[Tensor, Tensor]] = []  # cosine and norm of each layer looked at, [1, 1, K]
-        self.outputs: list[Tensor] = []  # of every layer in every forward, [1, n, H]
+        self.outputs: list[Tensor] = []  # what every layer computes in every forward, [1, n, H]
         self.final: list[Tensor] = []  # after the final norm, last token, [H]
 
         def spy(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             self.effects.append(removal_effect(weights, value))
             return self.effects[-1]
 
+        stock = LlamaDecoderLayer.forward
+
+        @wraps(stock)
+        def layer_forward(layer: LlamaDecoderLayer, *args: Any, **kwargs: Any) -> Tensor:
+            self.outputs.append(
+                stock(layer, *args, **kwargs)
+            )  # behind the last layer all tokens are put back
+            return self.outputs[-1]
+
         patch.setattr(fusion, "removal_effect", spy)
+        patch.setattr(LlamaDecoderLayer, "forward", layer_forward)
         with attach(model, policy, vision_mask=vision) as att, torch.no_grad():
-            for layer in model.model.layers:
-                layer.register_forward_hook(lambda module, args, output: self.outputs.append(output))
             model.model.norm.register_forward_hook(
                 lambda module, args, output: self.final.append(output[0, -1])
             )
