@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from latefusion.data.escape import terminal
 from latefusion.data.prompts import prompt_inputs, without_image
@@ -137,12 +140,31 @@ def _ask(
     return outputs
 
 
+@contextmanager
+def dense_rows(head: nn.Module) -> Iterator[None]:
+    """The head gets its rows side by side in memory.
+
+    `generate` hands it the last token of each prompt, a slice of all states; torch multiplies such a slice in bfloat16
+    on a CPU without its fast kernel, so that the head takes longer than the decoder.
+    """
+
+    def copy(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+
+    handle = head.register_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _generate(
     model: Any, processor: Any, attachment: Any, inputs: dict[str, Any], max_new_tokens: int
 ) -> list[tuple[str, Any, int]]:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [B, T]
     kwargs = fresh_inputs(inputs)
-    output = model.generate(**kwargs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    with dense_rows(model.get_output_embeddings()):
+        output = model.generate(**kwargs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     texts = processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     n_text = (mask.bool() & ~vision_tokens(model.config, ids)).sum(1).tolist()
     return list(zip(texts, attachment.trace, n_text, strict=True))

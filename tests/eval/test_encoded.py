@@ -10,7 +10,7 @@ from torch import nn
 
 from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.data.scenes import load_scenes
-from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.answers import answer_questions, dense_rows
 from latefusion.eval.comparison.encoded import EncodedImages, rows_of_images, vision_weights
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base, twin
@@ -157,3 +157,17 @@ def test_a_comparison_encodes_an_image_once_for_all_questions_and_systems():
     )
     handle.remove()
     assert len(runs) == 2 * len(set(questions["scene"]))  # the student has trained its projector
+
+
+def test_the_head_gets_rows_that_lie_side_by_side():
+    head = nn.Linear(4, 3)
+    states = torch.randn(5, 7, 4)[:, -1:]
+    strides = []
+    head.register_forward_hook(lambda module, args, output: strides.append(args[0].stride()))
+    with torch.no_grad():
+        expected = head(states)
+        with dense_rows(head):
+            assert torch.equal(head(states), expected)
+            head(states[:1])  # one row is contiguous for torch, whatever its strides
+        head(states)
+    assert strides == [(28, 4, 1), (4, 4, 1), (4, 4, 1), (28, 4, 1)]

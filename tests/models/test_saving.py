@@ -315,7 +315,9 @@ def test_what_bfloat16_rounds_away_is_said(tmp_path, stand_in):
     ):
         load(tmp_path / "adapter", dtype=torch.bfloat16)
     student = load_student(tmp_path / "adapter", dtype=torch.float32)
-    assert merge_adapters(student).lost == 0
+    merged = merge_adapters(student)
+    assert merged.lost == 0
+    assert all(weight.requires_grad for weight in merged.model.parameters()), "as transformers loads a model"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
