@@ -86,7 +86,7 @@ def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     assert insert(page, "schedules", schedules + "\n") == page
     (table,) = re.findall(r"<!-- icons -->\n(.*?)<!-- /icons -->", README, flags=re.DOTALL)
     rows = {row["arm"]: row for row in students["rows"]}
-    arms = ("base, dense", "base, pruned", "late_fusion")
+    arms = ("base, dense", "base, pruned", "base, profiled", "late_fusion_no_teacher")
     for arm, line in zip(arms, table.splitlines()[2:], strict=True):
         test, row = rows[arm]["tests"]["test"], rows[arm]
         right = f"{test['mean']:.1f} ({test['low']:.1f}–{test['high']:.1f})"
