@@ -252,10 +252,15 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         groups[cell["data"], cell["rows"], cell["steps"]].setdefault(name, {})[cell["seed"]] = cell
     tables = []
     for (data, rows, steps), arms in sorted(groups.items()):
-        decisions = arms.pop(DECISION, {})
-        named = {seed: arms.get(cell["auto"]["trust"], {}).get(seed) for seed, cell in decisions.items()}
-        if decided := {seed: cell for seed, cell in named.items() if cell is not None}:
-            arms.setdefault("auto", decided)
+        decisions = {}
+        for name in [name for name in arms if name.split()[0] == DECISION]:
+            settings, seeds = name.removeprefix(DECISION), arms.pop(name)
+            named = {
+                seed: arms.get(f"{c['auto']['trust']}{settings}", {}).get(seed) for seed, c in seeds.items()
+            }
+            if cells_named := {seed: cell for seed, cell in named.items() if cell is not None}:
+                arms.setdefault(f"auto{settings}", cells_named)
+            decisions[f"auto{settings}"] = seeds
         means = {arm: fmean(cell["accuracy"] for cell in seeds.values()) for arm, seeds in arms.items()}
         controls = [arm for arm in ("none", "all") if arm in arms]
         against = {f"to_{control}": control for control in controls}
@@ -267,8 +272,9 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "accuracy": interval([cell["accuracy"] for cell in seeds.values()]),
                 "of_seeds": {str(seed): seeds[seed]["accuracy"] for seed in sorted(seeds)},
             }
-            if arm == "auto":
-                row["decisions"] = [decisions[seed]["auto"] for seed in sorted(seeds) if seed in decisions]
+            if arm in decisions:
+                of_seed = decisions[arm]
+                row["decisions"] = [of_seed[seed]["auto"] for seed in sorted(seeds) if seed in of_seed]
             for name, control in against.items():
                 common = sorted(seeds.keys() & arms[control].keys())
                 if common and arm not in (control, BASE):

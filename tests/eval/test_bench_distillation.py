@@ -66,8 +66,9 @@ def test_a_cell_is_written_and_merged(tmp_path: Path, capsys: pytest.CaptureFixt
     bench.main(["--data", "scenes", "--arm", "none,all,decision", *small, "entry.images=16"])
     bench.main(["--merge", str(tmp_path / "cells"), "--json", str(tmp_path / "all.json")])
     (table,) = json.loads((tmp_path / "all.json").read_text())["tables"]
-    (decided,) = table["arms"]["auto"]["decisions"]
-    assert table["arms"]["auto"]["of_seeds"] == table["arms"][decided["trust"]]["of_seeds"]
+    auto = table["arms"]["auto entry.images=16"]
+    (decided,) = auto["decisions"]
+    assert auto["of_seeds"] == table["arms"][f"{decided['trust']} entry.images=16"]["of_seeds"]
     assert decided["answers"] == 12 and "scenes" in capsys.readouterr().out
 
 
