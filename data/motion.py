@@ -35,10 +35,8 @@ from latefusion.recipes.printable import error_line
 VERSION = 1  # raise it when a video, a question or a pixel changes
 FRAMES = 4
 WAYS = {"across": {-1: "left", 1: "right"}, "down": {-1: "top", 1: "bottom"}}
-TOGETHER, IN_TURN = (
-    (10, 14),
-    (20, 28),
-)  # pixels from frame to frame; less than half of the picture: no way is ambiguous
+# pixels from frame to frame; less than half of the picture, so that no way is ambiguous
+TOGETHER, IN_TURN = (10, 14), (20, 28)
 
 
 @dataclass

@@ -85,9 +85,8 @@ def convolution_flops(text: PretrainedConfig, tokens: int) -> int:
 def flops_beside(text: PretrainedConfig) -> int:
     """FLOPs of a token in a layer beside attention and MLP: Gemma 3n's and 4's inputs of a layer, AltUp, Laurel."""
     hidden, states = text.hidden_size, getattr(text, "altup_num_inputs", 0)
-    altup = (
-        2 * states * (2 * hidden + states * (states + 1 + hidden))
-    )  # routed twice; both maps; the prediction
+    # AltUp: routed twice, both maps, the prediction
+    altup = 2 * states * (2 * hidden + states * (states + 1 + hidden))
     inner = (getattr(text, "hidden_size_per_layer_input", 0) or 0) + getattr(text, "laurel_rank", 0)
     return altup + 4 * hidden * inner
 

@@ -30,12 +30,8 @@ TYPES = {  # a type in words, and how OmegaConf says that a value has another
     "a dictionary: KEY={NAME: VALUE}": "^Cannot assign .* to Dict|^Invalid type assigned",
 }
 HELP = {"-h", "--help"}
-SOURCES = (
-    "schedule",
-    "pyramid",
-    "cross",
-    "teacher",
-)  # keys of `model` that `schedule` and `teacher` are made of
+# keys of `model` that `schedule` and `teacher` are made of
+SOURCES = ("schedule", "pyramid", "cross", "teacher")
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 

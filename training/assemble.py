@@ -201,8 +201,8 @@ def objective_of(config: Config, student: Student, *, offline: bool | None = Non
         share_images=not trains_projector(config),
         blank=blank if sharded or trains_projector(config) else None,
         narrowing=narrowing(config, student),
-        sharded=config.engine.in_shards
-        and not config.engine.fsdp,  # FSDP2 gathers all but the layers at once
+        # FSDP2 gathers all but the layers at once
+        sharded=config.engine.in_shards and not config.engine.fsdp,
     )
 
 

@@ -258,7 +258,7 @@ def write_answers(config: Config) -> None:
     try:
         check_models(config)
         policy = teacher(config)
-        sharded, asked = config.engine.in_shards, not (config.engine.in_shards and config.kl.model)
+        sharded, can_ask = config.engine.in_shards, not (config.engine.in_shards and config.kl.model)
         if sharded and config.kl.model is None:  # the base as a model of its own, without adapters to shard
             model = config.model
             config.kl.model, config.kl.revision, config.kl.visipruner = (
@@ -271,7 +271,7 @@ def write_answers(config: Config) -> None:
         parts.guarded(config, collator, dataset)(parts.first_samples(dataset))
         settle_threads(config)
         facts = expected(config, collator.processor, policy)
-        if asked and config.kl.trust is Trust.auto:
+        if can_ask and config.kl.trust is Trust.auto:
             count_steps(config, dataset)
             decision = settle_trust(config, collator, lambda: parts.base_of(config)[0], dataset, None)
             if decision is not None and decision.trust == "none":

@@ -258,8 +258,8 @@ def merged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
             named = {
                 seed: arms.get(f"{c['auto']['trust']}{settings}", {}).get(seed) for seed, c in seeds.items()
             }
-            if cells_named := {seed: cell for seed, cell in named.items() if cell is not None}:
-                arms.setdefault(f"auto{settings}", cells_named)
+            if decided := {seed: cell for seed, cell in named.items() if cell is not None}:
+                arms.setdefault(f"auto{settings}", decided)
             decisions[f"auto{settings}"] = seeds
         means = {arm: fmean(cell["accuracy"] for cell in seeds.values()) for arm, seeds in arms.items()}
         controls = [arm for arm in ("none", "all") if arm in arms]

@@ -165,19 +165,19 @@ def run(options: Any) -> dict[str, Any]:
     collator = build_collator(processor, model.config, model.generation_config)
     drawn: Any = samples(Source.icons, "test", seed=config.data.seed)
     candidates, _ = with_images(drawn, needed=options.questions, seed=0)
-    asked = opened(drawn, candidates[: options.questions])
+    prompts = opened(drawn, candidates[: options.questions])
     train: Any = samples(Source.icons, "train", seed=config.data.seed)
-    groups = batches(model, collator, asked, options.batch_size)
-    boards = [images_key(asked[number]) for group in groups for number in group.numbers]
+    groups = batches(model, collator, prompts, options.batch_size)
+    boards = [images_key(prompts[number]) for group in groups for number in group.numbers]
     held = config.model.schedule
     band = VisionSchedule(
         enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
     )
     tokens = {"vision": float(len(groups[0].places))}
-    tokens["text"] = sum(sum(group.lengths) for group in groups) / len(asked) - tokens["vision"]
-    outside = outside_share(model, collator, asked[:6], tokens)
+    tokens["text"] = sum(sum(group.lengths) for group in groups) / len(prompts) - tokens["vision"]
+    outside = outside_share(model, collator, prompts[:6], tokens)
     out: dict[str, Any] = {
-        "model": MODEL, "split": "test", "questions": len(asked), "boards": len(set(boards)),
+        "model": MODEL, "split": "test", "questions": len(prompts), "boards": len(set(boards)),
         "dtype": str(model.dtype).removeprefix("torch."), "calibrating_images": options.images, "rows": [],
     }  # fmt: skip
     with attach(model, VisionSchedule()) as attachment:

@@ -115,10 +115,8 @@ class Forward:
             and kwargs.get("attention_mask") is None
             and (self.entering is None or i != self.entering.idle_before)
         ):
-            return (
-                hidden_states,
-                kwargs,
-            )  # a decode step: nothing to translate, and the cache counts new tokens
+            # a decode step: nothing to translate, and the cache counts new tokens
+            return hidden_states, kwargs
         if self.watch is not None:
             self.watch.check()
             if i in self.watch.looks_ahead:

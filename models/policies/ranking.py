@@ -30,9 +30,8 @@ def best(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
     most = max(counts)
     first: Any = True
     if min(counts) < most:
-        first = (
-            torch.arange(most, device=order.device) < on_device(counts, order.device)[:, None]
-        )  # [B, most]
+        # [B, most]
+        first = torch.arange(most, device=order.device) < on_device(counts, order.device)[:, None]
     return torch.zeros_like(among).scatter_(1, order[:, :most], first)
 
 

@@ -299,9 +299,8 @@ def merge_adapters(student: Student) -> Merge:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         model = student.model.merge_and_unload()
-    for (
-        weight
-    ) in model.parameters():  # as transformers loads a model; a frozen head is slow on a batch's last tokens
+    # as transformers loads a model; torch multiplies the last tokens of a batch slowly by a frozen head
+    for weight in model.parameters():
         weight.requires_grad_(weight.is_floating_point())
     record(model, student.schedule)
     total = sum(1 for name in model.state_dict() if not name.startswith(f"{ENTRY}."))
