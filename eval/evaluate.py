@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from latefusion.models.locate import check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
-from latefusion.recipes.launcher import world_size
+from latefusion.recipes.launcher import run_to_exit, world_size
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
@@ -378,4 +378,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

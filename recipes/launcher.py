@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
+from collections.abc import Callable
 
 
 def rank() -> int:
@@ -29,3 +33,38 @@ def launched() -> int | None:
 def local_world_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def run_to_exit(main: Callable[[], object]) -> None:
+    """Run a command's `main`; where processes were joined, end this one without Python's clean-up of all modules.
+
+    A thread of `torch.distributed` lets go of a tensor a moment after the operation is done. If Python is being cleaned
+    up by then, C++ aborts ("terminate called without an active exception") a process that had done its work (Python
+    below 3.14, gloo). Handlers registered to run at exit do run.
+
+    Args:
+        main: ends by returning or by SystemExit; any other exception passes.
+    """
+    status: int | str | None = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code  # type: ignore[assignment]
+        if not joined():
+            raise
+    if not joined():
+        return
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as Python does: threads first
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
+def joined() -> bool:
+    """Whether this process has joined a group of `torch.distributed`, be it of one."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
