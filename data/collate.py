@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from latefusion.data.printing import first_line
-from latefusion.data.samples import BadSample, Refused, TooLong, videos_of_sample
+from latefusion.data.processor import called, recorded
+from latefusion.data.samples import BadSample, TooLong, videos_of_sample
 from latefusion.data.turns import isolate_turns
-from latefusion.data.videos import Video, unreadable, video_arguments
+from latefusion.data.videos import check_limits, unreadable
 from latefusion.models.base_model import load_processor
 from latefusion.models.executor.masks import attention_window
 from latefusion.models.executor.prompt import IGNORE
@@ -189,19 +189,22 @@ class Collator:
         """The processor's batch, and for each text where its placeholders stood and what replaced them."""
         images = [list(sample["images"]) for sample in samples]
         videos = [video for sample in samples for video in videos_of_sample(sample)]
-        check_mix(self.family, any(images), videos)
         bos = self.processor.tokenizer.bos_token
-        with _replacements(self.processor) as moved:
-            batch = self.processor(
-                text=list(texts),
-                images=images if any(images) else None,
-                **video_arguments(videos, self.family),
+        # as an output (`return_text_replacement_offsets`), InternVL's processor would try to make a tensor of it
+        with recorded(self.processor, "get_text_with_replacements") as replaced:
+            batch = called(
+                self.processor,
+                self.family,
+                texts,
+                images,
+                videos,
                 add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
                 padding=True,
                 padding_side="right",
                 return_offsets_mapping=True,
                 return_tensors="pt",
             )
+        moved = [of_text for _, of_texts in replaced for of_text in of_texts]
         return batch, moved or [[] for _ in texts]
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
@@ -247,14 +250,6 @@ class Collator:
                     ends = [kept + len(self.stop[0])]
             closed.append((start, min(ends)))
         return text, closed
-
-
-def check_mix(family: str, images: bool, videos: Sequence[Video]) -> None:
-    """Raise Refused if a batch has images and videos and the family's processor keeps only the videos."""
-    if images and videos and family == "smolvlm":
-        raise Refused(
-            "smolvlm's processor takes images or videos, not both in one batch; use data that have only one of them."
-        )
 
 
 def reserved_tokens(processor: Any, vision_ids: Sequence[int]) -> tuple[str, ...]:
@@ -331,6 +326,7 @@ def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float
 
     Raises:
         OSError: the processor or the configuration cannot be reached.
+        ValueError: parts of the data show videos of which one batch cannot hold both.
     """
     model = config.model
     check_base(model.path)
@@ -338,6 +334,9 @@ def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float
     where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     processor = load_processor(model.path, settings=model.processor, **where)
     model_config = AutoConfig.from_pretrained(path, **where)
+    check_limits(
+        model_config.model_type, (part.max_frames or config.data.max_frames for part in config.data.parts)
+    )
     try:
         generation = GenerationConfig.from_pretrained(path, revision=model.revision)
     except OSError:  # no file of its own: the model's configuration says it
@@ -406,24 +405,3 @@ def _after(spans: Sequence[Span], moved: Sequence[dict[str, Any]]) -> list[Span]
         return at + next((m["new_span"][1] - m["span"][1] for m in reversed(moved) if m["span"][1] <= at), 0)
 
     return [(place(start), place(end)) for start, end in spans]
-
-
-@contextmanager
-def _replacements(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
-    """A list that is filled with the processor's record of the placeholders it replaces.
-
-    As an output (`return_text_replacement_offsets`), InternVL's processor would try to make a tensor of it.
-    """
-    replacements: list[list[dict[str, Any]]] = []
-    replace = processor.get_text_with_replacements
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        text, moved = replace(*args, **kwargs)
-        replacements.extend(moved)
-        return text, moved
-
-    processor.get_text_with_replacements = record
-    try:
-        yield replacements
-    finally:
-        del processor.get_text_with_replacements

@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from latefusion.data.collate import check_mix
 from latefusion.data.images import BadImage, load_image
-from latefusion.data.videos import TIMES, BadVideo, Video, load_video, unreadable, video_arguments
+from latefusion.data.processor import called
+from latefusion.data.videos import MAX_FRAMES, TIMES, BadVideo, Video, load_video, unreadable
 
 
 def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
@@ -38,15 +38,15 @@ def images_of(row: dict[str, Any]) -> list[Image.Image]:
 
 
 def videos_of(row: dict[str, Any]) -> list[Video]:
-    """The videos of a row, opened: of its column `videos`, as `load_video` takes them.
+    """The videos of a row, opened: of its column `videos`, as `load_video` takes them, at most its `max_frames` each.
 
     Raises:
         BadVideo: one of them cannot be used.
         NoDecoder: one is a file, and what decodes it is not installed.
     """
-    videos = row.get("videos") or []
+    videos, n = row.get("videos") or [], row.get("max_frames") or MAX_FRAMES
     try:
-        return [video if isinstance(video, Video) else load_video(video) for video in videos]
+        return [video if isinstance(video, Video) else load_video(video, max_frames=n) for video in videos]
     except BadVideo as error:
         raise BadVideo(f"question {row.get('id', '')} has a bad video: {error}.") from None
 
@@ -108,16 +108,17 @@ def processed(
         videos: of all texts, one after another.
 
     Raises:
-        ValueError: the model is not known to read videos, or takes no images beside them.
+        ValueError: the model is not known to read videos, or its processor refuses a text and what it shows.
     """
     family = model.config.model_type
     if videos and (reason := unreadable(family)):
         raise ValueError(f"{reason}.")
-    check_mix(family, any(images), videos)
-    inputs = processor(
-        text=list(texts),
-        images=list(images) if any(images) else None,
-        **video_arguments(videos, family),
+    inputs = called(
+        processor,
+        family,
+        texts,
+        images,
+        videos,
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -18,6 +18,7 @@ from latefusion.data.printing import short
 from latefusion.data.samples import (
     COLUMNS,
     MEDIA,
+    SETTINGS,
     BadSample,
     Sources,
     conversation_of,
@@ -67,6 +68,8 @@ def question_rows(path: str, key: str = "data", *, max_frames: int = MAX_FRAMES)
         raise ValueError(f"{path} has {len(bad)} rows that cannot be used: {'; '.join(bad[:SHOWN])}{more}.")
     if not questions:
         raise ValueError(f'{path} holds no question; write lines of {{"image", "question", "answers"}}.')
+    for question in questions if not any(question["videos"] for question in questions) else ():
+        question.pop("max_frames")
     for name in ("messages", "videos"):
         if not any(question[name] for question in questions):
             questions = [{k: v for k, v in question.items() if k != name} for question in questions]
@@ -77,7 +80,7 @@ def rows_of(questions: Sequence[dict[str, Any]]) -> datasets.Dataset:
     """Questions whose `images` are paths, bytes or pictures, as a data set that opens them when asked.
 
     Every question has `id`, `question`, `prompt`, `answer`, `answers`, `type`, `scene`, `images`; some have `videos`,
-    each as `load_video` takes it.
+    each as `load_video` takes it, and `max_frames`, the most frames that any of them shows.
     """
     rows = datasets.Dataset.from_list(
         [{**q, "images": [_field(image) for image in q["images"]]} for q in questions]
@@ -113,7 +116,8 @@ def _question_of_row(
         "type": kind,
         "scene": " ".join(short(name) for name in names) or place,
         "images": [_stored(source, folder) for source in sources["image"]],
-        "videos": [_stored_video(source, folder, max_frames) for source in sources["video"]],
+        "videos": [_stored_video(source, folder) for source in sources["video"]],
+        "max_frames": max_frames,
     }
 
 
@@ -166,7 +170,7 @@ def _stored(source: Any, folder: Path) -> Any:
     )  # a table's text is UTF-8, a file's name may not be
 
 
-def _stored_video(source: Any, folder: Path, max_frames: int) -> dict[str, Any]:
+def _stored_video(source: Any, folder: Path) -> dict[str, Any]:
     """A video as a row keeps it, all keys in every row: where it is, independent of the folder, and what is shown."""
     settings = source if isinstance(source, dict) else {}
     held = inside(source) if isinstance(source, dict) else source
@@ -175,13 +179,11 @@ def _stored_video(source: Any, folder: Path, max_frames: int) -> dict[str, Any]:
         frames = [_field(_stored(frame, folder)) for frame in held]
     elif not isinstance(held, bytes):
         path = held if is_data_url(held) else str(local_path(held, folder).absolute())
-    rate = settings.get("fps")
     return {
         "path": path,
         "bytes": held if isinstance(held, bytes) else None,
         "frames": frames,
-        "fps": None if rate is None else float(rate),
-        "max_frames": min(max_frames, int(settings.get("max_frames") or max_frames)),
+        **{name: None if settings.get(name) is None else float(settings[name]) for name in SETTINGS},
     }
 
 

@@ -30,10 +30,11 @@ KEYS = {  # where a part of a message keeps its own image or video
     "video": ("video", "frames", "path", "url", "video_url"),
 }
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}
-SETTINGS = ("fps", "max_frames")  # which a part of a message may have beside its video
+# which a part of a message may have beside its video
+SETTINGS = ("fps", "max_frames", "video_start", "video_end")
 SIZES = (  # Qwen's settings of one image or video, which only its own loader reads
     *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
-    *("nframes", "min_frames", "video_start", "video_end"),
+    *("nframes", "min_frames"),
 )
 UNSUPPORTED = {  # columns that hold what is not read: video_url, frames, audio, audio_path, ...
     kind: re.compile(rf"{kind}s?(_?(url|uri|path|file|name|filename|byte|frame)s?)?{more}", re.IGNORECASE)
@@ -321,12 +322,18 @@ def _part(part: Any) -> dict[str, Any]:
         elif source is not None and source is part.get("base64"):
             source = f"data:image;base64,{source}"
         settings = {name: part[name] for name in SETTINGS if part.get(name) is not None}
-        if medium == "video" and source is not None and settings:
-            source = {**(source if isinstance(source, dict) else {"video": source}), **settings}
-        return {"type": medium} if source is None else {"type": medium, "source": source}
+        if medium == "image" or not settings:
+            return {"type": medium} if source is None else {"type": medium, "source": source}
+        if source is None:
+            return {"type": medium, "settings": settings}
+        return {"type": medium, "source": _with_settings(source, settings)}
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     raise BadSample(f"has a message part {short(part)[:60]}; parts are texts, images and videos")
+
+
+def _with_settings(source: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    return {**(source if isinstance(source, dict) else {"video": source}), **settings}
 
 
 def _is_image(value: Any) -> bool:
@@ -342,7 +349,8 @@ def _take_sources(messages: list[dict[str, Any]], kind: str, in_column: list[Any
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     sources = [part.pop("source", None) for part in parts]
-    if all(source is None for source in sources) or in_column == sources:
+    settings = [part.pop("settings", None) for part in parts]
+    if not any(settings) and (all(source is None for source in sources) or in_column == sources):
         return in_column
     n_missing = sum(source is None for source in sources)
     if n_missing != len(in_column):
@@ -351,7 +359,8 @@ def _take_sources(messages: list[dict[str, Any]], kind: str, in_column: list[Any
             f"has {len(in_column)} {kind}(s) in its column but {n_missing} {kind} part(s) without {article} {kind}"
         )
     waiting = iter(in_column)
-    return [next(waiting) if source is None else source for source in sources]
+    every = [next(waiting) if source is None else source for source in sources]
+    return [_with_settings(one, more) if more else one for one, more in zip(every, settings, strict=True)]
 
 
 def _place(messages: list[dict[str, Any]], kind: str, n: int) -> None:

@@ -7,9 +7,10 @@ Every command opens its videos here: training, evaluation and generation see the
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISCHR, S_ISFIFO
 from typing import Any
@@ -30,6 +31,7 @@ CONTAINERS = (  # that may be opened: playlists, which name other files and addr
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,live_flv,asf,gif,apng,"
     "h264,hevc,m4v,mxf,nut,ivf,rm,vob,dv,obu,av1"
 )
+UNREAD = ("nframes", "min_frames", "sample_fps")  # settings of one video in other people's loaders
 NO_DECODER = "video files are decoded by PyAV, which is not here: pip install 'latefusion[video]'"
 
 
@@ -55,7 +57,7 @@ class Video:
         indices: where they stand in the video, from 0.
         total: frames of the whole video.
         rate: frames a second of the whole video.
-        limit: the most frames that were to be shown.
+        limit: the most frames that any video of the same data shows; `filled` shows as many.
     """
 
     frames: np.ndarray
@@ -89,36 +91,73 @@ class Video:
         }
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which frames of a video are shown: at most `max_frames`, between two seconds if they are given."""
+
+    max_frames: int
+    start: float | None = None
+    end: float | None = None
+
+    def part(self, total: int, rate: float, name: str) -> tuple[int, int]:
+        """The first frame of the part between the two seconds, and how many it has.
+
+        Raises:
+            BadVideo: there is none.
+        """
+        first = math.ceil((self.start or 0) * rate)
+        last = total - 1 if self.end is None else min(math.floor(self.end * rate), total - 1)
+        if first > last:
+            raise BadVideo(
+                f"{name} has no frame from video_start={self.start or 0:g} to video_end={self.end or total / rate:g} "
+                f"seconds; it has {total} frames, {rate:g} a second"
+            )
+        return first, last + 1 - first
+
+    def of(self, n: int) -> list[int]:
+        """The frames that are shown of a part of `n`."""
+        return evenly(n, min(n, self.max_frames))
+
+
 def load_video(source: Any, folder: Path | None = None, *, max_frames: int = MAX_FRAMES) -> Video:
     """At most `max_frames` frames of a video, evenly spaced from its first to its last.
 
     Args:
         source: a file's path, a base64 data URL or bytes; a folder of frames, in the order of their names, numbers by
             value; a list of frames, each as `load_image` takes it; or a mapping that holds one of these (`bytes`,
-            `frames`, `video`, `path` or `url`), and maybe `fps` (frames a second, of a folder or a list) and
-            `max_frames` (of this video; the smaller one counts).
+            `frames`, `video`, `path` or `url`), and maybe `fps` (frames a second, of a folder or a list), `max_frames`
+            (of this video; the smaller one counts), `video_start` and `video_end` (seconds; what lies between them
+            is the video, and its time begins at 0).
         folder: paths are relative to it.
 
     Raises:
         BadVideo: missing, empty, damaged, no video, or larger than `MAX_TOTAL`.
         NoDecoder: it is a file, and PyAV is not installed.
     """
-    rate: Any = None
+    rate, choice = None, Choice(max_frames)
     if isinstance(source, Mapping):
-        rate = source.get("fps")
-        max_frames = min(max_frames, _positive(source.get("max_frames"), "max_frames") or max_frames)
-        source = inside(source)
-    rate = _positive(rate, "fps")
+        rate = _positive(source.get("fps"), "fps")
+        if unread := next((name for name in UNREAD if source.get(name) is not None), None):
+            raise BadVideo(
+                f"a video has {unread}={short(source[unread])}, which is not read; give it max_frames"
+            )
+        own = _positive(source.get("max_frames"), "max_frames") or max_frames
+        seconds = [_second(source.get(name), name) for name in ("video_start", "video_end")]
+        choice, source = Choice(min(max_frames, max(int(own), 1)), *seconds), inside(source)
+    return replace(_loaded(source, folder, rate, choice), limit=max_frames)
+
+
+def _loaded(source: Any, folder: Path | None, rate: float | None, choice: Choice) -> Video:
     if isinstance(source, list | tuple):
-        return _of_frames(source, folder, rate, max_frames, "a video")
+        return _of_frames(source, folder, rate, choice, "a video")
     if isinstance(source, bytes):
-        return _decoded(io.BytesIO(source), f"a video of {len(source)} bytes", max_frames)
+        return _decoded(io.BytesIO(source), f"a video of {len(source)} bytes", choice)
     if not isinstance(source, str | os.PathLike) or not str(source):
         kind = "an empty name" if source == "" else "nothing" if source is None else type(source).__name__
         raise BadVideo(f"a video is given as {kind}, not as a file, bytes, a folder or a list of frames")
     if is_data_url(source):
         try:
-            return _decoded(io.BytesIO(data_url_bytes(str(source))), "a data URL", max_frames)
+            return _decoded(io.BytesIO(data_url_bytes(str(source))), "a data URL", choice)
         except BadImage as error:
             raise BadVideo(str(error)) from None
     name = short(source)
@@ -135,13 +174,13 @@ def load_video(source: Any, folder: Path | None = None, *, max_frames: int = MAX
             if not status.st_size:
                 raise ValueError("0 bytes")
             with file.open("rb") as opened:
-                return _decoded(opened, name, max_frames)
+                return _decoded(opened, name, choice)
     except (BadVideo, NoDecoder):
         raise
     except (OSError, ValueError) as error:  # ValueError: a pipe, or a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadVideo(f"{name} cannot be read ({reason}: {short(file)})") from None
-    return _of_frames(frames, None, rate, max_frames, f"the folder {name}")
+    return _of_frames(frames, None, rate, choice, f"the folder {name}")
 
 
 def inside(source: Mapping[str, Any]) -> Any:
@@ -169,10 +208,21 @@ def unreadable_by(path: str, **place: Any) -> str:
     return unreadable(AutoConfig.from_pretrained(readable(path), **place).model_type)
 
 
+def check_limits(family: str, limits: Iterable[int]) -> None:
+    """Raise ValueError if videos of these limits cannot be in one batch of the family."""
+    few, *many = sorted(set(limits)) or [0]
+    if many and family in STACKED:
+        raise ValueError(
+            f"a model of type {family} takes the videos of a batch as one tensor, so all show equally many frames, not "
+            f"{few} and {many[-1]}; give all parts of the data one max_frames."
+        )
+
+
 def video_arguments(videos: Sequence[Video], family: str) -> dict[str, Any]:
     """What a processor is called with to show these videos, in the order of their placeholders; empty for none."""
     if not videos:
         return {}
+    check_limits(family, (video.limit for video in videos))
     shown = [video.filled() for video in videos] if family in STACKED else list(videos)
     return {
         "videos": [video.frames for video in shown],
@@ -187,24 +237,34 @@ def _positive(value: Any, name: str) -> Any:
     return value
 
 
+def _second(value: Any, name: str) -> Any:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0
+    ):
+        raise BadVideo(f"a video has {name}={short(value)}; give seconds, 0 or more")
+    return value
+
+
 def _of_frames(
-    sources: Sequence[Any], folder: Path | None, rate: float | None, max_frames: int, name: str
+    sources: Sequence[Any], folder: Path | None, rate: float | None, choice: Choice, name: str
 ) -> Video:
     """The video of a list of frames; only those that are shown are opened."""
     if not sources:
         raise BadVideo(f"{name} has no frames")
-    indices = evenly(len(sources), min(len(sources), max_frames))
+    rate = float(rate or FRAME_RATE)
+    first, n = choice.part(len(sources), rate, name)
+    indices = choice.of(n)
     frames: list[np.ndarray] = []
     for i in indices:
         try:
-            frames.append(np.asarray(load_image(sources[i], folder)))
+            frames.append(np.asarray(load_image(sources[first + i], folder)))
         except BadImage as error:
-            raise BadVideo(f"{name} has a bad frame {i}: {error}") from None
+            raise BadVideo(f"{name} has a bad frame {first + i}: {error}") from None
         _check_size(frames[-1].shape, len(indices), name)
     if len(sizes := sorted({frame.shape[1::-1] for frame in frames})) > 1:
         (w, h), (other_w, other_h) = sizes[0], sizes[-1]
         raise BadVideo(f"{name} has frames of different sizes ({w} x {h} and {other_w} x {other_h})")
-    return Video(np.stack(frames), tuple(indices), len(sources), float(rate or FRAME_RATE), max_frames)
+    return Video(np.stack(frames), tuple(indices), n, rate, choice.max_frames)
 
 
 def _check_size(shape: tuple[int, ...], n: int, name: str) -> None:
@@ -215,7 +275,7 @@ def _check_size(shape: tuple[int, ...], n: int, name: str) -> None:
         )
 
 
-def _decoded(file: Any, name: str, max_frames: int) -> Video:
+def _decoded(file: Any, name: str, choice: Choice) -> Video:
     """The video of an opened file. Bytes are handed to the decoder, never a name that it could take for an address."""
     try:
         import av  # lazy: an extra
@@ -223,19 +283,18 @@ def _decoded(file: Any, name: str, max_frames: int) -> Video:
         raise NoDecoder(NO_DECODER) from None
     try:
         total, rate = _counted(file, name)
-        indices = evenly(total, min(total, max_frames))
-        shown, read = _shown(file, indices, name)
-        if read < SHORT * total and len(shown) < len(indices):
-            raise BadVideo(f"{name} is cut off: it has {read} of {total} frames")
-        if len(shown) < len(indices):  # a frame or two fewer than the file says
-            total = read
-            indices = evenly(total, min(total, max_frames))
-            shown, _ = _shown(file, indices, name)
+        first, n = choice.part(total, rate, name)
+        shown, read = _shown(file, [first + i for i in choice.of(n)], name)
+        if len(shown) < len(choice.of(n)):
+            if read < SHORT * (first + n):
+                raise BadVideo(f"{name} is cut off: it has {read} of {total} frames")
+            first, n = choice.part(read, rate, name)  # a frame or two fewer than the file says
+            shown, _ = _shown(file, [first + i for i in choice.of(n)], name)
     except av.FFmpegError as error:
         if isinstance(error, av.error.ArgumentError):
             raise BadVideo(f"{name} is not a video (is it sound, a still image or a playlist?)") from None
         raise BadVideo(f"{name} cannot be decoded ({error.strerror or first_line(error)})") from None
-    return Video(np.stack(shown), tuple(indices), total, rate, max_frames)
+    return Video(np.stack(shown), tuple(choice.of(n)), n, rate, choice.max_frames)
 
 
 def _opened(file: Any) -> Any:

@@ -24,7 +24,7 @@ from latefusion.data.draw import distinct_images, with_images
 from latefusion.data.load import data_fingerprint, training_data
 from latefusion.data.prompts import prompt_of, videos_of, without_image
 from latefusion.data.samples import BadSample, Refused, first_exchange, sample_of, videos_of_sample
-from latefusion.data.videos import MAX_TOTAL, BadVideo, Video, evenly, load_video
+from latefusion.data.videos import MAX_TOTAL, STACKED, BadVideo, Video, evenly, load_video, video_arguments
 from latefusion.eval.tasks.exact import questions_of_file
 from latefusion.models.fingerprint import image_fingerprint, rows_fingerprint
 from latefusion.training.embedded.vocabulary import IMAGE, build_processor
@@ -75,6 +75,48 @@ def test_what_a_row_says_of_its_video_counts(clips: Path) -> None:
     assert greys(load_video({"bytes": None, "path": "other", "fps": None}, clips)) == [0, 1, 2]
 
 
+def test_what_lies_between_two_seconds_is_a_video_of_its_own(clips: Path) -> None:
+    """Twelve frames, two a second: frame 3 stands at 1.5 s, frame 8 at 4 s."""
+    part = load_video({"path": "clip", "video_start": 1.3, "video_end": 4.2}, clips, max_frames=4)
+    assert greys(part) == [3, 5, 6, 8] and part.indices == (0, 2, 3, 5)
+    assert (part.total, part.rate, part.metadata()["duration"]) == (6, 2.0, 3.0)
+    assert greys(load_video({"path": "clip", "video_start": 5}, clips)) == [10, 11]
+    assert greys(load_video({"path": "clip", "video_end": 0}, clips)) == [0]
+    assert greys(
+        load_video({"frames": ["clip/f5.png", "clip/f7.png"], "fps": 1, "video_start": 1}, clips)
+    ) == [7]
+    held = {"type": "video", "video": "clip", "video_start": 4, "video_end": 4.5}
+    (video,) = sample_of({"messages": [turn("user", held, "what?"), ANSWER]}, clips)["videos"]
+    assert greys(video) == [8, 9]
+    held = {"type": "video", "max_frames": 2, "video_start": 4}  # of the video in the row's column
+    (video,) = sample_of({"messages": [turn("user", held, "what?"), ANSWER], "videos": ["clip"]}, clips)[
+        "videos"
+    ]
+    assert greys(video) == [8, 11]
+    rows = [
+        {"video": {"path": "clip", "video_end": 1, "max_frames": 2}, "question": "what?", "answers": ["x"]},
+        {"video": "other", "question": "what?", "answers": ["x"]},
+    ]
+    (clips / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = [
+        videos_of(row)[0] for row in questions_of_file(str(clips / "q.jsonl"), max_frames=5).rows
+    ]
+    assert greys(first) == [0, 2] and greys(second) == [0, 1, 2]
+    assert first.limit == second.limit == 5  # families that stack show equally many
+
+
+def test_a_limit_of_one_video_is_not_that_of_its_batch(clips: Path) -> None:
+    short = load_video({"path": "clip", "max_frames": 2}, clips, max_frames=5)
+    assert greys(short) == [0, 11] and short.limit == 5 and len(short.filled().indices) == 5
+    other = load_video("clip", clips, max_frames=3)
+    assert video_arguments([short, other], "qwen3_vl")["videos"][0].shape[0] == 2
+    for family in STACKED:
+        with pytest.raises(
+            ValueError, match=f"type {family} takes .* not 3 and 5; give all parts of the data one"
+        ):
+            video_arguments([short, other], family)
+
+
 def test_a_short_video_is_filled_evenly_for_families_that_stack() -> None:
     frames = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
     video = Video(frames, (0, 4, 8), 9, 3.0, 7).filled()
@@ -93,6 +135,17 @@ def test_a_short_video_is_filled_evenly_for_families_that_stack() -> None:
         ({"frames": ["a.png"], "fps": 0}, "has fps=0; give a number above 0"),
         ({"frames": ["a.png"], "fps": "fast"}, "has fps=fast; give a number above 0"),
         ({"path": "clip", "max_frames": -1}, "has max_frames=-1; give a number above 0"),
+        ({"path": "clip", "nframes": 8}, "has nframes=8, which is not read; give it max_frames"),
+        ({"path": "clip", "video_start": "soon"}, "has video_start=soon; give seconds, 0 or more"),
+        ({"path": "clip", "video_end": -1}, "has video_end=-1; give seconds, 0 or more"),
+        (
+            {"path": "clip", "video_start": 9},
+            "no frame from video_start=9 to video_end=6 seconds; it has 12 frames, 2 a",
+        ),
+        (
+            {"path": "clip", "video_start": 3, "video_end": 2},
+            "no frame from video_start=3 to video_end=2 seconds",
+        ),
         ({"fps": 3}, "is given as nothing"),
         (7, "is given as int"),
         ("", "an empty name"),
@@ -313,4 +366,4 @@ def test_questions_about_videos_are_asked_with_them(clips: Path) -> None:
         questions_of_file(str(clips / "bad.jsonl"))
     bare = {"id": "5", "question": "what?", "answers": ["c"], "image": "a.png"}
     (clips / "q2.jsonl").write_text(json.dumps(bare))
-    assert "videos" not in questions_of_file(str(clips / "q2.jsonl")).rows.column_names
+    assert not {"videos", "max_frames"} & {*questions_of_file(str(clips / "q2.jsonl")).rows.column_names}

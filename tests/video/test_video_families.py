@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data_rows import turn
@@ -19,7 +20,7 @@ from PIL import Image
 from latefusion import VisionSchedule
 from latefusion.data.collate import IGNORE, BadRow
 from latefusion.data.prompts import prompt_inputs
-from latefusion.data.samples import Refused
+from latefusion.data.videos import load_video
 from latefusion.models.attach import attach
 from latefusion.models.flops import encoder_flops
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -211,29 +212,116 @@ def test_the_vision_tower_is_counted_on_videos(family: str) -> None:
     assert one and two and one < two <= 2.1 * one
 
 
+def mixed(family: str) -> list[dict[str, Any]]:
+    """Rows of an image and a video in either order, an image, a video, two images around a video, and no picture."""
+
+    def row(words: tuple[str, str], *parts: Any) -> dict[str, Any]:
+        side = SIZE.get(family, 28)
+        n = {"pictures": 0}
+        content, images, videos = [], [], []
+        for part in parts:
+            content.append(part)
+            if part == PICTURE:
+                n["pictures"] += 1
+                images.append(Image.new("RGB", (side, side), (200, 10 * n["pictures"], len(words[0]))))
+            elif part == VIDEO:
+                videos.append(moving(len(words[0]) + len(videos), size=side))
+        messages = [turn("user", *content, words[0]), turn("assistant", words[1])]
+        return {"messages": messages, "images": images, "videos": videos}
+
+    return [
+        row(("how many?", "2"), PICTURE, VIDEO),
+        row(("what color is it?", "red and 2."), VIDEO, "is it red?", PICTURE),
+        row(("is it red?", "yes"), PICTURE),
+        row(("how many?", "no"), VIDEO),
+        row(("is it?", "yes and no"), PICTURE, VIDEO, PICTURE),
+        row(("how?", "2")),
+    ]
+
+
 @each
-def test_images_and_videos_in_one_row(family: str) -> None:
-    collate = video_collator(family)
-    picture = Image.new("RGB", (28, 28), (200, 10, 10))
-    row = asked(family, 1, "how many?", "2")
-    row["messages"][0]["content"].insert(0, PICTURE)
-    row["images"] = [picture]
-    if family == "smolvlm":
-        with pytest.raises(BadRow, match="images or videos, not both"):
-            collate([row])
-        shown = {
-            "messages": [turn("user", PICTURE, "how many?"), turn("assistant", "2")],
-            "images": [picture],
-        }
-        with pytest.raises(Refused, match="images or videos, not both in one batch; use data"):
-            collate([asked(family, 1, "how many?", "2"), shown])
-        return
-    model, batch = video_model(family)[0], collate([row, *samples_of(family)])
-    expected = logits_of(model, inputs_of(batch))
+def test_images_and_videos_in_one_batch_and_one_row(family: str) -> None:
+    """Each row of a batch gives what it gives alone, under a band too, and what shows last is not taken for first."""
+    model, collate, rows = video_model(family)[0], video_collator(family), mixed(family)
+    batch = collate(rows)
     with attach(model, BAND):
-        logits = logits_of(model, inputs_of(batch))
+        together = logits_of(model, inputs_of(batch))
         encoded = logits_of(model, fresh_inputs(encode_images(model, inputs_of(batch))))
-    assert torch.equal(logits, encoded) and not torch.equal(logits, expected)
+        assert torch.equal(together, encoded)
+        for i, row in enumerate(rows):
+            alone = collate([row])
+            real = batch["attention_mask"][i].bool()
+            assert batch["input_ids"][i, real].tolist() == alone["input_ids"][0].tolist()
+            assert batch["labels"][i, real].tolist() == alone["labels"][0].tolist()
+            assert (together[i, real] - logits_of(model, inputs_of(alone))[0]).abs().max() <= TOLERANCE
+    assert not torch.equal(together, logits_of(model, inputs_of(batch)))
+
+
+@each
+def test_pixels_of_images_and_videos_follow_their_placeholders(family: str) -> None:
+    """The features of a row with both are those of its image and its video alone, in the order of the text."""
+    model, collate, rows = video_model(family)[0], video_collator(family), mixed(family)
+
+    def features(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        encoded = encode_images(model, inputs_of(collate([row])))["mm_encoder_outputs"]
+        return {kind: torch.cat([*of.pooler_output]).flatten(0, -2) for kind, of in encoded.items()}
+
+    def shown(row: dict[str, Any], part: Any) -> torch.Tensor:
+        kept = {
+            "images": row["images"] if part == PICTURE else [],
+            "videos": row["videos"] if part == VIDEO else [],
+        }
+        (of,) = features({"messages": [turn("user", part, "?"), turn("assistant", "2")], **kept}).values()
+        return of
+
+    for row, order in ((rows[0], (PICTURE, VIDEO)), (rows[1], (VIDEO, PICTURE))):
+        both = features(row)
+        expected = [shown(row, part) for part in order]
+        if len(both) == 1:
+            assert torch.allclose(*both.values(), torch.cat(expected), atol=TOLERANCE)
+        else:
+            assert torch.allclose(both["image"], expected[order.index(PICTURE)], atol=TOLERANCE)
+            assert torch.allclose(both["video"], expected[order.index(VIDEO)], atol=TOLERANCE)
+
+
+def test_images_and_frames_of_different_sizes_are_refused_in_one_batch() -> None:
+    _, processor = video_model("smolvlm")
+    collate = video_collator("smolvlm")
+    films = deepcopy(processor.video_processor)
+    films.max_image_size = {"longest_edge": 56}
+    collate.processor = deepcopy(processor)
+    collate.processor.video_processor = films
+    with pytest.raises(BadRow, match=r"images of 28 x 28 pixels and frames of 56 x 56.*give max_image_size"):
+        collate(mixed("smolvlm")[:1])
+    with pytest.raises(
+        ValueError, match=r"images of 28 x 28 pixels and frames of 56 x 56.*give max_image_size"
+    ):
+        collate(mixed("smolvlm")[2:4])
+
+
+@each
+def test_videos_that_show_different_numbers_of_frames_share_a_batch(family: str) -> None:
+    """`max_frames` of one video, and sizes of several, leave the others as they are alone."""
+    model, collate = video_model(family)[0], video_collator(family)
+    side = SIZE.get(family, 28)
+    noise = np.random.default_rng(0)
+    rows = []
+    for n, (w, h), limit in (
+        (9, (side, side), 2),
+        (9, (2 * side, side), LIMIT),
+        (3, (side, 2 * side), LIMIT),
+    ):
+        frames = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for _ in range(n)]
+        video = load_video({"frames": frames, "max_frames": limit}, max_frames=LIMIT)
+        assert (len(video.indices), len(video.filled().indices)) == (min(n, limit), LIMIT)
+        messages = [turn("user", VIDEO, "how many?"), turn("assistant", "2")]
+        rows.append({"messages": messages, "images": [], "videos": [video]})
+    batch = collate(rows)
+    together = logits_of(model, inputs_of(batch))
+    for i, row in enumerate(rows):
+        alone, real = collate([row]), batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i, real].tolist() == alone["input_ids"][0].tolist()
+        assert (together[i, real] - logits_of(model, inputs_of(alone))[0]).abs().max() <= TOLERANCE
 
 
 def test_seconds_stay_float32_in_a_bfloat16_model() -> None:

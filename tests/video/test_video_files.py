@@ -35,6 +35,18 @@ def test_the_frames_shown_are_those_written_at_their_places(name: str, tmp_path:
     assert everything.indices == tuple(range(30))
 
 
+@pytest.mark.parametrize("name", ["lossless.mkv", "a.ts"])
+def test_what_lies_between_two_seconds_is_decoded(name: str, tmp_path: Path) -> None:
+    """Thirty frames, 25 a second: from 0.4 to 0.8 s they are those from 10 to 20."""
+    write(tmp_path / name)
+    whole = load_video(name, tmp_path, max_frames=30)
+    part = load_video({"path": name, "video_start": 0.4, "video_end": 0.8}, tmp_path, max_frames=3)
+    assert (part.indices, part.total) == ((0, 5, 10), 11)
+    assert np.array_equal(part.frames, whole.frames[[10, 15, 20]])
+    rest = load_video({"path": name, "video_start": 1.1, "video_end": 99}, tmp_path)
+    assert np.array_equal(rest.frames, whole.frames[28:])
+
+
 def test_a_rotated_video_is_shown_upright(tmp_path: Path) -> None:
     """A telephone films sideways and writes how to turn; the matrix of a quarter turn is put into the file by hand."""
     data = bytearray(write(tmp_path / "a.mp4").read_bytes())

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.data_rows import write_rows
+from helpers.data_rows import turn, write_rows
 from helpers.quick_runs import QUICK, metrics_entries, run_config, teach_config
 from helpers.tiny_base import SMALL, composed
 from helpers.video_files import write
 from helpers.video_models import video_model
+from PIL import Image
 from rich.console import Console
 
 from latefusion.data.validate import validate
@@ -144,3 +145,45 @@ def test_generate_prints_answers_tokens_a_frame_and_savings(
         generate.main([f"model={home / 'model'}", "video=none.mp4", "prompt=how many?"])
     with pytest.raises(SystemExit, match="error: a model of type llava is shown no videos; use one of"):
         generate.main(["model=embedded", f"video={home / 'a.mp4'}", "prompt=how many?"])
+
+
+def test_smolvlm_trains_on_images_and_videos_in_one_batch(tmp_path: Path) -> None:
+    """The first loss of mixed rows is that of the rows trained apart, by their tokens; ungrouped, under a band."""
+    model, processor = video_model("smolvlm")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    write(tmp_path / "a.mp4", size=(56, 56))
+    Image.new("RGB", (28, 28), (200, 10, 10)).save(tmp_path / "a.png")
+    film, picture = {"type": "video"}, {"type": "image"}
+    pictures = {"images": ["a.png"]}
+    films = {"videos": ["a.mp4"]}
+    rows = [
+        {"messages": [turn("user", film, "how many?"), turn("assistant", "2")], **films},
+        {
+            "messages": [turn("user", picture, "what color is it?"), turn("assistant", "red and 2")],
+            **pictures,
+        },
+        {"messages": [turn("user", film, "is it red?"), turn("assistant", "yes")], **films},
+        {"messages": [turn("user", picture, "is it red?"), turn("assistant", "yes and no")], **pictures},
+    ]
+    both = {"messages": [turn("user", picture, film, "red?"), turn("assistant", "no")], **pictures, **films}
+    sets = {"mixed": [*rows, both], "films": rows[::2], "images": rows[1::2], "both": [both]}
+    losses = {}
+    for name, kept in sets.items():
+        write_rows(tmp_path, *kept, name=f"{name}.jsonl")
+        words = [
+            *(*QUICK, *SMALL, "data=dataset", f"data.path={tmp_path / name}.jsonl", "data.max_frames=4"),
+            *(f"train.batch_size={len(kept)}", "train.steps=1", "teacher=none", "data.group=none"),
+            *(
+                "schedule.enter=2",
+                "schedule.exit=4",
+                "schedule.keep=null",
+                f"model.path={tmp_path / 'model'}",
+            ),
+        ]
+        run_config(composed(*words, f"output_dir={tmp_path / name}"))
+        (losses[name],) = [entry["loss"] for entry in metrics_entries(tmp_path / name) if "loss" in entry]
+    tokens = {"films": 2 + 2, "images": 4 + 4, "both": 2}  # answers and what ends them
+    expected = sum(losses[name] * n for name, n in tokens.items()) / sum(tokens.values())
+    assert losses["mixed"] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses["films"] - losses["images"]) > 1e-3
