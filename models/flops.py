@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 MOST_ROWS = 64  # rows that rank vision tokens and are scored at a time
-MOST_KEYS = 1024  # of all samples: up to here a few rows are scored with all keys, since choosing keys takes more time
 
 
 def layer_flops(

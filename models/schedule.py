@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from latefusion.models.flops import (
-    MOST_KEYS,
-    MOST_ROWS,
     decoder_flops,
     projection_flops,
     ranking_flops,
@@ -269,17 +267,14 @@ class VisionSchedule:
         raise ValueError(f"convention={convention!r} is unknown; use 'computed' or 'vision_only'.")
 
     def ranking_flops(self, config: PretrainedConfig, n_text: int, vision_tokens: Sequence[int]) -> int:
-        """FLOPs of ranking: the attention scores of the prompt's text (at most all of it) in every watched layer.
+        """FLOPs of ranking: the attention scores of the asking text for vision tokens, in every watched layer.
 
-        A short prompt's few rows are scored with all of its keys, others with vision tokens alone. Under HiDrop's rule
-        the scores of one row, and the projections of the layers that are looked at.
+        Under HiDrop's rule the scores of one row, and the projections of the layers that are looked at.
         """
         rows = n_text if self.asking is None else min(self.asking, n_text)
         attention, flops = attends(config), 0
         for layer in self.watched:
-            keys = vision_tokens[layer]
-            keys += n_text if rows <= MOST_ROWS and n_text + keys <= MOST_KEYS else 0
-            flops += ranking_flops(config, rows, keys) if attention[layer] else 0
+            flops += ranking_flops(config, rows, vision_tokens[layer]) if attention[layer] else 0
         for layer in self.looked_ahead:
             tokens = n_text + vision_tokens[layer - 1]
             flops += projection_flops(config, tokens) + ranking_flops(config, 1, tokens)

@@ -60,10 +60,10 @@ class Track:
             return self._once("text", length, lambda: Track(self.head, *grown, self.ragged))
 
         def make() -> Track:
-            new = layout.positions(self.length)
-            old = self.positions(new.shape[0], new.device)
-            ragged = self.ragged or layout.valid is not None
-            return Track(torch.cat([old, new], dim=1), 0, self.length + length, ragged)
+            head = layout.positions(self.length)
+            if self.size:
+                head = torch.cat([self.positions(head.shape[0], head.device), head], dim=1)
+            return Track(head, 0, self.length + length, self.ragged or layout.valid is not None)
 
         return self._once("layout", layout, make)
 

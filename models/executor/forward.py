@@ -31,9 +31,14 @@ from latefusion.models.executor.selections import Selections
 from latefusion.models.executor.shared_keys import LayerKeys
 from latefusion.models.executor.tokens import Tokens
 from latefusion.models.executor.traits import checkpoints
-from latefusion.models.policies.base import Decision, SeesEmbeddings, Selection
+from latefusion.models.policies.base import Decision, Selection
 
 TOKEN_TYPES = "moe_mm_token_type_ids"  # [B, T], which experts a token goes to (Ernie 4.5 VL)
+POSITIONAL = (
+    "position_embeddings",
+    TOKEN_TYPES,
+    "position_ids",
+)  # arguments of layers, a part for each token
 
 
 def first_state(hidden_states: Tensor) -> Tensor:
@@ -158,10 +163,11 @@ class Forward:
 
     def _select(self, i: int, hidden_states: Tensor) -> Tensor:
         """Ask the policy before layer i; the hidden states of the tokens that the layer computes."""
-        if i == 0 and self.decision is not None and isinstance(self.decision, SeesEmbeddings):
+        embedded = getattr(self.decision, "embedded", None) if i == 0 else None  # `SeesEmbeddings`
+        if embedded is not None:
             samples = self.tokens.samples
             embeddings = first_state(hidden_states)
-            self.decision.embedded(embeddings if samples is None else samples.split(embeddings))
+            embedded(embeddings if samples is None else samples.split(embeddings))
         entering = self.entering
         if self.tokens.prompt is None and entering is not None and 0 < i == entering.idle_before:
             hidden_states = entering.run_idle(hidden_states)
@@ -215,14 +221,11 @@ class Forward:
         """A layer's keyword arguments for the tokens of its segment; its cache learns which tokens are coming."""
         segment, kwargs = self.segment, dict(kwargs)
         if segment.layout is not None:
-            if "position_embeddings" in kwargs:
-                kwargs["position_embeddings"] = segment.take_embeddings(kwargs["position_embeddings"])
-            if kwargs.get(TOKEN_TYPES) is not None:
-                kwargs[TOKEN_TYPES] = segment.take_ids(kwargs[TOKEN_TYPES])
-            ids = kwargs.get("position_ids")
-            if ids is not None:  # flash attention would take ids with gaps for packed sequences
-                packs = is_flash_attention_requested(self.config)
-                kwargs["position_ids"] = None if packs else segment.take_ids(ids)
+            names = tuple(name for name in POSITIONAL if kwargs.get(name) is not None)
+            sources = tuple(kwargs[name] for name in names)
+            kwargs |= segment.once(
+                "arguments", sources, lambda: self._taken(dict(zip(names, sources, strict=True)))
+            )
         if recurrence_of(layer) is not None:
             return {**kwargs, "attention_mask": self._rows_read(i, cache)}
         if segment.text is not None:
@@ -250,6 +253,18 @@ class Forward:
         else:
             kwargs["attention_mask"] = segment_mask(mask, segment, keys, rows, plain=self.plain, **facts)
         return kwargs
+
+    def _taken(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The segment's part of arguments that say something of every token, whatever the layer."""
+        segment, taken = self.segment, dict(arguments)
+        if "position_embeddings" in taken:
+            taken["position_embeddings"] = segment.take_embeddings(taken["position_embeddings"])
+        if TOKEN_TYPES in taken:
+            taken[TOKEN_TYPES] = segment.take_ids(taken[TOKEN_TYPES])
+        if "position_ids" in taken:  # flash attention would take ids with gaps for packed sequences
+            packs = is_flash_attention_requested(self.config)
+            taken["position_ids"] = None if packs else segment.take_ids(taken["position_ids"])
+        return taken
 
     def _rows_read(self, i: int, cache: Cache | None) -> Tensor | None:
         """The mask of a recurrent layer: which rows of its segment are tokens, bool `[B, n]`; None: all."""
@@ -314,7 +329,9 @@ class Forward:
             else:
                 real = prompt.real
                 index = queries = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
-            earlier = index.new_full((index.shape[0], max(0, keys - index.shape[1])), -1)
-            return queries, torch.cat([earlier, index], dim=1)
+            if keys > index.shape[1]:
+                earlier = index.new_full((index.shape[0], keys - index.shape[1]), -1)
+                index = torch.cat([earlier, index], dim=1)
+            return queries, index
 
         return segment.once("indices", (), make, keys)

@@ -108,6 +108,7 @@ class Hooks:
         self._last: PrefillTrace | TextTrace | None = None  # the last prefill of any thread
         self._reading: dict[int, ReadingLayer] = {}  # of softmax layers, once a policy freezes
         self._labels_noted = False
+        self._watchers_set = False
         self._handles = list(self._install())
 
     @property
@@ -384,10 +385,13 @@ class Hooks:
 
     def _let_layers_be_watched(self) -> None:
         """Give attention modules their watchers, which stay until `detach`."""
+        if self._watchers_set:
+            return
         let_modules_watch()
         for i, attends in enumerate(self.traits.attention):
             if attends and WATCHER not in vars(self.layers[i].self_attn):
                 setattr(self.layers[i].self_attn, WATCHER, Watcher(self, i))
+        self._watchers_set = True
 
     def prepare_reading(self) -> None:
         """Let layers read frozen tokens.

@@ -33,6 +33,9 @@ class Layout:
         """Lay out the tokens `active` (bool `[B, T]`), `counts` of them per sample, without a host sync."""
         batch, length = active.shape
         n = max(1, *counts)  # kernels want at least one column
+        if batch == 1 and counts[0] and active.device.type == "cpu":  # where the host waits for nothing
+            rows = active[0].nonzero().view(n)
+            return cls(rows[None], None, rows, length, tuple(counts))
         index = torch.argsort(active.to(torch.int8), dim=1, stable=True)[:, length - n :]  # [B, n]
         valid = None if min(counts) == n else active.gather(1, index)
         start = torch.arange(0, batch * length, length, device=index.device)[:, None]  # [B, 1]
@@ -41,7 +44,8 @@ class Layout:
     def take(self, full: Tensor) -> Tensor:
         """`[..., B, T, D]` (or one row `[..., 1, T, D]` for all samples) -> `[..., B, n, D]`."""
         rows = self.rows if full.shape[-3] == self.index.shape[0] else self.index.flatten()
-        return full.flatten(-3, -2).index_select(-2, rows).unflatten(-2, self.index.shape)
+        taken = full.flatten(-3, -2).index_select(-2, rows)  # [..., B * n, D]
+        return taken.view(*taken.shape[:-2], *self.index.shape, taken.shape[-1])
 
     def put(self, full: Tensor, compact: Tensor) -> Tensor:
         """A copy of `full` `[..., B, T, D]` in which the segment's rows are `compact` `[..., B, n, D]`."""
@@ -49,9 +53,9 @@ class Layout:
         if self.valid is not None:
             compact = torch.where(self.valid[..., None], compact, self.take(full))
         rows = full.flatten(-3, -2).index_copy(-2, self.rows, compact.flatten(-3, -2))
-        return rows.unflatten(-2, full.shape[-3:-1])
+        return rows.view(full.shape)
 
     def positions(self, offset: int) -> Tensor:
         """Logical positions after `offset` earlier tokens, -1 for padding, int64 `[B, n]`."""
-        index = self.index + offset
+        index = self.index + offset if offset else self.index
         return index if self.valid is None else torch.where(self.valid, index, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from latefusion.models.policies.base import Prompt, Selection
@@ -32,7 +31,7 @@ class Selections:
         self.freezes = False
         self._looks = looking_is_free(prompt.vision)
         self._now = Selection(prompt.vision, prompt.n_vision)  # of the running segment
-        self._computed = torch.zeros_like(prompt.vision)  # bool [B, T]
+        self._computed: Tensor | None = None  # bool [B, T], None: no token yet
         self._most = [0] * len(prompt.n_vision)  # tokens that were computed in one segment
 
     def add(self, layer: int, selection: Selection) -> Selection:
@@ -55,15 +54,15 @@ class Selections:
         assert now.counts is not None and selection.counts is not None
         if layer > 0 and not now.frozen:
             self._most = [max(pair) for pair in zip(self._most, now.counts, strict=True)]
-            if self._looks:
-                self._computed = self._computed | now.vision
+            if self._looks and any(now.counts):
+                self._computed = now.vision if self._computed is None else self._computed | now.vision
         possible = [
             here + n - most
             for here, n, most in zip(now.counts, self.prompt.n_vision, self._most, strict=True)
         ]
         pairs = zip(selection.counts, possible, strict=True)
         wrong = [b for b, (count, most) in enumerate(pairs) if count > most]
-        if self._looks and not wrong:
+        if self._computed is not None and not wrong and any(selection.counts):
             back = selection.vision & self._computed & ~now.vision
             wrong = back.any(1).nonzero().flatten().tolist() if back.any() else []
         if wrong:

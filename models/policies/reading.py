@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from latefusion.models.flops import MOST_KEYS
 from latefusion.models.policies.base import AttentionCall, Prompt
+
+UNREAD = -1e5
+"""In place of log |v|, of keys that are no vision tokens: they take part only where no vision token has a value."""
+
+MOST_KEYS = 1024  # of all samples: layers of fewer keys are scored together, others as they run
 
 
 def in_float32(device: str) -> AbstractContextManager[Any]:
@@ -41,12 +44,18 @@ def reading_share(scores: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is kept of a watched layer: its asking rows `[B, H, R, D]`, and its own keys and values."""
+    """What is kept of a watched layer: its asking rows `[B, H, R, D]`, keys and values of its vision tokens.
+
+    Attributes:
+        key_index: of the layer's `AttentionCall`.
+        block: where the vision tokens stand in it, in every sample.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     key_index: Tensor
+    block: slice
     scaling: float
 
     def fits(self, other: _Layer) -> bool:
@@ -61,29 +70,30 @@ class _Layer:
 
 
 class LastRows:
-    """`reading_share` of the rows at the end of all samples, of the layers since the last drop together.
+    """`reading_share` of the rows at the end of all samples, where the vision tokens stand in one block before them.
 
-    A small model's prefill waits for calls, not for products: so layers are kept until tokens are to be ranked, then
-    scored as one, with all of their keys. They are those that a cache holds anyway.
+    That is how requests about one image are: keys and values of vision tokens are a slice. A small model's prefill
+    waits for calls, not for products, so layers are kept until tokens are to be ranked, then scored as one.
 
     Args:
         prompt: whose vision tokens are ranked.
-        rows: how many rows ask; all vision tokens stand before them.
+        rows: how many rows ask; 0: the prompt is not like that.
     """
 
     def __init__(self, prompt: Prompt, rows: int):
         self.prompt, self.rows = prompt, rows
         self._waiting: list[_Layer] = []
-        self._vision: Tensor | None = None  # float32 [B, 1 + T], 1 for vision tokens, 0 for all else
 
-    def takes(self, call: AttentionCall) -> bool:
-        """Whether this layer is one of those that are scored together."""
-        return self.rows > 0 and call.plain and call.key_index.numel() <= MOST_KEYS
+    def takes(self, call: AttentionCall, counts: Sequence[int]) -> bool:
+        """Whether this layer, which sees `counts` vision tokens of the samples, can be scored so."""
+        return self.rows > 0 and call.plain and min(counts) == max(counts)
 
-    def add(self, call: AttentionCall) -> None:
-        """Keep what the layer's shares are made of."""
-        query = call.query[:, :, -self.rows :]
-        self._waiting.append(_Layer(query, call.key, call.value, call.key_index, call.scaling))
+    def add(self, call: AttentionCall, count: int) -> None:
+        """Keep what the layer's shares are made of, if it sees `count` vision tokens of each sample."""
+        end = call.key.shape[2] - self.prompt.tail
+        block = slice(end - count, end)
+        query, key, value = call.query[:, :, -self.rows :], call.key[:, :, block], call.value[:, :, block]
+        self._waiting.append(_Layer(query, key, value, call.key_index, block, call.scaling))
 
     @torch.no_grad()
     def shares(self, before: Tensor | None) -> Tensor | None:
@@ -99,25 +109,23 @@ class LastRows:
 
     def _shares(self, layers: Sequence[_Layer]) -> Tensor:
         """`[B, T]`."""
-        columns = layers[0].key_index + 1  # [B, K]; 0: keys without a position
-        if self._vision is None:
-            self._vision = pad(self.prompt.vision.float(), (1, 0))
-        query, key, value = (
-            parts[0] if len(parts) == 1 else torch.cat(parts)
-            for parts in zip(*((layer.query, layer.key, layer.value) for layer in layers), strict=True)
-        )  # [L * B, H, R, D], [L * B, Hkv, K, D] twice
-        size = torch.linalg.vector_norm(value.float(), dim=-1)  # [L * B, Hkv, K]
-        size = size.view(len(layers), len(columns), -1, columns.shape[1])  # [L, B, Hkv, K]
-        values = size.mul_(self._vision.gather(1, columns)[:, None]).log_()  # -inf but for vision tokens
-        width = query.shape[1] // key.shape[1] * self.rows  # G * R
+        first = layers[0]
+        query, key, value = first.query, first.key, first.value
+        if len(layers) > 1:
+            query = torch.cat([layer.query for layer in layers])  # [L * B, H, R, D]
+            key = torch.cat([layer.key for layer in layers])  # [L * B, Hkv, n, D]
+            value = torch.cat([layer.value for layer in layers])
+        count, width = key.shape[2], query.shape[1] // key.shape[1] * self.rows  # n, G * R
+        values = torch.linalg.vector_norm(value.float(), dim=-1).log_()  # [L * B, Hkv, n]
         with in_float32(query.device.type):
             scores = torch.baddbmm(  # twice those of `reading_share`
-                values.view(-1, 1, columns.shape[1]),
+                values.reshape(-1, 1, count),
                 query.float().reshape(-1, width, query.shape[3]),
                 key.float().flatten(0, 1).mT,
                 beta=2,
-                alpha=2 * layers[0].scaling,
-            )  # [L * B * Hkv, G * R, K]
+                alpha=2 * first.scaling,
+            )  # [L * B * Hkv, G * R, n]
         share = scores.softmax(-1).nan_to_num_(0)  # nan: no vision token has a value
-        share = share.view(len(layers), len(columns), -1, columns.shape[1]).amax((0, 2))  # [B, K]
-        return torch.zeros_like(self._vision).scatter_(1, columns, share)[:, 1:]
+        share = share.view(len(layers), -1, query.shape[1] * self.rows, count).amax((0, 2))  # [B, n]
+        shares = share.new_zeros(self.prompt.vision.shape)
+        return shares.scatter_(1, first.key_index[:, first.block], share)

@@ -12,7 +12,7 @@ from torch import Tensor
 from latefusion.models.flops import MOST_ROWS
 from latefusion.models.policies.base import AttentionCall, Prompt, Selection
 from latefusion.models.policies.ranking import best
-from latefusion.models.policies.reading import LastRows, reading_share
+from latefusion.models.policies.reading import MOST_KEYS, LastRows, reading_share
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,18 @@ class ScheduleDecision:
             return Selection(torch.zeros_like(self.kept), (0,) * len(self.counts), self.frozen, self.silent)
         return Selection(self.kept, self.counts, self.frozen, self.silent)
 
-    @torch.no_grad()
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        if self.last_rows.takes(call):
-            self.last_rows.add(call)
-            return None
+        if self.last_rows.takes(call, self.counts):
+            self.last_rows.add(call, self.counts[0])
+            if call.key_index.numel() > MOST_KEYS:
+                self.scores = self.last_rows.shares(self.scores)
+        else:
+            self._score(call)
+        return None
+
+    @torch.no_grad()
+    def _score(self, call: AttentionCall) -> None:
+        """Add the shares of a layer's vision tokens to the scores, wherever vision tokens and asking rows stand."""
         places = self._places
         if places is None or places.key_index is not call.key_index:  # the first layer of a segment
             keys, present = vision_keys(call, self.kept, self.counts)
@@ -110,7 +117,6 @@ class ScheduleDecision:
             if self.scores is None:
                 self.scores = values.new_zeros(self.kept.shape)
             self.scores.scatter_reduce_(1, places.positions, share, "amax")
-        return None
 
     def looked(self, layer: int, call: AttentionCall) -> None:
         weights = call.weights(call.compact_rows(self.rows)).mean(1)  # [B, R, K]
@@ -151,16 +157,16 @@ def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> t
 
 
 def last_rows(prompt: Prompt, most: int | None = None) -> int:
-    """How many rows at the end of every sample are those of `asking`; 0 if they stand elsewhere, or are too many.
+    """How many rows at the end of every sample are those of `asking`, where vision tokens stand in one block before.
 
-    That is how prompts of requests end. All vision tokens stand before these rows.
+    0: they stand elsewhere, or are too many.
     """
     tail = prompt.tail
-    if prompt.queries.shape[1] > 1:
+    one_block = all(n == tail for n in prompt.n_text) and not any(prompt.n_answer)
+    if prompt.queries.shape[1] > 1 or not one_block:
         return 0
-    if most is not None and most <= tail:
-        return most
-    return tail if tail <= MOST_ROWS and all(n == tail for n in prompt.n_text) else 0
+    rows = tail if most is None else min(tail, most)
+    return rows if rows <= MOST_ROWS else 0
 
 
 def asking(prompt: Prompt, most: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from latefusion import VisionSchedule
 from latefusion.eval.bench.ranking import Unranked
 from latefusion.models import schedule as schedules
 from latefusion.models.attach import attach
-from latefusion.models.policies import reading
+from latefusion.models.policies import scheduled
 from latefusion.models.policies.base import Prompt
 from latefusion.models.policies.reading import LastRows
 from latefusion.models.policies.scheduled import ScheduleDecision, asking
@@ -41,24 +41,23 @@ def test_a_rule_keeps_what_loops_keep(
 def test_layers_scored_together_keep_what_loops_keep(
     family: str, ranking: Any, most: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where prompts end in text, which is how requests do; in a family whose scores are not plain, one by one."""
+    """Where prompts end in text behind a block of vision tokens; in a family whose scores are not plain, one by one."""
     if most is not None:
         monkeypatch.setattr(schedules, "QUESTION_ROWS", most)
     layers: list[int] = []
     shares = LastRows._shares
     monkeypatch.setattr(LastRows, "_shares", lambda self, all: layers.append(len(all)) or shares(self, all))
-    for prompts in (["tt I tttt"], ["t I tt I ttt", "I t I ttt"]):
+    one_block = (["tt I tttt"], ["t I ttt", "tt I ttt"])
+    for prompts in (*one_block, ["t I tt I ttt", "I t I ttt"]):
         layers.clear()
         keeps_what_loops_keep(family, prompt(family, prompts, "left"), ranking, most)
-        if family == "llava":  # all of the text ends no prompt of two images
-            assert layers == ([2, 1] if most or len(prompts) == 1 else [])
+        if family == "llava":
+            assert layers == ([2, 1] if prompts in one_block else [])
 
 
-@pytest.mark.parametrize("text", ["tt I tttt", "I t I t"])
-def test_layers_scored_together_or_one_by_one_have_the_same_shares(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = build("llava", "sdpa"), prompt("llava", [text])
+def test_layers_scored_together_or_one_by_one_have_the_same_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one as they run, and wherever vision tokens stand."""
+    model, inputs = build("llava", "sdpa"), prompt("llava", ["tt I tttt"])
     scores: list[torch.Tensor] = []
     select = ScheduleDecision.select
 
@@ -72,14 +71,35 @@ def test_layers_scored_together_or_one_by_one_have_the_same_shares(
     monkeypatch.setattr(ScheduleDecision, "select", noted)
     for dtype in (torch.float32, torch.bfloat16):
         scores.clear()
-        for most in (0, 1024):
-            monkeypatch.setattr(reading, "MOST_KEYS", most)
-            with torch.no_grad(), attach(model.to(dtype), VisionSchedule(**BAND)):
-                model(**inputs)
-        apart, together = scores[:2], scores[2:]
-        for one, other in zip(apart, together, strict=True):
-            assert one.dtype == other.dtype == torch.float32
-            torch.testing.assert_close(one, other)
+        for most, anywhere in ((0, False), (1024, False), (0, True)):
+            monkeypatch.setattr(scheduled, "MOST_KEYS", most)
+            with monkeypatch.context() as patched, torch.no_grad():
+                if anywhere:
+                    patched.setattr(LastRows, "takes", lambda *_: False)
+                with attach(model.to(dtype), VisionSchedule(**BAND)):
+                    model(**inputs)
+        for one, *others in zip(scores[:2], scores[2:4], scores[4:], strict=True):
+            for other in others:
+                assert one.dtype == other.dtype == torch.float32
+                torch.testing.assert_close(one, other)
+
+
+def test_heads_whose_values_are_zero_rank_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned head, whose shares are 0 of 0, leaves the ranking to the others."""
+    model, inputs = build("llava", "sdpa"), prompt("llava", ["tt I tttt"])
+    text = model.config.text_config
+    dim = text.hidden_size // text.num_attention_heads
+    for layer in model.model.language_model.layers:
+        layer.self_attn.v_proj.weight.data[:dim] = 0
+    kept = []
+    for anywhere in (False, True):
+        with monkeypatch.context() as patched, torch.no_grad():
+            if anywhere:
+                patched.setattr(LastRows, "takes", lambda *_: False)
+            with attach(model, VisionSchedule(**BAND)) as attachment:
+                assert model(**inputs).logits.isfinite().all()
+                kept.append(attachment.trace[0].kept)
+    assert kept[0] == kept[1]
 
 
 def keeps_what_loops_keep(family: str, inputs: Any, ranking: Any, most: int | None) -> None:
@@ -136,17 +156,14 @@ def test_each_query_is_asked_with_the_text_before_it(most: int | None) -> None:
         ("question", 6, 1024, 0),
         ("reading", 40, 1024, 0),
         ("question", 40, 0, 0),
-        ("question", 6, 0, 1),
-        ("reading", 40, 0, 1),
         ("reading", 70, 1024, 1),
     ],
 )
 def test_counted_flops_are_those_that_torch_counts(
     ranking: Any, text: int, most: int, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many keys or rows, where the whole text asks, one row is computed twice (`asking` keeps room for a query)."""
-    monkeypatch.setattr(reading, "MOST_KEYS", most)
-    monkeypatch.setattr(schedules, "MOST_KEYS", most)
+    """Of many rows, where the whole text asks, one is computed twice (`asking` keeps room for a query)."""
+    monkeypatch.setattr(scheduled, "MOST_KEYS", most)
     model = build("llava", "sdpa")
     inputs = prompt("llava", ["I" + "t" * text])
 
