@@ -94,6 +94,8 @@ def training(runs: Runs, cell: Settings, recipes: list[str], rounds: int) -> lis
     for name, case in cases.items():
         row: dict[str, Any] = {"part": "training", "recipe": name, "batch": cell.batch, "text": cell.text}
         row["predicted_ratio"] = runs.flops(*case, cell) / promised
+        if cell.checkpointing:
+            row["checkpointing"] = True
         phases = attempt(partial(runs.phases, *case, cell), failed, name)
         if phases is None:
             rows.append({**row, "failed": failed[name]})
@@ -231,7 +233,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 result["left_out"] = [f"{p}, {b} x {t}" for p, b, t in cells[number:]]
                 print(f"No time for {len(cells) - number} of {len(cells)} cells.", flush=True)
                 break
-            cell = Settings(shape, args.device, args.dtype, batch, text, args.steps)
+            cell = Settings(shape, args.device, args.dtype, batch, text, args.steps, args.checkpointing)
             gc.collect()
             started = time.perf_counter()
             if part == "training":
@@ -266,6 +268,7 @@ def setting(args: argparse.Namespace, shape: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "rounds": args.rounds,
         "steps": args.steps - 1,
+        "checkpointing": args.checkpointing,
     }
 
 
@@ -290,6 +293,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-rounds", type=int, help="of training runs, if not --rounds")
     parser.add_argument("--steps", type=int, default=4, help="of a training run; the first is not timed")
+    parser.add_argument("--checkpointing", action="store_true", help="train with gradient checkpointing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -48,7 +48,8 @@ def _training(rows: list[dict[str, Any]]) -> str:
     head = ["batch", "text", "recipe", "samples/s", "step", "speed-up", "(quartiles)", "FLOPs say"]
     lines = []
     for row in rows:
-        line = [str(row["batch"]), str(row["text"]), named(row["recipe"])]
+        again = ", activations computed twice" if row.get("checkpointing") else ""
+        line = [str(row["batch"]), str(row["text"]), named(row["recipe"]) + again]
         if "failed" in row:
             line += [row["failed"], "", "", "", f"{1 / row['predicted_ratio']:.2f}x"]
         else:

@@ -4,7 +4,8 @@
     python eval/bench/icons_students.py --arm base --output outputs/students
     python eval/bench/icons_students.py --merge outputs/students --json outputs/students.json
 
-An arm is a recipe and a teacher, which counts fully; `base` trains nothing and answers under dense, VisiPruner and
+An arm is a recipe and a teacher, which counts fully, in an eighth of the steps (`late_fusion_eighth`) or from answers
+written before (`late_fusion_offline`); `base` trains nothing and answers under dense, VisiPruner and
 the schedule of `schedule=auto`, under which `profiled` is trained.
 `--share` takes a part of the boards, `--noise` gives a part of the training answers wrong, `--transfer` goes on
 training on 50 pictures of `easy_vqa` (500 rows). Every file has the outcome of each test question, so that arms are
@@ -60,6 +61,8 @@ ARMS = {
     "dense": ["recipe=dense", "teacher=none"],
     "dense_taught": ["recipe=dense", "teacher=dense", "kl.trust=all"],
     "late_fusion": ["recipe=late_fusion", "teacher=visipruner", "kl.trust=all"],
+    "late_fusion_eighth": ["recipe=late_fusion", "teacher=visipruner", "kl.trust=all", "kl.share=0.125"],
+    "late_fusion_offline": ["recipe=late_fusion", "teacher=visipruner", "kl.trust=all"],
     "late_fusion_dense_teacher": ["recipe=late_fusion", "teacher=dense", "kl.trust=all"],
     "late_fusion_no_teacher": ["recipe=late_fusion", "teacher=none"],
     "cross_only": ["recipe=cross_only", "teacher=visipruner", "kl.trust=all"],
@@ -68,6 +71,7 @@ ARMS = {
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
     "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
 }
+OFFLINE = "late_fusion_offline"  # the arm whose teacher has written its answers before
 TESTS = {  # name -> set, split, boards or pictures (about 11 and 10 questions each)
     "test": ("icons", "test", 1.0),
     "new_drawings": ("icons", "new_drawings", 0.5),
@@ -121,11 +125,25 @@ def run_cell(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(folder: Path, args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Run training/train.py; raises CalledProcessError if it fails."""
+    """Run training/train.py, behind training/teach.py where the arm says so.
+
+    Raises:
+        subprocess.CalledProcessError: one of them fails.
+    """
+    for command in commands(folder, args, words):
+        subprocess.run(command, check=True, cwd=ROOT)
+
+
+def commands(folder: Path, args: argparse.Namespace, words: Sequence[str]) -> list[list[str]]:
+    """The commands that train a student into `folder`."""
     numbers = [f"train.steps={args.steps}", f"train.batch_size={args.batch}", f"train.seed={args.seed}"]
     more = [f"data.seed={args.seed}", f"data.noise={args.noise}", "eval.enabled=false", "train.trackers=[]"]
-    command = [sys.executable, str(ROOT / "training/train.py"), f"model={MODEL}", *words, *numbers, *more]
-    subprocess.run([*command, f"output_dir={folder}", *args.settings], check=True, cwd=ROOT)
+    every = [f"model={MODEL}", *words, *numbers, *more, f"output_dir={folder}", *args.settings]
+    scripts = ["training/train.py"]
+    if args.arm == OFFLINE:
+        every.append(f"kl.cache={folder.with_name(folder.name + '_answers')}")
+        scripts.insert(0, "training/teach.py")
+    return [[sys.executable, str(ROOT / script), *every] for script in scripts]
 
 
 def on_device(model: Any) -> None:

@@ -66,6 +66,7 @@ class Settings:
     batch: int
     text: int
     steps: int
+    checkpointing: bool = False  # activations of layers are computed again in the backward pass
 
 
 class Runs:
@@ -90,6 +91,7 @@ class Runs:
         config.data.path, config.data.images = str(data / "rows.jsonl"), str(data)
         config.train.batch_size, config.train.steps = cell.batch, cell.steps
         config.train.save_every = cell.steps
+        config.train.gradient_checkpointing = cell.checkpointing
         config.output_dir = str(self.folder / "run")
         schedule = stretch(schedule_of(config.schedule), cell.shape.layers, cell.shape.vision)
         options = config.schedule
@@ -154,9 +156,9 @@ class Runs:
         return result
 
     def phases(self, recipe: str, teacher: str, cell: Settings) -> dict[str, float]:
-        """Seconds of each phase of a step, and of a checkpoint."""
+        """Seconds of each phase of the second of two steps, and of a checkpoint."""
         phases = Phases(cell.device)
-        cell = replace(cell, steps=min(cell.steps, 3))
+        cell = replace(cell, steps=2)
         steps = len(self.run(recipe, teacher, cell, phases)["steps"])
         each = {name: phases.noted[name] / steps for name in PHASES}
         each["loading"] = (

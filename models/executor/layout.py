@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def looking_is_free(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The tokens of one segment: order kept, right-aligned, a row with fewer tokens padded on the left.
@@ -33,7 +38,7 @@ class Layout:
         """Lay out the tokens `active` (bool `[B, T]`), `counts` of them per sample, without a host sync."""
         batch, length = active.shape
         n = max(1, *counts)  # kernels want at least one column
-        if batch == 1 and counts[0] and active.device.type == "cpu":  # where the host waits for nothing
+        if batch == 1 and counts[0] and looking_is_free(active):  # half the time of a sort
             rows = active[0].nonzero().view(n)
             return cls(rows[None], None, rows, length, tuple(counts))
         index = torch.argsort(active.to(torch.int8), dim=1, stable=True)[:, length - n :]  # [B, n]

@@ -6,12 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from latefusion.models.executor.layout import looking_is_free
 from latefusion.models.policies.base import Prompt, Selection
-
-
-def looking_is_free(tensor: Tensor) -> bool:
-    """Whether the host can read a tensor without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 class Selections:

@@ -1,5 +1,6 @@
 """The table of the icons students: cells merged by arm, paired on questions, t intervals over seeds."""
 
+import argparse
 import json
 from math import isclose
 
@@ -99,3 +100,18 @@ def test_an_empty_folder_is_one_sentence(tmp_path):
 def test_every_arm_is_a_run_of_this_base(arm):
     config = compose_config([f"model={bench.MODEL}", *ARMS[arm], "train.trackers=[]"])
     assert config.model.path == bench.MODEL
+
+
+def test_an_offline_arm_writes_the_answers_that_it_trains_on(tmp_path):
+    """In the same run, but for the cache; no other arm has one."""
+    args = argparse.Namespace(steps=1, batch=2, seed=3, noise=0.2, settings=[], arm="late_fusion_offline")
+    teach, train = bench.commands(tmp_path / "boards", args, ARMS[args.arm])
+    assert (
+        (teach[2:], train[2:]) == (train[2:], teach[2:]) and "teach.py" in teach[1] and "train.py" in train[1]
+    )
+    config = compose_config(teach[2:])
+    assert config.kl.cache == str(tmp_path / "boards_answers") and config.data.noise == 0.2
+    args.arm = "late_fusion_eighth"
+    ((_, script, *words),) = bench.commands(tmp_path / "boards", args, ARMS[args.arm])
+    config = compose_config(words)
+    assert "train.py" in script and config.kl.cache is None and config.kl.share == 0.125

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latefusion.models.attach import attach
-from latefusion.models.executor import selections
+from latefusion.models.executor import layout, selections
 from latefusion.models.policies.base import Policy
 from latefusion.models.policies.divprune import DivPrune
 from latefusion.models.policies.fastv import FastV
@@ -67,7 +67,8 @@ def waits(policy: Policy | None, samples: list[tuple[Tensor, Tensor]], patch: py
     counts, sent = [], []
     on_the_way = fusion._OnTheWay
     with patch.context() as inside, torch.no_grad():
-        inside.setattr(selections, "looking_is_free", lambda mask: False)  # as on a GPU
+        for module in (layout, selections):
+            inside.setattr(module, "looking_is_free", lambda mask: False)  # as on a GPU
         inside.setattr(fusion, "_OnTheWay", lambda *a: (sent.append(a), on_the_way(*a))[1])
         for chosen in (None, policy):
             attachment = None if chosen is None else attach(model, chosen, vision_mask=batch.vision)
