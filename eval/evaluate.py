@@ -79,7 +79,7 @@ class Arguments:
     output: str | None = None
     batch_size: int = 96
     controls: bool = True
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    batches: list[int] = field(default_factory=lambda: [1, 8])
     lengths: list[int] = field(default_factory=lambda: [16, 64, 256])
     reference: str | None = None
 

@@ -6,6 +6,7 @@ tokens that entered each layer predict for it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
@@ -21,6 +22,9 @@ from latefusion.models.flops import decoder_flops
 from latefusion.models.inputs import encode_images, fresh_inputs
 
 Row = dict[str, Any]
+
+PATIENCE = 15.0  # seconds a point may take before the rest of its rounds are left out
+FEWEST = 2  # timed rounds of a point, however slow
 
 
 def against_batch(
@@ -77,7 +81,10 @@ def _measure(
         whole: dict[str, list[float]] = {key: [] for key in systems}
         flops: dict[str, float] = {}
         encoded: dict[tuple[Any, bool], dict[str, Any]] = {}  # by model, with its adapters on or off
+        began = time.monotonic()
         for repeat in range(repeats + 1):  # the first is the warm-up
+            if repeat > FEWEST and time.monotonic() - began > PATIENCE:
+                break
             keys = list(systems)
             for key in keys[repeat % len(keys) :] + keys[: repeat % len(keys)]:
                 with running(model, attachment, systems[key]) as active:
@@ -93,11 +100,9 @@ def _measure(
                         )
                     else:
                         prefill[key].append(took)
-                    if answers:
+                    if answers and repeat:
                         work = partial(generate, active, fresh_inputs(encoded[encoder]), new_tokens)
-                        took = seconds(work, active.device)
-                        if repeat:
-                            whole[key].append(took)
+                        whole[key].append(seconds(work, active.device))
             advance()
         count = len(prompt["input_ids"])
         points.append(
