@@ -4,6 +4,7 @@
     lmms-eval eval --model latefusion --model_args checkpoint=outputs/late_fusion --tasks gqa,pope
     lmms-eval eval --model latefusion --tasks mme --model_args pretrained=HUB_ID,policy=fastv,keep_ratio=0.25
     lmms-eval eval --model latefusion --force_simple --tasks seedbench_ppl --model_args checkpoint=outputs/late_fusion
+    lmms-eval eval --model latefusion --tasks videomme --model_args checkpoint=outputs/films,max_frames=8
 
 lmms-eval finds it by the entry point `lmms_eval.models`; latefusion itself never imports this module. Tasks that rank
 given answers need `--force_simple`: lmms-eval builds them for its older interface alone.
@@ -11,7 +12,9 @@ given answers need `--force_simple`: lmms-eval builds them for its older interfa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,22 +22,24 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.protocol import ChatMessages
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from latefusion.data.images import load_image
-from latefusion.data.prompts import processed
-from latefusion.data.videos import MAX_FRAMES, Video, load_video
+from latefusion.data.images import BadImage, load_image
+from latefusion.data.prompts import check_placeholders, processed
+from latefusion.data.videos import MAX_FRAMES, BadVideo, load_video
 from latefusion.eval.comparison.systems import System, running
+from latefusion.eval.evaluate import CONFIG, config_of
+from latefusion.eval.lmms_eval_chat import Chat, asked_once, chat_of
 from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
+from latefusion.models.locate import student_folder
 from latefusion.models.policies import named
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student
+from latefusion.recipes.named_models import named_model
 
 MANIFEST = ModelManifest(
     model_id="latefusion",
@@ -44,8 +49,6 @@ MANIFEST = ModelManifest(
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None}
-# messages as chat templates take them, their pictures and their videos
-Chat = tuple[list[dict[str, Any]], list[Image.Image], list[Video]]
 
 
 class Pair(GenerationResult):
@@ -79,32 +82,6 @@ class Until(StoppingCriteria):
         )
 
 
-def user(text: str, shown: Sequence[Any], max_frames: int) -> Chat:
-    """A question of lmms-eval's older interface, where a picture is an image and a text names a video's file."""
-    kinds = ["video" if isinstance(one, str) else "image" for one in shown]
-    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
-    images = [load_image(one) for one, kind in zip(shown, kinds, strict=True) if kind == "image"]
-    videos = [one for one, kind in zip(shown, kinds, strict=True) if kind == "video"]
-    opened = [load_video(video, max_frames=max_frames) for video in videos]
-    return [{"role": "user", "content": content}], images, opened
-
-
-def chat_of(messages: list[Any], max_frames: int) -> Chat:
-    chat = ChatMessages(messages=messages)
-    images, videos, *others = chat.extract_media()
-    if any(others):
-        raise ValueError(
-            "this task has sound, which latefusion cannot read; choose tasks of images and videos."
-        )
-    opened = [load_video(video, max_frames=max_frames) for video in videos]
-    # of a video's part nothing but its place is for the chat template
-    written = [
-        {**m, "content": [{"type": "video"} if p["type"] == "video" else p for p in m["content"]]}
-        for m in chat.to_hf_messages()
-    ]
-    return written, [load_image(image) for image in images], opened
-
-
 def generation(settings: dict[str, Any]) -> dict[str, Any]:
     """A task's settings as `generate` takes them; temperature 0 is greedy."""
     names = {"max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "min_new_tokens"}
@@ -132,14 +109,15 @@ class LateFusion(lmms):
 
     Args:
         checkpoint: folder of a trained student, run under its schedule, adapters merged; or pretrained: a base alone
-            (`embedded`, a hub id, a folder).
-        policy: name of `recipes/policy/`; for a checkpoint None is its own schedule, and another policy runs on its
-            base, adapters off. For a base None is dense.
+            (a name of `recipes/model/`, a hub id, a folder).
+        policy: name of `recipes/policy/`, or a YAML file; for a checkpoint None is its own schedule, and another policy
+            runs on its base, adapters off. For a base None is dense. `visipruner` has the model's own thresholds,
+            where its recipe or the checkpoint's run says them.
         batch_size: prompts a batch.
         device: None: CUDA if there is one, else the CPU.
         dtype: `bfloat16`, `float16` or `float32`; None: bfloat16 where the hardware has it.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`; None: the model's default.
-        max_frames: the most frames of a video that the model is shown.
+        max_frames: the most frames of a video that the model is shown; None: as the checkpoint was trained, else 16.
         arguments: of the policy, in place of its recipe's (`keep_ratio=0.25`).
 
     Raises:
@@ -159,16 +137,28 @@ class LateFusion(lmms):
         device: str | None = None,
         dtype: str | None = None,
         attn_implementation: str | None = None,
-        max_frames: int | str = MAX_FRAMES,
+        max_frames: int | str | None = None,
         **arguments: Any,
     ):
         super().__init__()
-        self.max_frames = int(max_frames)
         if (checkpoint is None) == (pretrained is None):
             raise ValueError(
                 "name either a trained checkpoint=FOLDER or a base pretrained=PATH in --model_args."
             )
-        base_policy = named(policy or "dense", **arguments)
+        frames, thresholds = MAX_FRAMES, {}
+        if checkpoint is not None:
+            folder = student_folder(checkpoint)
+            if (folder / CONFIG).is_file():
+                config = config_of(folder)
+                frames, thresholds = config.data.max_frames, dict(vars(config.model.visipruner))
+        else:
+            assert pretrained is not None
+            pretrained, recipe = named_model(pretrained)
+            thresholds = recipe.get("visipruner", {})
+        self.max_frames = int(max_frames or frames)
+        if self.max_frames < 1:
+            raise ValueError(f"max_frames={max_frames} must be at least 1.")
+        base_policy = named(policy or "dense", **((thresholds if policy == "visipruner" else {}) | arguments))
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         precision = dtype_of(dtype, accelerator.device)
@@ -195,7 +185,7 @@ class LateFusion(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests; requests with equal settings share a batch."""
-        chats = [self._chat(request) for request in requests]
+        chats = [partial(self._chat, request) for request in requests]
         settings = [self._settings(request) for request in requests]
         return self._batched(chats, settings, self._generate, "answers")
 
@@ -215,9 +205,8 @@ class LateFusion(lmms):
                     chats[i] = chat
             going = list(chats)
             settings = [self._settings(requests[i]) for i in going]
-            answers = self._batched(
-                [chats[i] for i in going], settings, self._generate, f"round {number + 1}"
-            )
+            ready = [partial(chats.__getitem__, i) for i in going]
+            answers = self._batched(ready, settings, self._generate, f"round {number + 1}")
             for i, answer in zip(going, answers, strict=True):
                 answered[i] = [*answered[i], answer.text]
             number += 1
@@ -229,24 +218,30 @@ class LateFusion(lmms):
         lmms-eval calls the first a log-likelihood, but takes the choice with the least of it, so it is a loss, as its
         own models return it. A policy chooses tokens by the prompt alone, as it does when the model answers by itself.
         """
-        chats, answers = [], []
-        for request in requests:
-            if len(request.args) == 2:  # an answer without its prompt
-                context, answer = request.args
-                chats.append(user(context, [], self.max_frames))
-            else:
-                context, target, visual, document, task, split = request.args
-                row = self.task_dict[task][split][document]
-                answer = target if isinstance(target, str) else str(target(row))
-                shown = visual(row) or [] if visual is not None else []
-                chats.append(user(context, shown, self.max_frames))
-            answers.append(answer)
-        return self._batched(chats, answers, self._losses, "answers of the tasks", apart=False)
+        chats = [partial(self._ranked, request) for request in requests]
+        return self._batched(
+            chats, [self._target(r) for r in requests], self._losses, "answers of the tasks", apart=False
+        )
+
+    def _target(self, request: Instance) -> str:
+        """The answer that a request ranks."""
+        if len(request.args) == 2:  # an answer without its prompt
+            return request.args[1]
+        _, target, _, document, task, split = request.args
+        return target if isinstance(target, str) else str(target(self.task_dict[task][split][document]))
+
+    def _ranked(self, request: Instance) -> Chat:
+        """What the answer of a request follows."""
+        if len(request.args) == 2:
+            return asked_once(request.args[0], [])
+        context, _, visual, document, task, split = request.args
+        shown = visual(self.task_dict[task][split][document]) if visual is not None else None
+        return asked_once(context, shown or [], f"{task} {document}")
 
     def _chat(self, request: Instance) -> Chat:
         """What a request asks: `args` are context, messages of a document, settings, document, task, split."""
         _, messages_of, _, document, task, split = request.args
-        return chat_of(messages_of(self.task_dict[task][split][document]), self.max_frames)
+        return chat_of(messages_of(self.task_dict[task][split][document]), f"{task} {document}")
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[2])
@@ -258,12 +253,12 @@ class LateFusion(lmms):
         _, messages_of, _, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return chat_of(messages_of(row), self.max_frames), False, answered, handed
+            return chat_of(messages_of(row), f"{task} {document}"), False, answered, handed
         messages, done, kept, handed = messages_of(
             row, round_idx=number, previous_output=answered, previous_round_info=handed
         )
         return (
-            chat_of(messages or [], self.max_frames),
+            chat_of(messages or [], f"{task} {document}"),
             done,
             answered if kept is None else list(kept),
             handed,
@@ -271,43 +266,64 @@ class LateFusion(lmms):
 
     def _batched(
         self,
-        chats: Sequence[Chat],
+        chats: Sequence[Callable[[], Chat]],
         settings: Sequence[Any],
         work: Callable[[list[Chat], list[Any]], list[Any]],
         name: str,
         *,
         apart: bool = True,
     ) -> list[Any]:
-        """Results of `work` on batches, in the order of `chats`.
+        """Results of `work` on batches, in the order of `chats`, each of which is made when its batch is run.
 
-        Prompts with and without pictures, or videos, share no batch; with `apart`, nor do those of different settings.
+        With `apart`, prompts of different settings share no batch.
         """
-        groups: dict[Hashable, list[int]] = {}
-        for i, (chat, setting) in enumerate(zip(chats, settings, strict=True)):
-            groups.setdefault((repr(setting) if apart else "", not chat[1], not chat[2]), []).append(i)
+        groups: dict[str, list[int]] = {}
+        for i, setting in enumerate(settings):
+            groups.setdefault(repr(setting) if apart else "", []).append(i)
         by_chat: dict[int, Any] = {}
         with tqdm(total=len(chats), disable=self.rank != 0, desc=f"latefusion, {name}") as bar:
             for group in groups.values():
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]
-                    results = work([chats[i] for i in batch], [settings[i] for i in batch])
+                    results = work([chats[i]() for i in batch], [settings[i] for i in batch])
                     by_chat.update(zip(batch, results, strict=True))
                     bar.update(len(batch))
         return [by_chat[i] for i in range(len(chats))]
 
+    def _opened(self, chats: Sequence[Chat]) -> list[Chat]:
+        """The chats with their pictures and videos opened.
+
+        Raises:
+            ValueError: one of them cannot be used.
+        """
+        opened = []
+        for chat in chats:
+            try:
+                images = [load_image(image) for image in chat.images]
+                videos = [load_video(video, max_frames=self.max_frames) for video in chat.videos]
+            except (BadImage, BadVideo) as error:
+                kind = "image" if isinstance(error, BadImage) else "video"
+                raise ValueError(f"document {chat.name} has a bad {kind}: {error}.") from None
+            opened.append(replace(chat, images=images, videos=videos))
+        return opened
+
     def _inputs(self, texts: list[str], chats: Sequence[Chat]) -> Any:
-        videos = [video for *_, of_chat in chats for video in of_chat]
+        """The tensors of texts whose chats are opened."""
+        for text, chat in zip(texts, chats, strict=True):
+            check_placeholders(self.processor, f"document {chat.name}", text, chat.images, chat.videos)
+        videos = [video for chat in chats for video in chat.videos]
         return processed(
-            unwrapped(self.model), self.processor, texts, [images for _, images, _ in chats], videos
+            unwrapped(self.model), self.processor, texts, [chat.images for chat in chats], videos
         )
 
     def _prompts(self, chats: Sequence[Chat]) -> list[str]:
         return [
-            self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            for messages, *_ in chats
+            self.processor.apply_chat_template(chat.messages, add_generation_prompt=True, tokenize=False)
+            for chat in chats
         ]
 
     def _generate(self, chats: list[Chat], settings: list[dict[str, Any]]) -> list[GenerationResult]:
+        chats = self._opened(chats)
         inputs = self._inputs(self._prompts(chats), chats)
         until = settings[0].get("until", [])
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
@@ -328,6 +344,7 @@ class LateFusion(lmms):
 
     @torch.no_grad()
     def _losses(self, chats: list[Chat], answers: list[str]) -> list[Pair]:
+        chats = self._opened(chats)
         prompts = self._prompts(chats)
         whole = self._inputs(
             [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], chats
@@ -364,7 +381,8 @@ class LateFusionSimple(LateFusion):
     def _chat(self, request: Instance) -> Chat:
         """`args` are context, settings, pictures of a document, document, task, split."""
         context, _, visual, document, task, split = request.args
-        return user(context, visual(self.task_dict[task][split][document]) or [], self.max_frames)
+        shown = visual(self.task_dict[task][split][document]) or []
+        return asked_once(context, shown, f"{task} {document}")
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[1])
@@ -375,12 +393,12 @@ class LateFusionSimple(LateFusion):
         context, _, visual, text_of, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return user(context, visual(row) or [], self.max_frames), False, answered, handed
+            return asked_once(context, visual(row) or [], f"{task} {document}"), False, answered, handed
         pictures, text, done, kept, handed = text_of(
             row, previous_output=answered, round_idx=number, previous_round_info=handed
         )
         return (
-            user(text or "", pictures or [], self.max_frames),
+            asked_once(text or "", pictures or [], f"{task} {document}"),
             done,
             answered if kept is None else list(kept),
             handed,
