@@ -6,11 +6,11 @@ VLLM_VENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VIDEO_VENV ?= .venv-video
 VIDEO_INSTALLED := $(VIDEO_VENV)/.installed
-LMMS_VENV ?= .venv-lmms-eval
-LMMS_INSTALLED := $(LMMS_VENV)/.installed
+EXTRA_VENV ?= .venv-extra
+EXTRA_INSTALLED := $(EXTRA_VENV)/.installed
 RUN := . $(VENV)/bin/activate &&
 
-.PHONY: train icons real test test-slow test-vllm test-video test-lmms-eval gpu gpu-serving lint base clean
+.PHONY: train icons real test test-slow test-vllm test-video test-extra gpu gpu-serving lint base clean
 
 train: $(INSTALLED)
 	$(RUN) accelerate launch training/train.py recipe=late_fusion
@@ -32,10 +32,10 @@ test-vllm: $(VLLM_INSTALLED)
 test-video: $(VIDEO_INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VIDEO_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra tests/video
 
-# The plugin through lmms-eval's own command, pictures and videos: the packages of .venv and .venv-video and, beside
-# them, those of latefusion[lmms-eval].
-test-lmms-eval: $(LMMS_INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra -m extra tests/eval/test_lmms_eval*.py
+# What other people's tools do with latefusion: lmms-eval's own command, and TRL. The packages of .venv and .venv-video
+# and, beside them, those of latefusion[lmms-eval], and TRL.
+test-extra: $(EXTRA_INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(EXTRA_VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -ra -m extra tests/docs/test_integrations.py tests/eval/test_lmms_eval*.py
 
 # Everything that needs a GPU, in 8 minutes of one H100: benchmarks at LLaVA-1.5-7B's shape, then the tests. The active
 # environment needs a torch with CUDA; results go to docs/results/gpu_*.json.
@@ -89,13 +89,13 @@ $(VIDEO_INSTALLED): $(INSTALLED) tests/helpers/torchvision_on_cpu.py
 	touch $@
 
 # By the commands of docs/evaluation.md. pip sees what .venv holds, and replaces nothing of it.
-$(LMMS_INSTALLED): $(VIDEO_INSTALLED)
-	$(PYTHON) -m venv $(LMMS_VENV)
-	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	site=$$($(LMMS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+$(EXTRA_INSTALLED): $(VIDEO_INSTALLED)
+	$(PYTHON) -m venv $(EXTRA_VENV)
+	$(EXTRA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	site=$$($(EXTRA_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		$(VIDEO_VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_path("purelib") + "\")")' > $$site/zz_video.pth
-	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[lmms-eval]'
-	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
+	$(EXTRA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[lmms-eval]'
+	$(EXTRA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval trl
 	touch $@
 
 # All of it on the base of pretrained parts: its profile, VisiPruner calibrated, two students, evaluation and report in
@@ -113,4 +113,4 @@ real: icons
 	$(RUN) python eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,vtw,divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] output=$(REAL)/evaluation $(QUESTIONS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VIDEO_VENV) $(LMMS_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(VIDEO_VENV) $(EXTRA_VENV) build dist *.egg-info
