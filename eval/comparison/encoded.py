@@ -46,6 +46,9 @@ class EncodedImages:
         return {**rest, "mm_encoder_outputs": {"image": output}}
 
     def _row(self, model: Any, key: Any, part: dict[str, Tensor]) -> list[Tensor]:
+        pixels = part[PIXELS["image"]]
+        if pixels.dim() == 5 and not pixels.any():  # a prompt without images among others: Idefics 3, SmolVLM
+            return []
         if key in self.features:
             self.features.move_to_end(key)
             return self.features[key]

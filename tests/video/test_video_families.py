@@ -21,6 +21,7 @@ from latefusion import VisionSchedule
 from latefusion.data.collate import IGNORE, BadRow
 from latefusion.data.prompts import prompt_inputs
 from latefusion.data.videos import load_video
+from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.models.attach import attach
 from latefusion.models.flops import encoder_flops
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -255,6 +256,17 @@ def test_images_and_videos_in_one_batch_and_one_row(family: str) -> None:
             assert batch["labels"][i, real].tolist() == alone["labels"][0].tolist()
             assert (together[i, real] - logits_of(model, inputs_of(alone))[0]).abs().max() <= TOLERANCE
     assert not torch.equal(together, logits_of(model, inputs_of(batch)))
+
+
+@each
+def test_images_that_an_evaluation_encodes_once_are_those_of_their_prompts(family: str) -> None:
+    """Of mixed rows, and of an image beside a prompt without one."""
+    model, collate, rows = video_model(family)[0], video_collator(family), mixed(family)
+    for some in (rows, [rows[2], rows[5]], [rows[5], rows[2]]):
+        inputs = inputs_of(collate(some))
+        with torch.no_grad():
+            encoded = EncodedImages().encode(model, inputs)
+        assert (logits_of(model, fresh_inputs(encoded)) - logits_of(model, inputs)).abs().max() <= TOLERANCE
 
 
 @each
