@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import transformers
 from helpers.families_table import CLASSES, COMMAND, PAGE, RESULTS, classes, page
 from helpers.judged_types import judged
 from helpers.tiny_types import ROWS, VARIANTS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from latefusion.models.executor.vision import VIDEO_AS_IMAGE
 
 TABLE = json.loads(RESULTS.read_text())
 
@@ -50,3 +56,18 @@ def test_a_type_is_exact_or_refused_as_the_table_says(name: str, one_thread: Non
 )
 def test_some_types_are_as_the_table_says(name: str, one_thread: None) -> None:
     assert judged(name) == TABLE["rows"][name]
+
+
+def test_families_that_write_videos_with_tokens_of_images_are_known() -> None:
+    """Read from the code of transformers, where their video features go: elsewhere their videos would stay dense."""
+    classes = {
+        name: file
+        for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+        for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE)
+    }
+    merged = {
+        kind
+        for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+        if "special_video_mask = input_ids == self.config.image_token_id" in classes[name].read_text()
+    }
+    assert {"glm4v", "glmga"} <= merged <= VIDEO_AS_IMAGE
