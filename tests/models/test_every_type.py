@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import transformers
 from helpers.families_table import CLASSES, COMMAND, PAGE, RESULTS, classes, page
-from helpers.judged_types import judged
-from helpers.tiny_types import ROWS, VARIANTS
+from helpers.judged_types import Subject, judged
+from helpers.oracle import band, masked
+from helpers.tiny_types import ROWS, VARIANTS, build_type
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from latefusion import VisionSchedule
+from latefusion.models.attach import attach
 from latefusion.models.executor.vision import VIDEO_AS_IMAGE
 
 TABLE = json.loads(RESULTS.read_text())
@@ -71,3 +74,22 @@ def test_families_that_write_videos_with_tokens_of_images_are_known() -> None:
         if "special_video_mask = input_ids == self.config.image_token_id" in classes[name].read_text()
     }
     assert {"glm4v", "glmga"} <= merged <= VIDEO_AS_IMAGE
+
+
+@pytest.mark.parametrize("row", ["glmga", "glm4v_moe", "qwen3_vl"])
+def test_videos_are_hidden_outside_of_a_band(row: str) -> None:
+    """Features of a video, at the placeholders that the family writes for it, against masks on the whole model."""
+    model = build_type(row).eval()
+    subject = Subject(model)
+    if row not in VIDEO_AS_IMAGE:
+        subject.inputs["input_ids"][subject.vision] = model.config.video_token_id
+    subject.inputs["mm_encoder_outputs"] = {"video": subject.inputs["mm_encoder_outputs"]["image"]}
+    layers = len(model.get_decoder().layers)
+    seen = band(subject.vision, layers, 1, layers - 1)
+    with masked(model, subject.vision, seen, padding=subject.inputs["attention_mask"]):
+        expected = subject.logits(use_cache=False)[subject.text]
+    dense = subject.logits(use_cache=False)[subject.text]
+    with attach(model, VisionSchedule(enter=1, exit=layers - 1)) as attachment:
+        computed = subject.logits(use_cache=False)[subject.text]
+        assert [record.n_vision for record in attachment.trace] == subject.vision.sum(1).tolist()
+    assert (computed - expected).abs().max() <= 1e-5 and (computed - dense).abs().max() > 1e-2
