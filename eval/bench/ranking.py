@@ -8,22 +8,26 @@ says why). For each rule two questions are answered:
 
 * how much of a prefill it takes: its time over that of the same tokens unranked (target: at most 2%), beside the FLOPs;
 * whether the FLOPs that we count say what a prefill takes: both against the stock model's (target: within 10%). FLOPs
-  take every product to be equally fast. *At these lengths* does not: it is the mean over layers of what the stock model
-  takes on a prompt of as many tokens as the layer sees, and the FLOPs of the ranking on top.
+  take every product to be equally fast, and leave out what runs beside the layers, on all tokens whatever the policy
+  (embedding, norm, the cache). *At these lengths* does neither: it is what the stock model takes without its layers,
+  and of each layer what the stock model's take on a prompt of as many tokens, and the FLOPs of the ranking on top.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from latefusion.eval.bench.executor import build, under
 from latefusion.eval.bench.timing import interleaved, parser, prompt, seconds, setting, write_json
@@ -56,35 +60,59 @@ def schedules(layers: int, vision: int) -> dict[str, VisionSchedule | None]:
     return {"stock": None, "unranked": Unranked(**band), **rules}
 
 
+@contextmanager
+def without_layers(model: Any) -> Iterator[None]:
+    """Context in which the decoder has no layer: what is left runs on all tokens, whatever the policy."""
+    decoder = model.get_decoder()
+    layers, decoder.layers = decoder.layers, nn.ModuleList()
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
 def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, Any]]:
     """A row for each rule at one text length."""
-    variants = schedules(args.layers, args.vision)
+    variants = {
+        name: schedule
+        for name, schedule in schedules(args.layers, args.vision).items()
+        if name in ("stock", "unranked", *args.rankings)
+    }
     unranked, dense = variants["unranked"], VisionSchedule().flops(model.config, text, args.vision)
     assert unranked is not None
     vision = unranked.vision_tokens(args.layers, args.vision)
-    shorter = {n: (None, n) for n in set(vision) - {args.vision}}  # stock prompts as long as layers see
+    lengths = {*vision, args.vision}  # of stock prompts as long as layers see
     prompts = {
         n: prompt(argparse.Namespace(**{**vars(args), "text": text, "vision": n, "batch": 1}))
-        for n in {args.vision, *shorter}
+        for n in lengths
     }
     if 0 in prompts:
         del prompts[0]["mm_encoder_outputs"]
 
-    def run(variant: tuple[VisionSchedule | None, int]) -> float:
-        schedule, n = variant
-        with under(model, schedule), torch.no_grad():
+    def run(variant: tuple[VisionSchedule | None, int, bool]) -> float:
+        schedule, n, layered = variant
+        with under(model, schedule), nullcontext() if layered else without_layers(model), torch.no_grad():
             return seconds(lambda: model(**prompts[n], use_cache=True, logits_to_keep=1), args)
 
-    whole = {name: (schedule, args.vision) for name, schedule in variants.items()}
-    times: dict[Any, list[float]] = interleaved({**whole, **shorter}, run, args.rounds)
-    times[args.vision] = times["stock"]
-    at_lengths = median(fmean(times[n][i] for n in vision) / stock for i, stock in enumerate(times["stock"]))
-    del variants["stock"], variants["unranked"]
+    whole = {name: (schedule, args.vision, True) for name, schedule in variants.items()}
+    stock = {("whole", n): (None, n, True) for n in lengths - {args.vision}}
+    beside = {("beside", n): (None, n, False) for n in lengths}
+    times: dict[Any, list[float]] = interleaved({**whole, **stock, **beside}, run, args.rounds)
+    times["whole", args.vision] = times["stock"]
+    at_lengths = median(
+        (
+            times["beside", args.vision][i]
+            + sum(times["whole", n][i] - times["beside", n][i] for n in vision) / len(vision)
+        )
+        / times["stock"][i]
+        for i in range(args.rounds)
+    )
     without = unranked.flops(model.config, text, args.vision) - unranked.ranking_flops(
         model.config, text, vision
     )
     rows = []
-    for name, schedule in variants.items():
+    for name in args.rankings:
+        schedule = variants[name]
         assert schedule is not None
         counted = schedule.flops(model.config, text, args.vision)
         added = spread(times[name], times["unranked"])
@@ -137,7 +165,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--layers", type=int, default=16)
     options.add_argument("--hidden", type=int, default=1024)
-    options.add_argument("--texts", default="64,256,512,1024,2048", help="text tokens of a prompt")
+    options.add_argument("--texts", default="64,256,512,1024,2048,4096", help="text tokens of a prompt")
+    options.add_argument("--rankings", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--json", type=Path, help="also write the rows here")
     args = options.parse_args()
