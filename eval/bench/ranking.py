@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, A
     whole = {name: (schedule, args.vision, True) for name, schedule in variants.items()}
     stock = {("whole", n): (None, n, True) for n in lengths - {args.vision}}
     beside = {("beside", n): (None, n, False) for n in lengths}
-    times: dict[Any, list[float]] = interleaved({**whole, **stock, **beside}, run, args.rounds)
+    timed: dict[Any, Any] = {**whole, **stock, **beside}
+    times: dict[Any, list[float]] = interleaved(timed, run, args.rounds)
     times["whole", args.vision] = times["stock"]
     at_lengths = median(
         (
