@@ -25,7 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latefusion.models.locate import check_base
+from latefusion.models.locate import SCHEDULE_KEY, check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import run_to_exit, world_size
@@ -142,6 +142,8 @@ def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None
         recipe_of(entry if isinstance(entry, str) else next(iter(entry)))
     if arguments.model is not None:
         check_base(arguments.model)
+    if arguments.data is not None and not Path(arguments.data).is_file():
+        raise FileNotFoundError(f"no questions at {arguments.data}; name a JSONL file with data=FILE.")
     config = None if arguments.checkpoint is None else config_of(arguments.checkpoint)
     return config, None if arguments.reference is None else read_report(arguments.reference)
 
@@ -177,9 +179,14 @@ def config_of(checkpoint: str | Path) -> Config:
             f"no folder {checkpoint}; name one that training/train.py wrote: checkpoint=FOLDER."
         )
     if not (folder / CONFIG).is_file():
+        exported = (folder / f"{SCHEDULE_KEY}.json").is_file()
         raise FileNotFoundError(
-            f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its "
-            "baseline is; name a folder that training/train.py wrote."
+            f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its baseline is; "
+            + (
+                f"compare an exported student by model=BASE checkpoints=[{checkpoint}]."
+                if exported
+                else "name a folder that training/train.py wrote."
+            )
         )
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), stored_values(folder / CONFIG))

@@ -113,6 +113,8 @@ def question_of(arguments: Arguments) -> dict[str, Any] | None:
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     picture = arguments.picture and Path(arguments.picture).absolute()
+    if picture and picture.suffix.lower() != ".svg":
+        raise ValueError(f"picture={arguments.picture} must end in .svg: an SVG is what is drawn.")
     if picture and not picture.parent.is_dir():
         raise FileNotFoundError(f"no folder {picture.parent} for picture={arguments.picture}; make it first.")
     if arguments.image is None and arguments.video is None:

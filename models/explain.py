@@ -127,7 +127,13 @@ class Explanation:
         return [sample.to_dict() for sample in self.samples]
 
     def save(self, path: str | Path, sample: int = 0) -> None:
-        """Write the picture of one prompt as an SVG file."""
+        """Write the picture of one prompt as an SVG file.
+
+        Raises:
+            ValueError: the path is not that of an SVG file.
+        """
+        if Path(path).suffix.lower() != ".svg":
+            raise ValueError(f"the picture is an SVG, and {path} is named otherwise; end its name in .svg.")
         Path(path).write_text(self.samples[sample].picture())
 
 
@@ -143,8 +149,14 @@ def explain(
             where `inputs` has them as images. If the processor crops, crop them too.
 
     Raises:
-        ValueError: the model has no policy, or the number of images is not that of the prompts.
+        ValueError: the model has no policy, the inputs are no processor's, or the number of images is not that of
+            the prompts.
     """
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"inputs of type {type(inputs).__name__} are not a processor's; pass what "
+            "processor(text=..., images=..., return_tensors='pt') returns."
+        )
     attachment = attached(model)
     if attachment is None:
         raise ValueError(

@@ -99,7 +99,13 @@ def refuse_typos(arguments: Sequence[str]) -> None:
     Hydra would explain a typo in a paragraph. Its own flags (`--cfg job`, `--help`) are left to it.
     """
     try:
-        compose_tree(get_args_parser().parse_args(list(arguments)).overrides)
+        options, flags = get_args_parser().parse_known_args(list(arguments))
+        if flags:
+            raise ValueError(
+                f"{flags[0]} is no option; settings are KEY=VALUE without dashes, such as train.steps=4, and --cfg job "
+                "lists them."
+            )
+        compose_tree(options.overrides)
     except ValueError as error:
         sys.exit(error_line(error))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from latefusion.models.locate import ADAPTER_CONFIG, check_base_of
+from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_no_model
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Dtype
@@ -66,9 +66,8 @@ def check(arguments: Arguments) -> None:
         raise FileNotFoundError(
             f"no student at {source}: it has no {ADAPTER_CONFIG}; name a folder that training wrote."
         )
-    if any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
-        raise ValueError(f"{target} holds a model already; choose another output=FOLDER.")
     check_writable(target, key="output")
+    check_no_model(target, fix="choose another output=FOLDER")
     check_base_of(source)
 
 

@@ -194,19 +194,22 @@ def profile(config: Config) -> None:
     from latefusion.eval.profile_model import Arguments, run  # lazy: the one import of a profile that goes up
 
     options = config.schedule
-    run(
-        Arguments(
-            samples=options.samples,
-            confirm=options.confirm,
-            bound=options.bound,
-            budget=options.budget,
-            images=config.entry.images,
-            output=options.profile,
-            dtype=config.train.dtype,
-            seed=config.train.seed,
-        ),
-        config,
+    arguments = Arguments(
+        samples=options.samples,
+        confirm=options.confirm,
+        bound=options.bound,
+        budget=options.budget,
+        images=config.entry.images,
+        output=options.profile,
+        dtype=config.train.dtype,
+        seed=config.train.seed,
     )
+    try:
+        run(arguments, config)
+    except ValueError as error:
+        if not str(error).startswith("samples="):
+            raise
+        raise ValueError(f"schedule.{error}") from None  # the key's name in a run
 
 
 # --- the calibrated entry ---

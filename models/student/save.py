@@ -26,6 +26,7 @@ from latefusion.models.locate import (
     BASE,
     adapter_settings,
     check_base_of,
+    check_no_model,
 )
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student, hold_frozen
@@ -241,8 +242,11 @@ def merge(
             and runs it dense, which it was not trained for.
 
     Raises:
-        ValueError: merging changes nothing: the adapters never trained, or the changes are too small for the dtype.
+        FileNotFoundError: `source` holds no student, or its base is not there.
+        ValueError: `target` holds a model or is a file; or merging changes nothing: the adapters never trained, or
+            the changes are too small for the dtype.
     """
+    check_no_model(target, fix="choose another folder to merge into")
     student = load_student(source, dtype=dtype)
     done = merge_adapters(student)
     if not done.changed:

@@ -243,6 +243,12 @@ def test_a_foreign_configuration_resolves_nothing(tmp_path, monkeypatch):
     assert config.name == r"run of ${oc.env:SECRET} \${oc.env:SECRET}"
 
 
+def test_an_exported_student_is_told_how_to_be_compared(tmp_path):
+    (tmp_path / "vision_schedule.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"has no config.yaml.*; compare .* by model=BASE checkpoints=\["):
+        main([f"checkpoint={tmp_path}"])
+
+
 def test_a_broken_configuration_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nmodel: {path: embedded, colour: red}\n")
     with pytest.raises(SystemExit, match="is not a training configuration") as error:

@@ -158,6 +158,14 @@ def test_pictures_come_from_the_pixels_or_stay_away(tmp_path: Path) -> None:
         assert explanation.samples[0].images == [] and "<image" not in explanation.samples[0].picture()
         with pytest.raises(ValueError, match="2 images given for prompts with 1; pass one for each"):
             explain(model, inputs, images=[Image.new("RGB", (4, 4))] * 2)
+        with pytest.raises(
+            ValueError, match=r"inputs of type str are not a processor's; pass what processor\("
+        ):
+            explain(model, "how many?")  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=r"is an SVG, and .*kept.png is named otherwise; end its name in .svg"
+        ):
+            explanation.save(tmp_path / "kept.png")
     with pytest.raises(
         ValueError, match=r"has no policy to explain; attach one with lf.attach\(model, policy\)"
     ):
@@ -227,6 +235,7 @@ def test_a_policy_files_name_is_not_cut(
         (["max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["image=broken.png", "prompt=x"], r"broken\.png is not an image .*; name another file\."),
         (["picture=nowhere/x.svg"], "no folder .*nowhere for picture=nowhere/x.svg; make it first"),
+        (["picture=x.png"], r"picture=x.png must end in \.svg: an SVG is what is drawn"),
         (
             ["model=embeded"],
             r"model=embeded does not exist \(did you mean embedded\?\); model can be embedded, ",

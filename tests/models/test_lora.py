@@ -218,6 +218,19 @@ def test_merging_what_never_trained_is_an_error(tmp_path, base):
     assert merge(tmp_path / "faint", tmp_path / "merged", dtype=torch.float32).changed > 0
 
 
+def test_merging_over_a_model_or_a_file_is_an_error_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("latefusion.models.student.save.load_student", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match="adapter holds a model already; choose another folder to merge into"
+    ):
+        merge(tmp_path / "adapter", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="file is a file; choose another folder to merge into"):
+        merge(tmp_path / "adapter", tmp_path / "file")
+
+
 def test_the_band_narrows_from_all_layers_to_the_schedule():
     target = VisionSchedule(enter=4, exit=8, keep={6: 3})
     steps = [target.widened(p, 12).vision_tokens(12, 10) for p in (0, 0.25, 0.5, 0.75, 1, 1.5)]

@@ -210,6 +210,7 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
         *([str(TRAIN.with_name("export.py")), *words] for words in export),
         *([str(EVAL / "generate.py"), *words] for words in generate),
         [str(EVAL / "calibrate.py")],
+        [str(EVAL / "evaluate.py"), "model=embedded", "policies=[fastv]", "data=no/such/questions.jsonl"],
     ]
     code = WITHOUT_TORCH.format(runs=runs)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
@@ -311,6 +312,14 @@ def test_every_recipe_file_starts_with_its_own_launch_command(monkeypatch):
 def test_the_entry_point_explains_and_exits(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(TRAIN), "train.step=3"])
     with pytest.raises(SystemExit, match=r"error: train.step does not exist \(did you mean steps\?\)"):
+        runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def test_a_flag_of_other_trainers_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), "recipe=late_fusion", "--steps", "4"])
+    with pytest.raises(
+        SystemExit, match=r"^error: --steps is no option; settings are KEY=VALUE without dashes"
+    ):
         runpy.run_path(str(TRAIN), run_name="__main__")
 
 

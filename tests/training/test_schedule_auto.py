@@ -136,3 +136,12 @@ def test_a_folder_that_machines_do_not_share_is_refused(tmp_path: Path) -> None:
     assert prepare.schedule_at(str(tmp_path), schedule).to_dict() == schedule
     with pytest.raises(FileNotFoundError, match=r"no schedule.yaml"):
         prepare.schedule_at(str(tmp_path / "nowhere"), None)
+
+
+def test_too_few_rows_name_the_key_of_the_run(base, tmp_path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "t"}, {"role": "assistant", "content": "t"}]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("data=dataset", f"data.path={tmp_path / 'rows.jsonl'}")
+    config = configured(f"model.path={base}", f"output_dir={tmp_path}", *AUTO, *data)
+    with pytest.raises(ValueError, match=r"^schedule\.samples=4 is more than the 0 samples with images"):
+        prepare.profile(config)
