@@ -91,9 +91,7 @@ def test_flops_and_vision_tokens_equal_the_count_by_hand(run, naive, key):
     lengths = [n_text for _, n_text in naive[key]]
     assert system["vision_tokens"]["per_layer"] == TOKENS[key]
     looked = {"dense": 0, "pruned": 2, "student": 1}[key]  # layers from enter up to the keep of layer 2
-    chosen = [
-        looked * 2 * n * (VISION + n) * WIDTH for n in lengths
-    ]  # scores of the text's rows over all keys
+    chosen = [looked * 2 * n * VISION * WIDTH for n in lengths]  # scores of the text's rows over vision
     entry = 2 * VISION * WIDTH * 2 * 2 if key == "student" else 0  # down and up, rank 2
     rows = zip(lengths, chosen, strict=True)
     expected = np.mean([by_hand(n, TOKENS[key]) + more + entry for n, more in rows])
