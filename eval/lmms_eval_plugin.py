@@ -155,7 +155,7 @@ class LateFusion(lmms):
             assert pretrained is not None
             pretrained, recipe = named_model(pretrained)
             thresholds = recipe.get("visipruner", {})
-        self.max_frames = int(max_frames or frames)
+        self.max_frames = frames if max_frames is None else int(max_frames)
         if self.max_frames < 1:
             raise ValueError(f"max_frames={max_frames} must be at least 1.")
         base_policy = named(policy or "dense", **((thresholds if policy == "visipruner" else {}) | arguments))

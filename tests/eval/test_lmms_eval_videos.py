@@ -278,6 +278,8 @@ def test_what_cannot_be_shown_is_one_sentence(
         llava = LateFusionSimple(pretrained="embedded", dtype="float32", device="cpu")
         llava.task_dict = {"t": {"test": [{"question": "?", "shown": [film]}]}}
         llava.generate_until(requests(llava.task_dict["t"]["test"]))
+    with pytest.raises(ValueError, match=r"^max_frames=0 must be at least 1"):
+        LateFusionSimple(pretrained="embedded", device="cpu", max_frames="0")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(
         ValueError, match=r"^video files are decoded by PyAV, .* pip install 'latefusion\[video\]'"
