@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -213,9 +213,7 @@ def merged(folder: Path) -> dict[str, Any]:
             others = {seed: dense[seed]["systems"]["student"] for seed in systems if seed in dense}
             row["tests"][test] = {
                 "by_seed": values,
-                **(
-                    of_questions(first, test) if len(systems) == 1 else mean_over_seeds(list(values.values()))
-                ),
+                **widest(of_questions(systems.values(), test), mean_over_seeds(list(values.values()))),
                 "against_dense": gaps(systems, {} if row["arm"] == "dense" else others, test),
                 "against_base": gaps(systems, dict.fromkeys(systems, base["dense"]) if base else {}, test),
             }
@@ -229,7 +227,7 @@ def merged(folder: Path) -> dict[str, Any]:
 def base_row(name: str, system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """A row of the base, which has no seeds: intervals over its questions."""
     tests = {
-        test: of_questions(system, test)
+        test: of_questions([system], test)
         | {"against_base": gaps({0: system}, {} if name == "dense" else {0: base["dense"]}, test)}
         for test in TESTS
     }
@@ -237,29 +235,42 @@ def base_row(name: str, system: dict[str, Any], base: dict[str, Any]) -> dict[st
     return {"arm": f"base, {name}", "tests": tests, **ratios}
 
 
-def of_questions(system: dict[str, Any], test: str) -> dict[str, float]:
-    """Accuracy with its interval over questions, which know that several share a picture."""
-    estimate = metrics.accuracy(scores(system, test), clusters(system, test))
+def of_questions(systems: Collection[dict[str, Any]], test: str) -> dict[str, float]:
+    """Accuracy of systems of several seeds; its interval over questions knows that several share a picture."""
+    estimate = metrics.accuracy(scores(systems, test), clusters(next(iter(systems)), test))
+    return in_percent(estimate)
+
+
+def in_percent(estimate: metrics.Estimate) -> dict[str, float]:
     return {"mean": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+
+
+def widest(questions: Mapping[str, float], seeds: Mapping[str, float | None]) -> dict[str, float]:
+    """One mean with the outer limits of two intervals: seeds that agree by chance say nothing of other questions."""
+    low, high = seeds["low"], seeds["high"]
+    if low is None or high is None:  # one seed
+        return dict(questions)
+    return {**questions, "low": min(low, questions["low"]), "high": max(high, questions["high"])}
 
 
 def gaps(
     systems: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], test: str
 ) -> dict[str, Any]:
     """Systems less others by seed, on the same questions, and the mean over the seeds that both have."""
-    by_seed = {
-        seed: asdict(difference(system, others[seed], test))
-        for seed, system in systems.items()
-        if seed in others
-    }
-    return {
-        "by_seed": by_seed,
-        **mean_over_seeds([100 * gap["difference"]["value"] for gap in by_seed.values()]),
-    }
+    pairs = {seed: (system, others[seed]) for seed, system in systems.items() if seed in others}
+    by_seed = {seed: asdict(difference([one], [other], test)) for seed, (one, other) in pairs.items()}
+    seeds = mean_over_seeds([100 * gap["difference"]["value"] for gap in by_seed.values()])
+    if not pairs:
+        return {"by_seed": by_seed, **seeds}
+    ours, theirs = zip(*pairs.values(), strict=True)
+    return {"by_seed": by_seed, **widest(in_percent(difference(ours, theirs, test).difference), seeds)}
 
 
-def scores(system: dict[str, Any], test: str) -> list[float]:
-    return [float(outcome) for outcome in system["right"][test]]
+def scores(systems: Collection[dict[str, Any]], test: str) -> list[float]:
+    """By question, the share of the systems that are right."""
+    return [
+        fmean(map(float, outcomes)) for outcomes in zip(*(one["right"][test] for one in systems), strict=True)
+    ]
 
 
 def clusters(system: dict[str, Any], test: str) -> list[int]:
@@ -272,12 +283,14 @@ def clusters(system: dict[str, Any], test: str) -> list[int]:
 
 
 def right(system: dict[str, Any], test: str) -> float:
-    return fmean(scores(system, test))
+    return fmean(scores([system], test))
 
 
-def difference(first: dict[str, Any], second: dict[str, Any], test: str) -> metrics.Paired:
-    """The first less the second on the same questions."""
-    return metrics.paired(scores(first, test), scores(second, test), clusters(first, test))
+def difference(
+    first: Collection[dict[str, Any]], second: Collection[dict[str, Any]], test: str
+) -> metrics.Paired:
+    """The first systems less the second on the same questions."""
+    return metrics.paired(scores(first, test), scores(second, test), clusters(next(iter(first)), test))
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, float | None]:
@@ -296,7 +309,7 @@ HEAD = ("arm", "seeds", *TESTS, *AGAINST.values(), "decoder FLOPs", "whole prefi
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """The table's rows, as text: % right, brackets are 95% (over questions for one seed, else over seeds)."""
+    """The table's rows, as text: % right, brackets are 95% (over questions or over seeds, whichever is wider)."""
     table = []
     for row in result["rows"]:
         of_test = row["tests"]["test"]
@@ -305,20 +318,12 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
                 label(row),
                 str(len(of_test["by_seed"])) if "by_seed" in of_test else "",
                 *(interval(row["tests"][test]) for test in TESTS),
-                *(against(of_test[name]) if name in of_test else "" for name in AGAINST),
+                *(interval(of_test[name], "+.1f") if name in of_test else "" for name in AGAINST),
                 *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
                 str(row["steps"] * row["batch"]) if "steps" in row else "",
             ]
         )
     return table
-
-
-def against(gap: Mapping[str, Any]) -> str:
-    """The mean difference over seeds; of one seed with its interval over questions."""
-    if len(gap["by_seed"]) != 1:
-        return interval(gap, "+.1f")
-    (one,) = (seed["difference"] for seed in gap["by_seed"].values())
-    return interval({"mean": 100 * one["value"], "low": 100 * one["low"], "high": 100 * one["high"]}, "+.1f")
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The table of the icons students: cells merged by arm, paired on questions, t intervals over seeds."""
+"""The table of the icons students: cells merged by arm, paired on questions, intervals over questions and seeds."""
 
 import argparse
 import json
@@ -79,6 +79,26 @@ def test_one_seed_has_its_interval_over_questions_in_the_table(cells):
     assert table["dense"][1] == "1" and table["dense"][2].startswith("75.0 (")  # over its questions
     text = bench.markdown(merged(cells))
     assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_seeds_that_agree_do_not_make_the_questions_certain(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, "dense", seed, {"student": system("11101111", 90.0)})
+        write(tmp_path, "late_fusion", seed, {"student": system("11001111", 40.0)})
+    (dense, student) = sorted(merged(tmp_path)["rows"], key=label)
+    (alone,) = {label(row): row for row in merged_seed(tmp_path)}.values()
+    accuracy, gap = student["tests"]["test"], student["tests"]["test"]["against_dense"]
+    assert accuracy["low"] == alone["tests"]["test"]["low"] < 60 and accuracy["high"] > 90
+    assert gap["low"] < -20 and gap["high"] > 0 and isclose(gap["mean"], -12.5)
+    assert dense["tests"]["test"]["against_dense"]["mean"] is None
+
+
+def merged_seed(folder):
+    """The rows of late_fusion's first seed alone."""
+    one = folder / "one"
+    one.mkdir()
+    (one / "cell.json").write_text((folder / "late_fusion_0_0.json").read_text())
+    return merged(one)["rows"]
 
 
 def test_t_interval_over_seeds():
