@@ -159,6 +159,16 @@ def check_videos(path: str, row: dict[str, Any]) -> None:
         raise ValueError(f"{reason}.")
 
 
+def check_length(config: Any, length: int, arguments: Arguments) -> None:
+    """Raise ValueError if prompt and answer have more tokens than the model has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + arguments.max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt has {length} tokens, images included, and max_new_tokens={arguments.max_new_tokens}; "
+            f"{arguments.model} has {limit} positions for both: shorten the prompt, or show smaller or fewer images."
+        )
+
+
 def answer(
     arguments: Arguments, path: str, row: dict[str, Any], policies: dict[str, Policy], console: Console
 ) -> None:
@@ -182,6 +192,7 @@ def answer(
     for policy in policies.values():
         policy.validate(model.config.get_text_config().num_hidden_layers)
     inputs = prompt_inputs(model, processor, [row])
+    check_length(model.config, inputs["input_ids"].shape[1], arguments)
     table = Table(title=terminal(f"{arguments.model}: {row['question']}"), title_justify="left")
     for name in ("policy", "answer"):
         table.add_column(name, overflow="fold")  # a long name goes on below

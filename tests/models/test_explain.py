@@ -234,6 +234,10 @@ def test_a_policy_files_name_is_not_cut(
         ),
         (["max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["image=broken.png", "prompt=x"], r"broken\.png is not an image .*; name another file\."),
+        (
+            ["policy=dense", "max_new_tokens=100000"],
+            r"the prompt has \d+ tokens.* has \d+ positions for both: shorten",
+        ),
         (["picture=nowhere/x.svg"], "no folder .*nowhere for picture=nowhere/x.svg; make it first"),
         (["picture=x.png"], r"picture=x.png must end in \.svg: an SVG is what is drawn"),
         (
