@@ -105,6 +105,9 @@ def refuse_typos(arguments: Sequence[str]) -> None:
                 f"{flags[0]} is no option; settings are KEY=VALUE without dashes, such as train.steps=4, and --cfg job "
                 "lists them."
             )
+        for word in options.overrides:
+            if "=" not in word and not word.startswith("~"):  # ~KEY removes a key
+                raise ValueError(f"{word} is no setting; settings are KEY=VALUE, such as train.steps=4.")
         compose_tree(options.overrides)
     except ValueError as error:
         sys.exit(error_line(error))

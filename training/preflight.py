@@ -148,7 +148,8 @@ def check_init(config: Config, folder: str) -> None:
     file = Path(folder) / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(
-            f"no student at {folder}: it has no {ADAPTER_CONFIG}; name a folder with init=FOLDER."
+            f"no student at {folder}: it has no {ADAPTER_CONFIG}, which training writes and a merged "
+            "student has no longer; name a folder of training with init=FOLDER."
         )
     earlier = adapter_settings(folder)
     if (base := earlier[BASE]) != config.model.path:

@@ -315,11 +315,16 @@ def test_the_entry_point_explains_and_exits(monkeypatch):
         runpy.run_path(str(TRAIN), run_name="__main__")
 
 
-def test_a_flag_of_other_trainers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(TRAIN), "recipe=late_fusion", "--steps", "4"])
-    with pytest.raises(
-        SystemExit, match=r"^error: --steps is no option; settings are KEY=VALUE without dashes"
-    ):
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--steps", "4"], "--steps is no option; settings are KEY=VALUE without dashes"),
+        (["train.steps", "4"], "train.steps is no setting; settings are KEY=VALUE, such as train.steps=4"),
+    ],
+)
+def test_words_of_other_command_lines_are_one_sentence(monkeypatch, words, sentence):
+    monkeypatch.setattr(sys, "argv", [str(TRAIN), "recipe=late_fusion", *words])
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
         runpy.run_path(str(TRAIN), run_name="__main__")
 
 
