@@ -12,9 +12,8 @@ from torch.nn.functional import pad
 
 from latefusion.data.videos import Video, video_arguments
 
-ONE_TENSOR = (
-    "smolvlm",
-)  # whose processor returns the pixels of images and of videos under one name, the videos' alone
+# types whose processor returns the pixels of images and of videos under one name, the videos' alone
+ONE_TENSOR = ("smolvlm",)
 Moved = list[dict[str, Any]]  # where the placeholders of a text stood and what replaced them, in their order
 
 

@@ -36,7 +36,7 @@ class Chat:
     name: str = ""
 
 
-def asked_once(text: str, shown: Sequence[Any], name: str = "") -> Chat:
+def one_question(text: str, shown: Sequence[Any], name: str = "") -> Chat:
     """A question of lmms-eval's older interface: what is shown stands before the text, or where the text marks it."""
     return _chat([("user", [*map(_part, shown), {"type": "text", "text": text}])], name)
 

@@ -31,7 +31,7 @@ from latefusion.data.prompts import check_placeholders, processed
 from latefusion.data.videos import MAX_FRAMES, BadVideo, load_video
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.evaluate import CONFIG, config_of
-from latefusion.eval.lmms_eval_chat import Chat, asked_once, chat_of
+from latefusion.eval.lmms_eval_chat import Chat, chat_of, one_question
 from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
@@ -233,10 +233,10 @@ class LateFusion(lmms):
     def _ranked(self, request: Instance) -> Chat:
         """What the answer of a request follows."""
         if len(request.args) == 2:
-            return asked_once(request.args[0], [])
+            return one_question(request.args[0], [])
         context, _, visual, document, task, split = request.args
         shown = visual(self.task_dict[task][split][document]) if visual is not None else None
-        return asked_once(context, shown or [], f"{task} {document}")
+        return one_question(context, shown or [], f"{task} {document}")
 
     def _chat(self, request: Instance) -> Chat:
         """What a request asks: `args` are context, messages of a document, settings, document, task, split."""
@@ -382,7 +382,7 @@ class LateFusionSimple(LateFusion):
         """`args` are context, settings, pictures of a document, document, task, split."""
         context, _, visual, document, task, split = request.args
         shown = visual(self.task_dict[task][split][document]) or []
-        return asked_once(context, shown, f"{task} {document}")
+        return one_question(context, shown, f"{task} {document}")
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return dict(request.args[1])
@@ -393,12 +393,12 @@ class LateFusionSimple(LateFusion):
         context, _, visual, text_of, document, task, split = request.args
         row = self.task_dict[task][split][document]
         if number == 0:
-            return asked_once(context, visual(row) or [], f"{task} {document}"), False, answered, handed
+            return one_question(context, visual(row) or [], f"{task} {document}"), False, answered, handed
         pictures, text, done, kept, handed = text_of(
             row, previous_output=answered, round_idx=number, previous_round_info=handed
         )
         return (
-            asked_once(text or "", pictures or [], f"{task} {document}"),
+            one_question(text or "", pictures or [], f"{task} {document}"),
             done,
             answered if kept is None else list(kept),
             handed,

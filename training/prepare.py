@@ -38,6 +38,10 @@ from latefusion.recipes.launcher import local_world_size, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
 
 PROFILE_FOLDER = "profile"  # the profile of schedule=auto, in the run's folder
+# keys of `eval/profile_model.py`, as its messages begin, and what a run calls them
+KEYS_OF_PROFILE = {name: f"schedule.{name}" for name in ("samples", "confirm", "bound", "budget")} | {
+    "images": "entry.images"
+}
 FITTED = "entry"  # the calibrated entry, in the run's folder
 IMAGES_AT_ONCE = 32  # in a forward of the calibration
 IDENTITY = "identity.json"  # hashes of what the run reads, in the run's folder
@@ -207,9 +211,10 @@ def profile(config: Config) -> None:
     try:
         run(arguments, config)
     except ValueError as error:
-        if not str(error).startswith("samples="):
+        key = KEYS_OF_PROFILE.get(str(error).partition("=")[0])
+        if key is None:
             raise
-        raise ValueError(f"schedule.{error}") from None  # the key's name in a run
+        raise ValueError(f"{key}={str(error).partition('=')[2]}") from None
 
 
 # --- the calibrated entry ---

@@ -18,6 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from latefusion.recipes.compose import print_configuration, refuse_typos, with_one_length
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.training.preflight import checked_teaching
 
 
@@ -34,4 +35,4 @@ if __name__ == "__main__":
     refuse_typos(sys.argv[1:])
     print_configuration(sys.argv[1:])
     sys.argv[1:] = with_one_length(sys.argv[1:])
-    main()
+    run_to_exit(main)

@@ -225,12 +225,12 @@ def test_answers_cost_what_masks_on_the_whole_model_say(family: str, shown: Path
     from latefusion.models.executor.vision import vision_token_ids
 
     base, rows = saved(family, models), documents(family, shown)
-    wanted = ["red and 2", "2", "yes", "no", "how many", "red", "yes"]
+    answers_given = ["red and 2", "2", "yes", "no", "how many", "red", "yes"]
     model = plugin(base, rows, policy=str(models / "band.yaml"), batch_size=4)
-    losses = [loss for loss, _ in model.loglikelihood(requests(rows, answers=wanted))]
-    plain = plugin(base, rows, batch_size=4).loglikelihood(requests(rows, answers=wanted))
+    losses = [loss for loss, _ in model.loglikelihood(requests(rows, answers=answers_given))]
+    plain = plugin(base, rows, batch_size=4).loglikelihood(requests(rows, answers=answers_given))
     own, processor = speaking(family)
-    for i, (row, answer) in enumerate(zip(own_rows(family, shown), wanted, strict=True)):
+    for i, (row, answer) in enumerate(zip(own_rows(family, shown), answers_given, strict=True)):
         images, videos = images_of(row), videos_of(row)
         if images and videos and family == "smolvlm":
             continue  # its processor cannot show both by itself
@@ -329,7 +329,7 @@ def test_a_student_trained_on_films_answers_by_the_command_as_in_our_evaluation(
         *("schedule.keep=null", f"model.path={base}", f"output_dir={models}/student"),
     ]
     run_config(composed(*words))
-    asked = [
+    film_rows = [
         {
             "question": QUESTIONS[i],
             "videos": [f"{shown}/56-{i}.mkv"],
@@ -339,12 +339,12 @@ def test_a_student_trained_on_films_answers_by_the_command_as_in_our_evaluation(
         }
         for i in range(3)
     ]
-    asked.append({**asked[0], "end": 2.0})
-    asked.append({**asked[2], "videos": [], "images": [f"{shown}/56.png"]})
-    asked.append({**asked[1], "images": [f"{shown}/56.png"]})
-    asked.append({**asked[1], "videos": []})
+    film_rows.append({**film_rows[0], "end": 2.0})
+    film_rows.append({**film_rows[2], "videos": [], "images": [f"{shown}/56.png"]})
+    film_rows.append({**film_rows[1], "images": [f"{shown}/56.png"]})
+    film_rows.append({**film_rows[1], "videos": []})
     own = []
-    for i, row in enumerate(asked):
+    for i, row in enumerate(film_rows):
         films = [{"path": one, "video_end": row["end"] or None} for one in row["videos"]]
         own.append(
             {
@@ -355,7 +355,7 @@ def test_a_student_trained_on_films_answers_by_the_command_as_in_our_evaluation(
                 "videos": films,
             }
         )
-    write_rows(models, *asked, name="films.jsonl")
+    write_rows(models, *film_rows, name="films.jsonl")
     write_rows(models, *own, name="own.jsonl")
     (models / "films.py").write_text(FUNCTIONS)
     tokenizer = speaking("qwen2_5_vl")[1].tokenizer
