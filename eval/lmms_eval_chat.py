@@ -51,11 +51,10 @@ def chat_of(messages: list[Any], name: str = "") -> Chat:
     for message in ChatMessages(messages=messages).messages:
         parts: list[dict[str, Any]] = []
         for part in message.content:
+            film = str(getattr(part, "url", "")).endswith(".webm")  # which lmms-eval takes for sound
             if part.type == "text":
                 parts.append({"type": "text", "text": part.text})
-            elif part.type == "audio" and not str(part.url).endswith(
-                ".webm"
-            ):  # lmms-eval takes films for sound there
+            elif part.type == "audio" and not film:
                 raise ValueError(
                     "this task has sound, which latefusion cannot read; choose tasks of images and videos."
                 )
