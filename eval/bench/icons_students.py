@@ -56,6 +56,7 @@ from latefusion.recipes.compose import compose_config
 MODEL = "smollm_icons"
 ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
+BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
@@ -70,6 +71,9 @@ ARMS = {
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
     "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
+    # the profile's band with fewer tokens: under 40% of the whole prefill, under 20% of the decoder's
+    "narrow": ["recipe=late_fusion", "teacher=none", *BAND, "schedule.keep={1: 36, 12: 20}"],
+    "narrower": ["recipe=late_fusion", "teacher=none", *BAND, "schedule.keep={1: 32, 8: 12}"],
 }
 OFFLINE = "late_fusion_offline"  # the arm whose teacher has written its answers before
 TESTS = {  # name -> set, split, boards or pictures (about 11 and 10 questions each)
