@@ -48,6 +48,12 @@ def check_images(folder: str) -> None:
         )
 
 
+def check_questions_file(path: str, key: str = "data") -> None:
+    """Raise FileNotFoundError if there is no file of questions at `path`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no questions at {path}; name a JSONL file with {key}=FILE.")
+
+
 def check_dataset(path: str, key: str = "data.path") -> None:
     """Raise FileNotFoundError if `path` looks like a local file or folder and cannot be read; it may be a hub id."""
     suffixes = (*FORMATS, *JSON)

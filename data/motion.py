@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw
 from latefusion.data.scene_questions import COLORS, SHAPES, Question
 from latefusion.data.scenes import CELL, SIZE, SPLITS, ZOOM, draw_shape
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 
 VERSION = 1  # raise it when a video, a question or a pixel changes
@@ -207,4 +208,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

@@ -135,6 +135,34 @@ def processed(
     return moved if times is None else {**moved, TIMES: times.to(model.device)}
 
 
+def check_fit(config: Any, rows: Sequence[dict[str, Any]], inputs: dict[str, Any], new_tokens: int) -> None:
+    """Raise ValueError if one of these prompts, with its answer, has more tokens than the model has positions.
+
+    Args:
+        inputs: the tensors of the rows (`prompt_inputs`).
+    """
+    for row, length in zip(rows, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        check_positions(config, f"question {row.get('id', '')}".strip(), length, new_tokens)
+
+
+def check_positions(config: Any, name: str, length: int, new_tokens: int) -> None:
+    """Raise ValueError if a prompt and its answer have more tokens than the model has positions.
+
+    Args:
+        config: of the model.
+        name: of the prompt, as the sentence begins.
+        length: tokens of the prompt, vision included; new_tokens: the most of its answer.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + new_tokens > limit:
+        answer = f", and its answer may take {new_tokens} more" if new_tokens else ""
+        both, shorter = (" for both", ", or allow a shorter answer") if new_tokens else ("", "")
+        raise ValueError(
+            f"{name} has {length} tokens, images included{answer}; the model has {limit} positions{both}: shorten the "
+            f"text, show smaller or fewer images{shorter}."
+        )
+
+
 def _sources(row: dict[str, Any]) -> list[Any]:
     if "images" in row:
         return row["images"] or []

@@ -14,6 +14,7 @@ import datasets
 
 from latefusion.data.images import data_url_bytes, is_data_url, load_image
 from latefusion.data.json_file import Broken
+from latefusion.data.local_files import check_questions_file
 from latefusion.data.printing import short
 from latefusion.data.samples import (
     COLUMNS,
@@ -49,9 +50,8 @@ def question_rows(path: str, key: str = "data", *, max_frames: int = MAX_FRAMES)
         FileNotFoundError: there is no such file.
         ValueError: names the rows that cannot be used, with the reason.
     """
+    check_questions_file(path, key)
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no questions at {path}; name a JSONL file with {key}=FILE.")
     questions, bad = [], []
     opened: set[str] = set()
     for place, record in records(path):

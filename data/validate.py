@@ -17,6 +17,7 @@ from rich.console import Console
 
 from latefusion.data.local_files import check_local_files
 from latefusion.recipes.compose import HELP, compose_config, compose_tree, print_and_exit, without_cfg
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import QUESTION_SETS, Config, PartConfig
 
@@ -103,4 +104,4 @@ def part_findings(part: PartConfig, collator: Any, *, workers: int, streaming: b
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

@@ -26,8 +26,10 @@ from rich.console import Console
 
 from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.launcher import GOES_ON, run_to_exit
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
+from latefusion.training.run_folder import claimed
 
 
 def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
@@ -74,10 +76,13 @@ def main(words: list[str]) -> None:
             raise ValueError("name the model to calibrate for: model=embedded, say; --help lists the keys.")
         arguments = parse_words(words, Arguments)
         path, _ = named_model(arguments.model)
-        calibrate(replace(arguments, model=path), Console())
+        arguments = replace(arguments, model=path)
+        check(arguments)
+        with claimed(arguments.output, key="output"):
+            calibrate(arguments, Console())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(error_line(error))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]), interrupted=GOES_ON)

@@ -29,6 +29,7 @@ from latefusion.eval import metrics
 from latefusion.eval.evaluate import read_report
 from latefusion.eval.report.tables import prefix
 from latefusion.recipes.compose import print_and_exit
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 
 if TYPE_CHECKING:
@@ -226,4 +227,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

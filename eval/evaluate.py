@@ -25,13 +25,15 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a profile begins with m
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latefusion.data.local_files import check_questions_file
 from latefusion.models.locate import SCHEDULE_KEY, check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
-from latefusion.recipes.launcher import run_to_exit, world_size
+from latefusion.recipes.launcher import GOES_ON, run_to_exit, world_size
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
+from latefusion.training.run_folder import check_writable, claimed
 
 if TYPE_CHECKING:
     from latefusion.eval.comparison.settings import Settings
@@ -142,8 +144,9 @@ def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None
         recipe_of(entry if isinstance(entry, str) else next(iter(entry)))
     if arguments.model is not None:
         check_base(arguments.model)
-    if arguments.data is not None and not Path(arguments.data).is_file():
-        raise FileNotFoundError(f"no questions at {arguments.data}; name a JSONL file with data=FILE.")
+    if arguments.data is not None:
+        check_questions_file(arguments.data)
+    check_writable(output_of(arguments), key="output")
     config = None if arguments.checkpoint is None else config_of(arguments.checkpoint)
     return config, None if arguments.reference is None else read_report(arguments.reference)
 
@@ -158,6 +161,23 @@ def check_arguments(arguments: Arguments) -> None:
         )
     if arguments.data is not None and arguments.tasks:
         raise ValueError("data=FILE and tasks=[...] exclude each other; choose one.")
+    if arguments.data is not None and arguments.split is not None:
+        raise ValueError(
+            f"split={arguments.split} would not be read: data=FILE is asked whole; leave it out."
+        )
+    if arguments.data is None and arguments.max_frames is not None:
+        raise ValueError(
+            f"max_frames={arguments.max_frames} would not be read: it is for the videos of data=FILE."
+        )
+    for task in arguments.sources:
+        if task not in arguments.tasks:
+            raise ValueError(f"sources.{task} would not be read: add tasks=[{task}], or leave it out.")
+    for entry in arguments.policies:
+        if not (isinstance(entry, str) or (isinstance(entry, dict) and len(entry) == 1)):
+            raise ValueError(
+                f"policies={entry} is neither a name nor {{NAME: {{ARGUMENT: VALUE}}}}; say policies=[fastv] or "
+                "'policies=[{vtw: {layer: 8}}]'."
+            )
     for name in ("samples", "batch_size", "max_frames"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
@@ -377,12 +397,13 @@ def main(words: Sequence[str]) -> None:
         if arguments.model is not None:
             arguments.model, _ = named_model(arguments.model)
         check(arguments)  # before the processes are joined
-        processes = processes_here()
-        evaluate(arguments, processes)
-        processes.wait()
+        with claimed(output_of(arguments), key="output"):
+            processes = processes_here()
+            evaluate(arguments, processes)
+            processes.wait()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(error_line(error))
 
 
 if __name__ == "__main__":
-    run_to_exit(lambda: main(sys.argv[1:]))
+    run_to_exit(lambda: main(sys.argv[1:]), interrupted=GOES_ON)

@@ -27,6 +27,7 @@ from latefusion.data.videos import BadVideo, load_video, unreadable_by
 from latefusion.models.locate import check_base, decoder_layers
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 
@@ -159,16 +160,6 @@ def check_videos(path: str, row: dict[str, Any]) -> None:
         raise ValueError(f"{reason}.")
 
 
-def check_length(config: Any, length: int, arguments: Arguments) -> None:
-    """Raise ValueError if prompt and answer have more tokens than the model has positions."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and length + arguments.max_new_tokens > limit:
-        raise ValueError(
-            f"the prompt has {length} tokens, images included, and max_new_tokens={arguments.max_new_tokens}; "
-            f"{arguments.model} has {limit} positions for both: shorten the prompt, or show smaller or fewer images."
-        )
-
-
 def answer(
     arguments: Arguments, path: str, row: dict[str, Any], policies: dict[str, Policy], console: Console
 ) -> None:
@@ -176,10 +167,11 @@ def answer(
     import torch  # lazy: keeps argument errors fast
 
     from latefusion.data.frame_cost import frames_in_words
-    from latefusion.data.prompts import prompt_inputs
+    from latefusion.data.prompts import check_positions, prompt_inputs
     from latefusion.eval.memory import kv_cache_bytes
     from latefusion.models.attach import attach
     from latefusion.models.base_model import compute_dtype, load_base
+    from latefusion.models.executor.vision import vision_tokens
     from latefusion.models.explain import explain
     from latefusion.models.flops import encoder_flops
     from latefusion.models.schedule import VisionSchedule
@@ -192,7 +184,11 @@ def answer(
     for policy in policies.values():
         policy.validate(model.config.get_text_config().num_hidden_layers)
     inputs = prompt_inputs(model, processor, [row])
-    check_length(model.config, inputs["input_ids"].shape[1], arguments)
+    check_positions(model.config, "the prompt", inputs["input_ids"].shape[1], arguments.max_new_tokens)
+    n_vision = int(vision_tokens(model.config, inputs["input_ids"]).sum())
+    for name, policy in policies.items():
+        if isinstance(policy, VisionSchedule):
+            policy.check_keep(n_vision, f"this prompt (policy={name})")
     table = Table(title=terminal(f"{arguments.model}: {row['question']}"), title_justify="left")
     for name in ("policy", "answer"):
         table.add_column(name, overflow="fold")  # a long name goes on below
@@ -253,4 +249,4 @@ def answer(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

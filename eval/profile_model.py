@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,10 @@ from latefusion.recipes.compose import (
     unknown_key,
     without_cfg,
 )
+from latefusion.recipes.launcher import GOES_ON, run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig, Dtype
+from latefusion.training.run_folder import check_writable, claimed
 
 if TYPE_CHECKING:
     from latefusion.data.draw import ImageRow
@@ -88,7 +91,9 @@ def main(words: Sequence[str]) -> None:
         arguments, config = parse(words)
         if printed:
             print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})
-        run(arguments, config)
+        check(arguments, config)
+        with claimed(output_of(arguments, config), key="output"):
+            run(arguments, config)
     except OmegaConfBaseException as error:
         sys.exit(error_line(refusal(error, KEYS)))
     except (ValueError, FileNotFoundError) as error:
@@ -112,8 +117,10 @@ def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
     for name in ("samples", "confirm", "images", "batch_size", "new_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
-    if not arguments.bound > 0:
-        raise ValueError(f"bound={arguments.bound} must be positive; it is in nats.")
+    if not 0 < arguments.bound < inf:
+        raise ValueError(f"bound={arguments.bound} must be positive and finite; it is in nats.")
+    if arguments.seed < 0:
+        raise ValueError(f"seed={arguments.seed} must not be negative.")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
         raise ValueError(
             f"budget={arguments.budget} is a share of dense FLOPs; choose it above 0 and at most 1."
@@ -133,12 +140,18 @@ def expanded(word: str) -> list[str]:
     return ["model=other", f"model.path={value}"]
 
 
-def run(arguments: Arguments, config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Profile the model that `config` names on its data; returns what `profile.json` holds."""
+def check(arguments: Arguments, config: Config) -> None:
+    """Raise ValueError or FileNotFoundError, before anything is loaded, if this profile cannot work."""
     if arguments.samples < 2:
         raise ValueError(f"samples={arguments.samples} does not show how samples differ; use 2 or more.")
     check_base(config.model.path)
     check_local_files(config.data)
+    check_writable(output_of(arguments, config), key="output")
+
+
+def run(arguments: Arguments, config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Profile the model that `config` names on its data; returns what `profile.json` holds."""
+    check(arguments, config)
 
     import torch  # lazy: keeps argument errors fast
 
@@ -201,16 +214,21 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
         prompts=prompts,
         console=console,
         about=about,
-        output_dir=arguments.output or f"outputs/profile_{Path(source.path).name}",
+        output_dir=output_of(arguments, config),
         goal=Goal(bound=arguments.bound, budget=arguments.budget, by_hand=schedule_by_hand(config, model)),
         batch_size=arguments.batch_size,
     )
 
 
+def output_of(arguments: Arguments, config: Config) -> str:
+    """The folder to write."""
+    return arguments.output or f"outputs/profile_{Path(config.model.path).name}"
+
+
 def schedule_by_hand(config: Config, model: Any) -> VisionSchedule | None:
-    """The schedule that `recipes/model` holds for the model; None if it holds none or the model does not fit it."""
-    held = config.model.schedule
-    if held.enter is None:
+    """The schedule that `recipes/model` holds for the model; None if it holds none, or it is another model's."""
+    held, tuned_for = config.model.schedule, config.model.tuned_for
+    if held.enter is None or tuned_for not in (None, config.model.path):
         return None
     schedule = VisionSchedule(
         enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
@@ -340,4 +358,4 @@ def model_answers(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]), interrupted=GOES_ON)

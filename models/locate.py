@@ -15,6 +15,7 @@ EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 SMOLLM_ICONS = "smollm_icons"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
+WEIGHTS = ("*.safetensors", "*.bin")
 SCHEDULE_KEY = "vision_schedule"  # in a merged student's config.json
 BASE = "base_model_name_or_path"  # in it: the path or hub id of the base
 
@@ -53,10 +54,14 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
     if path == SMOLLM_ICONS:
         smollm_icons.check_parts()
         return
-    config = Path(location(path)) / "config.json"
+    folder = Path(location(path))
+    config = folder / "config.json"
     if config.is_file():
+        check_is_model(read_config(config), folder, fix)
         check_not_a_student(read_config(config), path)
         return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(student_as_base(path))
     if Path(path).exists():
         raise FileNotFoundError(
             f"no model at {path}: it has no config.json; name the folder that holds it, or a hub id, {fix}."
@@ -77,16 +82,35 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
         ) from None
 
 
+def check_is_model(config: dict[str, Any], folder: Path, fix: str) -> None:
+    """Raise FileNotFoundError if a folder with a config.json holds no model: another project's, or without weights."""
+    if not isinstance(config.get("model_type"), str):
+        raise FileNotFoundError(
+            f"no model at {folder}: its config.json names no model_type, so it is not a model's; name the folder that "
+            f"holds one, or a hub id, {fix}."
+        )
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"no model at {folder}: it has a config.json but no weights (*.safetensors); download them there, or name "
+            f"another folder, or a hub id, {fix}."
+        )
+
+
 def check_not_a_student(config: dict[str, Any], path: str) -> None:
     """Raise ValueError if a model's configuration is that of a student whose adapters were merged.
 
     As a base it would run dense and without its entry adapter, which it was not trained for.
     """
     if config.get(SCHEDULE_KEY) is not None:
-        raise ValueError(
-            f"{path} is a trained student, not a base: load it with latefusion.load, evaluate it with "
-            f"checkpoints=[{path}], and name the model that it was trained from as the base."
-        )
+        raise ValueError(student_as_base(path))
+
+
+def student_as_base(path: str) -> str:
+    """The sentence that refuses a trained student where a base is needed."""
+    return (
+        f"{path} is a trained student, not a base: load it with latefusion.load, evaluate it with "
+        f"checkpoints=[{path}], and name the model that it was trained from as the base."
+    )
 
 
 def student_folder(path: str | Path) -> Path:

@@ -37,7 +37,8 @@ class VisionSchedule:
     """Vision tokens enter at layer `enter`, shrink to the best `keep[layer]` from each `layer` on, leave at `exit`.
 
     Layers count from 0: `enter` is the first layer that sees vision tokens, `exit` the first that no longer does
-    (None: they stay to the end). The default sees everything everywhere: the dense model.
+    (None: they stay to the end). The default sees everything everywhere: the dense model. A keep of `k` is at most `k`:
+    a prompt with fewer vision tokens, all its images together, has all of them there.
 
     `ranking` says which `k` are the best (`policies/scheduled.py`):
 
@@ -153,6 +154,20 @@ class VisionSchedule:
     def validate(self, num_layers: int) -> None:
         for name, layer in (("enter", self.enter), ("exit", self.exit), *(("keep", i) for i in self.keep)):
             check_depth(name, layer, num_layers)
+
+    def check_keep(self, n_vision: int, whose: str) -> None:
+        """Raise ValueError if a keep is more than the vision tokens that there are, so that it removes none.
+
+        Args:
+            n_vision: the most that any of the prompts has, where that is known before they run.
+            whose: these prompts, in words.
+        """
+        for layer, k in self.keep.items():
+            if k > n_vision:
+                raise ValueError(
+                    f"keep={{{layer}: {k}}} is more than the {n_vision} vision tokens of {whose}, so it removes none; "
+                    f"choose fewer than {n_vision}, or leave it out."
+                )
 
     def check_attention(self, attention: Sequence[bool]) -> None:
         for layer in self.keep:

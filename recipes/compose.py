@@ -20,6 +20,7 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.hints import did_you_mean
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import RECIPES, Config
+from latefusion.recipes.unread import OFFERS, check_read
 
 Kind = TypeVar("Kind")
 TYPES = {  # a type in words, and how OmegaConf says that a value has another
@@ -30,8 +31,6 @@ TYPES = {  # a type in words, and how OmegaConf says that a value has another
     "a dictionary: KEY={NAME: VALUE}": "^Cannot assign .* to Dict|^Invalid type assigned",
 }
 HELP = {"-h", "--help"}
-# keys of `model` that `schedule` and `teacher` are made of
-SOURCES = ("schedule", "pyramid", "cross", "teacher")
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # of OmegaConf, with the backslashes that may escape it
 
 
@@ -48,7 +47,7 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
     """Compose without checking the values.
 
     Raises:
-        ValueError: a key, group or word that does not exist, named with what does.
+        ValueError: a key, group or word that does not exist, named with what does; or one that the run would not read.
     """
     for word in overrides:
         group, _, choice = word.partition("=")
@@ -57,7 +56,7 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
             raise ValueError(_unknown_choice(group, choice, options))
     with initialize_config_dir(str(RECIPES.resolve()), version_base="1.3"):
         try:
-            return compose("config", with_one_length(overrides))
+            tree = compose("config", with_one_length(overrides))
         except OverrideParseException as error:
             raise ValueError(
                 f"{error.override} is not read as key=value; in a shell, quote what has brackets or spaces: "
@@ -78,6 +77,8 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
                 raise ValueError(_unknown_config_key(str(cause.full_key))) from None
             override = str(error).splitlines()[0].removeprefix("Error merging override ")
             raise ValueError(wrong_value(override, str(cause or error))) from None
+    check_read(overrides, tree)
+    return tree
 
 
 def with_one_length(words: Sequence[str]) -> list[str]:
@@ -123,7 +124,7 @@ def print_configuration(arguments: Sequence[str]) -> None:
     if options.cfg != "job" or options.package is not None:
         return  # another question, which Hydra answers
     tree: Any = OmegaConf.to_container(compose_tree(options.overrides), resolve=True)
-    tree["model"] = {name: value for name, value in tree["model"].items() if name not in SOURCES}
+    tree["model"] = {name: value for name, value in tree["model"].items() if name not in OFFERS}
     print_and_exit(lambda: tree)
 
 

@@ -8,6 +8,10 @@ import sys
 import threading
 from collections.abc import Callable
 
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have it
+STOPPED = "Interrupted."
+GOES_ON = "Interrupted; the same command goes on where it stopped."
+
 
 def rank() -> int:
     """This process's number in the run; 0 is the one that writes."""
@@ -35,8 +39,10 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def run_to_exit(main: Callable[[], object]) -> None:
+def run_to_exit(main: Callable[[], object], interrupted: str = STOPPED) -> None:
     """Run a command's `main`; where processes were joined, end this one without Python's clean-up of all modules.
+
+    Ctrl-C ends it in a sentence, without a traceback.
 
     A thread of `torch.distributed` lets go of a tensor a moment after the operation is done. If Python is being cleaned
     up by then, C++ aborts ("terminate called without an active exception") a process that had done its work (Python
@@ -44,6 +50,7 @@ def run_to_exit(main: Callable[[], object]) -> None:
 
     Args:
         main: ends by returning or by SystemExit; any other exception passes.
+        interrupted: that sentence.
     """
     status: int | str | None = 0
     try:
@@ -52,7 +59,12 @@ def run_to_exit(main: Callable[[], object]) -> None:
         status = stop.code  # type: ignore[assignment]
         if not joined():
             raise
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        status = INTERRUPTED
     if not joined():
+        if status:
+            sys.exit(status)
         return
     if isinstance(status, str):
         print(status, file=sys.stderr)

@@ -20,6 +20,7 @@ from latefusion.models.student.build import Lora, Student, build_full, build_stu
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.save import start_from
 from latefusion.recipes.schema import (
+    QUESTION_SETS,
     Config,
     EntryConfig,
     EntryKind,
@@ -39,6 +40,22 @@ def first_samples(dataset: Any, count: int = DESCRIBED) -> list[Any]:
     if isinstance(dataset, Stream):
         return [usable(row) for row in dataset.first(count)]
     return [dataset[i] for i in range(min(count, len(dataset)))]
+
+
+def check_keep(config: Config, n_vision: int) -> None:
+    """Raise ValueError if `schedule.keep` is more than the vision tokens of a picture of a question set.
+
+    Those are all of one size, one a row. Rows of other data differ: there a keep is the most that stay, and the run's
+    first lines say so.
+
+    Args:
+        n_vision: the most that any of the first samples has.
+    """
+    if config.data.source in QUESTION_SETS:
+        try:
+            schedule_of(config.schedule).check_keep(n_vision, f"a picture of data={config.data.source.value}")
+        except ValueError as error:
+            raise ValueError(f"schedule.{error}") from None
 
 
 def images_to_fit(config: Config, dataset: Any) -> Any:

@@ -24,9 +24,9 @@ from latefusion.models.inputs import PIXELS, unwrapped
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
-from latefusion.recipes.compose import SOURCES
 from latefusion.recipes.launcher import world_size
 from latefusion.recipes.schema import SCHEMA, Config, ModelConfig, Teacher
+from latefusion.recipes.unread import OFFERS
 from latefusion.training.assemble import dtype_of
 from latefusion.training.step_cost import (
     activation_bytes,
@@ -49,7 +49,7 @@ ALWAYS = {  # shown also where a run keeps the default
     *("kl.weight", "kl.temperature", "kl.trust", "kl.share", "eval.split", "eval.samples"),
 }
 NEVER = {  # what `schedule`, `teacher` and `train.steps` were made of
-    *(f"model.{name}" for name in SOURCES),
+    *(f"model.{name}" for name in OFFERS),
     "train.epochs",
 }
 
@@ -149,6 +149,8 @@ def describe(
             f"vision tokens by layer: {runs(schedule.vision_tokens(layers, n_vision))}"
             f"{', frozen: keys and values alone' if schedule.cross is not None else ''}"
             f"{narrowing_in_words(train.narrow)}",
+            *keeps_in_words(schedule, int(vision.sum(1).max())),
+            *positions_in_words(model.config, batch),
             f"FLOPs a prompt ({n_vision} vision + {n_text} text tokens){at_the_end(train.narrow, dense)}: decoder "
             f"{flops / 1e9:.2f}G, {flops / dense:.1%} of dense{whole_prefill(flops, dense, student.model, example)}",
             estimate(
@@ -196,6 +198,30 @@ def videos_in_words(
         frames_in_words(
             model.config, videos, counts, encoder=encoder, encoded=encoded, schedule=student.schedule
         )
+    ]
+
+
+def keeps_in_words(schedule: VisionSchedule, most: int) -> list[str]:
+    """A note if a keep removes nothing from the first samples, of which each has at most `most` vision tokens."""
+    idle = {layer: k for layer, k in schedule.keep.items() if k > most}
+    if not idle or not most:
+        return []
+    return [
+        f"note: keep={idle} removes nothing from the first samples, which have at most {most} vision tokens; it is the "
+        "most that stay of a row's, all its images together."
+    ]
+
+
+def positions_in_words(config: Any, batch: dict[str, Any]) -> list[str]:
+    """A note if one of the first samples has more tokens than the model has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    isolated = batch.get("position_ids")  # positions that begin again
+    length = int(batch["attention_mask"].shape[-1] if isolated is None else isolated.max() + 1)
+    if not limit or length <= limit:
+        return []
+    return [
+        f"note: the first samples have up to {length} tokens, vision included, and the model {limit} positions: longer "
+        f"rows train badly; leave them out with data.max_length={limit}."
     ]
 
 

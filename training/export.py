@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_no_model
 from latefusion.recipes.compose import check_words, parse_words
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Dtype
 from latefusion.training.run_folder import check_writable
@@ -124,4 +125,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

@@ -21,6 +21,7 @@ from omegaconf import MISSING
 
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.compose import check_words, compose_config, parse_words
+from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.training.run_folder import check_writable
 
@@ -295,4 +296,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_to_exit(lambda: main(sys.argv[1:]))

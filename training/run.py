@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
@@ -29,6 +30,7 @@ from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, Tune
 from latefusion.training.assemble import (
     base_of,
+    check_keep,
     dtype_of,
     first_samples,
     guarded,
@@ -51,7 +53,7 @@ from latefusion.training.prepare import (
     settle_steps,
     settle_threads,
 )
-from latefusion.training.run_folder import claimed, leave_mark
+from latefusion.training.run_folder import claimed, leave_mark, remove_mark
 from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
 from latefusion.training.trust import settle_trust
@@ -78,13 +80,18 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             plain = collator_without_weights(config, dtype=dtype_of(config))
             collator = with_answers(config, plain)
             beginning = first_samples(dataset)
-            guarded(config, collator, dataset)(beginning)
+            batch = guarded(config, collator, dataset)(beginning)
+            most = int(torch.isin(batch["input_ids"], plain.vision_ids).sum(1).max())
+            if config.schedule.profile is None:
+                check_keep(config, most)
             check_evaluation(config)
             held.enter_context(claimed(config.output_dir))
+            remove_mark(config.output_dir)
             identity = settle_identity(config, plain.processor, dataset, resumed)
             settle_threads(config)
             settle_steps(config, cfg, dataset)
             settle_schedule(config, cfg, resumed)
+            check_keep(config, most)
             if first:
                 print(composed_tree(cfg), flush=True)
             load = cache(lambda: base_of(config)[0])  # a whole model, before an engine shards what is loaded

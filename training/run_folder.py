@@ -1,4 +1,7 @@
-"""The launch of a run and its folder: the configured number of processes, one run per folder. Without torch."""
+"""The launch of a run and its folder: the configured number of processes, one run per folder. Without torch.
+
+Evaluation, calibration and profile hold their folders in the same way.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ MARK = "interrupted"
 
 
 @contextmanager
-def claimed(output_dir: str | Path) -> Iterator[None]:
+def claimed(output_dir: str | Path, key: str = "output_dir") -> Iterator[None]:
     """Lock the output folder of a run against other runs. The lock ends with the process, however it ends.
 
-    Only the first process of a run takes it.
+    Only the first process of a run takes it. A process must not lock a folder twice: the inner end would unlock it.
 
     Raises:
         ValueError: another run holds the folder, or it cannot be written.
@@ -37,15 +40,14 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
         file = path.open("a+")
     except OSError as error:
         raise ValueError(
-            f"output_dir={output_dir} cannot be written ({error.strerror}); choose another output_dir=FOLDER."
+            f"{key}={output_dir} cannot be written ({error.strerror}); choose another {key}=FOLDER."
         ) from None
     with file:
-        _lock(file, output_dir)
+        _lock(file, output_dir, key)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
         file.flush()
-        (Path(output_dir) / MARK).unlink(missing_ok=True)
         yield
 
 
@@ -63,10 +65,10 @@ def check_unclaimed(output_dir: str | Path) -> None:
     path = Path(output_dir) / LOCK
     if rank() == 0 and os.access(path, os.W_OK):
         with path.open("a+") as file:
-            _lock(file, output_dir)
+            _lock(file, output_dir, "output_dir")
 
 
-def _lock(file: TextIO, output_dir: str | Path) -> None:
+def _lock(file: TextIO, output_dir: str | Path, key: str) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -75,7 +77,7 @@ def _lock(file: TextIO, output_dir: str | Path) -> None:
         raise ValueError(
             f"{output_dir} is in use by another run (process {holder.get('process', '?')} on "
             f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it, or choose "
-            "another output_dir=FOLDER."
+            f"another {key}=FOLDER."
         ) from None
 
 
@@ -105,3 +107,9 @@ def check_launch(processes: int | None) -> None:
 def leave_mark(output_dir: str | Path, step: int) -> None:
     """Leave a file that says a signal stopped the run: launchers replace the exit status. The next start removes it."""
     (Path(output_dir) / MARK).write_text(f"{step}\n")
+
+
+def remove_mark(output_dir: str | Path) -> None:
+    """Remove that file: the run goes on, or another begins."""
+    if rank() == 0:
+        (Path(output_dir) / MARK).unlink(missing_ok=True)

@@ -19,7 +19,9 @@ from omegaconf import DictConfig
 
 from latefusion.recipes.compose import print_configuration, refuse_typos, with_one_length
 from latefusion.recipes.launcher import run_to_exit
+from latefusion.recipes.printable import error_line
 from latefusion.training.preflight import checked_teaching
+from latefusion.training.run_folder import claimed
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
@@ -28,7 +30,11 @@ def main(cfg: DictConfig) -> None:
 
     from latefusion.training.offline import write_answers  # lazy: keeps argument errors fast
 
-    write_answers(config)
+    try:
+        with claimed(config.kl.cache or "", key="kl.cache"):
+            write_answers(config)
+    except ValueError as error:  # another run writes there
+        raise SystemExit(error_line(error)) from None
 
 
 if __name__ == "__main__":

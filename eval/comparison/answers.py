@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from latefusion.data.escape import terminal
-from latefusion.data.prompts import prompt_inputs, without_image
+from latefusion.data.prompts import check_fit, prompt_inputs, without_image
 from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.comparison.prefix import SharedPrefix
 from latefusion.eval.comparison.systems import System, running
@@ -41,15 +41,14 @@ def answer_questions(
     Args:
         ledger: keeps answers as soon as they are there, and has those of an earlier start and of other processes. Of
             several processes, each answers its share of the batches. None: nothing is kept.
+
+    Raises:
+        ValueError: a question and its answer have more tokens than the model has positions.
     """
     rows = task.rows
     plain = rows.with_format(None)
-    tokenizer = processor.tokenizer
-    longest = task.max_new_tokens
-    if longest is None:
-        right = tokenizer(list(plain["answer"]), add_special_tokens=False).input_ids
-        longest = max(len(ids) for ids in right) + 1  # and the end token
-    batches = batches_of(tokenizer, plain, batch_size)
+    longest = longest_answer(processor.tokenizer, task)
+    batches = batches_of(processor.tokenizer, plain, batch_size)
     names = [str(name) for name in plain["id"]]
     if ledger is not None:
         batches = batches[ledger.processes.rank :: ledger.processes.count]
@@ -92,10 +91,34 @@ def ledger_key(system: str, task: str, name: str) -> str:
     return json.dumps([system, task, name])
 
 
+def longest_answer(tokenizer: Any, task: Task) -> int:
+    """How many tokens an answer to a task may have."""
+    if task.max_new_tokens is not None:
+        return task.max_new_tokens
+    right = tokenizer(list(task.rows.with_format(None)["answer"]), add_special_tokens=False).input_ids
+    return max(len(ids) for ids in right) + 1  # and the end token
+
+
+def check_longest(model: Any, processor: Any, task: Task) -> None:
+    """Raise ValueError, before any question is asked, if the one of longest text does not fit the model's positions.
+
+    One whose image makes it longer than that is refused when its batch is made.
+    """
+    plain = task.rows.with_format(None)
+    lengths = [len(ids) for ids in processor.tokenizer(texts_of(plain)).input_ids]
+    row = task.rows[max(range(len(lengths)), key=lengths.__getitem__)]
+    inputs = prompt_inputs(model, processor, [row])
+    check_fit(model.config, [row], inputs, longest_answer(processor.tokenizer, task))
+
+
+def texts_of(plain: Dataset) -> list[str]:
+    """The questions as they are put to the model, without what a chat template writes around them."""
+    return list(plain["prompt"] if "prompt" in plain.column_names else plain["question"])
+
+
 def batches_of(tokenizer: Any, plain: Dataset, size: int) -> list[list[int]]:
     """Row numbers in batches: those of like length together, rows without images and with videos apart."""
-    questions = plain["prompt"] if "prompt" in plain.column_names else plain["question"]
-    lengths = [len(ids) for ids in tokenizer(list(questions)).input_ids]
+    lengths = [len(ids) for ids in tokenizer(texts_of(plain)).input_ids]
     images, videos = (plain[n] if n in plain.column_names else None for n in ("images", "videos"))
     kinds = [
         (images is None or bool(images[i]), videos is not None and bool(videos[i])) for i in range(len(plain))
@@ -131,6 +154,7 @@ def _ask(
         model, processor, attachment = first.student.model, first.student.processor, first.student.attachment
     rows = [without_image(row) for row in questions] if first.blind else questions
     inputs = prompt_inputs(model, processor, rows)
+    check_fit(model.config, questions, inputs, longest)
     outputs, encoded = {}, None
     with SharedPrefix(attachment).shared() if len(group) > 1 else nullcontext():
         for key, system in group.items():

@@ -13,7 +13,7 @@ from latefusion.data.frame_cost import frames_in_words
 from latefusion.data.prompts import images_of, prompt_inputs, prompt_text, videos_of
 from latefusion.data.videos import Video
 from latefusion.eval.comparison import cost, results, sweeps
-from latefusion.eval.comparison.answers import answer_questions, progress_bar
+from latefusion.eval.comparison.answers import answer_questions, check_longest, progress_bar
 from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System
 from latefusion.eval.ledger import Ledger
@@ -48,7 +48,7 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
         What `report.json` holds; None for processes that are not the main one.
 
     Raises:
-        ValueError: the stored reference is not reproduced.
+        ValueError: the stored reference is not reproduced, or a question is longer than the model has positions.
     """
     started = time.perf_counter()
     settings = replace(settings, tasks=with_clusters(settings.tasks))
@@ -56,6 +56,8 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
     data, identity = results.describe_data(tasks), results.describe_identity(settings)
     if settings.stored is not None:
         results.check_same(settings.stored, data, identity)
+    for task in tasks:
+        check_longest(model, settings.processor, task)
     settings.output.mkdir(parents=True, exist_ok=True)
     described = {key: system.describe() for key, system in settings.systems.items()}
     ledger = Ledger(settings.output / UNFINISHED, results.plain([identity, described, data]), processes)

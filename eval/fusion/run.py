@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from latefusion.data.collate import Collator, build_collator
 from latefusion.data.draw import images_key
 from latefusion.data.prompt_batches import Group, batches, counts
+from latefusion.data.prompts import check_positions
 from latefusion.data.samples import videos_of_sample
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
 from latefusion.eval.fusion.decide import Goal
@@ -95,6 +96,13 @@ def profile(
     # two batches at least: a single one can leave out no knock-out (`plan.make_plan`)
     groups = batches(model, collator, samples, min(batch_size, -(-len(samples) // 2)))
     confirming = batches(model, collator, prompts.confirming, batch_size)
+    if goal.by_hand is not None:
+        most = max(len(group.places) for group in [*groups, *confirming])
+        goal.by_hand.check_keep(most, "any prompt, and model.schedule has it for this model")
+    for of_samples, of_groups in ((samples, groups), (prompts.confirming, confirming)):
+        for group in of_groups:
+            for i, length in zip(group.numbers, group.lengths, strict=True):
+                check_positions(model.config, f"row {of_samples[i].get('id', i)}", length, 0)
     conditions = {
         **about,
         "batch_size": batch_size,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latefusion.data.prompts import prompt_inputs
+from latefusion.data.prompts import check_fit, prompt_inputs
 from latefusion.data.samples import number_of
 from latefusion.eval.comparison.encoded import EncodedImages
 from latefusion.eval.metrics import normalise
@@ -98,6 +98,7 @@ class Prompts:
         """These prompts with the dense model's answers behind them, and which answers are the labels."""
         arguments, samples = self.arguments, [self.rows[i] for i in rows]
         inputs = self.encoded(samples)
+        check_fit(self.model.config, samples, inputs, arguments.max_new_tokens)
         with torch.no_grad():
             written = self.model.generate(
                 **fresh_inputs(inputs),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from latefusion.data.local_files import check_dataset, check_local_files
 from latefusion.models.locate import check_base
 from latefusion.recipes.schema import QUESTION_SETS, DataConfig, Source
+from latefusion.training.run_folder import check_writable
 
 if TYPE_CHECKING:
     from latefusion.models.policies.visipruner.settings import VisiPruner
@@ -60,18 +62,21 @@ class Arguments:
 def check(arguments: Arguments) -> None:
     """Raise, before anything is loaded, if an argument cannot work."""
     for name in ("kl", "batch_size", "max_new_tokens"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"{name}={getattr(arguments, name)} must be positive.")
+        if not 0 < getattr(arguments, name) < inf:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be positive and finite.")
     if arguments.samples < 1:
         raise ValueError(f"samples={arguments.samples} must be at least 1.")
     if arguments.confirm < 0:
         raise ValueError(f"confirm={arguments.confirm} must be 0 or more.")
+    if arguments.seed < 0:
+        raise ValueError(f"seed={arguments.seed} must not be negative.")
     for name in ("boundaries", "layer_thresholds", "tokens_thresholds", "stages"):
         if getattr(arguments, name) == []:
             raise ValueError(f"{name}=[] leaves nothing to try; name at least one value.")
     for stages in arguments.stages:
         if "middle" not in stages:
             raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
+    check_writable(arguments.output, key="output")
     check_base(arguments.model)
     if arguments.data in [source.value for source in QUESTION_SETS]:
         check_local_files(DataConfig(source=Source(arguments.data)))

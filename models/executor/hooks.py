@@ -51,7 +51,13 @@ from latefusion.models.executor.traits import (
     positional,
     runs_on_every_process,
 )
-from latefusion.models.executor.vision import VisionMask, find_vision, refuse_merged_images, vision_of_mask
+from latefusion.models.executor.vision import (
+    VisionMask,
+    find_vision,
+    refuse_merged_images,
+    refuse_missing_pixels,
+    vision_of_mask,
+)
 from latefusion.models.policies.base import Decision, Policy, Selection
 from latefusion.models.student.entry import ENTRY
 
@@ -202,6 +208,7 @@ class Hooks:
         else:
             running.vision = find_vision(self.multimodal, arguments)
             refuse_merged_images(running.vision, arguments)
+            refuse_missing_pixels(self.multimodal, running.vision, arguments, self.prompt_end.length)
         running.padding = padding_of(arguments.get("attention_mask"))
         if running.vision is not None:
             check_cache(arguments.get("past_key_values"))

@@ -34,8 +34,9 @@ def vision_tokens(config: PretrainedConfig, input_ids: Tensor) -> Tensor:
 def find_vision(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Tensor | None:
     """The placeholder tokens of the modalities whose features come with this forward, bool `[B, T]`.
 
-    None if no features come (decode, text): a placeholder token without features, such as one that the model
-    itself generated, is text, and a decode step costs no look at the tokens.
+    None if no features come (decode, text): a placeholder token without features that stands behind the prompt, such
+    as one that the model itself generated, is text, and a decode step costs no look at the tokens
+    (`refuse_missing_pixels` looks at prompts).
 
     Args:
         model: the multimodal model (without its language modelling head).
@@ -71,6 +72,29 @@ def refuse_merged_images(vision: Tensor | None, arguments: Mapping[str, Any]) ->
             "inputs_embeds without pixel_values may have images merged into them, which cannot be told from text: say "
             "which tokens are vision with lf.attach(model, policy, vision_mask=mask), or that none are with "
             "vision_mask=lambda **inputs: None."
+        )
+
+
+def refuse_missing_pixels(
+    model: PreTrainedModel, vision: Tensor | None, arguments: Mapping[str, Any], length: int | None
+) -> None:
+    """Raise ValueError if a prompt has placeholder tokens but brings no image or video: it would be answered blind.
+
+    Args:
+        model: the multimodal model.
+        vision: what `find_vision` found.
+        arguments: of its forward, by name.
+        length: tokens of the prompt, those behind it are generated; None: all of the forward's are.
+    """
+    tokens, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+    if vision is not None or tokens is None or (cache is not None and cache.get_seq_length()):
+        return
+    count = int(vision_tokens(model.config, tokens[:, :length]).sum())
+    if count:
+        raise ValueError(
+            f"the prompt has {count} placeholder tokens of images or videos but no pixel_values, so the model would "
+            "not see them: pass all that the processor returns, as in model.generate(**inputs), or leave the "
+            "placeholders out of the text."
         )
 
 

@@ -1,6 +1,8 @@
 """One evaluation of a tiny random model: its answers, its costs, its complaints."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,9 +16,10 @@ from latefusion.data.prompts import prompt_inputs
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval.comparison import cost
-from latefusion.eval.comparison.answers import answer_questions
+from latefusion.eval.comparison.answers import answer_questions, check_longest
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.evaluate import config_of, main
+from latefusion.eval.tasks.base import Task
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images
 from latefusion.models.schedule import VisionSchedule
@@ -266,6 +269,20 @@ def test_a_broken_configuration_is_named(tmp_path):
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
         (["model=embedded", "policies=[fastv]", "data=my.jsonl"], "data=FILE"),
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]", "data=my.jsonl"], "exclude each other"),
+        (["model=embedded", "policies=[3]"], "policies=3 is neither a name nor {NAME: {ARGUMENT: VALUE}}"),
+        (
+            ["model=embedded", "policies=[fastv]", "data=a.jsonl", "split=test"],
+            "split=test would not be read",
+        ),
+        (["model=embedded", "policies=[fastv]", "max_frames=4"], "max_frames=4 would not be read"),
+        (
+            ["model=embedded", "policies=[fastv]", "sources.pope=a/b"],
+            "sources.pope would not be read: add tasks=[pope]",
+        ),
+        (
+            ["model=embedded", "policies=[fastv]", "output=file"],
+            "output=file cannot be written (Not a directory)",
+        ),
         (["--reference=before.json", "checkpoint=.", "policies=[fastv]"], "config.yaml"),
         (["model=embedded", "policies=[fastv]", "reference=before.json"], "before.json"),
         (["checkpont=outputs/late_fusion"], "checkpont"),
@@ -274,6 +291,48 @@ def test_a_broken_configuration_is_named(tmp_path):
 )
 def test_command_line_says_what_is_wrong(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert says in str(error.value)
+
+
+def test_a_question_that_is_longer_than_the_model_has_positions_is_refused_before_any_is_asked(
+    student, processor, questions, monkeypatch
+):
+    """Whatever its text is; the one whose image makes it longer than the longest text, when its batch is made."""
+    long = Task(
+        name="long", rows=questions.map(lambda row: {"question": row["question"] * 100}, remove_columns=[])
+    )
+    limit = student.model.config.get_text_config().max_position_embeddings
+    says = rf"^question \S+ has \d+ tokens, .* may take \d+ more; the model has {limit} positions for both"
+    with pytest.raises(ValueError, match=says):
+        check_longest(student.model, processor, long)
+    asked = []
+    monkeypatch.setattr(student.model, "generate", lambda **kwargs: asked.append(kwargs))
+    with pytest.raises(ValueError, match=says):
+        answer_questions(
+            model=student.model,
+            processor=processor,
+            attachment=student.attachment,
+            systems=SYSTEMS,
+            task=long,
+            batch_size=4,
+        )
+    assert not asked
+    check_longest(student.model, processor, evaluated_student.task())
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from latefusion.training.run_folder import claimed\nwith claimed('out'): print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(SystemExit, match=r"out is in use by another run .* choose another output=FOLDER"):
+            main(["model=embedded", "policies=[fastv]", "output=out"])
+    finally:
+        holder.kill()
+        holder.wait()

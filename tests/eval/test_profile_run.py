@@ -246,6 +246,12 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         (["samples=1", "model=embedded"], "samples=1 does not show"),
         (["confirm=0", "model=embedded"], "confirm=0 must be at least 1"),
         (["bound=-1", "model=embedded"], "bound=-1"),
+        (["bound=inf", "model=embedded"], "bound=inf"),
+        (["seed=-1", "model=embedded"], "seed=-1 must not be negative"),
+        (
+            ["output=file", "model=embedded"],
+            "output=file cannot be written (Not a directory); choose another output=",
+        ),
         (["budget=3", "model=embedded"], "budget=3"),
         (
             ["sampels=3", "model=embedded"],
@@ -258,6 +264,7 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
 )
 def test_what_cannot_work_is_one_sentence(words, says, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as error:
         profile_model.main(words)
@@ -273,6 +280,18 @@ def test_the_schedule_that_a_recipe_holds_for_a_model_is_measured_beside(base) -
     )
     assert profile_model.schedule_by_hand(config, shallow) is None  # another model under that name
     assert profile_model.schedule_by_hand(profile_model.parse([f"model={base}"])[1], deep) is None
+
+
+def test_a_schedule_by_hand_of_more_tokens_than_there_are_is_refused(base, tmp_path) -> None:
+    words = [f"model={base}", "samples=2", "confirm=2", "images=2", f"output={tmp_path / 'out'}"]
+    by_hand = ["model.schedule.enter=1", "model.schedule.keep={2: 50}"]
+    with pytest.raises(ValueError, match=r"^keep=\{2: 50\} is more than the 4 vision tokens of any prompt"):
+        profile_model.run(*profile_model.parse([*words, *by_hand]))
+
+
+def test_settings_of_another_model_are_not_compared_with(base) -> None:
+    _, config = profile_model.parse(["model=embedded", f"model.path={base}"])
+    assert profile_model.schedule_by_hand(config, tiny_base(layers=16)[0]) is None
 
 
 def test_a_decoder_of_one_layer_is_refused(tmp_path) -> None:
@@ -300,6 +319,7 @@ def test_a_model_without_images_is_refused(tmp_path) -> None:
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=20).save_pretrained(
         tmp_path
     )
+    (tmp_path / "model.safetensors").touch()
     arguments, config = profile_model.parse([f"model={tmp_path}", "samples=2", "confirm=2"])
     with pytest.raises(ValueError, match="not a model that reads images") as error:
         profile_model.run(arguments, config)

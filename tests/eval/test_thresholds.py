@@ -141,7 +141,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def arguments_for(base: str, folder: Any, **more: Any) -> calibrate.Arguments:
     small = {"samples": 12, "confirm": 0, "batch_size": 4, "layer_thresholds": [0.9, 0.999]}
     small |= {"max_new_tokens": 3, "kl": 0.5}
-    return calibrate.Arguments(model=base, output=str(folder), **{**small, **more})
+    return calibrate.Arguments(**{"model": base, "output": str(folder), **small, **more})
 
 
 def test_the_command_goes_on_where_it_stopped_and_says_the_same(
@@ -383,6 +383,12 @@ def test_the_prompts_of_the_search_do_not_confirm_it(base: str, tmp_path: Any) -
         ({"stages": [["shallow"]]}, r"stages=\['shallow'\] saves nothing without 'middle'"),
         ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
         ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
+        ({"kl": float("inf")}, "kl=inf must be positive and finite"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        (
+            {"output": __file__},
+            r"output=.*\.py cannot be written \(Not a directory\); choose another output=FOLDER",
+        ),
         ({"samples": 0}, "samples=0 must be at least 1"),
         ({"confirm": -1}, "confirm=-1 must be 0 or more"),
         ({"boundaries": [5]}, "boundary=5 leaves no layer to fuse in"),

@@ -222,6 +222,31 @@ def test_a_generated_placeholder_token_is_text() -> None:
     assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 7, 11, 11, 7, 7]
 
 
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_prompt_whose_pixels_are_missing_is_refused(call: str) -> None:
+    """It would be answered as if the placeholders were words; so would the model without a policy."""
+    model, inputs = build("llava"), prompt("llava", EVEN)
+    tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    count = int((inputs["input_ids"] == IMAGE).sum())
+    for policy in (BAND, VisionSchedule()):
+        with (
+            attach(model, policy),
+            pytest.raises(ValueError, match=rf"has {count} placeholder tokens of images"),
+        ):
+            model(**tokens) if call == "forward" else model.generate(**tokens, max_new_tokens=2)
+
+
+def test_a_placeholder_that_is_generated_without_a_cache_is_text() -> None:
+    model = build("llava")
+    words = torch.tensor([[5, 6, 7]])
+    others = [token for token in range(model.config.get_text_config().vocab_size) if token != IMAGE]
+    with attach(model, BAND):
+        wrote = model.generate(
+            input_ids=words, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=others
+        )
+    assert wrote[0, 3:].tolist() == [IMAGE] * 3
+
+
 # ---------------------------------------------------------------- turns by hand
 
 

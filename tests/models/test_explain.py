@@ -238,6 +238,10 @@ def test_a_policy_files_name_is_not_cut(
             ["policy=dense", "max_new_tokens=100000"],
             r"the prompt has \d+ tokens.* has \d+ positions for both: shorten",
         ),
+        (
+            ["policy=dense", "dense.keep={4: 50}"],
+            r"keep=\{4: 50\} is more than the 4 vision tokens of this prompt \(policy=dense\), so it removes none; ",
+        ),
         (["picture=nowhere/x.svg"], "no folder .*nowhere for picture=nowhere/x.svg; make it first"),
         (["picture=x.png"], r"picture=x.png must end in \.svg: an SVG is what is drawn"),
         (

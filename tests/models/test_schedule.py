@@ -66,6 +66,15 @@ def test_layers_beyond_the_decoder_are_refused(schedule: VisionSchedule, message
         schedule.validate(NUM_LAYERS)
 
 
+def test_a_keep_of_more_tokens_than_there_are_is_refused_with_both_numbers() -> None:
+    schedule = VisionSchedule(enter=2, keep={4: 500, 8: 16})
+    with pytest.raises(
+        ValueError, match=r"^keep=\{4: 500\} is more than the 144 vision tokens of an image, so it "
+    ):
+        schedule.check_keep(144, "an image")
+    assert schedule.check_keep(500, "an image") is None  # it raised nothing
+
+
 def test_the_last_layers_are_allowed() -> None:
     for schedule in (
         VisionSchedule(enter=NUM_LAYERS - 1, exit=NUM_LAYERS),

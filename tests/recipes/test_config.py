@@ -217,6 +217,29 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
     assert ran.stdout == "light\n", ran.stderr
 
 
+def test_a_folder_without_a_model_is_no_model(tmp_path):
+    """Before anything else: the sentence about a missing schedule would send its user the wrong way."""
+
+    def refused(sentence):
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            preflight.check(configured("model=other", f"model.path={tmp_path}"))
+
+    settings = tmp_path / "config.json"
+    settings.write_text('{"name": "a project of another kind"}')
+    refused(
+        rf"^no model at {tmp_path}: its config\.json names no model_type, so it is not a model's; name the folder"
+    )
+    settings.write_text('{"model_type": "llava"}')
+    refused(
+        rf"^no model at {tmp_path}: it has a config\.json but no weights \(\*\.safetensors\); download them"
+    )
+    (tmp_path / "model.safetensors").touch()
+    refused(r"^no recipe says where model\.path=.* fuses: set schedule\.enter=N")
+    settings.unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(rf"^{tmp_path} is a trained student, not a base: load it with latefusion\.load")
+
+
 def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp_path):
     about = {
         "base_model_name_or_path": "embedded",

@@ -62,3 +62,14 @@ def test_a_process_alone_ends_as_python_ends_it(end, status):
     process = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     assert process.returncode == status
     assert process.stderr == ("error: no\n" if status == 1 else "")
+
+
+def test_an_interrupted_command_ends_in_a_sentence():
+    lines = """
+from latefusion.recipes.launcher import GOES_ON, run_to_exit
+def main(): raise KeyboardInterrupt
+run_to_exit(main, interrupted=GOES_ON)
+"""
+    process = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert process.returncode == 130
+    assert process.stderr == "\nInterrupted; the same command goes on where it stopped.\n"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.quick_runs import run_config
-from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base
+from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, tiny_base
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -17,10 +17,12 @@ from transformers import TrainingArguments
 from latefusion.data.load import check_questions, evaluation_questions
 from latefusion.eval.evaluate import Arguments, tasks_of
 from latefusion.eval.tasks.base import exact_match
+from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import run
+from latefusion.training.describe import keeps_in_words, positions_in_words
 from latefusion.training.engines import accelerate
 
 QUICK = (
@@ -84,9 +86,41 @@ def test_every_recipe_trains_and_its_student_loads(base, tmp_path, recipe, capsy
 )
 def test_what_is_deeper_than_the_model_is_refused_without_its_weights(base, tmp_path, option, sentence):
     shutil.copytree(base, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "light/model.safetensors").touch()
     with pytest.raises(SystemExit, match=f"^error: {sentence}"):
         train(tmp_path / "light", tmp_path / "out", option, "entry.init=calibrated")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_keep_of_more_tokens_than_a_picture_has_is_refused(base, tmp_path):
+    """A picture of a question set has always 4 tokens here; rows of other data differ, so there it is a note."""
+    said = r"^error: schedule\.keep=\{4: 50\} is more than the 4 vision tokens of a picture of data=scenes"
+    with pytest.raises(SystemExit, match=said):
+        train(base, tmp_path / "out", "schedule.keep={4: 50}")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "schedule.yaml").write_text("enter: 2\nexit: 5\nkeep: {4: 50}\n")
+    with pytest.raises(SystemExit, match=said):
+        train(base, tmp_path / "out", f"schedule.profile={tmp_path}")
+    notes = keeps_in_words(VisionSchedule(keep={2: 50, 4: 3}), 4)
+    assert (
+        len(notes) == 1
+        and "keep={2: 50} removes nothing from the first samples, which have at most 4" in notes[0]
+    )
+    assert (
+        keeps_in_words(VisionSchedule(keep={2: 4}), 4) == keeps_in_words(VisionSchedule(keep={2: 4}), 0) == []
+    )
+
+
+def test_samples_that_are_longer_than_the_positions_are_told():
+    config = tiny_base()[0].config
+    limit = config.get_text_config().max_position_embeddings
+    batch = {"attention_mask": torch.ones(1, limit + 1)}
+    assert (
+        f"up to {limit + 1} tokens, vision included, and the model {limit} positions"
+        in positions_in_words(config, batch)[0]
+    )
+    restarting = {"position_ids": torch.arange(limit)[None]}  # turns that see the image and themselves alone
+    assert positions_in_words(config, batch | restarting) == []
 
 
 def test_a_model_of_which_no_reading_layers_are_known_is_refused(base, tmp_path):

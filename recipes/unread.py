@@ -1,0 +1,144 @@
+"""Settings that a command line names and its run would not read: they contradict another setting.
+
+A recipe may set what a run does not need; a user who types it expects an effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latefusion.recipes.schema import QUESTION_SETS, EntryInit, EntryKind, Source, Teacher, Tune
+
+NOTHING = ("null", "", "[]", "{}")  # values that take a setting back
+OFFERS = ("schedule", "pyramid", "cross", "teacher")  # keys of `model` that recipes take settings from
+SETS = "data=scenes, icons or easy_vqa"
+
+
+def check_read(words: Sequence[str], tree: DictConfig) -> None:
+    """Raise ValueError if the run would not read a setting of the command line.
+
+    Args:
+        words: `key=value`, as Hydra takes them.
+        tree: the configuration that they compose.
+    """
+    for word in words:
+        word = word.lstrip("+")
+        key, _, value = word.partition("=")
+        if word.startswith("~") or value in NOTHING:
+            continue
+        for keys, reason in RULES:
+            if any(key == name or key.startswith(f"{name}.") for name in keys) and (why := reason(tree, key)):
+                raise ValueError(f"{word} would not be read: {why}.")
+
+
+def _schedule(tree: Any, key: str) -> str:
+    profile, auto = tree.schedule.profile, tree.schedule.auto
+    if not auto and profile is None:
+        return ""
+    which = "schedule=auto" if profile is None else f"schedule.profile={profile}"
+    return f"{which} takes the schedule from a profile; leave one of the two out"
+
+
+def _profiling(tree: Any, key: str) -> str:
+    profile = tree.schedule.profile
+    if profile is not None:
+        return f"the profile in schedule.profile={profile} was made before; leave one of the two out"
+    return "" if tree.schedule.auto else "no profile is made; add schedule=auto, or leave it out"
+
+
+def _narrowing(tree: Any, key: str) -> str:
+    schedule = tree.schedule
+    banded = schedule.enter or schedule.exit is not None or schedule.keep or schedule.cross is not None
+    if tree.train.narrow == 0 or banded or schedule.auto or schedule.profile is not None:
+        return ""
+    return (
+        "the schedule is dense from the first step on; set schedule.enter and schedule.exit, or leave it out"
+    )
+
+
+def _offer(tree: Any, key: str) -> str:
+    """Of what a model offers, a recipe takes one; `schedule=auto` compares its profile with `model.schedule`."""
+    name = key.split(".")[1]
+    values: Any = OmegaConf.to_container(tree, resolve=False)
+    offers = {offer: str(values["model"].pop(offer)) for offer in OFFERS}
+    read = str(values) + ("${model.schedule}" if tree.schedule.auto else "")
+    read += offers["pyramid"] if "${model.pyramid" in read else ""
+    if f"${{model.{name}" in read:
+        return ""
+    return f"this recipe takes nothing from model.{name}; set {'teacher' if name == 'teacher' else 'schedule'} itself"
+
+
+def _path(tree: Any, key: str) -> str:
+    source = tree.data.source
+    if source is Source.mixture:
+        return "data=mixture reads data.parts; put it there, as 'data.parts=[{path: PATH}]'"
+    return f"data={source.value} reads no file; add data=dataset" if source in QUESTION_SETS else ""
+
+
+def _parts(tree: Any, key: str) -> str:
+    return "" if tree.data.source is Source.mixture else "only a mixture has parts; add data=mixture"
+
+
+def _of_sets(tree: Any, key: str) -> str:
+    data = tree.data
+    changed = {
+        "data.scenes": data.scenes is not None,
+        "data.turns": data.turns != 1,
+        "data.noise": data.noise,
+    }
+    return "" if data.source in QUESTION_SETS or not changed[key] else f"it is for {SETS}; leave it out"
+
+
+def _buffer(tree: Any, key: str) -> str:
+    return "" if tree.data.streaming else "it is for data.streaming=true"
+
+
+def _teacher(tree: Any, key: str) -> str:
+    none = tree.teacher is Teacher.none and (key != "kl.weight" or tree.kl.weight > 0)
+    return "teacher=none has no answers to learn from; choose teacher=visipruner or dense" if none else ""
+
+
+def _other_teacher(tree: Any, key: str) -> str:
+    return "" if tree.kl.model is not None else "it is about another model as the teacher; add kl.model=PATH"
+
+
+def _cache(tree: Any, key: str) -> str:
+    return (
+        "" if tree.kl.cache is not None else "it is for answers that are written before; add kl.cache=FOLDER"
+    )
+
+
+def _lora(tree: Any, key: str) -> str:
+    tune = tree.tune
+    return "" if tune is Tune.lora else f"tune={tune.value} trains no LoRA; leave one of the two out"
+
+
+def _entry(tree: Any, key: str) -> str:
+    entry = tree.entry
+    if key == "entry.init" and entry.init is EntryInit.identity:
+        return ""
+    if entry.kind is EntryKind.none:
+        return "entry.kind=none has no entry adapter; leave one of the two out"
+    scale = entry.kind is EntryKind.scale and key == "entry.rank"
+    return "entry.kind=scale has no rank; leave one of the two out" if scale else ""
+
+
+Reason = Callable[[Any, str], str]
+RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does not read them; empty: it does
+    (("schedule.enter", "schedule.exit", "schedule.keep", "schedule.ranking"), _schedule),
+    (("schedule.samples", "schedule.confirm", "schedule.bound", "schedule.budget"), _profiling),
+    (("train.narrow",), _narrowing),
+    (tuple(f"model.{offer}" for offer in OFFERS), _offer),
+    (("data.path", "data.images"), _path),
+    (("data.parts",), _parts),
+    (("data.scenes", "data.turns", "data.noise"), _of_sets),
+    (("data.shuffle_buffer",), _buffer),
+    (("kl.weight", "kl.temperature", "kl.share", "kl.top_k", "kl.model", "kl.visipruner"), _teacher),
+    (("kl.revision", "kl.visipruner"), _other_teacher),
+    (("kl.top_k",), _cache),
+    (tuple(f"lora.{n}" for n in ("variant", "layers", "r", "alpha", "dropout", "targets")), _lora),
+    (("entry.rank", "entry.init"), _entry),
+)

@@ -1,0 +1,82 @@
+"""Two words of a command line that contradict each other: what the run would not read is refused, with the reason."""
+
+import re
+
+import pytest
+from helpers.tiny_base import composed
+
+from latefusion.recipes.compose import compose_tree, refuse_typos
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["schedule=auto", "schedule.enter=3"],
+            "schedule=auto takes the schedule from a profile; leave one of",
+        ),
+        (
+            ["schedule.profile=p", "schedule.keep={4: 3}"],
+            "schedule.profile=p takes the schedule from a profile",
+        ),
+        (["schedule.budget=0.3"], "no profile is made; add schedule=auto, or leave it out"),
+        (
+            ["schedule=auto", "schedule.profile=p", "schedule.bound=1"],
+            "the profile in schedule.profile=p was made",
+        ),
+        (
+            ["recipe=dense", "train.narrow=0.5"],
+            "the schedule is dense from the first step on; set schedule.enter",
+        ),
+        (["model.cross=[2]"], "this recipe takes nothing from model.cross; set schedule itself"),
+        (["recipe=cross_only", "model.schedule.enter=3"], "this recipe takes nothing from model.schedule"),
+        (
+            ["teacher=none", "model.teacher=dense"],
+            "this recipe takes nothing from model.teacher; set teacher",
+        ),
+        (["data.path=my.jsonl"], "data=scenes reads no file; add data=dataset"),
+        (["data=mixture", "data.path=my.jsonl"], "data=mixture reads data.parts; put it there"),
+        (["data.parts=[{path: a}]"], "only a mixture has parts; add data=mixture"),
+        (
+            ["data=dataset", "data.path=a", "data.scenes=9"],
+            "it is for data=scenes, icons or easy_vqa; leave it out",
+        ),
+        (["data=dataset", "data.path=a", "data.shuffle_buffer=9"], "it is for data.streaming=true"),
+        (["recipe=late_fusion_no_teacher", "kl.weight=2"], "teacher=none has no answers to learn from"),
+        (["kl.revision=v2"], "it is about another model as the teacher; add kl.model=PATH"),
+        (["kl.top_k=9"], "it is for answers that are written before; add kl.cache=FOLDER"),
+        (["tune=full", "teacher=none", "lora.r=4"], "tune=full trains no LoRA; leave one of the two out"),
+        (
+            ["entry.kind=none", "entry.init=calibrated"],
+            "entry.kind=none has no entry adapter; leave one of the",
+        ),
+        (["entry.kind=scale", "entry.rank=4"], "entry.kind=scale has no rank; leave one of the two out"),
+    ],
+)
+def test_what_a_run_would_not_read_is_refused(words, reason):
+    with pytest.raises(ValueError, match=rf"^{re.escape(words[-1])} would not be read: {reason}") as error:
+        compose_tree(words)
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match=r"^error: .* would not be read: "):
+        refuse_typos(["--cfg", "job", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["schedule=auto", "schedule.budget=0.3", "model.schedule.enter=3"],  # measured beside the profile's
+        ["schedule=auto", "schedule.profile=p", "schedule.keep=null"],
+        [
+            "recipe=late_fusion_pyramid",
+            "model.schedule.enter=3",
+        ],  # the shipped model's pyramid is its schedule
+        ["recipe=cross_only", "model.cross=[2]"],
+        ["data=dataset", "data.path=a", "data.turns=1", "data.noise=0"],
+        ["teacher=none", "kl.weight=0", "kl.trust=auto"],
+        ["kl.model=embedded", "kl.visipruner.boundary=2"],
+        ["entry.kind=none", "entry.init=identity"],
+        ["train.narrow=0.5"],
+    ],
+)
+def test_what_a_run_reads_is_not(words):
+    assert compose_tree(words) == composed(*words)
