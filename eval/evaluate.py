@@ -3,7 +3,7 @@
     python eval/evaluate.py checkpoint=outputs/late_fusion split=test samples=300 output=outputs/evaluation
     python eval/evaluate.py checkpoint=outputs/late_fusion policies=[fastv,pyramiddrop] tasks=[gqa,pope]
     python eval/evaluate.py model=embedded policies=[visipruner,fastv] data=my.jsonl
-    accelerate launch eval/evaluate.py checkpoint=outputs/late_fusion tasks=[vqav2]
+    torchrun --standalone --nproc_per_node 2 eval/evaluate.py checkpoint=outputs/late_fusion tasks=[vqav2]
 
 Started again after an interruption, it goes on where it stopped. A training run calls `evaluate_checkpoint` at its end.
 """
@@ -29,7 +29,7 @@ from latefusion.data.local_files import check_questions_file
 from latefusion.models.locate import SCHEDULE_KEY, check_base
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
-from latefusion.recipes.launcher import GOES_ON, run_to_exit, world_size
+from latefusion.recipes.launcher import GOES_ON, local_world_size, run_to_exit, world_size
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
@@ -376,13 +376,21 @@ def sampled(task: Task, samples: int | None) -> Task:
 
 
 def processes_here() -> Processes:
-    """The processes that `accelerate launch` started, or this one alone."""
+    """The processes that `torchrun` or `accelerate launch` started, or this one alone.
+
+    Raises:
+        ValueError: a machine has more of them than GPUs, and GPUs.
+    """
     from latefusion.eval.ledger import Processes
 
     if world_size() == 1:
         return Processes()
     import torch  # lazy: keeps argument errors fast
     from accelerate import PartialState
+
+    here, gpus = local_world_size(), torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise ValueError(f"{here} processes were started for {gpus} GPU(s); start at most one for each.")
 
     # The fast wait for the slow
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from latefusion.data.escape import terminal
-from latefusion.data.prompts import check_fit, prompt_inputs, without_image
-from latefusion.eval.comparison.encoded import EncodedImages
+from latefusion.data.prompts import check_fit, prompt_inputs, undecoded, without_image
+from latefusion.eval.comparison.encoded import EncodedPrompts
 from latefusion.eval.comparison.prefix import SharedPrefix
 from latefusion.eval.comparison.systems import System, running
 from latefusion.eval.ledger import Ledger
@@ -32,6 +32,7 @@ def answer_questions(
     task: Task,
     batch_size: int,
     ledger: Ledger | None = None,
+    prompts: EncodedPrompts | None = None,
 ) -> dict[str, list[Answer]]:
     """Every system's greedy answers to every question of a task, in the order of its rows.
 
@@ -41,11 +42,12 @@ def answer_questions(
     Args:
         ledger: keeps answers as soon as they are there, and has those of an earlier start and of other processes. Of
             several processes, each answers its share of the batches. None: nothing is kept.
+        prompts: that were encoded for other systems, for these to use and add to; None: none were.
 
     Raises:
         ValueError: a question and its answer have more tokens than the model has positions.
     """
-    rows = task.rows
+    rows = undecoded(task.rows)
     plain = rows.with_format(None)
     longest = longest_answer(processor.tokenizer, task)
     batches = batches_of(processor.tokenizer, plain, batch_size)
@@ -53,7 +55,7 @@ def answer_questions(
     if ledger is not None:
         batches = batches[ledger.processes.rank :: ledger.processes.count]
     answered: dict[str, dict[int, Answer]] = {key: {} for key in systems}
-    images = EncodedImages()
+    prompts = prompts or EncodedPrompts()
     with progress_bar(disable=ledger is not None and not ledger.processes.main) as progress:
         bar = progress.add_task(f"Questions {terminal(task.name)}".strip(), total=sum(map(len, batches)))
         for batch in batches:
@@ -65,7 +67,8 @@ def answer_questions(
             }
             questions = [rows[i] for i in batch] if left else []
             for group in groups_of(left):
-                outputs = _ask(model, processor, attachment, group, questions, longest, images)
+                name = (task.name, *batch)
+                outputs = _ask(model, processor, attachment, group, questions, longest, prompts, name)
                 new: list[Answer] = []
                 for key, of_rows in outputs.items():
                     answers = [
@@ -146,20 +149,26 @@ def _ask(
     group: dict[str, System],
     questions: list[dict[str, Any]],
     longest: int,
-    images: EncodedImages,
+    prompts: EncodedPrompts,
+    name: Hashable,
 ) -> dict[str, list[tuple[str, Any, int]]]:
-    """For each system of a group: text, trace record and number of text tokens of each question."""
+    """For each system of a group: text, trace record and number of text tokens of each question.
+
+    Args:
+        name: of the batch.
+    """
     first = next(iter(group.values()))
     if first.student is not None:
         model, processor, attachment = first.student.model, first.student.processor, first.student.attachment
     rows = [without_image(row) for row in questions] if first.blind else questions
-    inputs = prompt_inputs(model, processor, rows)
-    check_fit(model.config, questions, inputs, longest)
-    outputs, encoded = {}, None
+    outputs: dict[str, list[tuple[str, Any, int]]] = {}
+    encoded: dict[str, Any] | None = None
     with SharedPrefix(attachment).shared() if len(group) > 1 else nullcontext():
         for key, system in group.items():
             with running(model, attachment, system):
-                encoded = encoded or images.encode(model, inputs)
+                if encoded is None:
+                    encoded = prompts.encoded(model, processor, rows, (name, first.blind))
+                    check_fit(model.config, questions, encoded, longest)
                 outputs[key] = _generate(model, processor, attachment, encoded, longest)
     return outputs
 

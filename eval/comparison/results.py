@@ -277,7 +277,8 @@ def describe_model(model: Any, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def describe_environment(model: Any, seconds: float, processes: int) -> dict[str, Any]:
+def describe_environment(model: Any, seconds: float, processes: int, threads: int) -> dict[str, Any]:
+    """The machine and the software; `threads`: of the process that measured costs."""
     device = model.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
@@ -286,7 +287,7 @@ def describe_environment(model: Any, seconds: float, processes: int) -> dict[str
         "device": device.type,
         "hardware": hardware,
         "processes": processes,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONS},

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from latefusion.data.frame_cost import frames_in_words
 from latefusion.data.prompts import images_of, prompt_inputs, prompt_text, videos_of
 from latefusion.data.videos import Video
 from latefusion.eval.comparison import cost, results, sweeps
 from latefusion.eval.comparison.answers import answer_questions, check_longest, progress_bar
+from latefusion.eval.comparison.encoded import EncodedPrompts
 from latefusion.eval.comparison.settings import Settings
 from latefusion.eval.comparison.systems import System
 from latefusion.eval.ledger import Ledger
@@ -26,6 +30,7 @@ from latefusion.models.flops import encoder_flops
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
 from latefusion.models.schedule import VisionSchedule
+from latefusion.recipes.launcher import local_world_size
 
 SCHEMA = 3  # of report.json; raise it when a key changes its meaning
 FIRST = 16  # questions with videos whose frames are counted
@@ -71,7 +76,9 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
         if not processes.main:
             return None
         rows, films = prompts_to_time(settings), films_in_words(settings, answers[settings.reference])
-        costs, swept, vision = measure_costs(settings, systems, rows)
+        with threads_of_all():
+            threads = torch.get_num_threads()
+            costs, swept, vision = measure_costs(settings, systems, rows)
     finally:
         model.train(was_training)
     report = {
@@ -98,7 +105,9 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
             "seed": settings.seed,
             "reference_reproduced": settings.stored is not None,
         },
-        "environment": results.describe_environment(model, time.perf_counter() - started, processes.count),
+        "environment": results.describe_environment(
+            model, time.perf_counter() - started, processes.count, threads
+        ),
     }
     write(settings, report, answers)
     ledger.close()
@@ -111,19 +120,21 @@ def run_comparison(settings: Settings) -> dict[str, Any] | None:
 
 def answer_all(settings: Settings, ledger: Ledger) -> tuple[dict[str, System], dict[str, list[Answer]]]:
     """All systems, controls included, and their answers; the reference first where it has to be reproduced."""
-    systems = dict(settings.systems)
+    systems, prompts = dict(settings.systems), EncodedPrompts()
     if settings.stored is not None:
-        first = answer_tasks(settings, {settings.reference: systems[settings.reference]}, ledger)
+        first = answer_tasks(settings, {settings.reference: systems[settings.reference]}, ledger, prompts)
         results.check_reference(settings.stored, first[settings.reference], settings.tasks, TOLERANCE)
-    answers = answer_tasks(settings, systems, ledger)
+    answers = answer_tasks(settings, systems, ledger, prompts)
     if settings.controls:
         extra = controls(systems, answers, settings.reference)
-        answers |= answer_tasks(settings, extra, ledger)
+        answers |= answer_tasks(settings, extra, ledger, prompts)
         systems |= extra
     return systems, answers
 
 
-def answer_tasks(settings: Settings, systems: dict[str, System], ledger: Ledger) -> dict[str, list[Answer]]:
+def answer_tasks(
+    settings: Settings, systems: dict[str, System], ledger: Ledger, prompts: EncodedPrompts
+) -> dict[str, list[Answer]]:
     """`answer_questions` for each task; a system's answers follow each other in the order of the tasks."""
     answers: dict[str, list[Answer]] = {key: [] for key in systems}
     for task in settings.tasks:
@@ -135,6 +146,7 @@ def answer_tasks(settings: Settings, systems: dict[str, System], ledger: Ledger)
             task=task,
             batch_size=settings.batch_size,
             ledger=ledger,
+            prompts=prompts,
         )
         for key, more in of_task.items():
             answers[key] += more
@@ -210,6 +222,17 @@ def spread_over(task: Task, n: int) -> list[dict[str, Any]]:
     """`n` rows, or all if there are fewer, spread evenly over the task."""
     n = min(n, len(task.rows))
     return [task.rows[i * len(task.rows) // n] for i in range(n)]
+
+
+@contextmanager
+def threads_of_all() -> Iterator[None]:
+    """The threads that all processes of this machine had together, for one of them while the others wait."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * local_world_size())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def measure_costs(

@@ -10,8 +10,9 @@ from torch import nn
 
 from latefusion.data.prompts import prompt_inputs, without_image
 from latefusion.data.scenes import load_scenes
+from latefusion.eval.comparison import encoded as encoded_module
 from latefusion.eval.comparison.answers import answer_questions, dense_rows
-from latefusion.eval.comparison.encoded import EncodedImages, rows_of_images, vision_weights
+from latefusion.eval.comparison.encoded import EncodedImages, EncodedPrompts, rows_of_images, vision_weights
 from latefusion.models.attach import attach
 from latefusion.models.base_model import load_base, twin
 from latefusion.models.inputs import encode_images, fresh_inputs
@@ -157,6 +158,84 @@ def test_a_comparison_encodes_an_image_once_for_all_questions_and_systems():
     )
     handle.remove()
     assert len(runs) == 2 * len(set(questions["scene"]))  # the student has trained its projector
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many rows each call of `prompt_inputs` reads."""
+    counts = []
+
+    def counted(model, processor, rows):
+        counts.append(len(rows))
+        return prompt_inputs(model, processor, rows)
+
+    monkeypatch.setattr(encoded_module, "prompt_inputs", counted)
+    return counts
+
+
+def test_prompts_are_read_once_for_all_systems_and_for_those_asked_later(read):
+    """The second half of a comparison, its controls, reads no prompt and encodes no image again."""
+    student, questions = evaluated_student.student(), evaluated_student.questions()
+    runs, prompts = [], EncodedPrompts()
+    tower = student.model.get_base_model().model.vision_tower
+    handle = tower.register_forward_hook(lambda module, args, output: runs.append(1))
+    options = {
+        "model": student.model.eval(),
+        "processor": student.processor,
+        "attachment": student.attachment,
+        "task": evaluated_student.task(questions),
+        "batch_size": 3,
+    }
+    first = answer_questions(**options, systems=evaluated_student.SYSTEMS, prompts=prompts)
+    batches, encoded = -(-len(questions) // 3), len(runs)
+    assert sum(read) == len(questions) and len(read) == batches  # base and student, which encode apart
+    later = {key: evaluated_student.SYSTEMS[key] for key in ("pruned", "student")}
+    second = answer_questions(**options, systems=later, prompts=prompts)
+    handle.remove()
+    assert len(read) == batches and len(runs) == encoded
+    assert second == {key: first[key] for key in later}
+    for key, expected in evaluated_student.naive().items():
+        assert [answer.prediction for answer in first[key]] == [text for text, _ in expected]
+
+
+def equal(first, second):
+    pair = [one.pop("mm_encoder_outputs")["image"].pooler_output for one in (first, second)]
+    features = all(torch.equal(*both) for both in zip(*pair, strict=True))
+    assert sorted(first) == sorted(second)
+    return features and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_what_was_read_serves_the_same_prompts_in_the_same_form_alone(base, rows, read):
+    model, processor = base
+    prompts = EncodedPrompts()
+    fresh = EncodedImages().encode(model, prompt_inputs(model, processor, rows[:2]))
+    assert equal(prompts.encoded(model, processor, rows[:2], "a"), dict(fresh))
+    assert equal(prompts.encoded(model, processor, rows[:2], "a"), dict(fresh))
+    assert read == [2]
+    prompts.encoded(model, processor, rows[2:4], "b")
+    assert equal(prompts.encoded(twin(model), processor, rows[:2], "a"), dict(fresh))
+    assert read == [2, 2]  # of "a" features are there, of pixels none
+    _, other = load_base("embedded", dtype=torch.float32)  # another object that reads as the first does
+    assert equal(prompts.encoded(model, other, rows[:2], "a"), dict(fresh))
+    assert read == [2, 2]
+    _, brighter = load_base("embedded", dtype=torch.float32)
+    brighter.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert not equal(prompts.encoded(model, brighter, rows[:2], "a"), dict(fresh))
+    assert read == [2, 2, 2]
+    blind = [without_image(row) for row in rows[:2]]
+    assert "mm_encoder_outputs" not in prompts.encoded(model, processor, blind, ("a", "blind"))
+
+
+@torch.no_grad()
+def test_prompts_whose_features_are_gone_are_read_again(base, rows, read, runs):
+    model, processor = base
+    prompts = EncodedPrompts(limit=1)
+    first = prompts.encoded(model, processor, rows[:2], "a")
+    prompts.encoded(model, processor, rows[2:4], "b")
+    runs.clear()
+    again = prompts.encoded(model, processor, rows[:2], "a")
+    assert read == [2, 2, 2] and len(runs) == 1 and equal(first, again)
 
 
 def test_the_head_gets_rows_that_lie_side_by_side():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -304,6 +305,14 @@ def without_times(value: Any) -> Any:
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+def test_the_process_that_measures_costs_has_the_threads_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with run.threads_of_all():
+        assert torch.get_num_threads() == 3 * own
+    assert torch.get_num_threads() == own
+
+
 @pytest.mark.slow
 def test_killed_and_started_again_it_reports_the_same(tmp_path: Path) -> None:
     """`kill -9` in the middle of the questions."""
@@ -353,4 +362,6 @@ def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         predictions.append([(a["system"], a["id"], a["prediction"]) for a in map(json.loads, lines)])
     assert predictions[0] == predictions[1] and len(predictions[0]) == 24
-    assert json.loads((tmp_path / "two/report.json").read_text())["environment"]["processes"] == 2
+    environment = json.loads((tmp_path / "two/report.json").read_text())["environment"]
+    assert environment["processes"] == 2
+    assert environment["threads"] == 2 * int(os.environ.get("OMP_NUM_THREADS", 1))  # of the one that times
