@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -202,24 +202,33 @@ class Subset:
         }
 
 
-def chunks_of(model: Any, collator: Collator, seed: int, size: int, most: int | None) -> list[list[Group]]:
-    """The validation questions of `data.seed=seed` in a random order, `size` at a time, `most` of them."""
+def chunks_of(
+    model: Any, collator: Collator, seed: int, size: int, most: int | None
+) -> Iterator[tuple[list[Group], list[Hashable]]]:
+    """The validation questions of `data.seed=seed` in a random order, `size` at a time, `most` of them.
+
+    With each chunk comes what its questions are about, in the order of its batches.
+    """
     rows: Any = sources.scenes("validation", seed=seed)
     drawn, _ = with_images(rows, needed=None, seed=seed)
     order = np.random.default_rng(seed).permutation(len(drawn))[:most]
-    whole = range(0, len(order) - size + 1, size)
-    return [
-        batches(model, collator, opened(rows, [drawn[i] for i in order[at : at + size]]), size)
-        for at in whole
-    ]
+    for at in range(0, len(order) - size + 1, size):
+        here = [drawn[i] for i in order[at : at + size]]
+        groups = batches(model, collator, opened(rows, here), size)
+        yield groups, [here[number].images for group in groups for number in group.numbers]
 
 
 @dataclass
 class Pool:
-    """The embedded base's table, which of its chunks are new scenes, and the calibrated entries of its layers."""
+    """The embedded base's table, which of its chunks are new scenes, and the calibrated entries of its layers.
+
+    Attributes:
+        images: what each question of each chunk is about; size: questions of a chunk.
+    """
 
     table: Table
-    size: int  # of a chunk
+    images: Sequence[Sequence[Hashable]]
+    size: int
     new: Sequence[int]
     entry: Callable[[int], Calibration]
 
@@ -227,24 +236,37 @@ class Pool:
     def drawn_from(self) -> list[int]:
         return [i for i in range(len(self.table.chunks)) if i not in self.new]
 
+    def about(self, chunks: Sequence[int]) -> list[Hashable]:
+        """What each question of these chunks is about."""
+        return [image for chunk in chunks for image in self.images[chunk]]
+
     def choose(self, number: int, confirm: int, bound: float, fresh: int) -> dict[str, Any]:
-        """Choose a schedule on a random subset, and say what it costs on `fresh` new questions and on all of them."""
+        """Choose a schedule on a random subset, and say what it costs on `fresh` new questions."""
         random, chunks = np.random.default_rng(number), -(-confirm // self.size)
         drawn = random.permutation(self.drawn_from).tolist()
         samples, others = Subset(self.table, drawn[:1]), Subset(self.table, drawn[1 : 1 + chunks])
         text, vision = counts([group for chunk in drawn for group in self.table.chunks[chunk]])
-        result = Study(samples, others, Goal(bound=bound), True, text, vision).run(self.entry)  # type: ignore[arg-type]
+        study = Study(
+            samples,  # type: ignore[arg-type]
+            others,  # type: ignore[arg-type]
+            Goal(bound=bound),
+            labelled=True,
+            text=text,
+            vision=vision,
+            images=self.about(samples.chunks),
+            confirming_images=self.about(others.chunks),
+        )
+        result = study.run(self.entry)
         schedule, confirmed = result["chosen"]["schedule"], result["confirmed"]
         entry = self.entry(schedule["enter"]).entry if result["chosen"]["calibrated"] else None
-        new = random.permutation(self.new).tolist()
+        new = random.permutation(self.new).tolist()[: -(-fresh // self.size)]
         kl, _ = Subset(self.table, new).schedule(VisionSchedule.from_dict(schedule), entry)
         return {
             "subset": number,
             "schedule": schedule,
             "flops": result["chosen"]["flops"],
             "confirm": {name: confirmed[name] for name in ("prompts", "kl", "limit")},
-            "new": described(kl[:fresh]),
-            "all_new": described(kl),
+            "new": described(kl[:fresh], self.about(new)[:fresh]),
             "measured": len(result["ladder"]),
         }
 
@@ -288,8 +310,9 @@ def coverage(
     return result
 
 
-def described(kl: Sequence[float]) -> dict[str, Any]:
-    mean, low, high = interval(kl)
+def described(kl: Sequence[float], images: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """The mean with its interval (`effects.interval`)."""
+    mean, low, high = interval(kl, images)
     return {"prompts": len(kl), "kl": mean, "low": low, "high": high}
 
 
@@ -299,13 +322,14 @@ def pool(
     """Validation questions of `data.seed` 0 to `scenes` - 1 to draw from, and of the next `new` seeds to judge by."""
     model = attachment.model
     collator = build_collator(processor, model.config, model.generation_config)
-    parts = [chunks_of(model, collator, seed, size, most) for seed in range(scenes + new)]
-    table = Table(attachment, [chunk for part in parts for chunk in part])
+    parts = [list(chunks_of(model, collator, seed, size, most)) for seed in range(scenes + new)]
+    table = Table(attachment, [chunk for part in parts for chunk, _ in part])
     train: Any = sources.scenes("train", n_scenes=IMAGES, seed=0)
     fit_on = distinct_images(train, IMAGES)
     first_new = sum(len(part) for part in parts[:scenes])
     return Pool(
         table,
+        [images for part in parts for _, images in part],
         size,
         range(first_new, len(table.chunks)),
         cache(lambda enter: calibrate(attachment, collator, fit_on, enter, 32)),
@@ -320,7 +344,6 @@ def summary(subsets: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
         "subsets": len(subsets),
         "chosen": len(chosen),
         "hold_on_new": sum(subset["new"]["kl"] <= bound for subset in chosen),
-        "hold_on_all_new": sum(subset["all_new"]["kl"] <= bound for subset in chosen),
         "flops_median": float(np.median(flops)),
         "flops_least_and_most": [float(flops.min()), float(flops.max())],
         "within_20_percent_of_median": int(np.sum(np.abs(flops / np.median(flops) - 1) <= 0.2)),

@@ -1,11 +1,12 @@
 """Whether the setting that `eval/calibrate.py` accepts holds its bound on new prompts: the choice on random subsets.
 
-    python eval/bench/threshold_holds.py --measure 0/1 --table outputs/thresholds.npz
-    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --json outputs/threshold_holds.json
+    python eval/bench/threshold_holds.py --measure --table outputs/thresholds.npz
+    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --json docs/results/threshold_holds.json
 
-The first command runs every setting of VisiPruner of the default grid on validation questions of the embedded base (a
-minute on a GPU, an hour on a CPU; `--measure 0/8` does an eighth). The second chooses on random subsets of them, as the
-command does, and judges each choice by questions about other scenes.
+The first command runs VisiPruner's settings of the default grid on validation questions of the embedded base, in a
+quarter of an hour of one CPU thread: all of them on the first questions, then those that a calibration could choose
+(`possible`). The second chooses on random subsets, as the command does, and judges each choice by questions about other
+scenes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -34,78 +34,161 @@ from latefusion.eval.thresholds.search import scale
 from latefusion.eval.thresholds.settings import Arguments, grid
 from latefusion.eval.thresholds.tried import Tried
 from latefusion.models.attach import attach
-from latefusion.models.base_model import load_base
+from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.schedule import VisionSchedule
 
 BATCH = 64
+FAR = {128: 5.0, 256: 2.5}  # after so many questions: settings whose KL is beyond so many bounds are left out
+SURE = 0.2  # of the bound: settings that cost less are surely accepted
+DEARER = 1.1  # times the FLOPs of the cheapest of those: the first four tries of `accept`
 
 
-def measure(path: Path, scenes: int, part: int, parts: int, device: str, most: int | None) -> None:
-    """KL and FLOPs of every setting on a part of the questions of `data.seed` 0 to `scenes` - 1, saved as they come."""
-    model, processor = load_base("embedded", dtype=torch.float32)
-    model.to(device)
-    arguments = Arguments(batch_size=BATCH)
-    columns: dict[str, list[NDArray]] = {"kl": [], "flops": [], "seed": []}
+@dataclass
+class Table:
+    """What settings do to questions, grown batch by batch.
+
+    Attributes:
+        kl, flops: float `[settings, N]`, FLOPs as a share of dense; NaN where a setting did not run.
+        seed, scene: what each question is about, `[N]`.
+    """
+
+    kl: list[NDArray[Any]]
+    flops: list[NDArray[Any]]
+    seed: list[int]
+    scene: list[str]
+
+    def add(self, tried: Tried, settings: Sequence[dict[str, Any]], which: NDArray[np.bool_]) -> None:
+        """Run the settings of `which` on a batch."""
+        outcomes = tried.outcomes([setting for setting, runs in zip(settings, which, strict=True) if runs])
+        dense = tried.unpruned[0].flops
+        for column, values in (
+            (self.kl, [outcome.kl for outcome in outcomes]),
+            (self.flops, [outcome.flops / dense for outcome in outcomes]),
+        ):
+            block = np.full((len(settings), len(dense)), np.nan)
+            block[which] = values
+            column.append(block)
+
+    def means(self, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean KL and FLOPs of each setting on the first `n` questions; NaN where it did not run on all of them."""
+        kl, flops = (np.concatenate(column, 1)[:, :n].mean(1) for column in (self.kl, self.flops))
+        return kl, flops
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Table, list[dict[str, Any]]]:
+        """What an earlier start has left, and its settings."""
+        with np.load(path) as arrays:
+            settings = json.loads(str(arrays["settings"]))
+            table = cls([arrays["kl"]], [arrays["flops"]], arrays["seed"].tolist(), arrays["scene"].tolist())
+        return table, settings
+
+    def save(self, path: Path, settings: Sequence[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            path,
+            settings=json.dumps(settings),
+            kl=np.concatenate(self.kl, 1).astype(np.float32),
+            flops=np.concatenate(self.flops, 1).astype(np.float32),
+            seed=np.array(self.seed),
+            scene=np.array(self.scene),
+        )
+
+
+def possible(
+    kl: NDArray[np.float64], flops: NDArray[np.float64], bound: float, far: float
+) -> NDArray[np.bool_]:
+    """The settings that a calibration could choose, by their means on the first questions: bool `[settings]`.
+
+    Neither those that are far beyond the bound, nor those that are much dearer than one that is far below it.
+    """
+    sure = flops[kl <= SURE * bound]
+    return (kl <= far * bound) & (flops <= DEARER * sure.min(initial=np.inf))
+
+
+def measure(path: Path, sizes: Sequence[int], bound: float, device: str) -> None:
+    """KL and FLOPs of settings on so many questions of `data.seed` 0, 1, ..., saved as they come.
+
+    Goes on where an earlier start stopped.
+    """
+    model, processor = load_base("embedded", dtype=compute_dtype())
+    model.to(device)  # type: ignore[arg-type]
+    arguments, settings = Arguments(batch_size=BATCH), list[dict[str, Any]]()
+    table, number = Table([], [], [], []), 0
+    if path.exists():
+        table, settings = Table.load(path)
     with attach(model, VisionSchedule()) as attachment:
-        settings = None
-        for seed in range(scenes):
-            rows = load_scenes("validation", seed=seed)
-            questions = of_rows(rows if most is None else rows.select(range(most)))
-            prompts = Prompts(arguments, attachment, processor, questions)
-            if (
-                settings is None
-            ):  # the same for all parts: the thresholds of the first batch of the first seed
-                batch, _ = prompts.dense_batch(prompts.batches[0])
-                recorded = replay.record(batch, attachment, 0, arguments.sink_rule)
-                settings = grid(arguments, range(len(attachment.layers) - 1), scale(recorded))
-            for at in track(prompts.batches[part::parts], console=Console(stderr=True)):
+        which: NDArray[np.bool_] | None = None
+        for seed, most in enumerate(sizes):
+            rows = load_scenes("validation", seed=seed).shuffle(seed=seed)
+            prompts = Prompts(arguments, attachment, processor, of_rows(rows.select(range(most))))
+            names = rows.with_format(None)["scene"]
+            for at in track(batches(most), f"Scenes of seed {seed}", console=Console(stderr=True)):
+                number += len(at)
+                if number <= len(table.seed):
+                    continue
                 batch, _ = prompts.dense_batch(at)
+                if not settings:
+                    recorded = replay.record(batch, attachment, 0, arguments.sink_rule)
+                    settings = grid(arguments, range(len(attachment.layers) - 1), scale(recorded))
+                cut = max((n for n in FAR if n <= len(table.seed)), default=0)
+                if cut and (which is None or cut == len(table.seed)):
+                    which = possible(*table.means(cut), bound, FAR[cut])
+                every = np.ones(len(settings), bool)
                 tried = Tried(lambda batch=batch: batch, attachment, arguments)  # type: ignore[misc]
-                outcomes = tried.outcomes(settings)
-                whole = tried.unpruned[0].flops
-                columns["kl"].append(np.stack([outcome.kl for outcome in outcomes]))
-                columns["flops"].append(np.stack([outcome.flops for outcome in outcomes]) / whole)
-                columns["seed"].append(np.full((1, len(at)), seed))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                arrays = {
-                    name: np.concatenate(parts, 1).astype(np.float16) for name, parts in columns.items()
-                }
-                np.savez_compressed(path, settings=json.dumps(settings), **arrays)  # type: ignore[arg-type]
+                table.add(tried, settings, every if which is None else which)
+                table.seed += [seed] * len(at)
+                table.scene += [names[i] for i in at]
+                table.save(path, settings)
+
+
+def batches(n: int) -> list[list[int]]:
+    """The numbers from 0 to `n` - 1, BATCH at a time."""
+    return [list(range(start, min(start + BATCH, n))) for start in range(0, n, BATCH)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """KL and FLOPs of every setting, float `[settings, N]`, and whether each question is about new scenes, `[N]`."""
+    """KL and FLOPs of every setting, float `[settings, N]`, NaN where it did not run.
+
+    Attributes:
+        new: whether each question is about scenes that nothing is chosen on, `[N]`.
+        scene: what each question is about, `[N]`.
+    """
 
     names: list[dict[str, Any]]
     kl: NDArray[np.float64]
     flops: NDArray[np.float64]
     new: NDArray[np.bool_]
+    scene: NDArray[np.str_]
 
     @classmethod
-    def read(cls, paths: Sequence[Path]) -> Settings:
-        """Read the settings of several tables; the last seed's scenes are new."""
-        tables = [np.load(path) for path in paths]
-        kl, flops, seed = (
-            np.concatenate([t[name] for t in tables], 1, dtype=float) for name in ("kl", "flops", "seed")
-        )
-        return cls(json.loads(str(tables[0]["settings"])), kl, flops, seed[0] == seed.max())
+    def read(cls, path: Path) -> Settings:
+        """Read a table; the last seed's scenes are new."""
+        with np.load(path) as table:
+            seed, scene = table["seed"], table["scene"]
+            kl, flops = (table[name].astype(float) for name in ("kl", "flops"))
+            return cls(json.loads(str(table["settings"])), kl, flops, seed == seed.max(), scene)
 
     def choose(self, number: int, samples: int, confirm: int, bound: float, fresh: int) -> dict[str, Any]:
         """Choose on a random subset, and say what the setting costs on `fresh` new questions and on all of them."""
         random = np.random.default_rng(number)
         drawn, new = (random.permutation(np.flatnonzero(which)) for which in (~self.new, self.new))
         search, others = drawn[:samples], drawn[samples : samples + confirm]
-        kl, flops = self.kl[:, search].mean(1), self.flops[:, search].mean(1)
+        kl, flops = self.kl[:, search].mean(1), self.flops[:, search].mean(1)  # NaN for settings left out
         accepted = accept(
             lambda most, least: cheapest(np.where(flops >= least, kl, np.inf), flops, most),
             lambda setting: self.kl[setting, others],
             lambda setting: float(flops[setting]),
             bound,
+            self.scene[others].tolist(),
         )
         at = accepted.setting
         if at is None:
             return {"subset": number, "setting": None, "limits": list(accepted.limits.values())}
+
+        def on_new(which: NDArray[np.int64]) -> dict[str, Any]:
+            return described(self.kl[at, which].tolist(), self.scene[which].tolist())
+
         return {
             "subset": number,
             "setting": self.names[at],
@@ -116,8 +199,8 @@ class Settings:
                 "kl": float(self.kl[at, others].mean()),
                 "limit": accepted.limits[at],
             },
-            "new": described(self.kl[at, new[:fresh]].tolist()),
-            "all_new": described(self.kl[at, new].tolist()),
+            "new": on_new(new[:fresh]),
+            "all_new": on_new(new),
             "measured": len(accepted.limits),
         }
 
@@ -126,12 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", type=Path, nargs="+", required=True)
-    parser.add_argument(
-        "--measure", metavar="I/N", help="measure this part of the questions, into the first table"
-    )
-    parser.add_argument("--scenes", type=int, default=3, help="seeds of scenes, about 2,000 questions each")
-    parser.add_argument("--questions", type=int, help="of each seed at most")
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--measure", action="store_true", help="run the settings, into the table")
+    parser.add_argument("--questions", type=int, default=1792, help="to draw subsets from")
+    parser.add_argument("--new", type=int, default=640, help="about other scenes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--subsets", type=int, default=20)
     parser.add_argument("--samples", type=int, default=Arguments.samples)
@@ -141,8 +222,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.measure:
-        part, parts = map(int, options.measure.split("/"))
-        measure(options.table[0], options.scenes, part, parts, options.device, options.questions)
+        measure(options.table, (options.questions, options.new), options.bound, options.device)
         return
     settings = Settings.read(options.table)
     subsets = [
@@ -150,8 +230,12 @@ def main() -> None:
         for number in range(options.subsets)
     ]
     out = {
-        "settings": {
-            name: vars(options)[name] for name in ("samples", "confirm", "bound", "scenes", "fresh")
+        "settings": {name: vars(options)[name] for name in ("samples", "confirm", "bound", "fresh")}
+        | {
+            "grid": len(settings.names),
+            "on_all": int((~np.isnan(settings.kl)).all(1).sum()),
+            "drawn_from": int((~settings.new).sum()),
+            "new": int(settings.new.sum()),
         },
         "summary": summary(subsets, options.bound),
         "subsets": subsets,

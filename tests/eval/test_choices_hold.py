@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from helpers.planted_models import grouped, measurer, planted, planted_batch
 
 from latefusion.eval.bench.schedule_holds import Subset, Table, summary
-from latefusion.eval.bench.threshold_holds import Settings
+from latefusion.eval.bench.threshold_holds import FAR, Settings, possible
+from latefusion.eval.bench.threshold_holds import Table as Thresholds
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -64,7 +66,7 @@ def test_thresholds_that_other_prompts_accept_hold_where_the_cheapest_on_the_sam
     kl = true[:, None] * weight * random.lognormal(-(0.7**2) / 2, 0.7, (200, n))
     flops = np.repeat(np.linspace(0.4, 0.9, 200)[:, None], n, 1)
     new = np.arange(n) >= n // 2
-    settings = Settings([{"number": i} for i in range(200)], kl, flops, new)
+    settings = Settings([{"number": i} for i in range(200)], kl, flops, new, np.arange(n))
     subsets = [settings.choose(number, 256, 1536, bound, 600) for number in range(40)]
     kept = [subset for subset in subsets if subset["setting"] is not None]
     held = [true[subset["setting"]["number"]] <= bound for subset in kept]
@@ -76,5 +78,27 @@ def test_thresholds_that_other_prompts_accept_hold_where_the_cheapest_on_the_sam
     assert np.mean(true[first] <= bound) < 0.6, (
         "the rule that stood here before holds as well: the test shows nothing"
     )
+    means = kl[:, : n // 2][:, :256].mean(1), flops[:, 0]
+    which = possible(*means, bound, FAR[256])
+    assert 5 < which.sum() < 100
+    left = replace(settings, kl=np.where(which[:, None], kl, np.nan))
+    again = [left.choose(number, 256, 1536, bound, 600) for number in range(40)]
+    pairs = [(a, b) for a, b in zip(subsets, again, strict=True) if b["setting"] is not None]
+    assert len(pairs) >= 36 and all(a["setting"] == b["setting"] for a, b in pairs)
     totals = summary(kept, bound)
     assert totals["subsets"] == len(kept) and 0.9 * len(kept) <= totals["within_20_percent_of_median"]
+
+
+def test_a_measure_of_settings_goes_on_with_those_that_could_be_chosen(tmp_path: Path) -> None:
+    kl = np.array([0.001, 0.2, 0.015, 0.001, np.nan])
+    flops = np.array([0.6, 0.3, 0.5, 0.9, 0.5])
+    assert possible(kl, flops, 0.02, 2.5).tolist() == [True, False, True, False, False]
+    assert possible(kl, flops, 0.02, 10.0).tolist() == [True, True, True, False, False]
+    table = Thresholds([np.ones((2, 3)), np.full((2, 1), 3.0)], [np.ones((2, 4))], [0, 0, 0, 1], list("abca"))
+    assert table.means(3)[0].tolist() == [1, 1] and table.means(4)[0].tolist() == [1.5, 1.5]
+    table.save(tmp_path / "table.npz", [{"boundary": 1}, {"boundary": 2}])
+    again, settings = Thresholds.load(tmp_path / "table.npz")
+    assert settings == [{"boundary": 1}, {"boundary": 2}] and again.seed == table.seed
+    assert again.means(4)[0].tolist() == [1.5, 1.5]
+    read = Settings.read(tmp_path / "table.npz")
+    assert read.new.tolist() == [False, False, False, True] and read.scene.tolist() == list("abca")
