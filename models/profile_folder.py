@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.entry import CalibratedEntry
+from latefusion.models.student.entry import CalibratedEntry, later_layers
 
 PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", "schedule.yaml", "entry.safetensors"
 
@@ -85,7 +85,7 @@ def read_entry(path: str | Path, weights: str, processor: str | None = None) -> 
     values = load_file(file)
     try:
         places, width = values["bias"].shape
-        entry = CalibratedEntry(hidden_size=width, places=places)
+        entry = CalibratedEntry(hidden_size=width, places=places, later=later_layers(values))
         entry.load_state_dict(values)
     except (KeyError, ValueError, RuntimeError):  # other names, dimensions or shapes
         raise damaged from None

@@ -104,6 +104,8 @@ class LateFusionModel(LlamaModel):
                 if len(text):
                     hidden_states, residual = layer(text_positions, hidden_states, residual)
                 continue
+            if self.adapts and str(i) in self.vision_entry.later:
+                frozen = self.vision_entry(frozen, step.order, i)
             attention = layer.self_attn
             _, k, v = _projected(attention, layer.input_layernorm(frozen), frozen_positions)
             if not len(text):

@@ -304,7 +304,8 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
     guard = Guard(
         plain, on_error=config.data.on_error, too_long=config.data.too_long, dataset=rows, folder=None
     )
-    enter = schedule_of(config.schedule).enter
+    schedule = schedule_of(config.schedule)
+    enter, later = schedule.enter, (schedule.cross or ())[1:]
     try:
         samples = distinct_images(rows, config.entry.images, guard.fits)
     except NoImages:
@@ -316,7 +317,9 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
     with attach(model, VisionSchedule()) as attachment:
         groups = batches(model, plain, samples, size)
         made = (group.make() for group in groups)
-        calibration = fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
+        calibration = fit_entry(
+            attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later
+        )
     unseen, raw = calibration.unseen, calibration.raw
     if unseen is None or raw is None or unseen <= raw:
         raise ValueError(
@@ -325,7 +328,12 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
         )
     print(
         f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains {unseen:.1%} of the "
-        f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%}).",
+        f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%})"
+        + (
+            f", and at least {min(calibration.later):.1%} at the layers that read them later."
+            if later
+            else "."
+        ),
         flush=True,
     )
     return calibration.entry

@@ -29,6 +29,7 @@ class Entering:
         self, entry: nn.Module, prompt: Prompt | None, samples: Samples | None = None, *, idle_before: int = 0
     ):
         self.entry, self.prompt, self.samples, self.idle_before = entry, prompt, samples, idle_before
+        self.later = getattr(entry, "later", {})  # layers, as text, that frozen tokens are mapped on to
         self.done = False  # the adapter has run
         self._unseen = None if prompt is None else prompt.vision  # bool [B, T], not computed by any layer yet
         self._counts: Sequence[int] = () if prompt is None else prompt.n_vision  # of the unseen
@@ -46,6 +47,16 @@ class Entering:
         order = self._order(self.prompt.vision).gather(1, new.index).clamp(min=0)  # [B, n]
         self.done = True
         return new.put(full, self.entry(new.take(full), order))
+
+    def moves(self, layer: int) -> bool:
+        """Whether the adapter maps frozen tokens, which entered before, on to what this layer expects of them."""
+        return str(layer) in self.later
+
+    def move(self, layer: int, rows: Tensor, index: Tensor) -> Tensor:
+        """Frozen tokens `[B, n, D]` mapped on to this layer; `index` int64 `[B, n]` are their positions."""
+        assert self.prompt is not None
+        order = self._order(self.prompt.vision).gather(1, index).clamp(min=0)  # [B, n]
+        return self.entry(rows, order, layer)
 
     def _order(self, vision: Tensor) -> Tensor:
         """The number of each vision token among those of its sample, int64 `[B, T]`."""

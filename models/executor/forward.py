@@ -127,6 +127,8 @@ class Forward:
             if i in self.watch.looks_ahead:
                 self._look_ahead(i, layer, stock, hidden_states, kwargs)
         hidden_states = self._select(i, hidden_states)
+        if self.segment.text is not None and self.entering is not None and self.entering.moves(i):
+            hidden_states = self._move(i, hidden_states)
         if self.watch is not None and not is_skipped(stock):
             self.watch.enter(i, mixer_of(layer))
         if self.recorded is not None:
@@ -212,6 +214,22 @@ class Forward:
             silent = silent if text is None else silent.gather(1, text.index)
         self.segment = Segment(layout, full, text, silent)
         return layout.take(full)  # here they are removed: the segment's layers get the active rows alone
+
+    def _move(self, i: int, hidden_states: Tensor) -> Tensor:
+        """Hidden states whose frozen rows are as layer i expects them, by the entry adapter."""
+        segment, entering, prompt = self.segment, self.entering, self.tokens.prompt
+        assert entering is not None and prompt is not None and segment.text is not None
+        layout, n_text = segment.layout, segment.text.counts
+        assert layout is not None
+
+        def make() -> tuple[Layout, Tensor]:
+            vision = prompt.vision.gather(1, layout.index)  # [B, n]
+            vision = vision if layout.valid is None else vision & layout.valid
+            frozen = Layout.build(vision, [n - text for n, text in zip(layout.counts, n_text, strict=True)])
+            return frozen, layout.index.gather(1, frozen.index)
+
+        frozen, index = segment.once("frozen", (), make)
+        return frozen.put(hidden_states, entering.move(i, frozen.take(hidden_states), index))
 
     # ---------------------------------------------------------------- what a layer is handed
 

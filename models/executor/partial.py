@@ -58,18 +58,27 @@ def starting_at(layers: Sequence[nn.Module], first: int, state: Tensor | None) -
 
 def input_of_layer(layers: Sequence[nn.Module], last: int, forward: Callable[[], Any]) -> Tensor:
     """Run `forward` up to layer `last` and return that layer's input, `[B, T, D]`; no later layer runs."""
+    return inputs_of_layers(layers, [last], forward)[0]
+
+
+def inputs_of_layers(
+    layers: Sequence[nn.Module], names: Sequence[int], forward: Callable[[], Any]
+) -> list[Tensor]:
+    """Run `forward` up to the last of the layers `names`, which ascend, and return their inputs, `[B, T, D]` each."""
     states: list[Tensor] = []
 
-    def stop(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
         states.append(args[0])
-        raise _Reached
+        if len(states) == len(names):
+            raise _Reached
 
-    handle = layers[last].register_forward_pre_hook(stop, prepend=True)
+    handles = [layers[name].register_forward_pre_hook(look, prepend=True) for name in names]
     try:
         with torch.no_grad():
             forward()
     except _Reached:
-        return states[0]
+        return states
     finally:
-        handle.remove()
-    raise AssertionError(f"the forward did not reach layer {last}")
+        for handle in handles:
+            handle.remove()
+    raise AssertionError(f"the forward did not reach layer {names[-1]}")

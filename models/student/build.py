@@ -166,8 +166,11 @@ def _add_entry(
     """Install an entry adapter if the schedule enters late; the names of the modules to train, that or none."""
     if rank is None or schedule.enter == 0:
         return []
-    entry = install_entry(model, rank, 0 if calibrated is None else len(calibrated.bias))
-    if calibrated is not None and entry.start is not None:
+    if calibrated is None:
+        install_entry(model, rank)
+        return [ENTRY]
+    entry = install_entry(model, rank, len(calibrated.bias), [int(layer) for layer in calibrated.later])
+    if entry.start is not None:
         entry.start.load_state_dict(calibrated.state_dict())
     return [ENTRY]
 

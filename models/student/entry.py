@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +19,36 @@ class CalibratedEntry(nn.Module):
     """A fixed affine map with a bias per place in the image: `x @ weight + bias[order % places]`.
 
     It is created as the identity; `entry_fit.py` fits it in closed form to the states with which the dense vision
-    tokens reach layer `enter`.
+    tokens reach layer `enter`. Frozen tokens stay as they enter, while the dense model's change from layer to layer:
+    `later` has a map for each of the layers that read them after the first, from the state before it.
 
     Args:
         hidden_size: of the decoder.
         places: number of tokens of an image; 1: one bias for all (images differ in size).
+        later: the layers that have a map of their own.
     """
 
     weight: Tensor  # [D, D]
     bias: Tensor  # [places, D]
 
-    def __init__(self, *, hidden_size: int, places: int):
+    def __init__(self, *, hidden_size: int, places: int, later: Sequence[int] = ()):
         super().__init__()
         self.register_buffer("weight", torch.eye(hidden_size))
         self.register_buffer("bias", torch.zeros(places, hidden_size))
+        self.later = nn.ModuleDict(
+            {str(layer): CalibratedEntry(hidden_size=hidden_size, places=places) for layer in later}
+        )
 
-    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, order: Tensor, layer: int | None = None) -> Tensor:
         """Map vision rows to the states of a dense model at layer `enter`, in the same shape and dtype.
 
         Args:
             hidden_states: `[..., D]`.
             order: int64 `[...]`, the number of each row among its sample's vision tokens.
+            layer: one of `later`: map frozen rows on to the states at that layer.
         """
+        if layer is not None:
+            return self.later[str(layer)](hidden_states, order)
         x = hidden_states.to(self.weight.dtype)
         return (x @ self.weight + self.bias[order % len(self.bias)]).to(hidden_states.dtype)
 
@@ -52,24 +62,33 @@ class EntryAdapter(nn.Module):
     Args:
         hidden_size: of the decoder.
         rank: of the low-rank part; 0: no such part, only the scale.
-        places: of the `CalibratedEntry` to start from; 0: no such start.
+        places, later: of the `CalibratedEntry` to start from; 0 places: no such start.
     """
 
-    def __init__(self, *, hidden_size: int, rank: int, places: int = 0):
+    def __init__(self, *, hidden_size: int, rank: int, places: int = 0, later: Sequence[int] = ()):
         super().__init__()
-        self.start = CalibratedEntry(hidden_size=hidden_size, places=places) if places else None
+        self.start = CalibratedEntry(hidden_size=hidden_size, places=places, later=later) if places else None
         self.scale = nn.Parameter(torch.zeros(hidden_size))
         self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
         self.up = nn.Linear(rank, hidden_size, bias=False) if rank else None
         if self.up is not None:
             nn.init.zeros_(self.up.weight)
 
-    def forward(self, hidden_states: Tensor, order: Tensor | None = None) -> Tensor:
+    @property
+    def later(self) -> Mapping[str, nn.Module]:
+        """The layers, as text, that frozen rows are mapped on to after they entered."""
+        return {} if self.start is None else self.start.later  # type: ignore[return-value]
+
+    def forward(self, hidden_states: Tensor, order: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Adapt vision rows `[..., D]` to layer `enter`; same shape and dtype, computed in the dtype of the weights.
 
         Args:
             order: int64 `[...]`, the number of each row among its sample's vision tokens; a calibrated start needs it.
+            layer: one of `later`: map frozen rows on to that layer's states, which nothing here learns.
         """
+        if layer is not None:
+            assert self.start is not None
+            return self.start(hidden_states, order, layer)
         x = hidden_states.to(self.scale.dtype)
         if self.start is not None:
             assert order is not None
@@ -79,23 +98,35 @@ class EntryAdapter(nn.Module):
             mapped = mapped + self.up(self.down(x))
         return mapped.to(hidden_states.dtype)
 
-    def sizes(self) -> dict[str, int]:
-        """Its rank and places, as a checkpoint's config.json holds them."""
-        rank = 0 if self.down is None else self.down.out_features
-        return {"rank": rank, "places": 0 if self.start is None else len(self.start.bias)}
+    def sizes(self) -> dict[str, Any]:
+        """Its sizes, as a checkpoint's config.json holds them."""
+        return entry_sizes({name: weight.shape for name, weight in self.state_dict().items()})
 
     def flops(self, tokens: float) -> float:
-        """FLOPs of its matrix products for this many vision tokens."""
+        """FLOPs of its matrix products for this many vision tokens, as if none of them left in a later layer."""
         width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
-        return 2 * tokens * width * (2 * rank + (width if self.start is not None else 0))
+        maps = 0 if self.start is None else 1 + len(self.start.later)
+        return 2 * tokens * width * (2 * rank + maps * width)
 
 
-def entry_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """The `rank` and `places` of the entry adapter whose weights have these shapes."""
-    return shapes.get("down.weight", (0,))[0], shapes.get("start.bias", (0,))[0]
+def entry_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The arguments of the entry adapter whose weights have these shapes, but for the decoder's width."""
+    sizes: dict[str, Any] = {
+        "rank": shapes.get("down.weight", (0,))[0],
+        "places": shapes.get("start.bias", (0,))[0],
+    }
+    later = later_layers(name.removeprefix("start.") for name in shapes)
+    return {**sizes, "later": later} if later else sizes
 
 
-def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAdapter:
+def later_layers(names: Iterable[str]) -> list[int]:
+    """The layers of `CalibratedEntry.later`, from the names of its weights."""
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"later\.(\d+)\.bias", name)))
+
+
+def install_entry(
+    model: PreTrainedModel, rank: int, places: int = 0, later: Sequence[int] = ()
+) -> EntryAdapter:
     """Add a new entry adapter to the Hugging Face model as its submodule `vision_entry`, in float32.
 
     Raises:
@@ -113,7 +144,7 @@ def install_entry(model: PreTrainedModel, rank: int, places: int = 0) -> EntryAd
         )
     hidden_size = text.hidden_size
     with model.device:
-        entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places)
+        entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places, later=later)
     model.add_module(ENTRY, entry)
     return entry
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latefusion.models.attach import Attachment
-from latefusion.models.executor.partial import input_of_layer
+from latefusion.models.executor.partial import inputs_of_layers
 from latefusion.models.inputs import fresh_inputs
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import ENTRY, CalibratedEntry, entry_of
@@ -36,6 +36,7 @@ class Calibration:
         tokens: number of vision tokens it was fitted on.
         unseen: the same share in the last batch, by a map fitted on the batches before it; None: those are too few.
         raw: the same share in the last batch without a map.
+        later: `unseen` at each of the later layers, by the maps up to it.
     """
 
     entry: CalibratedEntry
@@ -43,6 +44,7 @@ class Calibration:
     tokens: int
     unseen: float | None
     raw: float | None
+    later: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -51,17 +53,20 @@ def fit_entry(
     batches: Iterable[tuple[dict[str, Any], Tensor]],
     enter: int,
     *,
+    later: Sequence[int] = (),
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Fit the map by ridge regression, in closed form: from the rows that enter at layer `enter` to the dense states.
 
-    Only the layers before `enter` run. Each place in the image has its own bias if all images have the same number of
-    tokens; else there is one bias for all.
+    Only the layers before `enter`, or before the last of `later`, run. Each place in the image has its own bias if all
+    images have the same number of tokens; else there is one bias for all.
 
     Args:
         attachment: of a model without an entry adapter.
         batches: inputs of the model and their vision tokens, bool `[B, T]`.
         enter: at least 1.
+        later: the layers that read frozen tokens after `enter`, in ascending order. Each gets a map to the dense
+            states there, from what the maps before it have made of the rows.
         advance: called after each batch.
 
     Raises:
@@ -71,34 +76,54 @@ def fit_entry(
     model = attachment.model
     if entry_of(model) is not None:
         raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
-    sums, before, last = None, None, None  # all batches; all but the last; the last
+    sums: list[_Sums] | None = None  # of all batches, a layer each
+    before: list[_Sums] | None = None  # of all but the last batch
+    last: list[_Sums] | None = None  # of the last
     for inputs, vision in batches:
         rows, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
-        states = _dense_states(attachment, inputs, vision, enter)  # [N, D]
+        states = _dense_states(attachment, inputs, vision, [enter, *later])  # [N, D] each
         sizes = set(vision.sum(1).tolist())
-        before, last = sums, _Sums.of(rows, states, order, sizes)
-        sums = last if before is None else before.plus(last)
+        before, last = sums, [_Sums.of(rows, state, order, sizes) for state in states]
+        sums = last if before is None else [one.plus(other) for one, other in zip(before, last, strict=True)]
         advance()
     if sums is None or last is None:
         raise ValueError("calibration needs at least one image; give it some.")
-    if len(sums.sizes) > 1:  # a place means nothing where images differ in size
-        sums, before, last = sums.pooled(), before and before.pooled(), last.pooled()
-    if not sums.enough():
+    if len(sums[0].sizes) > 1:  # a place means nothing where images differ in size
+        sums, last = [one.pooled() for one in sums], [one.pooled() for one in last]
+        before = None if before is None else [one.pooled() for one in before]
+    first = sums[0]
+    if not first.enough():
         raise TooFew(
-            f"{sums.tokens} vision tokens, which is all that the usable images have, are too few to fit the calibrated "
-            f"entry's map of {sums.x.shape[1]} inputs and {len(sums.n)} biases: use more images (entry.images, rows "
-            "that can be read) or entry.init=identity."
+            f"{first.tokens} vision tokens, which is all that the usable images have, are too few to fit the "
+            f"calibrated entry's map of {first.x.shape[1]} inputs and {len(first.n)} biases: use more images "
+            "(entry.images, rows that can be read) or entry.init=identity."
         )
-    weight, bias = sums.solve()  # [D, D], [places, D]
+    maps, explained = _solved(sums, sums)
+    weight, bias = maps[0]  # [D, D], [places, D]
     with weight.device:
-        entry = CalibratedEntry(hidden_size=len(weight), places=len(bias))
-    entry.weight.copy_(weight)
-    entry.bias.copy_(bias)
-    unseen = raw = None
-    if before is not None and before.enough():
-        unseen = before.explained(*before.solve(), last)
-        raw = before.explained(torch.eye(len(weight)).to(weight), torch.zeros_like(bias), last)
-    return Calibration(entry, sums.explained(weight, bias, sums), sums.tokens, unseen, raw)
+        entry = CalibratedEntry(hidden_size=len(weight), places=len(bias), later=later)
+    for fitted, (w, b) in zip([entry, *entry.later.values()], maps, strict=True):
+        fitted.weight.copy_(w)  # type: ignore[operator]
+        fitted.bias.copy_(b)  # type: ignore[operator]
+    unseen, raw = [None], None
+    if before is not None and before[0].enough():
+        _, unseen = _solved(before, last)  # type: ignore[assignment]
+        raw = before[0].explained(torch.eye(len(weight)).to(weight), torch.zeros_like(bias), last[0])
+    return Calibration(entry, explained[0], first.tokens, unseen[0], raw, tuple(unseen[1:]))  # type: ignore[arg-type]
+
+
+def _solved(
+    sums: Sequence[_Sums], tested: Sequence[_Sums]
+) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """The maps of `sums`, each from what those before it have made, and what each explains in `tested`."""
+    maps: list[tuple[Tensor, Tensor]] = []
+    explained = []
+    for one, test in zip(sums, tested, strict=True):
+        for done in maps:
+            one, test = one.moved(*done), test.moved(*done)
+        maps.append(one.solve())
+        explained.append(one.explained(*maps[-1], test))
+    return maps, explained
 
 
 @dataclass(frozen=True)
@@ -155,6 +180,16 @@ class _Sums:
         """These sums added up over places, as if all tokens stood at one."""
         x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
         return replace(self, x=x, y=y, n=n)
+
+    def moved(self, weight: Tensor, bias: Tensor) -> _Sums:
+        """The sums of `x @ weight + bias` in the place of x."""
+        mixed = weight.T @ self.x.T @ bias  # [D, D]
+        return replace(
+            self,
+            xx=weight.T @ self.xx @ weight + mixed + mixed.T + bias.T @ (self.n[:, None] * bias),
+            xy=weight.T @ self.xy + bias.T @ self.y,
+            x=self.x @ weight + self.n[:, None] * bias,
+        )
 
     def enough(self) -> bool:
         """Whether there are more tokens than the map has inputs and biases."""
@@ -221,10 +256,12 @@ def _entering(
     return rows[valid], order[valid]
 
 
-def _dense_states(attachment: Attachment, inputs: dict[str, Any], vision: Tensor, enter: int) -> Tensor:
-    """The dense model's input of layer `enter` at its vision tokens, `[N, D]`."""
+def _dense_states(
+    attachment: Attachment, inputs: dict[str, Any], vision: Tensor, layers: Sequence[int]
+) -> list[Tensor]:
+    """The dense model's inputs of some layers at its vision tokens, `[N, D]` each."""
     forward = partial(_forward, attachment, inputs, VisionSchedule())
-    return input_of_layer(attachment.layers, enter, forward)[vision]
+    return [state[vision] for state in inputs_of_layers(attachment.layers, layers, forward)]
 
 
 def _forward(attachment: Attachment, inputs: dict[str, Any], schedule: VisionSchedule) -> None:

@@ -30,7 +30,7 @@ from latefusion.models.locate import (
 )
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student, hold_frozen
-from latefusion.models.student.entry import ENTRY, entry_shape, install_entry
+from latefusion.models.student.entry import ENTRY, entry_sizes, install_entry
 from latefusion.models.student.whole import forget, record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -135,7 +135,7 @@ def load_student(
     if model is None:
         model, _ = load_base(check_base_of(folder), dtype=dtype or compute_dtype())
     if entry:
-        install_entry(model, *entry_shape(entry))
+        install_entry(model, **entry_sizes(entry))
     other = f"the student at {path} is of another base than {model.name_or_path}"
     fix = f"name the one it was trained on as {BASE} in {folder / ADAPTER_CONFIG}."
     with warnings.catch_warnings():

@@ -128,7 +128,7 @@ class _Loaded:
 
         super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         if sizes := getattr(config, ENTRY_KEY, None):
-            install_entry(self, sizes["rank"], sizes["places"])  # type: ignore[arg-type]
+            install_entry(self, **sizes)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(
@@ -205,22 +205,22 @@ def load_entry(model: PreTrainedModel, folder: str | Path) -> None:
         entry.load_state_dict(_entry_weights(Path(folder)))
 
 
-def _entry_sizes(folder: Path, sizes: Any) -> dict[str, int] | None:
+def _entry_sizes(folder: Path, sizes: Any) -> dict[str, Any] | None:
     """The sizes of the entry adapter in a checkpoint's files, once it is sure that they are those in `config.json`.
 
     Raises:
         ValueError: the configuration and the weights do not agree whether there is one, and of which sizes.
     """
-    from latefusion.models.student.entry import entry_shape
+    from latefusion.models.student.entry import entry_sizes
 
     shapes = {name: weight.shape for name, weight in _entry_weights(folder).items()}
-    saved = dict(zip(("rank", "places"), entry_shape(shapes), strict=True)) if shapes else None
+    saved = entry_sizes(shapes) if shapes else None
     if sizes is not None and sizes != saved:
         raise ValueError(_without_entry(folder, sizes, saved))
     return saved
 
 
-def _without_entry(folder: Any, sizes: Any, saved: dict[str, int] | None) -> str:
+def _without_entry(folder: Any, sizes: Any, saved: dict[str, Any] | None) -> str:
     state = (
         f"holds one with {saved}" if saved else "lacks its weights: transformers alone drops them as it loads"
     )

@@ -65,12 +65,14 @@ def save_student(folder, schedule, base, entry=False):
     model = base.model
     if entry:
         torch.manual_seed(0)
-        adapter = install_entry(model, 4, 1 if base.sizes_differ else base.tokens(base.picture(0)))
+        places = 1 if base.sizes_differ else base.tokens(base.picture(0))
+        adapter = install_entry(model, 4, places, (schedule.cross or ())[1:])
         with torch.no_grad():
             for weight in adapter.parameters():
                 weight.normal_(0, 0.1)
-            adapter.start.bias.normal_(0, 0.1)
-            adapter.start.weight.add_(0.03 * torch.randn_like(adapter.start.weight))
+            for start in (adapter.start, *adapter.start.later.values()):
+                start.bias.normal_(0, 0.1)
+                start.weight.add_(0.03 * torch.randn_like(start.weight))
     record(model, schedule)
     model.save_pretrained(folder)
     base.processor.save_pretrained(folder)

@@ -45,13 +45,17 @@ def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():
     assert entry.scale.grad.abs().min() > 0 and entry.up.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("places", [0, 7], ids=["low-rank", "calibrated"])
-def test_entry_flops_are_those_of_its_matrix_products(places):
-    entry = EntryAdapter(hidden_size=24, rank=3, places=places)
+@pytest.mark.parametrize(
+    ("places", "later"), [(0, ()), (7, ()), (7, (4, 6))], ids=["low-rank", "calibrated", "at later layers too"]
+)
+def test_entry_flops_are_those_of_its_matrix_products(places, later):
+    entry = EntryAdapter(hidden_size=24, rank=3, places=places, later=later)
     rows = torch.randn(2, 7, 24)
     order = torch.arange(7).expand(2, -1) if places else None
     with FlopCounterMode(display=False) as counter:
         entry(rows, order)
+        for layer in later:
+            entry(rows, order, layer)
     assert entry.flops(14) == counter.get_total_flops()
 
 

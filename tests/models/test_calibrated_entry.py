@@ -108,13 +108,16 @@ def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> N
             fit_entry(attachment, [(few, vision_tokens(few))], 2)
 
 
-def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None:
+@pytest.mark.parametrize("cross", [None, (1, 2, 3)])
+def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base, cross) -> None:
     model, processor = tiny_base(layers=4)
-    entry = CalibratedEntry(hidden_size=32, places=4)
-    entry.weight.normal_(0, 0.3)
-    entry.bias.normal_(0, 1)
+    entry = CalibratedEntry(hidden_size=32, places=4, later=(cross or ())[1:])
+    for fitted in (entry, *entry.later.values()):
+        fitted.weight.normal_(0, 0.3)
+        fitted.bias.normal_(0, 1)
+    schedule = VisionSchedule(enter=1, exit=3) if cross is None else VisionSchedule(cross=cross)
     student = build_student(
-        model, processor, base=str(base), schedule=VisionSchedule(enter=1, exit=3), lora=Lora(rank=2, alpha=4),
+        model, processor, base=str(base), schedule=schedule, lora=Lora(rank=2, alpha=4),
         entry_rank=2, calibrated=entry,
     )  # fmt: skip
     assert not any(
@@ -131,6 +134,7 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base) -> None
     merge(tmp_path / "student", tmp_path / "merged", dtype=torch.float32)
     for name in ("student", "merged"):
         again, _ = load(tmp_path / name, dtype=torch.float32)
+        assert list(entry_of(again).later) == [str(layer) for layer in (cross or ())[1:]]
         with torch.no_grad():
             torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -185,6 +189,43 @@ def test_what_is_explained_is_what_least_squares_explains(kinds) -> None:
     assert entry.unseen < entry.explained
 
 
+def test_later_layers_are_fitted_to_what_the_maps_before_have_made() -> None:
+    """Row by row, without sums; in the last batch by maps of those before it."""
+    model = shared("llava")
+    batches = [prompt("llava", ["tt I ttt"] * 9, seed=seed) for seed in range(3)]
+    with attach(model, VisionSchedule()) as attachment:
+        pairs = [(inputs, vision_tokens(inputs)) for inputs in batches]
+        fit = fit_entry(attachment, pairs, 2, later=[3, 5])
+        alone = fit_entry(attachment, pairs, 2)
+    rows = [states(model, inputs, vision, (0, 2, 3, 5)) for inputs, vision in pairs]
+    assert torch.equal(fit.entry.weight, alone.entry.weight) and fit.unseen == alone.unseen
+
+    def fitted(x, y):
+        place = torch.arange(len(x)) % 4
+        means = [torch.stack([part[place == p].mean(0) for p in range(4)])[place] for part in (x, y)]
+        x, y = x - means[0], y - means[1]
+        ridge = (RIDGE * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        weight = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, 0 * ridge])).solution
+        return weight, (means[1] - means[0] @ weight)[:4]
+
+    x, *layers = (torch.cat(part) for part in zip(*rows, strict=True))
+    order = torch.arange(len(x)) % 4
+    for y, module in zip(layers, (fit.entry, *fit.entry.later.values()), strict=True):
+        weight, bias = fitted(x, y)
+        torch.testing.assert_close(module.weight, weight.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(module.bias, bias.float(), atol=1e-4, rtol=1e-4)
+        x = x @ weight + bias[order]
+    x, *layers = (torch.cat(part) for part in zip(*rows[:2], strict=True))
+    z, *tested = rows[2]
+    for y, test, share in zip(layers, tested, (fit.unseen, *fit.later), strict=True):
+        weight, bias = fitted(x, y)
+        x, z = x @ weight + bias[order[: len(x)]], z @ weight + bias[order[: len(z)]]
+        mean = torch.stack([y[order[: len(y)] == p].mean(0) for p in range(4)])[order[: len(test)]]
+        assert share == pytest.approx(
+            float(1 - (test - z).square().sum() / (test - mean).square().sum()), rel=1e-5
+        )
+
+
 def test_one_batch_leaves_nothing_unseen() -> None:
     inputs = prompt("llava", ["tt I ttt"] * 20)
     with attach(shared("llava"), VisionSchedule()) as attachment:
@@ -208,6 +249,16 @@ def made(config, rows=None, resumed=None) -> Path:
         config, collator_without_weights(config), lambda: assemble.base_of(config)[0], lambda: rows, resumed
     )
     return Path(config.output_dir) / FITTED / ENTRY_FILE
+
+
+def test_a_run_that_freezes_them_fits_every_layer_that_reads(base, tmp_path, capsys) -> None:
+    words = ("recipe=cross_only", "train.dtype=float32", "train.threads=1", "model.cross=[1,2,3]", "entry.images=64")
+    config = configured(*words, f"model.path={base}", f"output_dir={tmp_path}")
+    file = made(config)
+    assert " at the layers that read them later." in capsys.readouterr().out
+    entry = entry_of(assemble.student_of(config).model)
+    assert list(entry.later) == ["2", "3"]
+    assert torch.equal(entry.start.later["3"].bias, load_file(file)["later.3.bias"])
 
 
 def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, capsys) -> None:

@@ -25,14 +25,15 @@ from helpers.families import (
 )
 from helpers.flop_counter import N_TEXT, N_VISION, counted_flops, flops_prompt, llama_config
 from helpers.forwards import generate, gradients, gradients_checkpointed, ranking_rows
-from helpers.oracle import masked
+from helpers.oracle import gone_afterwards, masked
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from latefusion import VisionSchedule
 from latefusion.models.attach import attach, attached
 from latefusion.models.flops import account
-from latefusion.models.student.entry import install_entry
+from latefusion.models.student.entry import CalibratedEntry, install_entry
+from latefusion.models.student.entry_fit import installed
 
 CROSS = [(1, 3, 4), (0, 2), (0, 5)]
 
@@ -201,6 +202,62 @@ def test_the_entry_adapter_maps_them_once(family: str) -> None:
         model.add_module("vision_entry", entry)
         with attach(model, VisionSchedule(cross=cross)):
             assert close(model(**inputs).logits[text], expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("keep", [{}, {3: 3}])
+def test_they_move_on_to_each_layer_that_reads_them(family: str, keep: dict[int, int]) -> None:
+    """By a map of each place and layer: rows of no, one and two images, through layers that do not read between."""
+    model, inputs, cross = build(family), prompt(family, MIXED), (1, 3, 4)
+    vision, text = vision_tokens(inputs), text_tokens(inputs)
+    entry = CalibratedEntry(hidden_size=32, places=4, later=cross[1:])
+    generator = torch.Generator().manual_seed(0)
+    for fitted in (entry, *entry.later.values()):
+        fitted.weight.normal_(0, 0.2, generator=generator)
+        fitted.bias.normal_(0, 0.5, generator=generator)
+
+    def moved(fitted: Any, rows: torch.Tensor) -> torch.Tensor:
+        out = rows.clone()
+        for b in range(len(rows)):
+            for n, t in enumerate(vision[b].nonzero().flatten().tolist()):
+                out[b, t] = rows[b, t] @ fitted.weight + fitted.bias[n % 4]
+        return out
+
+    def before(layer: Any, args: tuple, fitted: Any) -> tuple:
+        return (moved(fitted, args[0]), *args[1:])
+
+    with torch.no_grad():
+        with installed(model, entry), attach(model, VisionSchedule(cross=cross, keep=keep)) as attachment:
+            logits, trace = model(**inputs).logits[text], attachment.trace
+        seen = seen_at(vision, cross)
+        for layer in (3, 4) if keep else ():
+            seen[layer] = torch.zeros_like(vision)
+            for b, record in enumerate(trace):
+                seen[layer][b, record.kept or []] = True
+        hide = masked(
+            model, vision, seen, padding=inputs["attention_mask"], frozen=True, entry=partial(moved, entry)
+        )
+        with hide:
+            layers = model.get_decoder().layers
+            handles = [
+                layers[i].register_forward_pre_hook(partial(before, fitted=entry.later[str(i)]))
+                for i in cross[1:]
+            ]
+            with gone_afterwards(handles):
+                assert close(logits, model(**inputs, use_cache=False).logits[text])
+
+
+def test_gradients_pass_the_maps_between_layers() -> None:
+    """To the entry adapter before them, with the same ones under gradient checkpointing."""
+    model, inputs = build("llava"), prompt("llava", MIXED, "right")
+    entry = install_entry(model, 4, 4, (3, 4))
+    assert entry.start is not None
+    for fitted in (entry.start, *entry.start.later.values()):
+        fitted.weight.add_(0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
+    with attach(model, VisionSchedule(cross=(1, 3, 4))):
+        (grads, _), (again, _) = gradients(model, inputs), gradients_checkpointed(model, inputs)
+    assert float(grads["vision_entry.scale"].abs().max()) > 0
+    assert all(torch.equal(grads[name], again[name]) for name in grads)
 
 
 def test_lora_around_the_projections_works_on_text_rows_alone() -> None:
