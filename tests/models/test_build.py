@@ -46,7 +46,9 @@ def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():
 
 
 @pytest.mark.parametrize(
-    ("places", "later"), [(0, ()), (7, ()), (7, (4, 6))], ids=["low-rank", "calibrated", "at later layers too"]
+    ("places", "later"),
+    [(0, ()), (7, ()), (7, (4, 6))],
+    ids=["low-rank", "calibrated", "at later layers too"],
 )
 def test_entry_flops_are_those_of_its_matrix_products(places, later):
     entry = EntryAdapter(hidden_size=24, rank=3, places=places, later=later)

@@ -252,7 +252,13 @@ def made(config, rows=None, resumed=None) -> Path:
 
 
 def test_a_run_that_freezes_them_fits_every_layer_that_reads(base, tmp_path, capsys) -> None:
-    words = ("recipe=cross_only", "train.dtype=float32", "train.threads=1", "model.cross=[1,2,3]", "entry.images=64")
+    words = (
+        "recipe=cross_only",
+        "train.dtype=float32",
+        "train.threads=1",
+        "model.cross=[1,2,3]",
+        "entry.images=64",
+    )
     config = configured(*words, f"model.path={base}", f"output_dir={tmp_path}")
     file = made(config)
     assert " at the layers that read them later." in capsys.readouterr().out
