@@ -83,7 +83,7 @@ def fit_entry(
         rows, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
         states = _dense_states(attachment, inputs, vision, [enter, *later])  # [N, D] each
         sizes = set(vision.sum(1).tolist())
-        before, last = sums, [_Sums.of(rows, state, order, sizes) for state in states]
+        before, last = sums, _Sums.of(rows, states, order, sizes)
         sums = last if before is None else [one.plus(other) for one, other in zip(before, last, strict=True)]
         advance()
     if sums is None or last is None:
@@ -139,19 +139,18 @@ class _Sums:
     n: Tensor  # [places]
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, order: Tensor, sizes: Iterable[int]) -> _Sums:
-        x, y = x.double(), y.double()
+    def of(cls, x: Tensor, states: Iterable[Tensor], order: Tensor, sizes: Iterable[int]) -> list[_Sums]:
+        """Those of each layer: from `x` to its `states`, `[N, D]` each."""
+        x = x.double()
         places = int(order.max()) + 1
         zero = x.new_zeros(places, x.shape[1])
-        return cls(
-            frozenset(sizes),
-            x.T @ x,
-            x.T @ y,
-            y.square().sum(),
-            zero.index_add(0, order, x),
-            zero.index_add(0, order, y),
-            order.bincount(minlength=places).double(),
-        )
+        xx, sum_x, n = x.T @ x, zero.index_add(0, order, x), order.bincount(minlength=places).double()
+        out = []
+        for state in states:
+            y = state.double()
+            sum_y = zero.index_add(0, order, y)
+            out.append(cls(frozenset(sizes), xx, x.T @ y, y.square().sum(), sum_x, sum_y, n))
+        return out
 
     def plus(self, other: _Sums) -> _Sums:
         places = max(len(self.n), len(other.n))
