@@ -51,10 +51,11 @@ class VisionSchedule:
       Exactly `k` are kept; where scores tie at the border, the official code keeps all that tie.
 
     `cross` names layers instead of a band, as ViCA does (arXiv 2602.07574): vision tokens bypass attention and MLPs
-    altogether, stay what the projector made them, and are read by the text in these layers alone, in one softmax with
-    the text before, at their original positions. Only their keys and values are computed, with the layer's own weights.
-    Empty: no layer reads, the answer is blind; None: vision tokens are computed, in the band. `freeze_prefix`: the
-    attention output of the text before the image is zero in every layer, while its MLP runs (ViCA's 7B model).
+    altogether, stay what the projector (or an entry adapter) made them, and are read by the text in these layers alone,
+    in one softmax with the text before, at their original positions. Only their keys and values are computed, with the
+    layer's own weights. Empty: no layer reads, the answer is blind; None: vision tokens are computed, in the band.
+    `freeze_prefix`: the attention output of the text before the image is zero in every layer, while its MLP runs
+    (ViCA's 7B model).
 
     In a hybrid decoder, layers that run a recurrence (linear attention, a short convolution) read the tokens of the
     band in their original order, and text alone elsewhere. They rank nothing, and `cross` cannot name them: a token

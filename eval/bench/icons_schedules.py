@@ -7,14 +7,16 @@
 Each question is about a board of its own, and every row answers all of them: the KL of its answer's tokens to the dense
 model's, and whether greedy decoding would write the label. Beside the chosen schedule and the recipe's own stand three
 forms of the recipe's band: vision tokens that enter as the projector made them (raw), through the calibrated entry, and
-the dense model's own vision states, which text does not see outside of the band (the ceiling).
+the dense model's own vision states, which text does not see outside of the band (the ceiling). Then frozen tokens, read
+in the recipe's layers and in every second of them: as the calibrated entry left them, or moved on to each layer, and
+the ceiling.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ from latefusion.models.policies import named
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
-from latefusion.models.student.entry_fit import installed
+from latefusion.models.student.entry_fit import Calibration, installed
 from latefusion.recipes.compose import compose_config
 from latefusion.recipes.schema import Source
 
@@ -60,8 +62,16 @@ class Row:
     prunes: bool = True  # else its FLOPs are those of the dense model, and say nothing
 
 
-def rows(band: VisionSchedule, entry: CalibratedEntry, layers: int, options: Any) -> Iterator[Row]:
-    """Every row of the table but the dense one; `band` is the recipe's schedule."""
+def rows(
+    band: VisionSchedule, entry: CalibratedEntry, frozen: Sequence[Row], layers: int, options: Any
+) -> Iterator[Row]:
+    """Every row of the table but the dense one.
+
+    Args:
+        band: the recipe's schedule.
+        entry: fitted at its first layer.
+        frozen: the rows whose vision tokens are only read.
+    """
     leave = layers if band.exit is None else band.exit
     alone, ends = VisionSchedule(enter=band.enter, exit=band.exit), f"[{band.enter}, {leave})"
     if options.profile is not None:
@@ -77,10 +87,28 @@ def rows(band: VisionSchedule, entry: CalibratedEntry, layers: int, options: Any
     yield Row(f"band {ends}, calibrated entry", alone, entry)
     outside = [*range(band.enter), *range(leave, layers)]
     yield Row(f"band {ends}, ceiling", KnockOut(outside), prunes=False)
+    yield from frozen
     if options.policy is not None:
         yield Row("VisiPruner, calibrated", named(str(options.policy)))
     visipruner = compose_config([f"model={MODEL}"]).model.visipruner
     yield Row("VisiPruner, first guess", named("visipruner", **guess(visipruner)))
+
+
+def frozen_rows(cross: Sequence[int], layers: int, fit: Callable[..., Calibration]) -> Iterator[Row]:
+    """Frozen vision tokens, read in the layers `cross` and in every second of them.
+
+    Args:
+        fit: the first layer that reads, and the later ones, to their maps.
+    """
+    for some in (cross, cross[::2]):
+        name = f"frozen, read in {len(some)} layers"
+        moved = fit(some[0], some[1:]).entry
+        first = CalibratedEntry(hidden_size=len(moved.weight), places=len(moved.bias))
+        first.load_state_dict({"weight": moved.weight, "bias": moved.bias})
+        schedule = VisionSchedule(cross=some)
+        yield Row(f"{name}, calibrated entry", schedule, first)
+        yield Row(f"{name}, moved on to each", schedule, moved)
+        yield Row(f"{name}, ceiling", KnockOut([i for i in range(layers) if i not in some]), prunes=False)
 
 
 def guess(held: Any) -> dict[str, Any]:
@@ -105,9 +133,10 @@ def measure(
             out["right"] += effect.right
             for record in attachment.trace:
                 whole = [record.tokens[0] if record.vision[0] else record.tokens[0] + record.n_vision]
-                out["flops"].append(
-                    decoder_flops(config, record.tokens) / decoder_flops(config, whole * len(record.tokens))
-                )
+                maps = 0 if row.entry is None else 1 + len(row.entry.later)
+                flops = decoder_flops(config, record.tokens, record.frozen)
+                flops += maps * 2 * record.n_vision * config.get_text_config().hidden_size ** 2
+                out["flops"].append(flops / decoder_flops(config, whole * len(record.tokens)))
     return out
 
 
@@ -181,16 +210,21 @@ def run(options: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."), "calibrating_images": options.images, "rows": [],
     }  # fmt: skip
     with attach(model, VisionSchedule()) as attachment:
-        entry = calibrate(
-            attachment, collator, distinct_images(train, options.images), band.enter, options.batch_size
-        )
+        images = distinct_images(train, options.images)
+
+        def fit(enter: int, later: Sequence[int] = ()) -> Calibration:
+            return calibrate(attachment, collator, images, enter, options.batch_size, later)
+
+        layers = len(attachment.layers)
+        entry = fit(band.enter)
+        frozen = list(frozen_rows(tuple(config.model.cross), layers, fit))
         runners = [Runner(model, attachment, group.make()) for group in track(groups, "Images")]
         dense = [runner.answers(VisionSchedule()) for runner in runners]
         whole = [answers.effect(answers) for answers in dense]
         right = [one for effect in whole for one in effect.right]
         nothing = {"kl": [0.0] * len(right), "right": right, "flops": [1.0] * len(right)}
         out["rows"].append(described(Row("dense", VisionSchedule()), nothing, right, boards, outside))
-        for row in track(list(rows(band, entry.entry, len(attachment.layers), options)), "Rows"):
+        for row in track(list(rows(band, entry.entry, frozen, layers, options)), "Rows"):
             values = measure(attachment, row, runners, dense)
             out["rows"].append(described(row, values, right, boards, outside))
             options.json.parent.mkdir(parents=True, exist_ok=True)

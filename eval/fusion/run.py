@@ -208,9 +208,10 @@ def calibrate(
     samples: Sequence[dict[str, Any]],
     enter: int,
     batch_size: int,
+    later: Sequence[int] = (),
 ) -> Calibration:
     made = (group.make() for group in batches(attachment.model, collator, samples, batch_size))
-    return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter)
+    return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later)
 
 
 def announce(console: Console, cost: Cost, samples: int, confirming: int, layers: int, images: int) -> None:

@@ -14,6 +14,7 @@ from latefusion.models.executor.packed import Samples
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Lora, build_student
+from latefusion.models.student.entry import CalibratedEntry
 from latefusion.training.objective import Distillation, Objective
 
 ROWS = ["tt I tttt", "ttttt", "t I t I ttt", "I tttttt", "tt I ttttt"]  # one, none, two, at the start, one
@@ -54,8 +55,14 @@ def alone(family: str, rows: list[str], at: int) -> dict:
 
 
 def objective_on(family: str, schedule, teacher, attention: str = "sdpa") -> tuple[Objective, list]:
-    options = {"lora": Lora(rank=2, alpha=2), "entry_rank": 2}
-    student = build_student(build(family, attention), None, base=family, schedule=schedule, **options)
+    model = build(family, attention)
+    width = model.config.get_text_config().hidden_size
+    entry = CalibratedEntry(hidden_size=width, places=3, later=(schedule.cross or ())[1:])
+    for fitted in (entry, *entry.later.values()):
+        fitted.bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        fitted.weight.mul_(1.1)
+    options = {"lora": Lora(rank=2, alpha=2), "entry_rank": 2, "calibrated": entry}
+    student = build_student(model, None, base=family, schedule=schedule, **options)
     shake(student, 0.2)
     objective = Objective(
         model=student.model,
