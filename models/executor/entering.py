@@ -23,12 +23,22 @@ class Entering:
         prompt: None: the forward brings no vision tokens.
         samples: of a row, if it holds several.
         idle_before: in a forward without vision tokens, the layer before which it runs; 0: after the last.
+
+    Raises:
+        ValueError: the adapter goes by places in the image, of which the forward brings a piece.
     """
 
     def __init__(
         self, entry: nn.Module, prompt: Prompt | None, samples: Samples | None = None, *, idle_before: int = 0
     ):
         self.entry, self.prompt, self.samples, self.idle_before = entry, prompt, samples, idle_before
+        places = getattr(entry, "places", 0)
+        cut = prompt is not None and prompt.piece and idle_before > 0 and places > 1
+        if cut and any(n % places for n in prompt.n_vision):  # type: ignore[union-attr]
+            raise ValueError(
+                f"the entry adapter has a bias for each of the {places} places in an image, but this forward begins or "
+                "ends inside one: prefill the prompt at once (leave prefill_chunk_size out)."
+            )
         self.later = getattr(entry, "later", {})  # layers, as text, that frozen tokens are mapped on to
         self.done = False  # the adapter has run
         self._unseen = None if prompt is None else prompt.vision  # bool [B, T], not computed by any layer yet

@@ -39,6 +39,11 @@ class CalibratedEntry(nn.Module):
             {str(layer): CalibratedEntry(hidden_size=hidden_size, places=places) for layer in later}
         )
 
+    @property
+    def places(self) -> int:
+        """Places in an image that have a bias of their own; 1: all share one."""
+        return len(self.bias)
+
     def forward(self, hidden_states: Tensor, order: Tensor, layer: int | None = None) -> Tensor:
         """Map vision rows to the states of a dense model at layer `enter`, in the same shape and dtype.
 
@@ -73,6 +78,11 @@ class EntryAdapter(nn.Module):
         self.up = nn.Linear(rank, hidden_size, bias=False) if rank else None
         if self.up is not None:
             nn.init.zeros_(self.up.weight)
+
+    @property
+    def places(self) -> int:
+        """Of its start; 0: it has none."""
+        return 0 if self.start is None else self.start.places
 
     @property
     def later(self) -> Mapping[str, nn.Module]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import prompt, shared, text_tokens, vision_tokens
+from helpers.families import build, prompt, shared, text_tokens, vision_tokens
+from helpers.forwards import generate
 from helpers.oracle import band, masked
 from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
 from safetensors.torch import load_file
@@ -96,6 +98,29 @@ def test_a_late_token_gets_the_bias_of_its_place() -> None:
     text = text_tokens(inputs)
     torch.testing.assert_close(late[text], expected[text], atol=2e-5, rtol=1e-4)
     assert entry_of(model) is None
+
+
+@pytest.mark.parametrize("schedule", [VisionSchedule(enter=2, exit=4), VisionSchedule(cross=(1, 3, 4))])
+def test_a_chunk_that_cuts_an_image_is_refused(schedule) -> None:
+    """Its tokens would be counted from the wrong place; chunks of whole images, and one bias for all, are exact."""
+    model, inputs, later = build("llava"), prompt("llava", ["t I t I tt"]), (schedule.cross or ())[1:]
+    entry = CalibratedEntry(hidden_size=32, places=4, later=later)
+    one = CalibratedEntry(hidden_size=32, places=1, later=later)
+    for fitted in (entry, *entry.later.values(), one, *one.later.values()):
+        fitted.bias.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+
+    def logits(**settings):
+        return torch.stack(generate(model, copy.deepcopy(inputs), **settings).logits, 1)
+
+    with torch.no_grad(), attach(model, schedule):
+        with installed(model, entry):
+            torch.testing.assert_close(logits(prefill_chunk_size=5), logits(), atol=2e-5, rtol=1e-4)
+            with pytest.raises(
+                ValueError, match="each of the 4 places in an image, but this forward begins or ends"
+            ):
+                logits(prefill_chunk_size=3)
+        with installed(model, one):
+            torch.testing.assert_close(logits(prefill_chunk_size=3), logits(), atol=2e-5, rtol=1e-4)
 
 
 def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> None:
