@@ -1,11 +1,14 @@
-"""How long the shipped model takes to its first token under a policy, and where that time goes.
+"""How long a shipped model takes to its first token under a policy, and where that time goes.
 
     python eval/bench/first_token.py --threads 1 --clock cpu --json outputs/bench_first_token.json
+    python eval/bench/first_token.py --model smollm_icons --schedule docs/results/profile_icons/schedule.yaml \\
+        --threads 1 --clock cpu --json outputs/bench_first_token_icons.json
 
 One picture and one question that the processor has read: vision tower, decoder, head. The schedules are those of the
-model's recipes. The variants run in turn within every round, in an order that rotates; a ratio is the median over
-rounds of the ratio within a round. Then a second pass times the parts of a prefill, each by its own time: the tower,
-the stock layers, and *beside*: embedding, norm and head, and under a policy everything that it does.
+model's recipes, or one of a file; beside one that ranks, the same numbers of tokens unranked. The variants run in turn
+within every round, in an order that rotates; a ratio is the median over rounds of the ratio within a round. Then a
+second pass times the parts of a prefill, each by its own time: the tower, the stock layers, and *beside*: embedding,
+norm and head, and under a policy everything that it does.
 """
 
 from __future__ import annotations
@@ -19,39 +22,50 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from latefusion.data.scenes import make_scene, render
+from latefusion.data.question_sets import samples, usual_set
 from latefusion.eval.bench.decoding import calls
 from latefusion.eval.bench.executor import under
 from latefusion.eval.bench.phases import Phases
+from latefusion.eval.bench.ranking import Unranked
 from latefusion.eval.bench.timing import interleaved, parser, ratios, seconds, setting, write_json
+from latefusion.eval.metrics import spread
 from latefusion.models.base_model import load_base
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import compose_config
+from latefusion.recipes.schema import Source
 
-MODEL = "embedded"
 TOWER, LAYERS, BESIDE = "tower", "layers", "rest"
 
 
-def schedules() -> dict[str, VisionSchedule | None]:
-    """The stock model, everything kept, and the schedules of the recipes."""
-    recipes = ("late_fusion", "late_fusion_pyramid", "cross_only")
-    configs = {name: compose_config([f"model={MODEL}", f"recipe={name}"]) for name in recipes}
-    named = {name: schedule_of(config.schedule) for name, config in configs.items()}
-    band = named["late_fusion"]
-    alone = {"its band alone": VisionSchedule(enter=band.enter, exit=band.exit)} if band.keep else {}
-    return {"stock": None, "keep all": VisionSchedule(), "late_fusion": band, **alone, **named}
+def schedules(model: str, file: Path | None) -> dict[str, VisionSchedule | None]:
+    """The stock model, everything kept, and the schedules of the model's recipes, or the one of a file."""
+    if file is not None:
+        named = {"its schedule": VisionSchedule.from_dict(yaml.safe_load(file.read_text()))}
+    else:
+        recipes = ("late_fusion", "late_fusion_pyramid", "cross_only")
+        configs = {name: compose_config([f"model={model}", f"recipe={name}"]) for name in recipes}
+        named = {name: schedule_of(config.schedule) for name, config in configs.items()}
+    variants: dict[str, VisionSchedule | None] = {"stock": None, "keep all": VisionSchedule(), **named}
+    name, band = next(iter(named.items()))
+    if band.keep:
+        ends: dict[str, Any] = {"enter": band.enter, "exit": band.exit}
+        variants |= {
+            "its band alone": VisionSchedule(**ends),
+            f"{name}, unranked": Unranked(**ends, keep=band.keep),
+        }
+    return variants
 
 
-def question(processor: Any) -> dict[str, Any]:
-    """The processor's inputs of a question about a scene."""
-    scene, questions = make_scene("test", 0)
-    content = [{"type": "image"}, {"type": "text", "text": questions[0].question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(text=text, images=render(scene), return_tensors="pt"))
+def question(processor: Any, model: str) -> dict[str, Any]:
+    """The processor's inputs of a test question of the model's usual set."""
+    sample = samples(Source(usual_set(model)), "test", n_images=1)[0]
+    text = processor.apply_chat_template(sample["messages"][:1], add_generation_prompt=True)
+    return dict(processor(text=text, images=sample["images"], return_tensors="pt"))
 
 
 @contextmanager
@@ -64,7 +78,7 @@ def watching(phases: Phases, model: Any) -> Iterator[None]:
 
 def measure(args: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each policy."""
-    variants = schedules()
+    variants = schedules(args.model, args.schedule)
 
     def prefill() -> Any:
         return model(**inputs, use_cache=True, logits_to_keep=1)
@@ -98,6 +112,12 @@ def measure(args: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> lis
             dense = VisionSchedule().flops(model.config, text, vision)
             flops = schedule.flops(model.config, text, vision) / dense
         row = {"policy": name, **ratios(times[name], times["stock"]), "calls": count, "decoder_flops": flops}
+        if (unranked := f"{name}, unranked") in times:
+            added = spread(times[name], times[unranked])
+            row |= {
+                "ranking": added.ratio - 1,
+                "ranking_quartiles": [added.ratio_q25 - 1, added.ratio_q75 - 1],
+            }
         fastest = min(times[name]) / min(times["stock"])
         rows.append({**row, "fastest": fastest, "parts_ms": milliseconds})
     return rows
@@ -115,6 +135,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
         "layers",
         "beside",
         "calls",
+        "ranking adds",
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
@@ -127,21 +148,24 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             f"{row['decoder_flops']:.0%}",
             *(f"{row['parts_ms'][part]:.1f}" for part in (TOWER, LAYERS, BESIDE)),
             f"{row['calls']:,}",
+            f"{row['ranking']:+.1%}" if "ranking" in row else "",
         )
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--model", default="embedded", choices=["embedded", "smollm_icons"])
+    options.add_argument("--schedule", type=Path, help="the file of a schedule, in place of the recipes'")
     options.add_argument("--rounds", type=int, default=20)
     options.add_argument("--json", type=Path, help="also write the rows here")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    model, processor = load_base(MODEL, dtype=getattr(torch, args.dtype))
+    model, processor = load_base(args.model, dtype=getattr(torch, args.dtype))
     model.to(args.device)
-    inputs = {name: value.to(args.device) for name, value in question(processor).items()}
+    inputs = {name: value.to(args.device) for name, value in question(processor, args.model).items()}
     gc.disable()
-    title = f"{MODEL}, {setting(args)}"
+    title = f"{args.model}, {setting(args)}"
     rows = measure(args, model, inputs)
     write_json({"title": title, "torch": torch.__version__, "rows": rows}, args.json)
     show(rows, title)

@@ -4,7 +4,7 @@
 
 A band with two keeps in a quarter to three quarters of the decoder, under each ranking rule, beside the same numbers
 of tokens without a look at any layer, and the stock model. The variants run in turn within every round (`executor.py`
-says why). For each rule two questions are answered:
+says why), each once more before it is timed: a user attaches once. For each rule two questions are answered:
 
 * how much of a prefill it takes: its time over that of the same tokens unranked (target: at most 2%), beside the FLOPs;
 * whether the FLOPs that we count say what a prefill takes: both against the stock model's (target: within 10%). FLOPs
@@ -20,6 +20,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,15 @@ from rich.table import Table
 from torch import nn
 
 from latefusion.eval.bench.executor import build, under
-from latefusion.eval.bench.timing import interleaved, parser, prompt, seconds, setting, write_json
+from latefusion.eval.bench.timing import (
+    IMAGE_TOKEN,
+    interleaved,
+    parser,
+    prompt,
+    seconds,
+    setting,
+    write_json,
+)
 from latefusion.eval.metrics import spread
 from latefusion.models.policies.base import Decision, Prompt
 from latefusion.models.policies.scheduled import ScheduleDecision
@@ -71,6 +80,21 @@ def without_layers(model: Any) -> Iterator[None]:
         decoder.layers = layers
 
 
+def with_text_between(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The prompt with the last `tokens` of its text before the image in the middle of it, as between two images."""
+    ids = inputs["input_ids"]
+    vision = (ids == IMAGE_TOKEN)[0].nonzero().flatten()  # [V]
+    if not tokens or not len(vision):
+        return inputs
+    first, half = int(vision[0]), len(vision) // 2
+    if tokens > first:
+        raise ValueError(f"--between {tokens} is more than the {first} text tokens before the image.")
+    before, text, image, after = ids.split(
+        [first - tokens, tokens, len(vision), ids.shape[1] - first - len(vision)], 1
+    )
+    return {**inputs, "input_ids": torch.cat([before, image[:, :half], text, image[:, half:], after], dim=1)}
+
+
 def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, Any]]:
     """A row for each rule at one text length."""
     variants = {
@@ -83,7 +107,9 @@ def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, A
     vision = unranked.vision_tokens(args.layers, args.vision)
     lengths = {*vision, args.vision}  # of stock prompts as long as layers see
     prompts = {
-        n: prompt(argparse.Namespace(**{**vars(args), "text": text, "vision": n, "batch": 1}))
+        n: with_text_between(
+            prompt(argparse.Namespace(**{**vars(args), "text": text, "vision": n, "batch": 1})), args.between
+        )
         for n in lengths
     }
     if 0 in prompts:
@@ -92,7 +118,9 @@ def measure(args: argparse.Namespace, model: Any, text: int) -> list[dict[str, A
     def run(variant: tuple[VisionSchedule | None, int, bool]) -> float:
         schedule, n, layered = variant
         with under(model, schedule), nullcontext() if layered else without_layers(model), torch.no_grad():
-            return seconds(lambda: model(**prompts[n], use_cache=True, logits_to_keep=1), args)
+            prefill = partial(model, **prompts[n], use_cache=True, logits_to_keep=1)
+            prefill()
+            return seconds(prefill, args)
 
     whole = {name: (schedule, args.vision, True) for name, schedule in variants.items()}
     stock = {("whole", n): (None, n, True) for n in lengths - {args.vision}}
@@ -167,6 +195,12 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=16)
     options.add_argument("--hidden", type=int, default=1024)
     options.add_argument("--texts", default="64,256,512,1024,2048,4096", help="text tokens of a prompt")
+    options.add_argument(
+        "--between",
+        type=int,
+        default=0,
+        help="of these, in the middle of the vision tokens, as between two images",
+    )
     options.add_argument("--rankings", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--json", type=Path, help="also write the rows here")
@@ -174,7 +208,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = build(args)
     gc.disable()
-    title = f"{args.layers} layers x {args.hidden}, {args.vision} vision tokens, {setting(args)}"
+    between = f" with {args.between} text tokens between" if args.between else ""
+    title = f"{args.layers} layers x {args.hidden}, {args.vision} vision tokens{between}, {setting(args)}"
     rows: list[dict[str, Any]] = []
     for text in map(int, args.texts.split(",")):
         rows += measure(args, model, text)

@@ -35,6 +35,7 @@ from latefusion.training import assemble
 from latefusion.training.engines import accelerate as engine
 from latefusion.training.engines.accelerate import StudentTrainer
 from latefusion.training.objective import Objective
+from latefusion.training.signals import Signals
 from latefusion.training.step_cost import training_flops
 from latefusion.training.vision_tower import VisionTower
 
@@ -135,6 +136,8 @@ class Runs:
         dataset = self.datasets[cell.text]
         with ExitStack() as held:
             held.enter_context(redirect_stdout(io.StringIO()))
+            # a signal ends the benchmark, instead of this run alone once its step is saved
+            held.enter_context(patch.object(Signals, "listen", lambda self: None))
             context = engine.prepare(config, dtype=assemble.dtype_of(config))
             guard = assemble.guarded(config, assemble.collator_of(student, config), dataset)
             marks = held.enter_context(step_ends(cell.device, phases))

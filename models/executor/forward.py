@@ -201,7 +201,7 @@ class Forward:
         check_choice(i, chosen, self.tokens, self.config)
         self.gaps.check()
         # Tokens that are not active leave: they are removed by `layout.take` at the end.
-        active = prompt.real & (selection.vision | ~prompt.vision)  # [B, T]
+        active = torch.where(prompt.vision, selection.vision, prompt.real)  # bool [B, T]
         n_text = [real - vision for real, vision in zip(prompt.n_real, prompt.n_vision, strict=True)]
         layout = Layout.build(active, [text + count for text, count in zip(n_text, counts, strict=True)])
         text = None

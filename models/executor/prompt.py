@@ -57,8 +57,9 @@ def read_prompt(
     """
     batch, length = real.shape
     vision, column = vision & real, torch.arange(length, device=real.device)
-    of_prompt = real if end.length is None else real & (column < end.length - past)  # bool [B, T]
-    last = length - 1 - of_prompt.int().flip(1).argmax(1, keepdim=True)  # [B, 1]
+    later = end.length is not None and end.length - past < length  # tokens behind the prompt
+    of_prompt = real & (column < end.length - past) if later else real  # bool [B, T]
+    last = (of_prompt * column).amax(1, keepdim=True)  # [B, 1]
     queries, asks, late = last, None, None
     if end.queries is not None:
         queries = end.queries.to(real.device)
@@ -71,29 +72,33 @@ def read_prompt(
         else:
             queries = last
         late = vision & (column > queries.amax(1, keepdim=True))
-    after = real & ~vision & (vision.cumsum(1) > 0)  # bool [B, T]
+    seen = vision.cumsum(1)
+    after = torch.logical_and(real ^ vision, seen)  # bool [B, T], text behind the first vision token
     text, answer = after, None
-    if end.queries is not None or end.answers is not None or end.length is not None:
+    if end.queries is not None or end.answers is not None or later:
         text = after & (column <= queries.amax(1, keepdim=True))
         if end.answers is not None:
             answers = end.answers[:, :length].to(real.device)
             # what was generated since comes after all queries
             text = text & ~pad(answers, (0, length - answers.shape[1]))
         answer = after & ~text
-    tail = text.flip(1).long().cumprod(1)  # [B, T], ones as long as a row's end is text
+    head = torch.where(text, 0, column).amax(1)  # [B], the last column that is no text
     cut = vision[:, :1] if past else None  # [B, 1], begins inside an image
     if end.queries is None:  # or ends there
         ends = vision.gather(1, last)
         cut = ends if cut is None else cut | ends
     packed = restarts(position_ids, real)
-    masks = {"vision": vision, "real": real, "text": text, "tail": tail}
+    masks = {"vision": vision, "real": real, "text": text}
     others = {"answer": answer, "cut": cut, "packed": packed, "asks": asks, "late": late}
     masks |= {name: mask for name, mask in others.items() if mask is not None}
-    numbers = torch.stack([mask.sum(1) for mask in masks.values()]).tolist()
+    sums = (mask.sum(1) for mask in masks.values())
+    heads, widths, *numbers = torch.stack([head, seen.count_nonzero(1), *sums]).tolist()
     counts = {name: tuple(row) for name, row in zip(masks, numbers, strict=True)}
     n_vision, none = counts["vision"], (0,) * batch
     if not any(n_vision):
         return None
+    tokens = zip(n_vision, counts["text"], counts.get("answer", none), strict=True)
+    holes = any(width > sum(there) for width, there in zip(widths, tokens, strict=True))
     return Prompt(
         vision=vision,
         real=real,
@@ -103,7 +108,7 @@ def read_prompt(
         n_real=counts["real"],
         n_text=counts["text"],
         n_answer=counts.get("answer", none),
-        tail=min(counts["tail"]),
+        tail=0 if holes else length - 1 - max(heads),
         num_layers=num_layers,
         piece=any(counts.get("cut", none)),
         packed=any(counts.get("packed", none)),

@@ -58,8 +58,9 @@ class Selections:
         ]
         pairs = zip(selection.counts, possible, strict=True)
         wrong = [b for b, (count, most) in enumerate(pairs) if count > most]
-        if self._computed is not None and not wrong and any(selection.counts):
-            back = selection.vision & self._computed & ~now.vision
+        computed = None if self._computed is now.vision else self._computed  # those now have not left
+        if computed is not None and not wrong and any(selection.counts):
+            back = selection.vision & computed & ~now.vision
             wrong = back.any(1).nonzero().flatten().tolist() if back.any() else []
         if wrong:
             raise ValueError(

@@ -26,7 +26,8 @@ class Prompt:
             last query, in training without the answers.
         n_vision, n_real, n_text: the same masks counted per sample, on the host.
         n_answer: real tokens after the first vision token that are neither: in training, the answers'.
-        tail: the number of columns at the end that are `text` in every sample.
+        tail: the number of columns at the end that are `text` in every sample; 0 if padding stands behind the first
+            vision token of any.
         num_layers: decoder layers.
         asks: per sample, whether an answer follows some query; in training a sample may have none. Empty: all do.
         past: tokens that the cache has seen before this forward.

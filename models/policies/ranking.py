@@ -26,7 +26,7 @@ def best(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
     Returns:
         bool `[B, T]`.
     """
-    order = scores.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)  # [B, T]
+    order = torch.where(among, scores, float("-inf")).argsort(dim=1, descending=True, stable=True)  # [B, T]
     most = max(counts)
     first: Any = True
     if min(counts) < most:

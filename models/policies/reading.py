@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from latefusion.models.flops import MOST_ROWS
 from latefusion.models.policies.base import AttentionCall, Prompt
-
-UNREAD = -1e5
-"""In place of log |v|, of keys that are no vision tokens: they take part only where no vision token has a value."""
 
 MOST_KEYS = 1024  # of all samples: layers of fewer keys are scored together, others as they run
 
@@ -42,13 +40,12 @@ def reading_share(scores: Tensor, values: Tensor) -> Tensor:
     return share.nan_to_num_(0).amax((1, 2, 3))  # nan: the row sees no vision token
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What is kept of a watched layer: its asking rows `[B, H, R, D]`, keys and values of its vision tokens.
+class _Layer(NamedTuple):
+    """What is kept of a watched layer: its asking rows `[B, H, R, D]`, and the scored keys and values.
 
     Attributes:
-        key_index: of the layer's `AttentionCall`.
-        block: where the vision tokens stand in it, in every sample.
+        block: where those stand in the layer's `key_index`.
+        mixed: not all of them are vision tokens.
     """
 
     query: Tensor
@@ -56,6 +53,7 @@ class _Layer:
     value: Tensor
     key_index: Tensor
     block: slice
+    mixed: bool
     scaling: float
 
     def fits(self, other: _Layer) -> bool:
@@ -70,30 +68,41 @@ class _Layer:
 
 
 class LastRows:
-    """`reading_share` of the rows at the end of all samples, where the vision tokens stand in one block before them.
+    """`reading_share` of the rows at the end of all samples, behind which and between which no other row asks.
 
-    That is how requests about one image are: keys and values of vision tokens are a slice. A small model's prefill
-    waits for calls, not for products, so layers are kept until tokens are to be ranked, then scored as one.
+    That is how requests are. A small model's prefill waits for calls, not for products, so layers are kept until tokens
+    are to be ranked, then scored as one. Keys and values are a slice, from the first vision token of any sample to its
+    last; of text between them the share is 0.
 
     Args:
         prompt: whose vision tokens are ranked.
-        rows: how many rows ask; 0: the prompt is not like that.
+        most: of the text before an answer, this number of rows rank; None: all.
     """
 
-    def __init__(self, prompt: Prompt, rows: int):
-        self.prompt, self.rows = prompt, rows
+    def __init__(self, prompt: Prompt, most: int | None):
+        self.prompt = prompt
+        self.rows = last_rows(prompt, most)  # how many rows ask; 0: the prompt is not like that
+        self._between = (
+            max(prompt.n_text) - prompt.tail
+        )  # text that stands between vision tokens, or in other rows
         self._waiting: list[_Layer] = []
 
-    def takes(self, call: AttentionCall, counts: Sequence[int]) -> bool:
-        """Whether this layer, which sees `counts` vision tokens of the samples, can be scored so."""
-        return self.rows > 0 and call.plain and min(counts) == max(counts)
+    @cached_property
+    def _in_float32(self) -> AbstractContextManager[Any]:
+        """`in_float32`, whose two questions are put once a prefill."""
+        return in_float32(self.prompt.vision.device.type)
 
-    def add(self, call: AttentionCall, count: int) -> None:
-        """Keep what the layer's shares are made of, if it sees `count` vision tokens of each sample."""
-        end = call.key.shape[2] - self.prompt.tail
-        block = slice(end - count, end)
+    def takes(self, call: AttentionCall) -> bool:
+        """Whether this layer can be scored so."""
+        return self.rows > 0 and call.plain
+
+    def add(self, call: AttentionCall, counts: Sequence[int]) -> None:
+        """Keep what the layer's shares are made of, if it sees `counts` vision tokens of the samples."""
+        most, end = max(counts), call.key.shape[2] - self.prompt.tail
+        block = slice(max(0, end - most - self._between), end)
+        mixed = self._between > 0 or min(counts) < most
         query, key, value = call.query[:, :, -self.rows :], call.key[:, :, block], call.value[:, :, block]
-        self._waiting.append(_Layer(query, key, value, call.key_index, block, call.scaling))
+        self._waiting.append(_Layer(query, key, value, call.key_index, block, mixed, call.scaling))
 
     @torch.no_grad()
     def shares(self, before: Tensor | None) -> Tensor | None:
@@ -103,21 +112,27 @@ class LastRows:
         while layers:
             group = [layer for layer in layers if layer.fits(layers[0])]
             layers = [layer for layer in layers if not layer.fits(layers[0])]
-            new = self._shares(group)
-            shares = new if shares is None else torch.maximum(shares, new)
+            if shares is None:
+                shares = torch.zeros_like(self.prompt.vision, dtype=torch.float32)
+            self._add(shares, group)
         return shares
 
-    def _shares(self, layers: Sequence[_Layer]) -> Tensor:
-        """`[B, T]`."""
-        first = layers[0]
+    def _add(self, shares: Tensor, layers: Sequence[_Layer]) -> None:
+        """Raise the shares `[B, T]` to those of some layers."""
+        first, number = layers[0], len(layers)
         query, key, value = first.query, first.key, first.value
-        if len(layers) > 1:
+        if number > 1:
             query = torch.cat([layer.query for layer in layers])  # [L * B, H, R, D]
             key = torch.cat([layer.key for layer in layers])  # [L * B, Hkv, n, D]
             value = torch.cat([layer.value for layer in layers])
+        index = first.key_index[:, first.block]  # [B, n]
         count, width = key.shape[2], query.shape[1] // key.shape[1] * self.rows  # n, G * R
         values = torch.linalg.vector_norm(value.float(), dim=-1).log_()  # [L * B, Hkv, n]
-        with in_float32(query.device.type):
+        if first.mixed:
+            no_token, index = index < 0, index.clamp(min=0)
+            other = no_token | ~self.prompt.vision.gather(1, index)  # [B, n]
+            values.unflatten(0, (number, -1)).masked_fill_(other[:, None], float("-inf"))
+        with self._in_float32:
             scores = torch.baddbmm(  # twice those of `reading_share`
                 values.reshape(-1, 1, count),
                 query.float().reshape(-1, width, query.shape[3]),
@@ -126,6 +141,14 @@ class LastRows:
                 alpha=2 * first.scaling,
             )  # [L * B * Hkv, G * R, n]
         share = scores.softmax(-1).nan_to_num_(0)  # nan: no vision token has a value
-        share = share.view(len(layers), -1, query.shape[1] * self.rows, count).amax((0, 2))  # [B, n]
-        shares = share.new_zeros(self.prompt.vision.shape)
-        return shares.scatter_(1, first.key_index[:, first.block], share)
+        share = share.view(number, index.shape[0], -1, count).amax((0, 2))  # [B, n]
+        shares.scatter_reduce_(1, index, share, "amax")
+
+
+def last_rows(prompt: Prompt, most: int | None) -> int:
+    """How many rows at the end of every sample are those that rank; 0: they stand elsewhere, or are too many."""
+    tail = prompt.tail
+    several = prompt.queries.shape[1] > 1 or any(prompt.n_answer)
+    rows = tail if most is None else min(tail, most)
+    elsewhere = any(n != tail for n in prompt.n_text) and rows != most
+    return 0 if several or elsewhere or rows > MOST_ROWS else rows

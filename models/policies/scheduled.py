@@ -65,7 +65,7 @@ class ScheduleDecision:
         self.kept, self.counts = prompt.vision, prompt.n_vision  # bool [B, T]: those that are left
         self.scores: Tensor | None = None  # float32 [B, T]
         self.most = rows
-        self.last_rows = LastRows(prompt, last_rows(prompt, rows))
+        self.last_rows = LastRows(prompt, rows)
         self._places: _Places | None = None  # of the running segment
         self.ahead = ahead
         self.silent = prefix(prompt) if silent else None  # bool [B, T]
@@ -93,8 +93,8 @@ class ScheduleDecision:
         return Selection(self.kept, self.counts, self.frozen, self.silent)
 
     def attended(self, layer: int, call: AttentionCall) -> Tensor | None:
-        if self.last_rows.takes(call, self.counts):
-            self.last_rows.add(call, self.counts[0])
+        if self.last_rows.takes(call):
+            self.last_rows.add(call, self.counts)
             if call.key_index.numel() > MOST_KEYS:
                 self.scores = self.last_rows.shares(self.scores)
         else:
@@ -154,19 +154,6 @@ def vision_keys(call: AttentionCall, vision: Tensor, counts: Sequence[int]) -> t
     among = vision.gather(1, call.key_index.clamp(min=0)) & (call.key_index >= 0)  # bool [B, K]
     order = among.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
     return order, None if min(counts) == order.shape[1] else among.gather(1, order)
-
-
-def last_rows(prompt: Prompt, most: int | None = None) -> int:
-    """How many rows at the end of every sample are those of `asking`, where vision tokens stand in one block before.
-
-    0: they stand elsewhere, or are too many.
-    """
-    tail = prompt.tail
-    one_block = all(n == tail for n in prompt.n_text) and not any(prompt.n_answer)
-    if prompt.queries.shape[1] > 1 or not one_block:
-        return 0
-    rows = tail if most is None else min(tail, most)
-    return rows if rows <= MOST_ROWS else 0
 
 
 def asking(prompt: Prompt, most: int | None = None) -> Tensor:

@@ -2,16 +2,18 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latefusion.eval.bench import end_to_end, gpu
 from latefusion.eval.bench.phases import Phases
-from latefusion.eval.bench.training_run import PHASES, band_of, published_work
+from latefusion.eval.bench.training_run import PHASES, Runs, Settings, band_of, published_work
 from latefusion.eval.bench.whole_model import SHAPES, build_model, picture, processor_for, question
 from latefusion.models.attach import attach
 
@@ -69,6 +71,17 @@ def test_the_work_of_the_synthetic_visipruner_is_counted_as_it_runs(toy):
         ran = attachment.trace[0].vision
     vision = SHAPES["toy"].vision
     assert ran == band_of(work).vision_tokens(8, vision) == [vision] * 4 + [10] * 2 + [0] * 2
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_benchmark_and_not_one_run_alone(toy, tmp_path):
+    cell = Settings(SHAPES["toy"], "cpu", "float32", batch=1, text=24, steps=3)
+    handle = register_optimizer_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Runs(toy[0], tmp_path).run("dense", "none", cell)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.slow

@@ -45,14 +45,30 @@ def test_layers_scored_together_keep_what_loops_keep(
     if most is not None:
         monkeypatch.setattr(schedules, "QUESTION_ROWS", most)
     layers: list[int] = []
-    shares = LastRows._shares
-    monkeypatch.setattr(LastRows, "_shares", lambda self, all: layers.append(len(all)) or shares(self, all))
+    add = LastRows._add
+    monkeypatch.setattr(
+        LastRows, "_add", lambda self, shares, group: layers.append(len(group)) or add(self, shares, group)
+    )
     one_block = (["tt I tttt"], ["t I ttt", "tt I ttt"])
-    for prompts in (*one_block, ["t I tt I ttt", "I t I ttt"]):
+    anywhere = (
+        ["t I tt I ttt"],
+        ["t I tt I ttt", "I t I ttt"],
+        ["I tt", "t I tttt"],
+        ["I t I tt", "I ttttt"],
+    )
+    for prompts in (*one_block, *anywhere):
         layers.clear()
         keeps_what_loops_keep(family, prompt(family, prompts, "left"), ranking, most)
         if family == "llava":
-            assert layers == ([2, 1] if prompts in one_block else [])
+            assert layers == ([2, 1] if prompts in one_block or most else [])
+
+
+def test_padding_inside_a_prompt_is_not_taken_for_vision_tokens() -> None:
+    """A mask may hide tokens between image and question; vision tokens then stand elsewhere than before the text."""
+    inputs = prompt("llava", ["tt I tttttt"])
+    last = int(vision_tokens(inputs)[0].nonzero().max())
+    inputs["attention_mask"][0, last + 1 : last + 3] = 0
+    keeps_what_loops_keep("llava", inputs, "question", 16)
 
 
 def test_layers_scored_together_or_one_by_one_have_the_same_shares(monkeypatch: pytest.MonkeyPatch) -> None:
