@@ -57,8 +57,9 @@ def read_prompt(
     """
     batch, length = real.shape
     vision, column = vision & real, torch.arange(length, device=real.device)
-    later = end.length is not None and end.length - past < length  # tokens behind the prompt
-    of_prompt = real & (column < end.length - past) if later else real  # bool [B, T]
+    of_prompt, later = real, False  # bool [B, T]
+    if end.length is not None and end.length - past < length:
+        of_prompt, later = real & (column < end.length - past), True  # tokens come behind the prompt
     last = (of_prompt * column).amax(1, keepdim=True)  # [B, 1]
     queries, asks, late = last, None, None
     if end.queries is not None:
