@@ -56,6 +56,8 @@ def check_questions_file(path: str, key: str = "data") -> None:
 
 def check_dataset(path: str, key: str = "data.path") -> None:
     """Raise FileNotFoundError if `path` looks like a local file or folder and cannot be read; it may be a hub id."""
+    if not path.strip():
+        raise ValueError(f"{key} is empty; name the data with {key}=FILE_FOLDER_OR_HUB_ID.")
     suffixes = (*FORMATS, *JSON)
     if Path(path).is_file() and Path(path).suffix not in suffixes:
         raise FileNotFoundError(

@@ -173,7 +173,10 @@ def check_arguments(arguments: Arguments) -> None:
         if task not in arguments.tasks:
             raise ValueError(f"sources.{task} would not be read: add tasks=[{task}], or leave it out.")
     for entry in arguments.policies:
-        if not (isinstance(entry, str) or (isinstance(entry, dict) and len(entry) == 1)):
+        changed = isinstance(entry, dict) and len(entry) == 1
+        if not isinstance(entry, str) and not (
+            changed and isinstance(next(iter(entry.values())), dict | None)
+        ):
             raise ValueError(
                 f"policies={entry} is neither a name nor {{NAME: {{ARGUMENT: VALUE}}}}; say policies=[fastv] or "
                 "'policies=[{vtw: {layer: 8}}]'."

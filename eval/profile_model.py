@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from latefusion.data.local_files import check_local_files
-from latefusion.models.locate import check_base
+from latefusion.data.local_files import FORMATS, JSON, check_local_files
+from latefusion.models.locate import check_base, check_four_bits
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import (
     HELP,
@@ -125,7 +125,15 @@ def parse(words: Sequence[str]) -> tuple[Arguments, Config]:
         raise ValueError(
             f"budget={arguments.budget} is a share of dense FLOPs; choose it above 0 and at most 1."
         )
-    return arguments, compose_config(rest)
+    config = compose_config(rest)
+    for word in rest:
+        key = word.partition("=")[0]
+        if config.data.source in QUESTION_SETS and key.startswith("data.") and key != "data.seed":
+            raise ValueError(
+                f"{word} would not be read: a profile on data={config.data.source.value} draws its own rows; say "
+                "samples=N, confirm=N, split=NAME or data.seed=N."
+            )
+    return arguments, config
 
 
 def expanded(word: str) -> list[str]:
@@ -133,7 +141,7 @@ def expanded(word: str) -> list[str]:
     key, _, value = word.partition("=")
     if key not in ("model", "data") or (RECIPES / key / f"{value}.yaml").is_file():
         return [word]
-    if "/" not in value and not Path(value).exists():
+    if "/" not in value and not Path(value).exists() and Path(value).suffix not in (*FORMATS, *JSON):
         return [word]  # a mistyped name: `compose_config` lists those that exist
     if key == "data":
         return ["data=dataset", f"data.path={value}"]
@@ -144,6 +152,8 @@ def check(arguments: Arguments, config: Config) -> None:
     """Raise ValueError or FileNotFoundError, before anything is loaded, if this profile cannot work."""
     if arguments.samples < 2:
         raise ValueError(f"samples={arguments.samples} does not show how samples differ; use 2 or more.")
+    if config.model.load_in_4bit:
+        check_four_bits(config.model.path)
     check_base(config.model.path)
     check_local_files(config.data)
     check_writable(output_of(arguments, config), key="output")
@@ -329,11 +339,17 @@ def few(confirming: Sequence[ImageRow], arguments: Arguments) -> list[str]:
 
 def first_samples(candidates: Sequence[ImageRow], samples: int) -> list[ImageRow]:
     """The first `samples` of the rows with images; refuses data that has fewer."""
-    if len(candidates) < samples:
-        raise ValueError(
-            f"samples={samples} is more than the {len(candidates)} samples with images that the data has"
-            + (f"; choose at most {len(candidates)}." if len(candidates) > 1 else "; name data with images.")
+    n = len(candidates)
+    if n < samples:
+        there = "one sample with an image" if n == 1 else f"{n} samples with images"
+        fix = (
+            f"choose at most {n}"
+            if n > 1
+            else "name data with two at least"
+            if n
+            else "name data with images"
         )
+        raise ValueError(f"samples={samples} is more than the {there} that the data has; {fix}.")
     return list(candidates[:samples])
 
 

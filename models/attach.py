@@ -72,6 +72,11 @@ def attach(
             f"{type(inner).__name__} has no image_token_id or video_token_id to tell vision tokens by: "
             "pass vision_mask."
         )
+    if not (vision_mask is None or isinstance(vision_mask, Tensor) or callable(vision_mask)):
+        raise ValueError(
+            f"vision_mask is a {type(vision_mask).__name__}; pass a bool tensor [batch, prompt tokens], or a callable "
+            "of the forward's arguments that returns one."
+        )
     _check_policy(inner, policy, len(decoder.layers))  # type: ignore[arg-type]
     return Attachment(
         model=inner,
@@ -159,6 +164,8 @@ class Attachment(Hooks):
                 from 0 over the whole batch, -1 for padding. Their `position_ids` must begin again with each. The policy
                 then treats each sample as it would in a row of its own. None: a row is a sample.
         """
+        if not isinstance(index, Tensor):
+            raise ValueError(f"queries must be an int64 tensor [batch, rows], not a {type(index).__name__}.")
         if index.dim() != 2 or index.dtype != torch.long:
             raise ValueError(
                 f"queries must be int64 [batch, rows], not {index.dtype} with shape {tuple(index.shape)}."

@@ -110,6 +110,13 @@ def load_processor(
             f"the processor in {path} cannot be read ({reason}); name a folder that holds the model's processor beside "
             "its weights, or its hub id."
         ) from None
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized processing class"):
+            raise
+        raise ValueError(
+            f"{path} comes without a processor, so it is not an image-text model; name one that does, such as "
+            "LLaVA or Qwen2-VL."
+        ) from None
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"{path} comes with a {type(processor).__name__} alone, so it is not an image-text model."

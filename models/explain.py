@@ -130,8 +130,12 @@ class Explanation:
         """Write the picture of one prompt as an SVG file.
 
         Raises:
-            ValueError: the path is not that of an SVG file.
+            ValueError: the path is not that of an SVG file, or there is no such prompt.
         """
+        if not 0 <= sample < len(self.samples):
+            raise ValueError(
+                f"sample={sample} does not exist: the batch has prompts 0 to {len(self.samples) - 1}."
+            )
         if Path(path).suffix.lower() != ".svg":
             raise ValueError(f"the picture is an SVG, and {path} is named otherwise; end its name in .svg.")
         Path(path).write_text(self.samples[sample].picture())

@@ -46,6 +46,8 @@ def check_base(path: str, fix: str = "with model.path=PATH") -> None:
     Args:
         fix: how the user names another model.
     """
+    if not path.strip():
+        raise FileNotFoundError(f"the model's name is empty; name a folder, or a hub id, {fix}.")
     if path == EMBEDDED and not (EMBEDDED_WEIGHTS / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no weights in {EMBEDDED_WEIGHTS}; check out models/embedded/weights, or train them with "

@@ -74,14 +74,15 @@ class VisionSchedule:
 
     def __post_init__(self) -> None:
         keep, cross = self.keep, self.cross
-        if not isinstance(keep, Mapping) or isinstance(cross, str) or not isinstance(cross, Iterable | None):
-            raise ValueError(
-                f"keep={keep!r} must map layers to numbers of tokens, and cross={cross!r} list layers."
-            )
+        if not isinstance(keep, Mapping):
+            raise ValueError(f"keep={keep!r} must map layers to numbers of tokens, as in keep={{4: 72}}.")
+        if isinstance(cross, str) or not isinstance(cross, Iterable | None):
+            raise ValueError(f"cross={cross!r} must list layers, as in cross=[8, 12].")
         if not isinstance(self.freeze_prefix, bool):
             raise ValueError(f"freeze_prefix={self.freeze_prefix!r} must be true or false.")
         for name in ("enter", "exit"):
-            if (layer := getattr(self, name)) is not None:
+            layer = getattr(self, name)
+            if name == "enter" or layer is not None:
                 object.__setattr__(self, name, whole_number(name, layer))
         keep = {whole_number("keep", i): whole_number("keep", k) for i, k in self.keep.items()}
         keep = dict(sorted(keep.items()))
@@ -233,6 +234,8 @@ class VisionSchedule:
     def vision_tokens(self, num_layers: int, n_vision: int) -> list[int]:
         """The number of vision tokens that each layer sees, for a prompt with `n_vision` of them."""
         self.validate(num_layers)
+        if n_vision < 0:
+            raise ValueError(f"n_vision={n_vision} must not be negative.")
         tokens, left = [], n_vision
         for layer, sees in enumerate(self.sees(num_layers)):
             left = min(left, self.keep.get(layer, left))

@@ -130,8 +130,12 @@ def print_configuration(arguments: Sequence[str]) -> None:
 
 def _unknown_choice(group: str, choice: str, options: Sequence[str]) -> str:
     """That a group has no file of this name, in one sentence."""
-    folder = " (a folder or hub id of your own: model=other model.path=...)" if group == "model" else ""
-    return f"{group}={choice} does not exist; {group} can be {', '.join(options)}{folder}."
+    folder = {
+        "model": " (a folder or hub id of your own: model=other model.path=...)",
+        "data": " (a file, folder or hub id of your own: data=dataset data.path=...)",
+    }.get(group, "")
+    hint = did_you_mean(choice, options)
+    return f"{group}={choice} does not exist{hint}; {group} can be {', '.join(options)}{folder}."
 
 
 def _unknown_config_key(key: str) -> str:
@@ -258,6 +262,8 @@ def refusal(error: OmegaConfBaseException, keys: Sequence[str]) -> str:
     """Say in one sentence what OmegaConf refused."""
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return unknown_key(str(error.full_key), keys)
+    if str(error.full_key).isdigit():  # inside a list of lists, whose key OmegaConf does not name
+        return f"value {error.full_key} of a list of lists must be a list: KEY=[[A,B]]; the keys are {', '.join(keys)}."
     value = re.match(r"Value '(.*?)'", str(error))
     word = f"{error.full_key}={value[1]}" if value else str(error.full_key)
     return f"{wrong_value(word, str(error)).rstrip('.')}; the keys are {', '.join(keys)}."

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latefusion.data.local_files import check_dataset, check_local_files
 from latefusion.models.locate import check_base
+from latefusion.recipes.hints import did_you_mean
 from latefusion.recipes.schema import QUESTION_SETS, DataConfig, Source
 from latefusion.training.run_folder import check_writable
 
@@ -61,11 +63,11 @@ class Arguments:
 
 def check(arguments: Arguments) -> None:
     """Raise, before anything is loaded, if an argument cannot work."""
-    for name in ("kl", "batch_size", "max_new_tokens"):
-        if not 0 < getattr(arguments, name) < inf:
-            raise ValueError(f"{name}={getattr(arguments, name)} must be positive and finite.")
-    if arguments.samples < 1:
-        raise ValueError(f"samples={arguments.samples} must be at least 1.")
+    if not 0 < arguments.kl < inf:
+        raise ValueError(f"kl={arguments.kl} must be positive and finite.")
+    for name in ("samples", "batch_size", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
     if arguments.confirm < 0:
         raise ValueError(f"confirm={arguments.confirm} must be 0 or more.")
     if arguments.seed < 0:
@@ -78,9 +80,16 @@ def check(arguments: Arguments) -> None:
             raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
     check_writable(arguments.output, key="output")
     check_base(arguments.model)
-    if arguments.data in [source.value for source in QUESTION_SETS]:
+    sets = [source.value for source in QUESTION_SETS]
+    if arguments.data in sets:
         check_local_files(DataConfig(source=Source(arguments.data)))
     else:
+        hint = did_you_mean(arguments.data, sets)
+        if hint and not Path(arguments.data).exists():
+            raise ValueError(
+                f"data={arguments.data} does not exist{hint}; data can be {', '.join(sets)}, a file, a folder or a hub "
+                "id."
+            )
         check_dataset(arguments.data, key="data")
 
 

@@ -53,7 +53,7 @@ def read_prompt(
         attention: per layer, whether it attends with a softmax; empty: all do.
 
     Raises:
-        ValueError: the queries do not fit the batch.
+        ValueError: the queries do not fit the batch, or its rows.
     """
     batch, length = real.shape
     vision, column = vision & real, torch.arange(length, device=real.device)
@@ -61,12 +61,13 @@ def read_prompt(
     if end.length is not None and end.length - past < length:
         of_prompt, later = real & (column < end.length - past), True  # tokens come behind the prompt
     last = (of_prompt * column).amax(1, keepdim=True)  # [B, 1]
-    queries, asks, late = last, None, None
+    queries, asks, late, outside = last, None, None, None
     if end.queries is not None:
         queries = end.queries.to(real.device)
         if queries.shape[0] != batch:
             raise ValueError(f"queries name rows for {queries.shape[0]} samples, but the batch has {batch}.")
         asks = (queries >= 0).any(1, keepdim=True)  # bool [B, 1]
+        outside = queries >= length  # bool [B, Q]
         if queries.shape[1]:  # a sample's own last query fills its row, its last token if it has none
             fill = torch.where(asks, queries.amax(1, keepdim=True), last)
             queries = torch.where(queries < 0, fill, queries)
@@ -90,12 +91,14 @@ def read_prompt(
         cut = ends if cut is None else cut | ends
     packed = restarts(position_ids, real)
     masks = {"vision": vision, "real": real, "text": text}
-    others = {"answer": answer, "cut": cut, "packed": packed, "asks": asks, "late": late}
+    others = {"answer": answer, "cut": cut, "packed": packed, "asks": asks, "late": late, "outside": outside}
     masks |= {name: mask for name, mask in others.items() if mask is not None}
     sums = (mask.sum(1) for mask in masks.values())
     heads, widths, *numbers = torch.stack([head, seen.count_nonzero(1), *sums]).tolist()
     counts = {name: tuple(row) for name, row in zip(masks, numbers, strict=True)}
     n_vision, none = counts["vision"], (0,) * batch
+    if any(counts.get("outside", none)):
+        raise ValueError(f"queries name positions beyond the rows, which have {length} tokens; count from 0.")
     if not any(n_vision):
         return None
     tokens = zip(n_vision, counts["text"], counts.get("answer", none), strict=True)

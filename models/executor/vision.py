@@ -87,7 +87,7 @@ def refuse_missing_pixels(
         length: tokens of the prompt, those behind it are generated; None: all of the forward's are.
     """
     tokens, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-    if vision is not None or tokens is None or (cache is not None and cache.get_seq_length()):
+    if vision is not None or not isinstance(tokens, Tensor) or (cache is not None and cache.get_seq_length()):
         return
     count = int(vision_tokens(model.config, tokens[:, :length]).sum())
     if count:

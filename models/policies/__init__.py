@@ -30,6 +30,7 @@ def recipe_of(name: str) -> Path:
         ValueError: there is no such policy.
         FileNotFoundError: there is no such file.
     """
+    name = str(name)
     file = Path(name) if name.endswith(".yaml") else RECIPES / f"{name}.yaml"
     if name.endswith(".yaml") and not file.is_file():
         raise FileNotFoundError(f"no policy file at {name}; name one, or one of {', '.join(names())}.")

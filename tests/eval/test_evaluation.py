@@ -269,6 +269,7 @@ def test_a_broken_configuration_is_named(tmp_path):
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
         (["model=embedded", "policies=[fastv]", "data=my.jsonl"], "data=FILE"),
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]", "data=my.jsonl"], "exclude each other"),
+        (["model=embedded", "policies=[{fastv: 3}]"], "policies={'fastv': 3} is neither a name nor"),
         (["model=embedded", "policies=[3]"], "policies=3 is neither a name nor {NAME: {ARGUMENT: VALUE}}"),
         (
             ["model=embedded", "policies=[fastv]", "data=a.jsonl", "split=test"],

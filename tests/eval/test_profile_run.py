@@ -247,6 +247,14 @@ def test_training_takes_schedule_and_entry_from_a_profile(profiled, base, tmp_pa
         (["confirm=0", "model=embedded"], "confirm=0 must be at least 1"),
         (["bound=-1", "model=embedded"], "bound=-1"),
         (["bound=inf", "model=embedded"], "bound=inf"),
+        (
+            ["data.scenes=4", "model=embedded"],
+            "data.scenes=4 would not be read: a profile on data=scenes draws",
+        ),
+        (["model.load_in_4bit=true", "model=embedded"], "error: model.load_in_4bit=true is for large models"),
+        (["data=", "model=embedded"], "data.path is empty; name the data with data.path="),
+        (["data=none.jsonl", "model=embedded"], "no file or folder at none.jsonl; name the data"),
+        (["model="], "the model's name is empty; name a folder, or a hub id"),
         (["seed=-1", "model=embedded"], "seed=-1 must not be negative"),
         (
             ["output=file", "model=embedded"],

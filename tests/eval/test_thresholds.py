@@ -383,6 +383,10 @@ def test_the_prompts_of_the_search_do_not_confirm_it(base: str, tmp_path: Any) -
         ({"stages": [["shallow"]]}, r"stages=\['shallow'\] saves nothing without 'middle'"),
         ({"layer_thresholds": []}, r"layer_thresholds=\[\] leaves nothing to try"),
         ({"layer_thresholds": [1.2]}, "layer_threshold=1.2 is a cosine"),
+        (
+            {"data": "scenez"},
+            r"data=scenez does not exist \(did you mean scenes\?\); data can be scenes, icons",
+        ),
         ({"kl": float("inf")}, "kl=inf must be positive and finite"),
         ({"seed": -1}, "seed=-1 must not be negative"),
         (

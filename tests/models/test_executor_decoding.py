@@ -236,6 +236,23 @@ def test_a_prompt_whose_pixels_are_missing_is_refused(call: str) -> None:
             model(**tokens) if call == "forward" else model.generate(**tokens, max_new_tokens=2)
 
 
+def test_queries_beyond_the_rows_are_refused() -> None:
+    model, inputs = build("llava"), prompt("llava", EVEN)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), attach(model, KEEPS) as attachment:
+        with attachment.queries(torch.full((len(EVEN), 1), length - 1)):
+            model(**inputs)
+        with (
+            attachment.queries(torch.full((len(EVEN), 1), length)),
+            pytest.raises(ValueError, match="beyond the rows"),
+        ):
+            model(**inputs)
+    with pytest.raises(ValueError, match="queries must be an int64 tensor"), attachment.queries([[1]]):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValueError, match="vision_mask is a list; pass a bool tensor"):
+        attach(model, BAND, vision_mask=[[True]])  # type: ignore[arg-type]
+
+
 def test_a_placeholder_that_is_generated_without_a_cache_is_text() -> None:
     model = build("llava")
     words = torch.tensor([[5, 6, 7]])

@@ -175,7 +175,7 @@ def test_what_is_wrong_in_a_policy_file_is_a_sentence(target: str, case: str, tm
         (lambda: VisiPruner(layer_threshold="x"), "layer_threshold has 'x' where a number"),
         (lambda: VisiPruner(stages="deep"), "stages='deep' must be a list of"),
         (lambda: VisionSchedule(keep=[4, 8]), r"keep=\[4, 8\] must map layers"),
-        (lambda: VisionSchedule(cross=3), "cross=3 list layers"),
+        (lambda: VisionSchedule(cross=3), "cross=3 must list layers"),
         (lambda: VisionSchedule(cross=[1], freeze_prefix="no"), "freeze_prefix='no' must be true or false"),
     ],
 )

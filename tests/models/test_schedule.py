@@ -32,6 +32,7 @@ def schedules(draw: st.DrawFn) -> VisionSchedule:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"enter": None}, r"^enter has None where a whole number must be\.$"),
         ({"enter": -1}, r"^enter=-1 must not be negative; layers count from 0\.$"),
         ({"enter": 5, "exit": 5}, r"^enter=5 must be below exit=5, .*choose enter < 5, or exit > 5\.$"),
         ({"enter": 8, "exit": 4}, r"^enter=8 must be below exit=4, .*choose enter < 4, or exit > 8\.$"),
