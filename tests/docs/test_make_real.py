@@ -24,6 +24,12 @@ SHORT = {
     "QUESTIONS": "samples=6 batch_size=6",
 }
 
+LAUNCHERS = {  # as a command, and as modules of this Python
+    ("python",): [],
+    ("accelerate", "launch"): ["-m", "accelerate.commands.launch"],
+    ("torchrun",): ["-m", "torch.distributed.run"],
+}
+
 
 def commands(**variables: str) -> list[list[str]]:
     """The words of every command of `make real` that is no installation."""
@@ -57,13 +63,12 @@ def possible() -> bool:
 def test_a_short_form_ends_with_a_report(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for words in commands(REAL=str(tmp_path), **SHORT):
-        head = (
-            [sys.executable] if words[0] == "python" else [sys.executable, "-m", "accelerate.commands.launch"]
-        )
-        rest = words[1:] if words[0] == "python" else words[2:]
-        done = subprocess.run(
-            [*head, *rest], cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment
-        )
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            environment[name] = value
+        launcher = next(name for name in LAUNCHERS if words[: len(name)] == list(name))
+        command = [sys.executable, *LAUNCHERS[launcher], *words[len(launcher) :]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
     report = json.loads((tmp_path / "evaluation/report.json").read_text())
     names = {row["name"] for row in report["systems"].values()}
