@@ -54,6 +54,7 @@ from latefusion.models.student.save import load_student
 from latefusion.recipes.compose import compose_config
 
 MODEL = "smollm_icons"
+BOARDS = 400  # to train on
 ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
 BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
@@ -96,7 +97,8 @@ def run_cell(args: argparse.Namespace) -> dict[str, Any]:
     """Train an arm and test it."""
     began = time.perf_counter()
     cell = {
-        name: getattr(args, name) for name in ("arm", "seed", "share", "noise", "transfer", "steps", "batch")
+        name: getattr(args, name)
+        for name in ("arm", "seed", "share", "noise", "transfer", "steps", "batch", "train_boards")
     }
     cell["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     tasks = tasks_of(args.boards)
@@ -189,6 +191,7 @@ SETTINGS = (
     "transfer",
     "steps",
     "batch",
+    "train_boards",
 )  # what cells of several seeds have in common
 
 
@@ -198,7 +201,9 @@ def merged(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no cell.
     """
-    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    cells = [
+        {"train_boards": BOARDS, **json.loads(file.read_text())} for file in sorted(folder.glob("*.json"))
+    ]
     if not cells:
         raise FileNotFoundError(f"no cell in {folder}; write some with --arm NAME --output {folder}.")
     base = next((cell["systems"] for cell in cells if cell["arm"] == "base"), None)
@@ -209,16 +214,19 @@ def merged(folder: Path) -> dict[str, Any]:
     rows = [] if base is None else [base_row(name, row, base) for name, row in base.items()]
     for settings, members in groups.items():
         dense = {cell["seed"]: cell for cell in groups.get(("dense", *settings[1:]), [])}
+        untaught = {cell["seed"]: cell for cell in groups.get((untaught_arm(settings[0]), *settings[1:]), [])}
         row: dict[str, Any] = {**dict(zip(SETTINGS, settings, strict=True)), "tests": {}}
         systems = {cell["seed"]: cell["systems"]["student"] for cell in members}
         first = next(iter(systems.values()))
         for test in TESTS:
             values = {seed: 100 * right(system, test) for seed, system in systems.items()}
             others = {seed: dense[seed]["systems"]["student"] for seed in systems if seed in dense}
+            alone = {seed: untaught[seed]["systems"]["student"] for seed in systems if seed in untaught}
             row["tests"][test] = {
                 "by_seed": values,
                 **widest(of_questions(systems.values(), test), mean_over_seeds(list(values.values()))),
                 "against_dense": gaps(systems, {} if row["arm"] == "dense" else others, test),
+                "against_untaught": gaps(systems, alone, test),
                 "against_base": gaps(systems, dict.fromkeys(systems, base["dense"]) if base else {}, test),
             }
         if base is not None:
@@ -226,6 +234,14 @@ def merged(folder: Path) -> dict[str, Any]:
         rows.append(row | {"device": members[0]["device"]})
     return {"rows": rows, "questions": {test: len(cells[0]["systems"][s]["right"][test]) for test in TESTS
                                         for s in list(cells[0]["systems"])[:1]}}  # fmt: skip
+
+
+def untaught_arm(arm: str) -> str | None:
+    """The arm that trains by the same recipe without a teacher; None: it has none itself."""
+    recipe, *words = ARMS[arm]
+    if "teacher=none" in words:
+        return None
+    return next((name for name, other in ARMS.items() if other == [recipe, "teacher=none"]), None)
 
 
 def base_row(name: str, system: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +340,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
                 *(interval(row["tests"][test]) for test in TESTS),
                 *(interval(of_test[name], "+.1f") if name in of_test else "" for name in AGAINST),
                 *(f"{row[name]:.0%}" if name in row else "" for name in ("flops", "prefill_flops")),
-                str(row["steps"] * row["batch"]) if "steps" in row else "",
+                passes(row),
             ]
         )
     return table
@@ -354,6 +370,14 @@ def label(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def passes(row: Mapping[str, Any]) -> str:
+    """The boards that a row was trained on, and how often."""
+    if "steps" not in row:
+        return ""
+    boards, rows = round(row.get("share", 1) * row["train_boards"]), row["steps"] * row["batch"]
+    return str(rows) if rows <= boards else f"{boards}, {rows / boards:g} times"
+
+
 def interval(row: Mapping[str, Any], spec: str = ".1f") -> str:
     if row["mean"] is None:
         return ""
@@ -373,7 +397,7 @@ def main() -> None:
     parser.add_argument("--transfer", action="store_true", help="go on training on easy_vqa")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="boards a step")
-    parser.add_argument("--train-boards", type=int, default=400)
+    parser.add_argument("--train-boards", type=int, default=BOARDS)
     parser.add_argument("--boards", type=int, default=60, help="test boards, of about 11 questions each")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--merge", type=Path, help="folder of cells to merge")

@@ -43,6 +43,7 @@ def cells(tmp_path):
     for seed, dense, student in ((0, "1110", "1100"), (1, "1111", "1111"), (2, "1011", "0011")):
         write(tmp_path, "dense", seed, {"student": system(dense, 90.0)})
         write(tmp_path, "late_fusion", seed, {"student": system(student, 40.0)})
+    write(tmp_path, "late_fusion_no_teacher", 1, {"student": system("1101", 40.0)})
     write(tmp_path, "late_fusion", 0, {"student": system("1000", 40.0)}, noise=0.2)
     return tmp_path
 
@@ -50,7 +51,8 @@ def cells(tmp_path):
 def test_rows_have_means_over_seeds_and_differences_on_the_same_questions(cells):
     rows = {label(row): row for row in merged(cells)["rows"]}
     assert set(rows) == {
-        *("base, dense", "base, pruned", "dense", "late_fusion", "late_fusion, 20% of the answers wrong")
+        *("base, dense", "base, pruned", "dense", "late_fusion", "late_fusion, 20% of the answers wrong"),
+        "late_fusion_no_teacher",
     }
     student = rows["late_fusion"]["tests"]["test"]
     assert student["by_seed"] == {0: 50.0, 1: 100.0, 2: 50.0}
@@ -62,10 +64,20 @@ def test_rows_have_means_over_seeds_and_differences_on_the_same_questions(cells)
     assert [of_base[seed]["difference"]["value"] for seed in (0, 1, 2)] == [-0.5, 0.0, -0.5]
     pruned, base = (rows[f"base, {name}"]["tests"]["test"]["against_base"] for name in ("pruned", "dense"))
     assert pruned["mean"] == -25.0 and base["mean"] is None
+    taught = student["against_untaught"]["by_seed"]
+    assert list(taught) == [1] and taught[1]["difference"]["value"] == 0.25
+    assert rows["dense"]["tests"]["test"]["against_untaught"]["by_seed"] == {}
     assert rows["late_fusion"]["flops"] == 40 / 90
     assert rows["late_fusion"]["prefill_flops"] == 50 / 100
     assert rows["dense"]["tests"]["test"]["against_dense"]["mean"] is None
     assert rows["late_fusion, 20% of the answers wrong"]["tests"]["test"]["against_dense"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "shown"), [(100, 1.0, "400"), (300, 1.0, "400, 3 times"), (100, 0.1, "40, 10 times")]
+)
+def test_boards_and_how_often_they_are_trained_on(steps, share, shown):
+    assert bench.passes({"steps": steps, "batch": 4, "share": share, "train_boards": 400}) == shown
 
 
 def test_one_seed_has_its_interval_over_questions_in_the_table(cells):
