@@ -1,7 +1,7 @@
 """Whether the setting that `eval/calibrate.py` accepts holds its bound on new prompts: the choice on random subsets.
 
     python eval/bench/threshold_holds.py --measure --table outputs/thresholds.npz
-    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --json docs/results/threshold_holds.json
+    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --json outputs/threshold_holds.json
 
 The first command runs VisiPruner's settings of the default grid on validation questions of the embedded base, in a
 quarter of an hour of one CPU thread: all of them on the first questions, then those that a calibration could choose
