@@ -76,7 +76,9 @@ def test_noise_is_in_training_alone():
 
 
 def test_noise_in_a_users_data_is_refused():
-    with pytest.raises(ValueError, match=r"data\.noise=0\.2 is for data=scenes, icons or easy_vqa"):
+    with pytest.raises(
+        ValueError, match=r"data\.noise=0\.2 would not be read: it is for data=scenes, icons or easy_vqa"
+    ):
         compose_config(["data=dataset", "data.path=x.parquet", "data.noise=0.2"])
 
 

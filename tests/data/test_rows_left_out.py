@@ -224,7 +224,7 @@ def test_calibration_takes_rows_that_training_takes(base, tmp_path, expected, mo
     data = write_rows(tmp_path, *[seen] * 10, long, *[seen] * 3, name="rows.jsonl")
     used = []
     monkeypatch.setattr(prepare, "batches", lambda *arguments: used.append(arguments[2]) or [])
-    monkeypatch.setattr(prepare, "fit_entry", lambda *_: pytest.fail("computes"))
+    monkeypatch.setattr(prepare, "fit_entry", lambda *_, **more: pytest.fail("computes"))
     options = ("data.max_length=12", f"data.too_long={expected}", "entry.init=calibrated")
     with pytest.raises(
         pytest.fail.Exception if expected == "skip" else SystemExit,

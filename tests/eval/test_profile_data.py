@@ -175,6 +175,7 @@ def test_measurements_of_four_bits_are_not_those_of_sixteen(
 ) -> None:
     """A profile goes on from what was measured only if the weights are held in the same way."""
     load = bases.load_base
+    monkeypatch.setattr(profile_model, "check_four_bits", lambda path: None)  # no bitsandbytes here
     monkeypatch.setattr(bases, "load_base", lambda path, dtype, **more: load(path, dtype=dtype))
     monkeypatch.setattr("latefusion.eval.fusion.run.profile", lambda about, **more: about)
     words = [f"model={base}", *sources(folder)["no answers"], "samples=3", "images=1", "dtype=float32"]
@@ -224,6 +225,7 @@ def test_the_models_own_settings_are_those_of_its_profile(folder: Path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bases, "load_base", load)
+    monkeypatch.setattr(profile_model, "check_four_bits", lambda path: None)  # which refuses a small model
     words = ["model.revision=abc", "+model.processor.max_pixels=784", "model.load_in_4bit=true"]
     arguments, config = profile_model.parse(
         [

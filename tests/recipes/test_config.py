@@ -29,11 +29,11 @@ EVAL = TRAIN.parents[1] / "eval"
         ("recip=dense", r"recip does not exist \(did you mean recipe\?\); the top level has data, "),
         (
             "recipe=late_fuson",
-            "recipe=late_fuson does not exist; recipe can be align, cross_only, dense, .*late_fusion, ",
+            r"recipe=late_fuson does not exist \(did you mean late_fusion\?\); recipe can be align, .*late_fusion, ",
         ),
         ("train=5", "train=5 does not exist; train can be epochs, quick"),
         ("train={steps: 5}", "train={steps: 5} does not exist; train can be"),
-        ("data=[scenes]", r"data=\[scenes\] does not exist; data can be dataset"),
+        ("data=[scenes]", r"data=\[scenes\] does not exist \(did you mean scenes\?\); data can be dataset"),
         ("schedule=true", "schedule=true does not exist; schedule can be auto, given"),
         ("model=gpt", "model=gpt does not exist; model can be embedded, gemma3_4b, "),
         ("train.steps=many", r"train.steps=many must be a whole number\.$"),

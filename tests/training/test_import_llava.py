@@ -197,7 +197,10 @@ def test_another_format_is_one_sentence(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["recipe=vica_8b"], r"^error: recipe=vica_8b does not exist; recipe can be "),
+        (
+            ["recipe=vica_8b"],
+            r"^error: recipe=vica_8b does not exist \(did you mean vica_7b\?\); recipe can be ",
+        ),
         (["recip=vica_7b"], r"^error: recip does not exist \(did you mean recipe\?\)"),
         (["recipe=vica_7b", "checkpoint=/nowhere"], r"^error: checkpoint=/nowhere has no config\.json"),
     ],
