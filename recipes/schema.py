@@ -392,12 +392,14 @@ class EntryConfig:
     Attributes:
         rank: of a `low_rank` adapter; 0: no adapter.
         images: number of images of the training set that calibrate it, if `init` says so.
+        later: frozen tokens (`schedule.cross`) are calibrated for each layer that reads them, not for the first alone.
     """
 
     kind: EntryKind = EntryKind.low_rank
     rank: int = 16
     init: EntryInit = EntryInit.identity
     images: int = 256
+    later: bool = True
 
 
 @dataclass

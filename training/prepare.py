@@ -305,7 +305,7 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
         plain, on_error=config.data.on_error, too_long=config.data.too_long, dataset=rows, folder=None
     )
     schedule = schedule_of(config.schedule)
-    enter, later = schedule.enter, (schedule.cross or ())[1:]
+    enter, later = schedule.enter, (schedule.cross or ())[1:] if config.entry.later else ()
     try:
         samples = distinct_images(rows, config.entry.images, guard.fits)
     except NoImages:

@@ -279,6 +279,7 @@ def made(config, rows=None, resumed=None) -> Path:
 def test_a_run_that_freezes_them_fits_every_layer_that_reads(base, tmp_path, capsys) -> None:
     words = (
         "recipe=cross_only",
+        "entry.later=true",
         "train.dtype=float32",
         "train.threads=1",
         "model.cross=[1,2,3]",
@@ -290,6 +291,8 @@ def test_a_run_that_freezes_them_fits_every_layer_that_reads(base, tmp_path, cap
     entry = entry_of(assemble.student_of(config).model)
     assert list(entry.later) == ["2", "3"]
     assert torch.equal(entry.start.later["3"].bias, load_file(file)["later.3.bias"])
+    config.entry.later = False  # as the embedded model has it
+    assert set(load_file(made(config))) == {"weight", "bias"}
 
 
 def test_a_run_fits_its_entry_once_and_a_resumed_one_reads_it(base, tmp_path, capsys) -> None:
