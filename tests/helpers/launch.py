@@ -51,11 +51,13 @@ def free_port() -> int:
 def start(
     launcher: str, base: Path, output: Path, *overrides: str, at: int | None = None, script: Path = TRAIN
 ) -> subprocess.Popen:
-    """A run of 3 steps on the tiny model; see `spawn`."""
-    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1", "data.scenes=8")
+    """A run of 3 steps on the tiny model, on scenes and in a band where `overrides` do not say otherwise."""
+    quick = ("train.steps=3", "train.save_every=3", "train.log_every=1", "train.threads=1")
     fixed = ("train.learning_rate=1e-2", "eval.enabled=false", "model.visipruner.boundary=1")
     where = (f"model.path={base}", f"output_dir={output}")
-    return spawn(launcher, *quick, *fixed, *SMALL, *BAND, *where, *overrides, at=at, script=script)
+    scenes = () if any(word.startswith("data=") for word in overrides) else ("data.scenes=8",)
+    band = () if "schedule=auto" in overrides else BAND
+    return spawn(launcher, *quick, *scenes, *fixed, *SMALL, *band, *where, *overrides, at=at, script=script)
 
 
 def spawn(launcher: str, *overrides: str, at: int | None = None, script: Path = TRAIN) -> subprocess.Popen:
