@@ -82,8 +82,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             beginning = first_samples(dataset)
             batch = guarded(config, collator, dataset)(beginning)
             most = int(torch.isin(batch["input_ids"], plain.vision_ids).sum(1).max())
-            if config.schedule.profile is None:
-                check_keep(config, most)
+            if config.schedule.profile is None and not config.schedule.auto:
+                check_keep(config, most)  # of a profile's schedule below
             check_evaluation(config)
             held.enter_context(claimed(config.output_dir))
             remove_mark(config.output_dir)
