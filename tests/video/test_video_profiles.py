@@ -102,7 +102,8 @@ def test_a_model_that_is_shown_no_videos_says_why_it_passes_over_them(rows: Path
     reason = "has a video: a model of type llava is shown no videos; use one of"
     arguments, config = profile_model.parse([f"model={base}", f"data={rows}", "samples=2"])
     with pytest.raises(
-        ValueError, match=rf"samples=2 is more than the one sample with an image.* 12 rows that cannot.*{reason}"
+        ValueError,
+        match=rf"samples=2 is more than the one sample with an image.* 12 rows that cannot.*{reason}",
     ) as error:
         profile_model.run(arguments, config, Console(quiet=True))
     assert "\n" not in str(error.value)
