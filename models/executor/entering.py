@@ -53,8 +53,7 @@ class Entering:
         new = self._new(layer, selection)
         if new is None:
             return full
-        assert self.prompt is not None
-        order = self._order(self.prompt.vision).gather(1, new.index).clamp(min=0)  # [B, n]
+        order = self.order(new.index)  # [B, n]
         self.done = True
         return new.put(full, self.entry(new.take(full), order))
 
@@ -62,11 +61,10 @@ class Entering:
         """Whether the adapter maps frozen tokens, which entered before, on to what this layer expects of them."""
         return str(layer) in self.later
 
-    def move(self, layer: int, rows: Tensor, index: Tensor) -> Tensor:
-        """Frozen tokens `[B, n, D]` mapped on to this layer; `index` int64 `[B, n]` are their positions."""
+    def order(self, index: Tensor) -> Tensor:
+        """The number of the tokens at positions `index` among their sample's vision tokens, int64 `[B, n]`."""
         assert self.prompt is not None
-        order = self._order(self.prompt.vision).gather(1, index).clamp(min=0)  # [B, n]
-        return self.entry(rows, order, layer)
+        return self._order(self.prompt.vision).gather(1, index).clamp(min=0)
 
     def _order(self, vision: Tensor) -> Tensor:
         """The number of each vision token among those of its sample, int64 `[B, T]`."""

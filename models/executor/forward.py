@@ -226,10 +226,10 @@ class Forward:
             vision = prompt.vision.gather(1, layout.index)  # [B, n]
             vision = vision if layout.valid is None else vision & layout.valid
             frozen = Layout.build(vision, [n - text for n, text in zip(layout.counts, n_text, strict=True)])
-            return frozen, layout.index.gather(1, frozen.index)
+            return frozen, entering.order(layout.index.gather(1, frozen.index))
 
-        frozen, index = segment.once("frozen", (), make)
-        return frozen.put(hidden_states, entering.move(i, frozen.take(hidden_states), index))
+        frozen, order = segment.once("frozen", (), make)
+        return frozen.put(hidden_states, entering.entry(frozen.take(hidden_states), order, i))
 
     # ---------------------------------------------------------------- what a layer is handed
 

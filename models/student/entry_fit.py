@@ -118,11 +118,14 @@ def _solved(
     """The maps of `sums`, each from what those before it have made, and what each explains in `tested`."""
     maps: list[tuple[Tensor, Tensor]] = []
     explained = []
+    so_far: tuple[Tensor, Tensor] | None = None  # the maps up to here as one
     for one, test in zip(sums, tested, strict=True):
-        for done in maps:
-            one, test = one.moved(*done), test.moved(*done)
-        maps.append(one.solve())
-        explained.append(one.explained(*maps[-1], test))
+        if so_far is not None:
+            one, test = one.moved(*so_far), test.moved(*so_far)
+        weight, bias = one.solve()
+        maps.append((weight, bias))
+        explained.append(one.explained(weight, bias, test))
+        so_far = (weight, bias) if so_far is None else (so_far[0] @ weight, so_far[1] @ weight + bias)
     return maps, explained
 
 

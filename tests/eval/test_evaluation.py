@@ -309,8 +309,8 @@ def test_a_question_that_is_longer_than_the_model_has_positions_is_refused_befor
     says = rf"^question \S+ has \d+ tokens, .* may take \d+ more; the model has {limit} positions for both"
     with pytest.raises(ValueError, match=says):
         check_longest(student.model, processor, long)
-    asked = []
-    monkeypatch.setattr(student.model, "generate", lambda **kwargs: asked.append(kwargs))
+    calls = []
+    monkeypatch.setattr(student.model, "generate", lambda **kwargs: calls.append(kwargs))
     with pytest.raises(ValueError, match=says):
         answer_questions(
             model=student.model,
@@ -320,7 +320,7 @@ def test_a_question_that_is_longer_than_the_model_has_positions_is_refused_befor
             task=long,
             batch_size=4,
         )
-    assert not asked
+    assert not calls
     check_longest(student.model, processor, evaluated_student.task())
 
 

@@ -94,12 +94,14 @@ def test_what_is_deeper_than_the_model_is_refused_without_its_weights(base, tmp_
 
 def test_a_keep_of_more_tokens_than_a_picture_has_is_refused(base, tmp_path):
     """A picture of a question set has always 4 tokens here; rows of other data differ, so there it is a note."""
-    said = r"^error: schedule\.keep=\{4: 50\} is more than the 4 vision tokens of a picture of data=scenes"
-    with pytest.raises(SystemExit, match=said):
+    sentence = (
+        r"^error: schedule\.keep=\{4: 50\} is more than the 4 vision tokens of a picture of data=scenes"
+    )
+    with pytest.raises(SystemExit, match=sentence):
         train(base, tmp_path / "out", "schedule.keep={4: 50}")
     assert not (tmp_path / "out").exists()
     (tmp_path / "schedule.yaml").write_text("enter: 2\nexit: 5\nkeep: {4: 50}\n")
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=sentence):
         train(base, tmp_path / "out", f"schedule.profile={tmp_path}")
     notes = keeps_in_words(VisionSchedule(keep={2: 50, 4: 3}), 4)
     assert (
