@@ -69,6 +69,7 @@ ARMS = {
     "late_fusion_no_teacher": ["recipe=late_fusion", "teacher=none"],
     "cross_only": ["recipe=cross_only", "teacher=visipruner", "kl.trust=all"],
     "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
+    "cross_only_unmoved": ["recipe=cross_only", "teacher=none", "entry.later=false"],
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
     "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
@@ -160,8 +161,11 @@ def on_device(model: Any) -> None:
 def answered(
     model: Any, processor: Any, attachment: Any, systems: dict[str, System], tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
-    """By system: outcomes of every question, by test, and FLOPs of the decoder and of the whole prefill."""
-    rows: dict[str, Any] = {key: {"right": {}, "boards": {}, "types": {}} for key in systems}
+    """By system: outcomes of every question, by test, and FLOPs of the decoder and of the whole prefill.
+
+    Both are strings of a digit a question: `right` is 1 where the answer is, `boards` where another board begins.
+    """
+    rows: dict[str, Any] = {key: {"right": {}, "boards": {}} for key in systems}
     of_test: dict[str, dict[str, list[Answer]]] = {}
     for name, task in tasks.items():
         of_test[name] = answer_questions(
@@ -169,9 +173,8 @@ def answered(
         )
         for key, answers in of_test[name].items():
             rows[key]["right"][name] = "".join(str(int(answer.correct)) for answer in answers)
-            rows[key]["types"][name] = [answer.type for answer in answers]
             names = [answer.scene for answer in answers]
-            rows[key]["boards"][name] = [0, *(int(a != b) for a, b in pairwise(names))]
+            rows[key]["boards"][name] = "0" + "".join(str(int(a != b)) for a, b in pairwise(names))
     vision = cost.vision_flops(model, [prompt_inputs(model, processor, [tasks["test"].rows[0]])]) or 0.0
     head = head_flops(model.config, 1)
     for key, system in systems.items():
@@ -297,7 +300,7 @@ def clusters(system: dict[str, Any], test: str) -> list[int]:
     """The number of each question's picture."""
     number, numbers = 0, []
     for is_next in system["boards"][test]:
-        number += is_next
+        number += int(is_next)
         numbers.append(number)
     return numbers
 
@@ -418,10 +421,10 @@ def main() -> None:
         parser.error(
             "name an arm and a folder (--arm NAME --output FOLDER), or cells to merge (--merge FOLDER)"
         )
-    kind = f"{args.arm}_{args.steps}x{args.batch}_share{args.share:g}_noise{args.noise:g}"
+    kind = f"{args.arm}_{args.steps}x{args.batch}_boards{args.train_boards}_share{args.share:g}_noise{args.noise:g}"
     name = f"{kind}{'_transfer' * args.transfer}_{args.seed}.json"
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / name).write_text(json.dumps(run_cell(args)) + "\n")
+    (args.output / name).write_text(json.dumps(run_cell(args), indent=1) + "\n")
 
 
 if __name__ == "__main__":

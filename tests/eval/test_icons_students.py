@@ -15,8 +15,7 @@ def system(outcomes: str, flops: float) -> dict:
     boards = [i % 2 == 0 and i > 0 for i in range(len(outcomes))]
     return {
         "right": dict.fromkeys(TESTS, outcomes),
-        "boards": {test: list(map(int, boards)) for test in TESTS},
-        "types": {test: ["where"] * len(outcomes) for test in TESTS},
+        "boards": dict.fromkeys(TESTS, "".join(str(int(board)) for board in boards)),
         "flops": flops,
         "prefill_flops": flops + 10,
     }
