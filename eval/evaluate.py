@@ -51,7 +51,8 @@ class Arguments:
         checkpoint: folder that `training/train.py` wrote; or model: a base alone (a name in recipes/model, a
             folder or a hub id).
         checkpoints: further folders to compare; those of one base share its weights in memory.
-        policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`.
+        policies: further rows, the base under policies of recipes/policy/: `[fastv, {vtw: {layer: 16}}]`; `visipruner`
+            begins from the thresholds of the model's recipe, or of the checkpoint's run.
         tasks: benchmarks (see docs/evaluation.md); none: the questions of the checkpoint's own run, else `scenes`
             (`icons` for model=smollm_icons).
         data: a file of {"image", "question", "answers"}, or of conversations, to ask instead (docs/evaluation.md).
@@ -140,10 +141,11 @@ def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None
         ValueError: arguments contradict each other.
     """
     check_arguments(arguments)
+    base = None if arguments.model is None else named_model(arguments.model)[0]
     for entry in arguments.policies:
         recipe_of(entry if isinstance(entry, str) else next(iter(entry)))
-    if arguments.model is not None:
-        check_base(arguments.model)
+    if base is not None:
+        check_base(base)
     if arguments.data is not None:
         check_questions_file(arguments.data)
     check_writable(output_of(arguments), key="output")
@@ -265,7 +267,14 @@ def settings_of(
     from latefusion.models.policies.configured import visipruner
     from latefusion.models.schedule import VisionSchedule
 
-    policies = policies_of(arguments.policies)
+    base_path, recipe = "", {}
+    if arguments.model is not None:
+        base_path, recipe = named_model(arguments.model)
+    if config is None:
+        policies = policies_of(arguments.policies, recipe.get("visipruner", {}))
+    else:  # whose baseline is `visipruner` already
+        others = [entry for entry in arguments.policies if entry != "visipruner"]
+        policies = policies_of(others, vars(config.model.visipruner))
     tasks = tasks_of(arguments, config)
     student_system: System | None
     systems: dict[str, System] = {"dense": System(name="Dense base", policy=VisionSchedule())}
@@ -288,7 +297,7 @@ def settings_of(
         title = config.name
     else:
         assert arguments.model is not None
-        base_path, student_system, title = arguments.model, None, Path(arguments.model).name
+        student_system, title = None, Path(arguments.model).name
         base, processor = load_base(base_path, dtype=compute_dtype())
         students, model = Students({base_path: base}), twin(base)
         attachment = attach(model, VisionSchedule())
@@ -405,8 +414,6 @@ def main(words: Sequence[str]) -> None:
     words = check_words(words, Arguments, str(__doc__))
     try:
         arguments = parse_words(words, Arguments)
-        if arguments.model is not None:
-            arguments.model, _ = named_model(arguments.model)
         check(arguments)  # before the processes are joined
         with claimed(output_of(arguments), key="output"):
             processes = processes_here()

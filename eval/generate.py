@@ -97,10 +97,10 @@ def configuration(words: list[str]) -> dict[str, Any]:
 
 def policy_of(name: str, changes: DictConfig | None, thresholds: dict[str, Any]) -> Policy:
     """A policy by name, with arguments changed; `visipruner` has the model's own thresholds."""
-    from latefusion.models.policies import named  # lazy: keeps argument errors fast
+    from latefusion.models.policies import tuned  # lazy: keeps argument errors fast
 
     arguments: Any = {} if changes is None else OmegaConf.to_container(changes)
-    return named(name, **(thresholds | arguments if name == "visipruner" else arguments))
+    return tuned(name, thresholds, **arguments)
 
 
 def question_of(arguments: Arguments) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.inputs import unwrapped
 from latefusion.models.locate import student_folder
-from latefusion.models.policies import named
+from latefusion.models.policies import tuned
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student
 from latefusion.recipes.named_models import named_model
@@ -158,7 +158,7 @@ class LateFusion(lmms):
         self.max_frames = frames if max_frames is None else int(max_frames)
         if self.max_frames < 1:
             raise ValueError(f"max_frames={max_frames} must be at least 1.")
-        base_policy = named(policy or "dense", **((thresholds if policy == "visipruner" else {}) | arguments))
+        base_policy = tuned(policy or "dense", thresholds, **arguments)
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         precision = dtype_of(dtype, accelerator.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from latefusion.models.attach import attached
 from latefusion.models.base_model import compute_dtype, load_base, twin
 from latefusion.models.fingerprint import model_fingerprint, processor_fingerprint
 from latefusion.models.locate import ADAPTER_CONFIG, BASE, adapter_settings, check_base
-from latefusion.models.policies import named
+from latefusion.models.policies import tuned
 from latefusion.models.policies.base import Policy
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Student
@@ -80,11 +80,12 @@ def running(model: Any, attachment: Any, system: System) -> Iterator[Any]:
         yield model
 
 
-def policies_of(entries: Sequence[Any]) -> dict[str, System]:
+def policies_of(entries: Sequence[Any], thresholds: Mapping[str, Any]) -> dict[str, System]:
     """Systems of the base under policies of `recipes/policy/`.
 
     Args:
         entries: names, or `{name: {argument: value}}` where some of a recipe's arguments are replaced.
+        thresholds: the model's own, for `visipruner`; empty: it has none.
 
     Raises:
         ValueError: there is no such policy or argument.
@@ -93,7 +94,7 @@ def policies_of(entries: Sequence[Any]) -> dict[str, System]:
     titles: list[str] = []
     for entry in entries:
         name, changes = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
-        policy = named(name, **(changes or {}))
+        policy = tuned(name, thresholds, **(changes or {}))
         shown = ", ".join(f"{k}={v}" for k, v in (changes or {}).items() if isinstance(v, int | float | str))
         plain = NAMES.get(name) or f"{type(policy).__name__} ({Path(name).parent.name or name})"  # of a file
         title = f"{plain} ({shown})" if shown else plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,15 @@ def recipe_of(name: str) -> Path:
         hint = did_you_mean(name, names())
         raise ValueError(f"policy={name} does not exist{hint}; policy can be {', '.join(names())}.")
     return file
+
+
+def tuned(name: str, thresholds: Mapping[str, Any], **overrides: Any) -> Policy:
+    """`named`, but `visipruner` begins from a model's own thresholds, not from the paper's.
+
+    Args:
+        thresholds: of the model's recipe; empty: it has none.
+    """
+    return named(name, **({**thresholds, **overrides} if name == "visipruner" else overrides))
 
 
 def named(name: str, **overrides: Any) -> Policy:

@@ -13,11 +13,14 @@ from helpers.tiny_base import save_tiny_base, tiny_base
 
 from latefusion.data.prompts import prompt_inputs
 from latefusion.eval.comparison.systems import Students, System, further, running
-from latefusion.eval.evaluate import main
+from latefusion.eval.evaluate import Arguments, main, settings_of
+from latefusion.eval.ledger import Processes
 from latefusion.models.base_model import load_base, twin
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Lora, Student, build_student
 from latefusion.models.student.save import load_student, merge, save_student
+from latefusion.recipes.compose import compose_config
+from latefusion.recipes.named_models import named_model
 
 SCHEDULES = (VisionSchedule(enter=1, exit=5, keep={3: 2}), VisionSchedule(enter=2, exit=4))
 REST = {"data": {"source": "scenes"}, "engine": {"trainer": "accelerate"}, "output_dir": "outputs/whole"}
@@ -165,3 +168,22 @@ def test_a_checkpoint_without_adapters_is_compared_with_its_base(
     assert report["systems"]["dense"]["vision_tokens"]["per_layer"] == [4.0] * 6
     agreed = report["paired"][str(first)]["agreement"]["value"]
     assert agreed == 1 and report["paired"]["dense"]["agreement"]["value"] < 1
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_rows_of_visipruner_have_the_thresholds_of_the_recipe_or_of_the_run(by_name, folders, tmp_path):
+    """Those of the paper are for LLaVA-1.5-7B: on another model they prune before it has looked."""
+    arguments = Arguments(policies=["visipruner", {"visipruner": {"exit_patience": 9}}], samples=2)
+    if by_name:
+        arguments.model, config = "embedded", None
+        expected = named_model("embedded")[1]["visipruner"]
+    else:
+        arguments.checkpoint, config = str(folders[1]), compose_config(["model=embedded"])
+        expected = {"boundary": 2}
+        config.model.visipruner.boundary = 2
+    systems = settings_of(arguments, config, None, Processes()).systems
+    rows = {s.name: vars(s.policy) for s in systems.values() if s.name.startswith("VisiPruner")}
+    assert len([s for s in systems.values() if s.name.startswith("VisiPruner")]) == len(rows) == 2
+    assert [row["exit_patience"] for row in rows.values()] == [2, 9]
+    for row in rows.values():
+        assert all(row[name] == value for name, value in expected.items() if name != "stages")

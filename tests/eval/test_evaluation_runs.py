@@ -250,7 +250,7 @@ def test_images_may_be_in_some_rows_only(tmp_path: Path) -> None:
 
 def test_policies_by_name_and_with_other_arguments() -> None:
     chosen = ["fastv", {"fastv": {"keep_ratio": 0.25}}, {"pyramiddrop": {"keep_ratios": {2: 0.5}}}]
-    policies = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}])
+    policies = policies_of([*chosen, {"pyramiddrop": {"keep_ratios": {3: 0.5}}}], {})
     assert {key: system.name for key, system in policies.items()} == {
         "fastv": "FastV",
         "fastv_2": "FastV (keep_ratio=0.25)",
@@ -258,6 +258,13 @@ def test_policies_by_name_and_with_other_arguments() -> None:
         "pyramiddrop_4": "PyramidDrop no. 2",
     }
     assert vars(policies["fastv_2"].policy)["keep_ratio"] == 0.25
+
+
+def test_visipruner_begins_from_the_thresholds_of_the_model() -> None:
+    policies = policies_of(
+        ["visipruner", {"visipruner": {"boundary": 9}}], {"boundary": 7, "exit_patience": 5}
+    )
+    assert [(p.policy.boundary, p.policy.exit_patience) for p in policies.values()] == [(7, 5), (9, 5)]  # type: ignore[attr-defined]
 
 
 def test_energy_of_a_cpu_is_the_sum_of_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
