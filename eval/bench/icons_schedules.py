@@ -7,9 +7,9 @@
 Each question is about a board of its own, and every row answers all of them: the KL of its answer's tokens to the dense
 model's, and whether greedy decoding would write the label. Beside the chosen schedule and the recipe's own stand three
 forms of the recipe's band: vision tokens that enter as the projector made them (raw), through the calibrated entry, and
-the dense model's own vision states, which text does not see outside of the band (the ceiling). Then frozen tokens, read
-in the recipe's layers and in every second of them: as the calibrated entry left them, or moved on to each layer, and
-the ceiling.
+the dense model's own vision states, which text does not see outside of the band (the ceiling). Then the recipe's
+pyramid, and frozen tokens, read in the recipe's layers, in all layers of the band but its last, and in every second
+of these: as the calibrated entry left them, or moved on to each layer, and the ceiling.
 """
 
 from __future__ import annotations
@@ -63,13 +63,19 @@ class Row:
 
 
 def rows(
-    band: VisionSchedule, entry: CalibratedEntry, frozen: Sequence[Row], layers: int, options: Any
+    band: VisionSchedule,
+    entry: CalibratedEntry,
+    pyramid: Row,
+    frozen: Sequence[Row],
+    layers: int,
+    options: Any,
 ) -> Iterator[Row]:
     """Every row of the table but the dense one.
 
     Args:
         band: the recipe's schedule.
         entry: fitted at its first layer.
+        pyramid: the recipe's.
         frozen: the rows whose vision tokens are only read.
     """
     leave = layers if band.exit is None else band.exit
@@ -87,6 +93,7 @@ def rows(
     yield Row(f"band {ends}, calibrated entry", alone, entry)
     outside = [*range(band.enter), *range(leave, layers)]
     yield Row(f"band {ends}, ceiling", KnockOut(outside), prunes=False)
+    yield pyramid
     yield from frozen
     if options.policy is not None:
         yield Row("VisiPruner, calibrated", named(str(options.policy)))
@@ -94,13 +101,13 @@ def rows(
     yield Row("VisiPruner, first guess", named("visipruner", **guess(visipruner)))
 
 
-def frozen_rows(cross: Sequence[int], layers: int, fit: Callable[..., Calibration]) -> Iterator[Row]:
-    """Frozen vision tokens, read in the layers `cross` and in every second of them.
+def frozen_rows(sets: Sequence[Sequence[int]], layers: int, fit: Callable[..., Calibration]) -> Iterator[Row]:
+    """Frozen vision tokens, read in each of these sets of layers.
 
     Args:
         fit: the first layer that reads, and the later ones, to their maps.
     """
-    for some in (cross, cross[::2]):
+    for some in map(tuple, sets):
         name = f"frozen, read in {len(some)} layers"
         moved = fit(some[0], some[1:]).entry
         first = CalibratedEntry(hidden_size=len(moved.weight), places=len(moved.bias))
@@ -198,9 +205,11 @@ def run(options: Any) -> dict[str, Any]:
     train: Any = samples(Source.icons, "train", seed=config.data.seed)
     groups = batches(model, collator, prompts, options.batch_size)
     boards = [images_key(prompts[number]) for group in groups for number in group.numbers]
-    held = config.model.schedule
-    band = VisionSchedule(
-        enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
+    band, narrow = (
+        VisionSchedule(
+            enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
+        )
+        for held in (config.model.schedule, config.model.pyramid)
     )
     tokens = {"vision": float(len(groups[0].places))}
     tokens["text"] = sum(sum(group.lengths) for group in groups) / len(prompts) - tokens["vision"]
@@ -217,14 +226,16 @@ def run(options: Any) -> dict[str, Any]:
 
         layers = len(attachment.layers)
         entry = fit(band.enter)
-        frozen = list(frozen_rows(tuple(config.model.cross), layers, fit))
+        pyramid = Row("pyramid, calibrated entry", narrow, fit(narrow.enter).entry)
+        inside = range(band.enter, (layers if band.exit is None else band.exit) - 1)
+        frozen = list(frozen_rows((config.model.cross, inside, inside[::2]), layers, fit))
         runners = [Runner(model, attachment, group.make()) for group in track(groups, "Images")]
         dense = [runner.answers(VisionSchedule()) for runner in runners]
         whole = [answers.effect(answers) for answers in dense]
         right = [one for effect in whole for one in effect.right]
         nothing = {"kl": [0.0] * len(right), "right": right, "flops": [1.0] * len(right)}
         out["rows"].append(described(Row("dense", VisionSchedule()), nothing, right, boards, outside))
-        for row in track(list(rows(band, entry.entry, frozen, layers, options)), "Rows"):
+        for row in track(list(rows(band, entry.entry, pyramid, frozen, layers, options)), "Rows"):
             values = measure(attachment, row, runners, dense)
             out["rows"].append(described(row, values, right, boards, outside))
             options.json.parent.mkdir(parents=True, exist_ok=True)

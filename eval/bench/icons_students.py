@@ -58,6 +58,7 @@ BOARDS = 400  # to train on
 ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
 BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
+EARLIER = ["schedule.exit=25", "schedule.keep={10: 48, 18: 16}"]  # the recipe's pyramid before 2026-11-29
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
@@ -69,9 +70,12 @@ ARMS = {
     "late_fusion_no_teacher": ["recipe=late_fusion", "teacher=none"],
     "cross_only": ["recipe=cross_only", "teacher=visipruner", "kl.trust=all"],
     "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
+    "cross_only_band": ["recipe=cross_only", "teacher=none", f"schedule.cross={[*range(8, 24)]}"],
     "cross_only_unmoved": ["recipe=cross_only", "teacher=none", "entry.later=false"],
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
+    "earlier_pyramid": ["recipe=late_fusion_pyramid", "teacher=none", *EARLIER],
+    "pyramid_gentle": ["recipe=late_fusion_pyramid", "teacher=none", "train.learning_rate=1e-4"],
     "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
     # the profile's band with fewer tokens: under 40% of the whole prefill, under 20% of the decoder's
     "narrow": ["recipe=late_fusion", "teacher=none", *BAND, "schedule.keep={1: 36, 12: 20}"],
