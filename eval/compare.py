@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from latefusion.eval.tasks.base import Answer
 
 PREDICTIONS = "predictions.jsonl"
+Units = dict[tuple[str, str], "Answer"]  # answers to what counts as one question, by task and id
 COSTS = {"flops": "decoder FLOPs", "prefill_flops": "whole prefill FLOPs", "kv_bytes": "KV bytes"}
 
 
@@ -68,21 +70,25 @@ def compare(before: Path, after: Path, *, cost: float = 0.02) -> list[Change]:
 
     Raises:
         FileNotFoundError: there is no report.
-        ValueError: they have no system in common.
+        ValueError: they have no system in common, their figures mean different things, or a file is damaged.
     """
     old, new = read_report(before), read_report(after)
+    if old.get("schema") != new.get("schema"):
+        raise ValueError(
+            f"{before} is a report of format {old.get('schema')} and {after} of format {new.get('schema')}: figures of "
+            "one name may mean different things; evaluate both with one version of latefusion."
+        )
     shared = [key for key in new["systems"] if key in old["systems"]]
     if not shared:
         raise ValueError(
             f"{before} and {after} have no system in common ({', '.join(old['systems'])}; {', '.join(new['systems'])})."
         )
-    same = old["data"]["fingerprint"] == new["data"]["fingerprint"]
-    units = (_units(before, old), _units(after, new)) if same else (None, None)
+    units = _units_of_both(before, after, old, new)
     several = len(new["data"].get("tasks", {})) > 1
     changes = []
     for key in shared:
         first, second = old["systems"][key], new["systems"][key]
-        changes.append(_accuracy(key, first, second, units))
+        changes.append(_accuracy(first, second, _paired_units(key, units)))
         for name in first["accuracy"]["types"]:
             if name in second["accuracy"]["types"]:
                 a, b = first["accuracy"]["types"][name], second["accuracy"]["types"][name]
@@ -103,6 +109,14 @@ def notes(before: Path, after: Path) -> list[str]:
     remarks = []
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
         remarks.append("The questions, answers or images are not the same: samples count as independent.")
+    else:
+        units = _units_of_both(before, after, old, new)
+        shared = [key for key in new["systems"] if key in old["systems"]]
+        if alone := [new["systems"][key]["name"] for key in shared if _paired_units(key, units) is None]:
+            remarks.append(
+                f"The answers of {', '.join(alone)} are not in {PREDICTIONS} beside both reports, so their samples "
+                "count as independent: intervals are wider than those of paired answers."
+            )
     first, second = old["model"].get("identity", {}), new["model"].get("identity", {})
     changed = [name for name in second if first.get(name) != second[name]]
     if changed:
@@ -110,12 +124,12 @@ def notes(before: Path, after: Path) -> list[str]:
     return remarks
 
 
-def _accuracy(key: str, old: Mapping[str, Any], new: Mapping[str, Any], units: tuple[Any, Any]) -> Change:
+def _accuracy(old: Mapping[str, Any], new: Mapping[str, Any], units: tuple[Units, Units] | None) -> Change:
     """Overall accuracy; paired where every answer of both is at hand."""
     a, b = old["accuracy"]["overall"], new["accuracy"]["overall"]
-    first, second = (None if of_report is None else of_report.get(key) for of_report in units)
-    if first is None or second is None or set(first) != set(second):
+    if units is None:
         return _independent(new["name"], "accuracy", a, b)
+    first, second = units
     names = sorted(first)
     gap = metrics.paired(
         [second[name].score for name in names],
@@ -149,20 +163,48 @@ def _latency(system: str, what: str, old: Mapping[str, Any], new: Mapping[str, A
     )
 
 
-def _units(path: Path, report: Mapping[str, Any]) -> dict[str, dict[tuple[str, str], Answer]] | None:
-    """Answers to what counts as one question, by system, task and id; None without the file of the answers."""
+def _units_of_both(
+    before: Path, after: Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> tuple[dict[str, Units], dict[str, Units]]:
+    """`_units` of two reports; none where their questions differ, since their answers cannot be paired."""
+    if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
+        return {}, {}
+    return _units(before, old), _units(after, new)
+
+
+def _paired_units(
+    system: str, units: tuple[dict[str, Units], dict[str, Units]]
+) -> tuple[Units, Units] | None:
+    """A system's answers before and after; None unless both files hold an answer to each question."""
+    first, second = (of_report.get(system) for of_report in units)
+    return (first, second) if first and second and first.keys() == second.keys() else None
+
+
+def _units(path: Path, report: Mapping[str, Any]) -> dict[str, Units]:
+    """Answers to what counts as one question, by system, task and id; empty without the file of the answers.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     from latefusion.eval.tasks.base import Answer  # lazy: keeps argument errors fast
     from latefusion.eval.tasks.choice import CIRCULAR, circular
 
     file = (path if path.is_dir() else path.parent) / PREDICTIONS
     if not file.is_file() or "tasks" not in report["data"]:
-        return None
+        return {}
     groups: dict[tuple[str, str], list[Answer]] = {}
-    for line in file.read_text().splitlines():
-        answer = Answer.from_dict(json.loads(line))
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            answer = Answer.from_dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{file}, line {number}, is not an answer; evaluate again, or remove the file to compare without pairs."
+            ) from None
         groups.setdefault((answer.system, answer.task), []).append(answer)
-    by_system: dict[str, dict[tuple[str, str], Answer]] = {}
+    by_system: dict[str, Units] = {}
     for (system, task), answers in groups.items():
+        if task not in report["data"]["tasks"]:
+            raise ValueError(f"{file} has answers to {task}, which its report has not; evaluate again.")
         rotated = report["data"]["tasks"][task]["metric"] == CIRCULAR
         units = circular(answers) if rotated else answers
         by_system.setdefault(system, {}).update({(task, unit.id): unit for unit in units})
@@ -214,6 +256,8 @@ def main(words: list[str]) -> None:
             lambda: {"before": str(options.before), "after": str(options.after), "cost": options.cost}
         )
     try:
+        if not 0 <= options.cost < inf:
+            raise ValueError(f"--cost={options.cost} is a relative rise; it must be finite and not negative.")
         changes = compare(options.before, options.after, cost=options.cost)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(error_line(error))

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latefusion.data.local_files import check_questions_file
-from latefusion.models.locate import SCHEDULE_KEY, check_base
+from latefusion.models.locate import SCHEDULE_KEY, check_base, check_student
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
 from latefusion.recipes.launcher import GOES_ON, local_world_size, run_to_exit, world_size
@@ -150,6 +150,8 @@ def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None
         check_questions_file(arguments.data)
     check_writable(output_of(arguments), key="output")
     config = None if arguments.checkpoint is None else config_of(arguments.checkpoint)
+    for folder in filter(None, [arguments.checkpoint, *arguments.checkpoints]):
+        check_student(folder)
     return config, None if arguments.reference is None else read_report(arguments.reference)
 
 
@@ -157,9 +159,11 @@ def check_arguments(arguments: Arguments) -> None:
     """Raise ValueError if arguments contradict each other."""
     if (arguments.checkpoint is None) == (arguments.model is None):
         raise ValueError("name either a trained checkpoint=FOLDER or a base model=PATH.")
-    if arguments.model is not None and not (arguments.policies or arguments.checkpoints):
+    others = [entry for entry in arguments.policies if entry != "dense"]
+    if arguments.model is not None and not (others or arguments.checkpoints):
         raise ValueError(
-            f"model={arguments.model} alone has nothing to be compared with; add policies=[visipruner]."
+            f"model={arguments.model} alone, which is the dense row, has nothing to be compared with; add "
+            "policies=[visipruner]."
         )
     if arguments.data is not None and arguments.tasks:
         raise ValueError("data=FILE and tasks=[...] exclude each other; choose one.")
@@ -239,9 +243,18 @@ def read_report(path: str | Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{file} is not JSON ({error}); name a report.json that eval/evaluate.py wrote."
         ) from None
-    if not isinstance(report, dict) or not {"systems", "data", "roles"} <= set(report):
+    if not _is_report(report):
         raise ValueError(f"{file} is not a report; name a report.json that eval/evaluate.py wrote.")
     return report
+
+
+def _is_report(report: Any) -> bool:
+    """Whether a JSON value has what every report has."""
+    try:
+        whole = "reference" in report["roles"] and "fingerprint" in report["data"] and "model" in report
+        return whole and all({"name", "accuracy"} <= set(system) for system in report["systems"].values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def settings_of(

@@ -133,6 +133,42 @@ def student_folder(path: str | Path) -> Path:
         ) from None
 
 
+def found_student(path: str | Path) -> Path:
+    """The local folder of a student, with adapters or whole; `student_folder` says which names may be given.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = student_folder(path)
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        raise FileNotFoundError(
+            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
+        )
+    return folder
+
+
+def check_student(path: str | Path) -> None:
+    """Check that a student and, if it is adapters, its base can be found.
+
+    Raises:
+        FileNotFoundError: one of them cannot, or the model has no schedule.
+        ValueError: its configuration is damaged.
+    """
+    folder = found_student(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_base_of(folder)
+    else:
+        check_schedule_in(read_config(folder / "config.json"), folder)
+
+
+def check_schedule_in(config: dict[str, Any], folder: str | Path) -> None:
+    """Raise FileNotFoundError if the configuration of a whole checkpoint has no schedule: it is no student's."""
+    if config.get(SCHEDULE_KEY) is None:
+        raise FileNotFoundError(
+            f"the model at {folder} has no vision schedule; load it with transformers and attach one."
+        )
+
+
 def check_base_of(student: str | Path) -> str:
     """The base that a student's adapters belong to, once it is sure that it can be found.
 

@@ -146,7 +146,7 @@ def without_schedule(checkpoint: str | Path, folder: str) -> str:
             continue
     return (
         "Its accuracy without the schedule was not measured: "
-        f"`python eval/evaluate.py model=other model.path={folder} data=...` does so."
+        f"`python eval/evaluate.py model={folder} policies=[fastv] data=...` does so."
     )
 
 

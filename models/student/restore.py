@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
-from latefusion.models.locate import ADAPTER_CONFIG, student_folder
+from latefusion.models.locate import ADAPTER_CONFIG, found_student
 from latefusion.models.student.whole import load_whole
 
 if TYPE_CHECKING:
@@ -34,13 +34,9 @@ def load(
         FileNotFoundError: the folder holds no student, or its base is not there.
         ValueError: its files contradict each other, or it holds adapters and PEFT is not installed.
     """
-    folder = student_folder(path)
+    folder = found_student(path)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapters(folder, path, dtype, merge)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model at {path}: it has neither {ADAPTER_CONFIG} nor config.json; name a folder that training wrote."
-        )
     return load_whole(folder, dtype=dtype or compute_dtype())
 
 

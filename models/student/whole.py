@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from latefusion.models.locate import SCHEDULE_KEY, check_is_model, read_config
+from latefusion.models.locate import SCHEDULE_KEY, check_is_model, check_schedule_in, read_config
 from latefusion.models.schedule import VisionSchedule
 
 if TYPE_CHECKING:
@@ -184,10 +184,7 @@ def load_whole(folder: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
 
     values = read_config(folder / "config.json")
     check_is_model(values, folder, "in latefusion.load(PATH)")
-    if values.get(SCHEDULE_KEY) is None:
-        raise FileNotFoundError(
-            f"the model at {folder} has no vision schedule; load it with transformers and attach one."
-        )
+    check_schedule_in(values, folder)
     if values.get("model_type") != MODEL_TYPE:  # of an earlier format
         values[BASE_TYPE] = values.get("model_type")
     values[ENTRY_KEY] = _entry_sizes(folder, values.get(ENTRY_KEY))

@@ -18,7 +18,7 @@ from latefusion.data.sources import scenes as scene_samples
 from latefusion.eval.comparison import cost
 from latefusion.eval.comparison.answers import answer_questions, check_longest
 from latefusion.eval.comparison.systems import System, running
-from latefusion.eval.evaluate import config_of, main
+from latefusion.eval.evaluate import Arguments, check, config_of, main
 from latefusion.eval.tasks.base import Task
 from latefusion.models.attach import attach
 from latefusion.models.inputs import encode_images
@@ -264,6 +264,7 @@ def test_a_broken_configuration_is_named(tmp_path):
         (["checkpoint=."], "config.yaml"),
         (["split=test"], "checkpoint"),
         (["model=embedded"], "policies=[visipruner]"),
+        (["model=embedded", "policies=[dense]"], "alone, which is the dense row, has nothing"),
         (["model=embedded", "policies=[fastvv]"], "did you mean fastv"),
         (["model=embedded", "policies=[{fastv: {kep: 1}}]"], "'kep'"),
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
@@ -296,6 +297,24 @@ def test_command_line_says_what_is_wrong(arguments, says, tmp_path, monkeypatch)
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "neither adapter_config.json nor config.json"),
+        ({"adapter_config.json": '{"base_model_name_or_path": "/nowhere"}'}, "no model at /nowhere"),
+        ({"config.json": '{"model_type": "llava"}'}, "has no vision schedule"),
+        ({"config.json": "{"}, "is not a model configuration"),
+    ],
+)
+def test_a_further_checkpoint_that_is_none_is_refused_before_anything_is_loaded(files, says, tmp_path):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        check(Arguments(model="embedded", checkpoints=[str(folder)], output=str(tmp_path / "report")))
 
 
 def test_a_question_that_is_longer_than_the_model_has_positions_is_refused_before_any_is_asked(

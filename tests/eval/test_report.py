@@ -20,7 +20,7 @@ import pytest
 from helpers import evaluated_student
 from rich.console import Console
 
-from latefusion.eval.compare import compare, main
+from latefusion.eval.compare import compare, main, notes
 from latefusion.eval.comparison.run import budgets
 from latefusion.eval.report import svg, tables
 from latefusion.eval.report.__main__ import insert
@@ -414,6 +414,60 @@ def test_reports_that_have_nothing_in_common(run: tuple[Path, dict[str, Any]], t
         compare(run[0], changed(run[0], tmp_path / "a", rename))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         compare(tmp_path / "nowhere", run[0])
+
+
+def test_figures_of_another_format_are_not_compared(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    def older(report: dict[str, Any]) -> None:
+        report["schema"] -= 1
+
+    with pytest.raises(ValueError, match=r"is a report of format 2 and .* of format 3"):
+        compare(changed(run[0], tmp_path / "a", older), run[0])
+
+
+@pytest.mark.parametrize("text", ['{"system": "dense", ', '{"a": 1}', "[]", "3"])
+def test_damaged_answers_are_named_by_file_and_line(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, text: str
+) -> None:
+    damaged = changed(run[0], tmp_path / "a", lambda report: None)
+    with (damaged / "predictions.jsonl").open("a") as file:
+        file.write(text)
+    lines = len((damaged / "predictions.jsonl").read_text().splitlines())
+    with pytest.raises(ValueError, match=rf"predictions\.jsonl, line {lines}, is not an answer"):
+        compare(damaged, run[0])
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "[]",
+        '{"systems": {"dense": {}}, "data": {"fingerprint": 1}, "roles": {"reference": "dense"}, "model": {}}',
+        '{"systems": {}, "data": {}, "roles": {}}',
+        '{"systems": 3, "data": 3, "roles": 3, "model": 3}',
+    ],
+)
+def test_what_is_no_report_is_said(run: tuple[Path, dict[str, Any]], tmp_path: Path, report: str) -> None:
+    (tmp_path / "report.json").write_text(report)
+    with pytest.raises(ValueError, match=r"report\.json is not a report"):
+        compare(tmp_path, run[0])
+
+
+@pytest.mark.parametrize("cost", ["nan", "inf", "-1"])
+def test_a_cost_that_lets_everything_or_nothing_pass_is_refused(
+    run: tuple[Path, dict[str, Any]], cost: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"--cost=.* must be finite and not negative"):
+        main([str(run[0]), str(run[0]), f"--cost={cost}"])
+
+
+def test_answers_that_cannot_be_paired_are_said(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Any
+) -> None:
+    assert not notes(run[0], run[0])
+    some = changed(run[0], tmp_path / "a", lambda report: None)
+    lines = (some / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (some / "predictions.jsonl").write_text("".join(lines[1:]))  # the dense base's first
+    (remark,) = notes(some, run[0])
+    assert remark.startswith("The answers of Dense base are not in predictions.jsonl beside both reports")
 
 
 def test_a_long_name_in_a_legend_is_cut_to_the_figure_and_whole_under_a_pointer() -> None:
