@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.entry import CalibratedEntry, later_layers
+from latefusion.models.student.entry import CalibratedEntry, start_sizes
 
 PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", "schedule.yaml", "entry.safetensors"
 
@@ -84,9 +84,10 @@ def read_entry(path: str | Path, weights: str, processor: str | None = None) -> 
         )
     values = load_file(file)
     try:
-        places, width = values["bias"].shape
-        entry = CalibratedEntry(hidden_size=width, places=places, later=later_layers(values))
+        _, width = values["bias"].shape
+        sizes = start_sizes({name: weight.shape for name, weight in values.items()})
+        entry = CalibratedEntry(hidden_size=width, **sizes)
         entry.load_state_dict(values)
-    except (KeyError, ValueError, RuntimeError):  # other names, dimensions or shapes
+    except (KeyError, IndexError, ValueError, RuntimeError):  # other names, dimensions or shapes
         raise damaged from None
     return entry

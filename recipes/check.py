@@ -70,6 +70,7 @@ def _check_numbers(config: Config) -> None:
         *((f"data.parts[{i}].max_frames", part.max_frames) for i, part in enumerate(config.data.parts)),
         ("train.prefetch", train.prefetch),
         ("entry.images", config.entry.images),
+        ("entry.later_rank", config.entry.later_rank),
         ("schedule.samples", config.schedule.samples),
         ("schedule.confirm", config.schedule.confirm),
         ("train.threads", 1 if train.threads is None else train.threads),

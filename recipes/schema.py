@@ -393,6 +393,8 @@ class EntryConfig:
         rank: of a `low_rank` adapter; 0: no adapter.
         images: number of images of the training set that calibrate it, if `init` says so.
         later: frozen tokens (`schedule.cross`) are calibrated for each layer that reads them, not for the first alone.
+        later_rank: of the maps that do so; from half the hidden size on whole matrices. None: the smallest power of two
+            that explains images it was not fitted on as well.
     """
 
     kind: EntryKind = EntryKind.low_rank
@@ -400,6 +402,7 @@ class EntryConfig:
     init: EntryInit = EntryInit.identity
     images: int = 256
     later: bool = True
+    later_rank: int | None = None
 
 
 @dataclass

@@ -126,6 +126,14 @@ def _entry(tree: Any, key: str) -> str:
     return "entry.kind=scale has no rank; leave one of the two out" if scale else ""
 
 
+def _later(tree: Any, key: str) -> str:
+    entry = tree.entry
+    fits = entry.later and entry.init is EntryInit.calibrated and entry.kind is not EntryKind.none
+    if fits and tree.schedule.cross is not None:
+        return ""
+    return "it is of the maps of frozen vision tokens; choose recipe=cross_only entry.init=calibrated entry.later=true"
+
+
 Reason = Callable[[Any, str], str]
 RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does not read them; empty: it does
     (("schedule.enter", "schedule.exit", "schedule.keep", "schedule.ranking"), _schedule),
@@ -141,4 +149,5 @@ RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does 
     (("kl.top_k",), _cache),
     (tuple(f"lora.{n}" for n in ("variant", "layers", "r", "alpha", "dropout", "targets")), _lora),
     (("entry.rank", "entry.init"), _entry),
+    (("entry.later_rank",), _later),
 )

@@ -318,19 +318,23 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
         groups = batches(model, plain, samples, size)
         made = (group.make() for group in groups)
         calibration = fit_entry(
-            attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later
-        )
+            attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later,
+            later_rank=config.entry.later_rank,
+        )  # fmt: skip
     unseen, raw = calibration.unseen, calibration.raw
     if unseen is None or raw is None or unseen <= raw:
         raise ValueError(
             f"{len(samples)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted "
             "to, the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
         )
+    rank, numbers = calibration.entry.later_rank, calibration.entry.numbers()
+    maps = "whole matrices" if rank is None else f"maps of rank {rank}"
     print(
         f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains {unseen:.1%} of the "
         f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%})"
         + (
-            f", and at least {min(calibration.later):.1%} at the layers that read them later."
+            f", and at least {min(calibration.later):.1%} at the layers that read them later, by {maps} with "
+            f"{numbers:,} numbers."
             if later
             else "."
         ),

@@ -9,7 +9,7 @@ model's, and whether greedy decoding would write the label. Beside the chosen sc
 forms of the recipe's band: vision tokens that enter as the projector made them (raw), through the calibrated entry, and
 the dense model's own vision states, which text does not see outside of the band (the ceiling). Then the recipe's
 pyramid, and frozen tokens, read in the recipe's layers, in all layers of the band but its last, and in every second
-of these: as the calibrated entry left them, or moved on to each layer, and the ceiling.
+of these: as the calibrated entry left them, or moved on to each layer by a whole matrix, and the ceiling.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from latefusion.data.collate import build_collator
+from latefusion.data.collate import Collator, build_collator
 from latefusion.data.draw import distinct_images, images_key, opened, with_images
-from latefusion.data.prompt_batches import batches
+from latefusion.data.prompt_batches import Group, batches
 from latefusion.data.question_sets import samples
 from latefusion.eval.fusion.blind import KnockOut, Runner
 from latefusion.eval.fusion.effects import interval, upper_limit
@@ -110,12 +110,17 @@ def frozen_rows(sets: Sequence[Sequence[int]], layers: int, fit: Callable[..., C
     for some in map(tuple, sets):
         name = f"frozen, read in {len(some)} layers"
         moved = fit(some[0], some[1:]).entry
-        first = CalibratedEntry(hidden_size=len(moved.weight), places=len(moved.bias))
-        first.load_state_dict({"weight": moved.weight, "bias": moved.bias})
         schedule = VisionSchedule(cross=some)
-        yield Row(f"{name}, calibrated entry", schedule, first)
+        yield Row(f"{name}, calibrated entry", schedule, unmoved(moved))
         yield Row(f"{name}, moved on to each", schedule, moved)
         yield Row(f"{name}, ceiling", KnockOut([i for i in range(layers) if i not in some]), prunes=False)
+
+
+def unmoved(moved: CalibratedEntry) -> CalibratedEntry:
+    """The entry without its maps to later layers."""
+    first = CalibratedEntry(hidden_size=len(moved.weight), places=len(moved.bias))
+    first.load_state_dict({"weight": moved.weight, "bias": moved.bias})
+    return first
 
 
 def guess(held: Any) -> dict[str, Any]:
@@ -140,9 +145,8 @@ def measure(
             out["right"] += effect.right
             for record in attachment.trace:
                 whole = [record.tokens[0] if record.vision[0] else record.tokens[0] + record.n_vision]
-                maps = 0 if row.entry is None else 1 + len(row.entry.later)
                 flops = decoder_flops(config, record.tokens, record.frozen)
-                flops += maps * 2 * record.n_vision * config.get_text_config().hidden_size ** 2
+                flops += 0 if row.entry is None else 2 * record.n_vision * row.entry.macs()
                 out["flops"].append(flops / decoder_flops(config, whole * len(record.tokens)))
     return out
 
@@ -194,17 +198,43 @@ def markdown(out: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The base and the questions that it is asked.
+
+    Attributes:
+        groups: of their prompts; `boards` names the board of each, in the order of the groups.
+        images: rows of the training set with one image each, that calibrate the entry.
+    """
+
+    config: Any
+    model: Any
+    collator: Collator
+    prompts: list[Any]
+    groups: list[Group]
+    boards: list[Any]
+    images: list[Any]
+
+    @classmethod
+    def drawn(cls, options: Any) -> Asked:
+        """`options.questions` of the test questions, `options.images` of the training images."""
+        config = compose_config([f"model={MODEL}"])
+        model, processor = load_base(config.model.path, dtype=compute_dtype())
+        collator = build_collator(processor, model.config, model.generation_config)
+        test, train = (samples(Source.icons, split, seed=config.data.seed) for split in ("test", "train"))
+        candidates, _ = with_images(test, needed=options.questions, seed=0)
+        prompts = opened(test, candidates[: options.questions])
+        groups = batches(model, collator, prompts, options.batch_size)
+        boards = [images_key(prompts[number]) for group in groups for number in group.numbers]
+        images = distinct_images(train, options.images)
+        return cls(config, model, collator, prompts, groups, boards, images)
+
+
 def run(options: Any) -> dict[str, Any]:
     """Measure every row; what is done is in the file before the next row begins."""
-    config = compose_config([f"model={MODEL}"])
-    model, processor = load_base(config.model.path, dtype=compute_dtype())
-    collator = build_collator(processor, model.config, model.generation_config)
-    drawn: Any = samples(Source.icons, "test", seed=config.data.seed)
-    candidates, _ = with_images(drawn, needed=options.questions, seed=0)
-    prompts = opened(drawn, candidates[: options.questions])
-    train: Any = samples(Source.icons, "train", seed=config.data.seed)
-    groups = batches(model, collator, prompts, options.batch_size)
-    boards = [images_key(prompts[number]) for group in groups for number in group.numbers]
+    asked = Asked.drawn(options)
+    config, model, collator, prompts = asked.config, asked.model, asked.collator, asked.prompts
+    groups, boards = asked.groups, asked.boards
     band, narrow = (
         VisionSchedule(
             enter=held.enter, exit=held.exit, keep=dict(held.keep or {}), ranking=config.schedule.ranking
@@ -219,10 +249,10 @@ def run(options: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."), "calibrating_images": options.images, "rows": [],
     }  # fmt: skip
     with attach(model, VisionSchedule()) as attachment:
-        images = distinct_images(train, options.images)
 
         def fit(enter: int, later: Sequence[int] = ()) -> Calibration:
-            return calibrate(attachment, collator, images, enter, options.batch_size, later)
+            whole = model.config.get_text_config().hidden_size
+            return calibrate(attachment, collator, asked.images, enter, options.batch_size, later, whole)
 
         layers = len(attachment.layers)
         entry = fit(band.enter)

@@ -209,9 +209,11 @@ def calibrate(
     enter: int,
     batch_size: int,
     later: Sequence[int] = (),
+    later_rank: int | None = None,
 ) -> Calibration:
     made = (group.make() for group in batches(attachment.model, collator, samples, batch_size))
-    return fit_entry(attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later)
+    pairs = ((batch.inputs, batch.vision) for batch in made)
+    return fit_entry(attachment, pairs, enter, later=later, later_rank=later_rank)
 
 
 def announce(console: Console, cost: Cost, samples: int, confirming: int, layers: int, images: int) -> None:

@@ -169,7 +169,7 @@ def _add_entry(
     if calibrated is None:
         install_entry(model, rank)
         return [ENTRY]
-    entry = install_entry(model, rank, len(calibrated.bias), [int(layer) for layer in calibrated.later])
+    entry = install_entry(model, rank, **calibrated.sizes())
     if entry.start is not None:
         entry.start.load_state_dict(calibrated.state_dict())
     return [ENTRY]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,23 +26,36 @@ class CalibratedEntry(nn.Module):
         hidden_size: of the decoder.
         places: number of tokens of an image; 1: one bias for all (images differ in size).
         later: the layers that have a map of their own.
+        later_rank: of the maps in `later`, which are `LowRankMap`; None: they are whole matrices.
     """
 
     weight: Tensor  # [D, D]
     bias: Tensor  # [places, D]
 
-    def __init__(self, *, hidden_size: int, places: int, later: Sequence[int] = ()):
+    def __init__(
+        self, *, hidden_size: int, places: int, later: Sequence[int] = (), later_rank: int | None = None
+    ):
         super().__init__()
         self.register_buffer("weight", torch.eye(hidden_size))
         self.register_buffer("bias", torch.zeros(places, hidden_size))
         self.later = nn.ModuleDict(
-            {str(layer): CalibratedEntry(hidden_size=hidden_size, places=places) for layer in later}
+            {
+                str(layer): CalibratedEntry(hidden_size=hidden_size, places=places)
+                if later_rank is None
+                else LowRankMap(hidden_size=hidden_size, places=places, rank=later_rank)
+                for layer in later
+            }
         )
 
     @property
     def places(self) -> int:
         """Places in an image that have a bias of their own; 1: all share one."""
         return len(self.bias)
+
+    @property
+    def later_rank(self) -> int | None:
+        """Of the maps to later layers; None: they are whole matrices, or there are none."""
+        return self.sizes().get("later_rank")
 
     def forward(self, hidden_states: Tensor, order: Tensor, layer: int | None = None) -> Tensor:
         """Map vision rows to the states of a dense model at layer `enter`, in the same shape and dtype.
@@ -57,6 +70,45 @@ class CalibratedEntry(nn.Module):
         x = hidden_states.to(self.weight.dtype)
         return (x @ self.weight + self.bias[order % len(self.bias)]).to(hidden_states.dtype)
 
+    def sizes(self) -> dict[str, Any]:
+        """`places`, and `later` and `later_rank` where they are set: what makes another of these sizes."""
+        return start_sizes({name: weight.shape for name, weight in self.state_dict().items()})
+
+    def numbers(self) -> int:
+        """How many numbers the maps to later layers hold."""
+        return sum(weight.numel() for weight in self.later.state_dict().values())
+
+    def macs(self) -> int:
+        """Multiply-adds of a vision token in all its maps."""
+        return sum(weight.numel() for name, weight in self.state_dict().items() if not name.endswith("bias"))
+
+
+class LowRankMap(nn.Module):
+    """A fixed map from one layer's states to a later one's: `x + x @ down @ up + bias[order % places]`.
+
+    Most of a state stays as it is from layer to layer, so the change takes a small rank. It is created as the identity.
+
+    Args:
+        hidden_size, places: as of `CalibratedEntry`.
+        rank: of the change.
+    """
+
+    down: Tensor  # [D, rank]
+    up: Tensor  # [rank, D]
+    bias: Tensor  # [places, D]
+
+    def __init__(self, *, hidden_size: int, places: int, rank: int):
+        super().__init__()
+        self.register_buffer("down", torch.zeros(hidden_size, rank))
+        self.register_buffer("up", torch.zeros(rank, hidden_size))
+        self.register_buffer("bias", torch.zeros(places, hidden_size))
+
+    def forward(self, hidden_states: Tensor, order: Tensor) -> Tensor:
+        """Move rows `[..., D]` on, in their shape and dtype; `order` as of `CalibratedEntry`."""
+        x = hidden_states.to(self.down.dtype)
+        moved = x + x @ self.down @ self.up + self.bias[order % len(self.bias)]
+        return moved.to(hidden_states.dtype)
+
 
 class EntryAdapter(nn.Module):
     """Residual low-rank map with a scale per channel: `x + x * scale + up(down(x))`. It is created as the identity.
@@ -67,12 +119,24 @@ class EntryAdapter(nn.Module):
     Args:
         hidden_size: of the decoder.
         rank: of the low-rank part; 0: no such part, only the scale.
-        places, later: of the `CalibratedEntry` to start from; 0 places: no such start.
+        places, later, later_rank: of the `CalibratedEntry` to start from; 0 places: no such start.
     """
 
-    def __init__(self, *, hidden_size: int, rank: int, places: int = 0, later: Sequence[int] = ()):
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        rank: int,
+        places: int = 0,
+        later: Sequence[int] = (),
+        later_rank: int | None = None,
+    ):
         super().__init__()
-        self.start = CalibratedEntry(hidden_size=hidden_size, places=places, later=later) if places else None
+        self.start = None
+        if places:
+            self.start = CalibratedEntry(
+                hidden_size=hidden_size, places=places, later=later, later_rank=later_rank
+            )
         self.scale = nn.Parameter(torch.zeros(hidden_size))
         self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
         self.up = nn.Linear(rank, hidden_size, bias=False) if rank else None
@@ -115,27 +179,41 @@ class EntryAdapter(nn.Module):
     def flops(self, tokens: float) -> float:
         """FLOPs of its matrix products for this many vision tokens, as if none of them left in a later layer."""
         width, rank = len(self.scale), 0 if self.down is None else self.down.out_features
-        maps = 0 if self.start is None else 1 + len(self.start.later)
-        return 2 * tokens * width * (2 * rank + maps * width)
+        return 2 * tokens * (2 * rank * width + (0 if self.start is None else self.start.macs()))
 
 
 def entry_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """The arguments of the entry adapter whose weights have these shapes, but for the decoder's width."""
-    sizes: dict[str, Any] = {
-        "rank": shapes.get("down.weight", (0,))[0],
-        "places": shapes.get("start.bias", (0,))[0],
+    start = {
+        name.removeprefix("start."): shape for name, shape in shapes.items() if name.startswith("start.")
     }
-    later = later_layers(name.removeprefix("start.") for name in shapes)
-    return {**sizes, "later": later} if later else sizes
+    return {"rank": shapes.get("down.weight", (0,))[0], **start_sizes(start)}
 
 
-def later_layers(names: Iterable[str]) -> list[int]:
-    """The layers of `CalibratedEntry.later`, from the names of its weights."""
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"later\.(\d+)\.bias", name)))
+def start_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The arguments of the `CalibratedEntry` whose weights have these shapes, but for the decoder's width.
+
+    Raises:
+        ValueError: its maps to later layers have several ranks.
+    """
+    sizes: dict[str, Any] = {"places": shapes.get("bias", (0,))[0]}
+    layers = sorted(int(match[1]) for name in shapes if (match := re.fullmatch(r"later\.(\d+)\.bias", name)))
+    if layers:
+        sizes["later"] = layers
+    ranks = {shape[1] for name, shape in shapes.items() if re.fullmatch(r"later\.\d+\.down", name)}
+    if len(ranks) > 1:
+        raise ValueError(
+            f"the entry's maps to later layers have ranks {sorted(ranks)}; all have the same one."
+        )
+    return {**sizes, "later_rank": ranks.pop()} if ranks else sizes
 
 
 def install_entry(
-    model: PreTrainedModel, rank: int, places: int = 0, later: Sequence[int] = ()
+    model: PreTrainedModel,
+    rank: int,
+    places: int = 0,
+    later: Sequence[int] = (),
+    later_rank: int | None = None,
 ) -> EntryAdapter:
     """Add a new entry adapter to the Hugging Face model as its submodule `vision_entry`, in float32.
 
@@ -154,7 +232,9 @@ def install_entry(
         )
     hidden_size = text.hidden_size
     with model.device:
-        entry = EntryAdapter(hidden_size=hidden_size, rank=rank, places=places, later=later)
+        entry = EntryAdapter(
+            hidden_size=hidden_size, rank=rank, places=places, later=later, later_rank=later_rank
+        )
     model.add_module(ENTRY, entry)
     return entry
 

@@ -19,6 +19,8 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import ENTRY, CalibratedEntry, entry_of
 
 RIDGE = 1e-4  # of the mean eigenvalue of the inputs' covariance
+LEAST_RANK = 16  # of the maps to later layers, where the fit chooses it
+MAY_LOSE = 5e-4  # share of the variance at any layer that the chosen rank explains less than the full one
 
 
 class TooFew(ValueError):
@@ -54,6 +56,7 @@ def fit_entry(
     enter: int,
     *,
     later: Sequence[int] = (),
+    later_rank: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Fit the map by ridge regression, in closed form: from the rows that enter at layer `enter` to the dense states.
@@ -67,66 +70,172 @@ def fit_entry(
         enter: at least 1.
         later: the layers that read frozen tokens after `enter`, in ascending order. Each gets a map to the dense
             states there, from what the maps before it have made of the rows.
+        later_rank: of these maps, see `Moments.fit`.
         advance: called after each batch.
 
     Raises:
         TooFew: there are too few vision tokens.
         ValueError: the vision tokens are all alike, or there are none.
     """
-    model = attachment.model
-    if entry_of(model) is not None:
-        raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
-    sums: list[_Sums] | None = None  # of all batches, a layer each
-    before: list[_Sums] | None = None  # of all but the last batch
-    last: list[_Sums] | None = None  # of the last
-    for inputs, vision in batches:
-        rows, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
-        states = _dense_states(attachment, inputs, vision, [enter, *later])  # [N, D] each
-        sizes = set(vision.sum(1).tolist())
-        before, last = sums, _Sums.of(rows, states, order, sizes)
-        sums = last if before is None else [one.plus(other) for one, other in zip(before, last, strict=True)]
-        advance()
-    if sums is None or last is None:
-        raise ValueError("calibration needs at least one image; give it some.")
-    if len(sums[0].sizes) > 1:  # a place means nothing where images differ in size
-        sums, last = [one.pooled() for one in sums], [one.pooled() for one in last]
-        before = None if before is None else [one.pooled() for one in before]
-    first = sums[0]
-    if not first.enough():
-        raise TooFew(
-            f"{first.tokens} vision tokens, which is all that the usable images have, are too few to fit the "
-            f"calibrated entry's map of {first.x.shape[1]} inputs and {len(first.n)} biases: use more images "
-            "(entry.images, rows that can be read) or entry.init=identity."
-        )
-    maps, explained = _solved(sums, sums)
-    weight, bias = maps[0]  # [D, D], [places, D]
-    with weight.device:
-        entry = CalibratedEntry(hidden_size=len(weight), places=len(bias), later=later)
-    for fitted, (w, b) in zip([entry, *entry.later.values()], maps, strict=True):
-        fitted.weight.copy_(w)  # type: ignore[operator]
-        fitted.bias.copy_(b)  # type: ignore[operator]
-    unseen, raw = [None], None
-    if before is not None and before[0].enough():
-        _, unseen = _solved(before, last)  # type: ignore[assignment]
-        raw = before[0].explained(torch.eye(len(weight)).to(weight), torch.zeros_like(bias), last[0])
-    return Calibration(entry, explained[0], first.tokens, unseen[0], raw, tuple(unseen[1:]))  # type: ignore[arg-type]
+    return Moments.of(attachment, batches, enter, later, advance).fit(later_rank)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a fit takes from its images: sums over their vision tokens, one for each layer.
+
+    Attributes:
+        later: the layers after the first.
+        sums: of all batches.
+        before: of all but the last batch; None: there was one.
+        last: of the last batch.
+    """
+
+    later: tuple[int, ...]
+    sums: list[_Sums]
+    before: list[_Sums] | None
+    last: list[_Sums]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        attachment: Attachment,
+        batches: Iterable[tuple[dict[str, Any], Tensor]],
+        enter: int,
+        later: Sequence[int] = (),
+        advance: Callable[[], None] = lambda: None,
+    ) -> Moments:
+        """Run the model over the batches; arguments and errors as of `fit_entry`."""
+        if entry_of(attachment.model) is not None:
+            raise ValueError("the model already has an entry adapter; calibrate a fresh base model.")
+        sums: list[_Sums] | None = None
+        before: list[_Sums] | None = None
+        last: list[_Sums] | None = None
+        for inputs, vision in batches:
+            rows, order = _entering(attachment, inputs, vision, enter)  # [N, D], [N]
+            states = _dense_states(attachment, inputs, vision, [enter, *later])  # [N, D] each
+            sizes = set(vision.sum(1).tolist())
+            before, last = sums, _Sums.of(rows, states, order, sizes)
+            sums = last if before is None else _added(before, last)
+            advance()
+        if sums is None or last is None:
+            raise ValueError("calibration needs at least one image; give it some.")
+        if len(sums[0].sizes) > 1:  # a place means nothing where images differ in size
+            sums, last = [one.pooled() for one in sums], [one.pooled() for one in last]
+            before = None if before is None else [one.pooled() for one in before]
+        return cls(tuple(later), sums, before, last)
+
+    @torch.no_grad()
+    def fit(self, later_rank: int | None = None) -> Calibration:
+        """The entry that these moments determine.
+
+        Args:
+            later_rank: of the maps to later layers. From half the hidden size on they are whole matrices, which are as
+                small then. None: the smallest power of two that explains as much of the last batch, fitted to the
+                batches before it; whole matrices if none does, or if those batches are too few to tell.
+
+        Raises:
+            TooFew, ValueError: as `fit_entry`.
+        """
+        first, width = self.sums[0], self.sums[0].x.shape[1]
+        if not first.enough():
+            raise TooFew(
+                f"{first.tokens} vision tokens, which is all that the usable images have, are too few to fit the "
+                f"calibrated entry's map of {width} inputs and {len(first.n)} biases: use more images (entry.images, "
+                "rows that can be read) or entry.init=identity."
+            )
+        before = self.before if self.before is not None and self.before[0].enough() else None
+        if self.later and later_rank is None and before is not None:
+            later_rank = _smallest_rank(before, self.last)
+        if later_rank is not None and 2 * later_rank >= width:
+            later_rank = None
+        maps, explained = _solved(self.sums, self.sums, later_rank)
+        weight, bias = maps[0].weight, maps[0].bias  # [D, D], [places, D]
+        with weight.device:
+            entry = CalibratedEntry(
+                hidden_size=width, places=len(bias), later=self.later, later_rank=later_rank
+            )
+        for module, fitted in zip([entry, *entry.later.values()], maps, strict=True):
+            for name, value in fitted.tensors().items():
+                module.get_buffer(name).copy_(value)
+        if before is None:
+            return Calibration(entry, explained[0], first.tokens, None, None)
+        _, unseen = _solved(before, self.last, later_rank)
+        identity = _Map(torch.eye(width).to(weight), torch.zeros_like(bias))
+        raw = before[0].explained(identity, self.last[0])
+        return Calibration(entry, explained[0], first.tokens, unseen[0], raw, tuple(unseen[1:]))
+
+
+@dataclass(frozen=True)
+class _Map:
+    """`x @ weight + bias`, or of a low rank: the weight is then `1 + down @ up`."""
+
+    weight: Tensor  # [D, D]
+    bias: Tensor  # [places, D]
+    factors: tuple[Tensor, Tensor] | None = None  # [D, rank], [rank, D]
+
+    def then(self, other: _Map) -> _Map:
+        """Both as one."""
+        return _Map(self.weight @ other.weight, self.bias @ other.weight + other.bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in `CalibratedEntry` or `LowRankMap`."""
+        if self.factors is None:
+            return {"weight": self.weight, "bias": self.bias}
+        down, up = self.factors
+        return {"down": down, "up": up, "bias": self.bias}
+
+
+def _added(sums: Sequence[_Sums], others: Sequence[_Sums]) -> list[_Sums]:
+    """Both, layer by layer; all layers share the sums of their one input."""
+    first = sums[0].plus(others[0])
+    rest = (one.plus(other) for one, other in zip(sums[1:], others[1:], strict=True))
+    return [first, *(replace(one, xx=first.xx) for one in rest)]
 
 
 def _solved(
-    sums: Sequence[_Sums], tested: Sequence[_Sums]
-) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
-    """The maps of `sums`, each from what those before it have made, and what each explains in `tested`."""
-    maps: list[tuple[Tensor, Tensor]] = []
+    sums: Sequence[_Sums], tested: Sequence[_Sums], rank: int | None
+) -> tuple[list[_Map], list[float]]:
+    """The maps of `sums`, each from what those before it have made, and what each explains in `tested`.
+
+    Args:
+        rank: of the maps after the first; None: they are whole matrices.
+    """
+    maps: list[_Map] = []
     explained = []
-    so_far: tuple[Tensor, Tensor] | None = None  # the maps up to here as one
+    so_far: _Map | None = None  # the maps up to here as one
     for one, test in zip(sums, tested, strict=True):
         if so_far is not None:
-            one, test = one.moved(*so_far), test.moved(*so_far)
-        weight, bias = one.solve()
-        maps.append((weight, bias))
-        explained.append(one.explained(weight, bias, test))
-        so_far = (weight, bias) if so_far is None else (so_far[0] @ weight, so_far[1] @ weight + bias)
+            one, test = one.moved(so_far), test.moved(so_far)
+        fitted = one.solve() if so_far is None or rank is None else one.low_rank([rank])[0]
+        maps.append(fitted)
+        explained.append(one.explained(fitted, test))
+        so_far = fitted if so_far is None else so_far.then(fitted)
     return maps, explained
+
+
+def _smallest_rank(sums: Sequence[_Sums], tested: Sequence[_Sums]) -> int | None:
+    """The smallest rank whose maps of `sums` explain as much in `tested` as those of full rank; None: none below half.
+
+    At each layer the maps before it are of full rank.
+    """
+    width = sums[0].x.shape[1]
+    ranks = []
+    rank = LEAST_RANK
+    while 2 * rank < width:
+        ranks.append(rank)
+        rank *= 2
+    lost = dict.fromkeys(ranks, 0.0)
+    so_far = sums[0].solve()
+    for one, test in zip(sums[1:], tested[1:], strict=True):
+        one, test = one.moved(so_far), test.moved(so_far)
+        *maps, full = one.low_rank([*ranks, width])
+        whole = one.explained(full, test)
+        for rank, fitted in zip(ranks, maps, strict=True):
+            lost[rank] = max(lost[rank], whole - one.explained(fitted, test))
+        so_far = so_far.then(full)
+    return min((rank for rank, loss in lost.items() if loss <= MAY_LOSE), default=None)
 
 
 @dataclass(frozen=True)
@@ -183,8 +292,9 @@ class _Sums:
         x, y, n = (part.sum(0, keepdim=True) for part in (self.x, self.y, self.n))
         return replace(self, x=x, y=y, n=n)
 
-    def moved(self, weight: Tensor, bias: Tensor) -> _Sums:
-        """The sums of `x @ weight + bias` in the place of x."""
+    def moved(self, before: _Map) -> _Sums:
+        """The sums of `before`'s outputs in the place of its inputs x."""
+        weight, bias = before.weight, before.bias
         mixed = weight.T @ self.x.T @ bias  # [D, D]
         return replace(
             self,
@@ -197,27 +307,57 @@ class _Sums:
         """Whether there are more tokens than the map has inputs and biases."""
         return self.tokens > self.x.shape[1] + len(self.n)
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The map's weight `[D, D]` and bias `[places, D]`."""
+    def solve(self) -> _Map:
+        """The map by ridge regression."""
+        xx, xy, ridge = self._covariances()
+        weight = torch.linalg.solve(xx + ridge, xy)
+        return _Map(weight, self._bias(weight))
+
+    def low_rank(self, ranks: Sequence[int]) -> list[_Map]:
+        """The maps whose change `down @ up` of x has these ranks, by reduced-rank regression, one for each.
+
+        The whole change, by ridge regression, is projected on the directions in which most of its outputs lie; no
+        change of that rank comes closer to the states.
+        """
+        xx, xy, ridge = self._covariances()
+        one = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        difference = xy - xx  # of y - x with x
+        change = torch.linalg.solve(xx + ridge, difference)
+        directions = torch.linalg.eigh(difference.T @ change).eigenvectors.flip(
+            1
+        )  # [D, D], the largest first
+        maps = []
+        for rank in ranks:
+            up = directions[:, :rank].T
+            down = change @ up.T
+            weight = one + down @ up
+            maps.append(_Map(weight, self._bias(weight), (down, up)))
+        return maps
+
+    def _covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Times the number of tokens, around the means of each place: of x, of x with y, and the ridge `[D, D]`."""
         mean_x, mean_y = self.x / self.n[:, None], self.y / self.n[:, None]
-        xx = self.xx - self.x.T @ mean_x
-        xy = self.xy - self.x.T @ mean_y
+        xx, xy = self.xx - self.x.T @ mean_x, self.xy - self.x.T @ mean_y
         ridge = RIDGE * xx.diagonal().mean()
         if not ridge > 0:
             raise ValueError(
                 "the projector gives all images the same vision tokens, so no map can be fitted to them; check that "
                 "the model's weights are loaded."
             )
-        weight = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy)
-        return weight, mean_y - mean_x @ weight
+        return xx, xy, ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
 
-    def explained(self, weight: Tensor, bias: Tensor, sums: _Sums) -> float:
+    def _bias(self, weight: Tensor) -> Tensor:
+        """`[places, D]`, with which `x @ weight` has the mean of y at each place."""
+        return (self.y - self.x @ weight) / self.n[:, None]
+
+    def explained(self, fitted: _Map, sums: _Sums) -> float:
         """Share of the variance in `sums`, around these sums' means, that a map explains."""
-        means = self.y / self.n[:, None]
-        return float(1 - sums.error(weight, bias) / sums.error(torch.zeros_like(weight), means))
+        nothing = _Map(torch.zeros_like(fitted.weight), self.y / self.n[:, None])
+        return float(1 - sums.error(fitted) / sums.error(nothing))
 
-    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Squared error of `x @ weight + bias`, summed over the tokens."""
+    def error(self, fitted: _Map) -> Tensor:
+        """Squared error of the map's outputs, summed over the tokens."""
+        weight, bias = fitted.weight, fitted.bias
         return (
             self.yy
             - 2 * (weight * self.xy).sum()

@@ -60,19 +60,25 @@ def requests(base, lengths=LENGTHS):
     return made
 
 
-def save_student(folder, schedule, base, entry=False):
-    """A base under a schedule, as a merged student is written; with `entry` a random entry adapter."""
+def save_student(folder, schedule, base, entry=False, later_rank=None):
+    """A base under a schedule, as a merged student is written; with `entry` a random entry adapter.
+
+    Args:
+        later_rank: of its maps between layers that read frozen tokens; None: they are whole matrices.
+    """
     model = base.model
     if entry:
         torch.manual_seed(0)
         places = 1 if base.sizes_differ else base.tokens(base.picture(0))
-        adapter = install_entry(model, 4, places, (schedule.cross or ())[1:])
+        adapter = install_entry(model, 4, places, (schedule.cross or ())[1:], later_rank)
         with torch.no_grad():
             for weight in adapter.parameters():
                 weight.normal_(0, 0.1)
-            for start in (adapter.start, *adapter.start.later.values()):
-                start.bias.normal_(0, 0.1)
-                start.weight.add_(0.03 * torch.randn_like(start.weight))
+            for name, value in adapter.start.state_dict().items():
+                if name.endswith("weight"):
+                    value.add_(0.03 * torch.randn_like(value))
+                else:  # biases, and the factors of a low rank
+                    value.normal_(0, 0.1)
     record(model, schedule)
     model.save_pretrained(folder)
     base.processor.save_pretrained(folder)

@@ -46,12 +46,12 @@ def test_entry_adapter_is_the_identity_until_trained_in_any_dtype():
 
 
 @pytest.mark.parametrize(
-    ("places", "later"),
-    [(0, ()), (7, ()), (7, (4, 6))],
-    ids=["low-rank", "calibrated", "at later layers too"],
+    ("places", "later", "later_rank"),
+    [(0, (), None), (7, (), None), (7, (4, 6), None), (7, (4, 6), 5)],
+    ids=["low-rank", "calibrated", "at later layers too", "there of a low rank"],
 )
-def test_entry_flops_are_those_of_its_matrix_products(places, later):
-    entry = EntryAdapter(hidden_size=24, rank=3, places=places, later=later)
+def test_entry_flops_are_those_of_its_matrix_products(places, later, later_rank):
+    entry = EntryAdapter(hidden_size=24, rank=3, places=places, later=later, later_rank=later_rank)
     rows = torch.randn(2, 7, 24)
     order = torch.arange(7).expand(2, -1) if places else None
     with FlopCounterMode(display=False) as counter:

@@ -11,17 +11,17 @@ from helpers.families import build, prompt, shared, text_tokens, vision_tokens
 from helpers.forwards import generate
 from helpers.oracle import band, masked
 from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latefusion.data.collate import collator_without_weights
 from latefusion.data.load import training_data
 from latefusion.data.scenes import load_scenes
 from latefusion.models.attach import attach
-from latefusion.models.profile_folder import ENTRY_FILE
+from latefusion.models.profile_folder import ENTRY_FILE, read_entry, write_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Lora, build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
-from latefusion.models.student.entry_fit import RIDGE, fit_entry, installed
+from latefusion.models.student.entry_fit import RIDGE, Moments, _Sums, fit_entry, installed
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import merge, save_student
 from latefusion.training import assemble
@@ -133,13 +133,12 @@ def test_images_of_different_sizes_share_one_bias_and_too_few_are_refused() -> N
             fit_entry(attachment, [(few, vision_tokens(few))], 2)
 
 
-@pytest.mark.parametrize("cross", [None, (1, 2, 3)])
-def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base, cross) -> None:
+@pytest.mark.parametrize(("cross", "rank"), [(None, None), ((1, 2, 3), None), ((1, 2, 3), 5)])
+def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base, cross, rank) -> None:
     model, processor = tiny_base(layers=4)
-    entry = CalibratedEntry(hidden_size=32, places=4, later=(cross or ())[1:])
-    for fitted in (entry, *entry.later.values()):
-        fitted.weight.normal_(0, 0.3)
-        fitted.bias.normal_(0, 1)
+    entry = CalibratedEntry(hidden_size=32, places=4, later=(cross or ())[1:], later_rank=rank)
+    for name, value in entry.state_dict().items():
+        value.normal_(0, 1 if name.endswith("bias") else 0.3)
     schedule = VisionSchedule(enter=1, exit=3) if cross is None else VisionSchedule(cross=cross)
     student = build_student(
         model, processor, base=str(base), schedule=schedule, lora=Lora(rank=2, alpha=4),
@@ -160,6 +159,8 @@ def test_a_calibrated_student_is_saved_loaded_and_merged(tmp_path, base, cross) 
     for name in ("student", "merged"):
         again, _ = load(tmp_path / name, dtype=torch.float32)
         assert list(entry_of(again).later) == [str(layer) for layer in (cross or ())[1:]]
+        saved = {key: value for key, value in again.state_dict().items() if "down" in key and "later" in key}
+        assert [value.shape for value in saved.values()] == ([(32, rank)] * 2 if rank else [])
         with torch.no_grad():
             torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -251,6 +252,75 @@ def test_later_layers_are_fitted_to_what_the_maps_before_have_made() -> None:
         )
 
 
+@pytest.mark.parametrize("rank", [3, 15])
+def test_maps_of_a_low_rank_come_as_close_as_that_rank_can(rank) -> None:
+    """Row by row, by the singular values of the change of whitened rows (Eckart and Young)."""
+    model = shared("llava")
+    batches = [prompt("llava", ["tt I ttt"] * 9, seed=seed) for seed in range(3)]
+    with attach(model, VisionSchedule()) as attachment:
+        pairs = [(inputs, vision_tokens(inputs)) for inputs in batches]
+        fit = fit_entry(attachment, pairs, 2, later=[3, 5], later_rank=rank)
+        whole = fit_entry(attachment, pairs, 2, later=[3, 5], later_rank=16)
+    rows = [states(model, inputs, vision, (0, 3, 5)) for inputs, vision in pairs]
+    x, *layers = (torch.cat(part) for part in zip(*rows, strict=True))
+    place = torch.arange(len(x)) % 4
+    assert isinstance(whole.entry.later["3"], CalibratedEntry) and whole.entry.later_rank is None
+
+    def centred(rows):
+        return rows - torch.stack([rows[place == p].mean(0) for p in range(4)])[place]
+
+    x = x @ fit.entry.weight.double() + fit.entry.bias.double()[place]
+    for y, module in zip(layers, fit.entry.later.values(), strict=True):
+        assert module.down.shape == (32, rank) and module.up.shape == (rank, 32)
+        ridge = (RIDGE * centred(x).square().sum(0).mean()).sqrt() * torch.eye(32, dtype=x.dtype)
+        q, r = torch.linalg.qr(torch.cat([centred(x), ridge]))
+        u, s, v = torch.linalg.svd(q.T @ torch.cat([centred(y) - centred(x), 0 * ridge]))
+        change = torch.linalg.solve(r, u[:, :rank] * s[:rank] @ v[:rank])
+        moved = x + centred(x) @ change
+        moved = moved + torch.stack([(y - moved)[place == p].mean(0) for p in range(4)])[place]
+        given = module(x.float(), place)
+        torch.testing.assert_close(given, moved.float(), atol=2e-4, rtol=1e-3)
+        x = moved
+
+
+@pytest.mark.parametrize(("planted", "chosen"), [(10, 16), (20, 32), (60, None)])
+def test_the_fit_takes_the_smallest_rank_that_loses_nothing(planted, chosen) -> None:
+    """In states of 80 numbers, of which a layer changes a planted rank; 60 is best held as a whole matrix."""
+    generator = torch.Generator().manual_seed(planted)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start, down, up = drawn(80, 80) / 9, drawn(80, planted) / 9, drawn(planted, 80) / 9
+
+    def sums(n):
+        x, order = drawn(n, 80), torch.arange(n) % 4
+        y = x @ start
+        return _Sums.of(x, [y, y + y @ down @ up + 0.01 * drawn(n, 80)], order, [4])
+
+    before, last = sums(2000), sums(400)
+    together = [one.plus(other) for one, other in zip(before, last, strict=True)]
+    fit = Moments((5,), together, before, last).fit()
+    assert fit.entry.later_rank == chosen
+    assert fit.later[0] > 0.99
+    assert fit.entry.numbers() == 4 * 80 + (2 * 80 * chosen if chosen else 80 * 80)
+
+
+def test_an_entry_of_low_rank_is_read_from_its_file_and_a_damaged_one_refused(tmp_path) -> None:
+    entry = CalibratedEntry(hidden_size=32, places=4, later=(3, 5), later_rank=3)
+    for value in entry.state_dict().values():
+        value.normal_()
+    write_entry(tmp_path, entry, "weights", "processor")
+    again = read_entry(tmp_path, "weights")
+    assert again is not None and again.sizes() == {"places": 4, "later": [3, 5], "later_rank": 3}
+    assert all(torch.equal(value, entry.state_dict()[name]) for name, value in again.state_dict().items())
+    values = load_file(tmp_path / ENTRY_FILE)
+    values["later.5.down"] = values["later.5.down"][:, :2].contiguous()
+    save_file(values, tmp_path / ENTRY_FILE)
+    with pytest.raises(ValueError, match="is damaged; profile the model again"):
+        read_entry(tmp_path, "weights")
+
+
 def test_one_batch_leaves_nothing_unseen() -> None:
     inputs = prompt("llava", ["tt I ttt"] * 20)
     with attach(shared("llava"), VisionSchedule()) as attachment:
@@ -287,10 +357,15 @@ def test_a_run_that_freezes_them_fits_every_layer_that_reads(base, tmp_path, cap
     )
     config = configured(*words, f"model.path={base}", f"output_dir={tmp_path}")
     file = made(config)
-    assert " at the layers that read them later." in capsys.readouterr().out
+    printed = " at the layers that read them later, by whole matrices with 2,304 numbers."
+    assert printed in capsys.readouterr().out
     entry = entry_of(assemble.student_of(config).model)
     assert list(entry.later) == ["2", "3"]
     assert torch.equal(entry.start.later["3"].bias, load_file(file)["later.3.bias"])
+    config.entry.later_rank = 5
+    made(config)
+    assert " by maps of rank 5 with 896 numbers." in capsys.readouterr().out
+    assert entry_of(assemble.student_of(config).model).sizes()["later_rank"] == 5
     config.entry.later = False  # as the embedded model has it
     assert set(load_file(made(config))) == {"weight", "bias"}
 

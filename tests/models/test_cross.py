@@ -206,21 +206,25 @@ def test_the_entry_adapter_maps_them_once(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl"])
 @pytest.mark.parametrize("keep", [{}, {3: 3}])
-def test_they_move_on_to_each_layer_that_reads_them(family: str, keep: dict[int, int]) -> None:
+@pytest.mark.parametrize("rank", [None, 5])
+def test_they_move_on_to_each_layer_that_reads_them(
+    family: str, keep: dict[int, int], rank: int | None
+) -> None:
     """By a map of each place and layer: rows of no, one and two images, through layers that do not read between."""
     model, inputs, cross = build(family), prompt(family, MIXED), (1, 3, 4)
     vision, text = vision_tokens(inputs), text_tokens(inputs)
-    entry = CalibratedEntry(hidden_size=32, places=4, later=cross[1:])
+    entry = CalibratedEntry(hidden_size=32, places=4, later=cross[1:], later_rank=rank)
     generator = torch.Generator().manual_seed(0)
-    for fitted in (entry, *entry.later.values()):
-        fitted.weight.normal_(0, 0.2, generator=generator)
-        fitted.bias.normal_(0, 0.5, generator=generator)
+    for name, value in entry.state_dict().items():
+        value.normal_(0, 0.5 if name.endswith("bias") else 0.2, generator=generator)
 
     def moved(fitted: Any, rows: torch.Tensor) -> torch.Tensor:
+        low = hasattr(fitted, "up")
+        weight = torch.eye(32) + fitted.down @ fitted.up if low else fitted.weight
         out = rows.clone()
         for b in range(len(rows)):
             for n, t in enumerate(vision[b].nonzero().flatten().tolist()):
-                out[b, t] = rows[b, t] @ fitted.weight + fitted.bias[n % 4]
+                out[b, t] = rows[b, t] @ weight + fitted.bias[n % 4]
         return out
 
     def before(layer: Any, args: tuple, fitted: Any) -> tuple:

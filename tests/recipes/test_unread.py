@@ -51,6 +51,8 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
             "entry.kind=none has no entry adapter; leave one of the",
         ),
         (["entry.kind=scale", "entry.rank=4"], "entry.kind=scale has no rank; leave one of the two out"),
+        (["entry.later_rank=4"], "it is of the maps of frozen vision tokens; choose recipe=cross_only"),
+        (["recipe=cross_only", "entry.later=false", "entry.later_rank=4"], "it is of the maps of frozen"),
     ],
 )
 def test_what_a_run_would_not_read_is_refused(words, reason):
@@ -71,6 +73,7 @@ def test_what_a_run_would_not_read_is_refused(words, reason):
             "model.schedule.enter=3",
         ],  # the shipped model's pyramid is its schedule
         ["recipe=cross_only", "model.cross=[2]"],
+        ["recipe=cross_only", "entry.later=true", "entry.later_rank=4"],
         ["data=dataset", "data.path=a", "data.turns=1", "data.noise=0"],
         ["teacher=none", "kl.weight=0", "kl.trust=auto"],
         ["kl.model=embedded", "kl.visipruner.boundary=2"],

@@ -22,9 +22,12 @@ SHALLOW = {"band": VisionSchedule(enter=2, exit=4), "cross": VisionSchedule(cros
 def compare(tmp_path, note):
     """Asks a student in vLLM and in transformers, and compares the answers."""
 
-    def run(schedule, name="embedded", entry=False, steps=8, **settings):
+    def run(schedule, name="embedded", entry=False, steps=8, later_rank=None, **settings):
         served_base = base(name)
-        folder, batch = save_student(tmp_path, schedule, served_base, entry), requests(served_base)
+        folder, batch = (
+            save_student(tmp_path, schedule, served_base, entry, later_rank),
+            requests(served_base),
+        )
         with engine(folder, **settings) as llm:
             served = in_vllm(llm, batch, steps)
         reference = in_transformers(folder, batch, steps)
@@ -38,13 +41,13 @@ def compare(tmp_path, note):
 
 @pytest.mark.parametrize("budget", [512, 40])
 @pytest.mark.parametrize(
-    ("schedule", "entry"),
-    [(BAND, True), (CROSS, True)],
-    ids=["band", "cross"],
+    ("schedule", "later_rank"),
+    [(BAND, None), (CROSS, None), (CROSS, 5)],
+    ids=["band", "cross", "cross, moved on by maps of a low rank"],
 )
-def test_a_batch_is_answered_as_by_the_executor(schedule, entry, budget, compare):
+def test_a_batch_is_answered_as_by_the_executor(schedule, later_rank, budget, compare):
     """With 40 tokens a step, prompts come in chunks, and whole steps hold no text."""
-    compare(schedule, entry=entry, max_num_batched_tokens=budget)
+    compare(schedule, entry=True, later_rank=later_rank, max_num_batched_tokens=budget)
 
 
 @pytest.mark.parametrize("schedule", SHALLOW)
