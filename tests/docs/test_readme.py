@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from latefusion.eval.bench import icons_schedules, icons_students
+from latefusion.eval.bench import icons_maps, icons_schedules, icons_students
 from latefusion.eval.report import tables
 from latefusion.eval.report.__main__ import insert
 
@@ -84,6 +84,7 @@ def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     assert insert(page, "students", icons_students.markdown(students) + "\n") == page
     schedules = icons_schedules.markdown(results("icons_schedules"))
     assert insert(page, "schedules", schedules + "\n") == page
+    assert insert(page, "maps", icons_maps.markdown(results("icons_maps")) + "\n") == page
     (table,) = re.findall(r"<!-- icons -->\n(.*?)<!-- /icons -->", README, flags=re.DOTALL)
     rows = {row["arm"]: row for row in students["rows"]}
     arms = ("base, dense", "base, pruned", "base, profiled", "late_fusion_no_teacher")
