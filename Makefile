@@ -108,11 +108,11 @@ QUESTIONS := samples=300 batch_size=32
 # Two processes of one thread share the questions; on a GPU, one.
 SHARED := $(if $(wildcard /dev/nvidia0),python,OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2)
 real: icons
-	$(RUN) python eval/profile_model.py model=smollm_icons data=icons $(PROFILE) output=$(REAL)/profile
-	$(RUN) python eval/calibrate.py model=smollm_icons data=icons $(CALIBRATION) output=$(REAL)/calibration
+	$(RUN) python eval/profile_model.py model=smollm_icons data=icons $(PROFILE) overwrite=true output=$(REAL)/profile
+	$(RUN) python eval/calibrate.py model=smollm_icons data=icons $(CALIBRATION) overwrite=true output=$(REAL)/calibration
 	$(RUN) accelerate launch training/train.py recipe=late_fusion model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/late_fusion $(TRAINING)
 	$(RUN) accelerate launch training/train.py recipe=cross_only model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/cross_only $(TRAINING)
-	$(RUN) $(SHARED) eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,vtw,divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] output=$(REAL)/evaluation $(QUESTIONS)
+	$(RUN) $(SHARED) eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,vtw,divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] overwrite=true output=$(REAL)/evaluation $(QUESTIONS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VIDEO_VENV) $(EXTRA_VENV) build dist *.egg-info

@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from rich.console import Console
 
-from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
+from latefusion.eval.thresholds.settings import POLICY, Arguments, check, grid, policy_of
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.launcher import GOES_ON, run_to_exit
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
-from latefusion.training.run_folder import claimed
+from latefusion.training.run_folder import check_unfinished, claimed
 
 
 def calibrate(arguments: Arguments, console: Console) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def main(words: list[str]) -> None:
         arguments = parse_words(words, Arguments)
         path, _ = named_model(arguments.model)
         arguments = replace(arguments, model=path)
+        check_unfinished(arguments.output, POLICY, overwrite=arguments.overwrite)
         check(arguments)
         with claimed(arguments.output, key="output"):
             calibrate(arguments, Console())

@@ -33,7 +33,7 @@ from latefusion.recipes.launcher import GOES_ON, local_world_size, run_to_exit, 
 from latefusion.recipes.named_models import named_model
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, DataConfig
-from latefusion.training.run_folder import check_writable, claimed
+from latefusion.training.run_folder import check_unfinished, check_writable, claimed
 
 if TYPE_CHECKING:
     from latefusion.eval.comparison.settings import Settings
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from latefusion.eval.tasks.base import Task
 
 CONFIG = "config.yaml"
+REPORT = "report.json"
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Arguments:
         samples: how many questions of each task; none: all.
         max_frames: the most frames shown of a video of `data`; none: as the checkpoint was trained, else 16.
         output: folder for the report; none: `evaluation_<what>` in the checkpoint's folder.
+        overwrite: replace the report in it.
         batch_size: questions a batch.
         controls: add rows without the image and with random tokens at each method's budget.
         batches, lengths: batch sizes and text lengths (tokens) that time is measured against.
@@ -80,6 +82,7 @@ class Arguments:
     samples: int | None = None
     max_frames: int | None = None
     output: str | None = None
+    overwrite: bool = False
     batch_size: int = 96
     controls: bool = True
     batches: list[int] = field(default_factory=lambda: [1, 8])
@@ -234,7 +237,7 @@ def read_report(path: str | Path) -> Mapping[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a report.
     """
-    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / REPORT if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no report at {path}; name a report.json that eval/evaluate.py wrote.")
     try:
@@ -427,6 +430,7 @@ def main(words: Sequence[str]) -> None:
     words = check_words(words, Arguments, str(__doc__))
     try:
         arguments = parse_words(words, Arguments)
+        check_unfinished(output_of(arguments), REPORT, overwrite=arguments.overwrite)
         check(arguments)  # before the processes are joined
         with claimed(output_of(arguments), key="output"):
             processes = processes_here()

@@ -35,7 +35,7 @@ from latefusion.recipes.compose import (
 from latefusion.recipes.launcher import GOES_ON, run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import QUESTION_SETS, RECIPES, Config, DataConfig, Dtype
-from latefusion.training.run_folder import check_writable, claimed
+from latefusion.training.run_folder import check_unfinished, check_writable, claimed
 
 if TYPE_CHECKING:
     from latefusion.data.draw import ImageRow
@@ -55,6 +55,7 @@ class Arguments:
         budget: decoder FLOPs to stay below, as a share of dense; null: as few as the bound allows.
         images: training images that calibrate the entry; no sample shows one of them.
         output: folder; null: outputs/profile_MODEL.
+        overwrite: replace the profile in it; measurements that it shares with the new one are not made again.
         batch_size: samples a batch.
         dtype: auto (bfloat16 where the hardware computes in it), bfloat16 or float32.
         seed: for drawing the samples.
@@ -68,12 +69,14 @@ class Arguments:
     budget: float | None = None
     images: int = 256
     output: str | None = None
+    overwrite: bool = False
     batch_size: int = 16
     dtype: Dtype = Dtype.auto
     seed: int = 0
     new_tokens: int = 16
 
 
+PROFILE = "profile.json"  # as models/profile_folder.py names it, which needs torch
 NAMES = [field.name for field in fields(Arguments)]
 KEYS = ["model", "data", *NAMES]
 
@@ -91,6 +94,7 @@ def main(words: Sequence[str]) -> None:
         arguments, config = parse(words)
         if printed:
             print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})
+        check_unfinished(output_of(arguments, config), PROFILE, overwrite=arguments.overwrite)
         check(arguments, config)
         with claimed(output_of(arguments, config), key="output"):
             run(arguments, config)

@@ -200,11 +200,12 @@ def _check_weights(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     """Refuse teachers that could not teach."""
     kl = config.kl
-    if kl.cache is not None and config.teacher is Teacher.none:
-        raise ValueError(
-            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense, or leave out kl.cache."
-        )
     taught = config.teacher is not Teacher.none and kl.weight > 0
+    if kl.cache is not None and not taught:
+        raise ValueError(
+            "kl.cache needs a teacher; use teacher=visipruner or teacher=dense with kl.weight above 0, or leave out "
+            "kl.cache."
+        )
     if config.tune is Tune.full and taught and kl.model is None:
         raise ValueError(
             f"tune=full changes the base, which is the teacher={config.teacher.value}; use teacher=none, tune=lora, or "

@@ -127,6 +127,17 @@ def _entry(tree: Any, key: str) -> str:
 
 
 def _later(tree: Any, key: str) -> str:
+    schedule, entry = tree.schedule, tree.entry
+    if entry.kind is EntryKind.none:
+        return "entry.kind=none has no entry adapter; leave one of the two out"
+    if entry.init is EntryInit.identity:
+        return "entry.init=identity calibrates nothing; add entry.init=calibrated, or leave it out"
+    if len(schedule.cross or ()) < 2:
+        return "it is for frozen tokens that several layers read (schedule.cross); leave it out"
+    return ""
+
+
+def _later_rank(tree: Any, key: str) -> str:
     entry = tree.entry
     fits = entry.later and entry.init is EntryInit.calibrated and entry.kind is not EntryKind.none
     if fits and tree.schedule.cross is not None:
@@ -149,5 +160,6 @@ RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does 
     (("kl.top_k",), _cache),
     (tuple(f"lora.{n}" for n in ("variant", "layers", "r", "alpha", "dropout", "targets")), _lora),
     (("entry.rank", "entry.init"), _entry),
-    (("entry.later_rank",), _later),
+    (("entry.later_rank",), _later_rank),
+    (("entry.later",), _later),
 )

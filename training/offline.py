@@ -34,12 +34,12 @@ from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryInit, Trust
 from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
+from latefusion.training.preflight import TEACHER, holds_answers
 from latefusion.training.prepare import count_steps, settle_threads
 from latefusion.training.teacher import check_models, shared_vocabulary
 from latefusion.training.trust import settle_trust
 from latefusion.training.trust_record import Decision
 
-TEACHER = "teacher.json"
 SCHEMA = pa.schema(
     [
         ("sample", pa.string()),
@@ -124,13 +124,14 @@ def rows_of(
 
 
 def write(folder: str | Path, batches: Iterator[list[dict[str, Any]]], *, rank: int, world: int) -> int:
-    """Write the file of one process, under its name only once it is complete.
+    """Write the file of one process, under its name only once it is complete; an older one goes first.
 
     Returns:
         The number of samples in it.
     """
     path = Path(folder) / f"teacher-{rank:05d}-of-{world:05d}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # or a teacher.json that another process has written would count it in
     part, count = path.with_suffix(".part"), 0
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for rows in batches:
@@ -169,7 +170,7 @@ class Taught:
             )
         self.collator, self.folder, self.again, self.k = collator, folder, again, written["k"]
         self.pad = collator.processor.tokenizer.pad_token_id
-        parts = [datasets.Dataset.from_file(str(file)) for file in files]
+        parts = [answers_in(file, again) for file in files]
         self.rows = datasets.concatenate_datasets(parts).with_format("torch")
         plain = self.rows.with_format(None)
         self.index = {key: i for i, key in enumerate(zip(plain["sample"], plain["prompt"], strict=True))}
@@ -195,8 +196,19 @@ class Taught:
         return batch
 
 
-def with_answers(config: Config, collator: Collator) -> Collator | Taught:
+def answers_in(file: Path, again: str) -> datasets.Dataset:
+    """The rows of a file of the cache; raises ValueError if it is damaged."""
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except (OSError, ValueError, pa.ArrowException):
+        raise ValueError(f"{file} is damaged; {again}.") from None
+
+
+def with_answers(config: Config, collator: Collator, rows: int | None = None) -> Collator | Taught:
     """The collator, which adds the teacher's answers if `kl.cache` holds them.
+
+    Args:
+        rows: of the training set, all of which need answers; None: unknown.
 
     A cache whose writing stopped at `kl.trust=auto` holds none; the collator then stays what it is.
 
@@ -207,8 +219,15 @@ def with_answers(config: Config, collator: Collator) -> Collator | Taught:
     if folder is None:
         return collator
     facts = expected(config, collator.processor, teacher(config))
-    if config.kl.trust is Trust.auto and not facts_in(folder, facts)["files"]:
+    written = facts_in(folder, facts)
+    if config.kl.trust is Trust.auto and not written["files"]:
         return collator
+    answered = written.get("rows")
+    if rows is not None and answered is not None and rows > answered:
+        raise Stale(
+            f"the teacher's answers in {folder} are to the {answered} rows of other data, but this run has {rows}; "
+            f"{again_with(folder)}."
+        )
     return Taught(collator, folder, facts)
 
 
@@ -221,8 +240,13 @@ def facts_in(folder: str, teacher: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         written: dict[str, Any] = json.loads((Path(folder) / TEACHER).read_text())
+        complete = "files" in written
     except FileNotFoundError:
         raise FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again_with(folder)}.") from None
+    except (ValueError, TypeError):
+        complete = False
+    if not complete or not isinstance(written, dict):
+        raise ValueError(f"{Path(folder) / TEACHER} is damaged; {again_with(folder)}.")
     for key, value in teacher.items():
         if written.get(key) != value:
             raise Stale(
@@ -241,7 +265,8 @@ def no_answers(folder: str) -> ValueError:
 
 
 def again_with(folder: str) -> str:
-    return f"write it with python training/teach.py kl.cache={folder} and this run's other options"
+    over = " overwrite=true" if holds_answers(folder) else ""
+    return f"write it with python training/teach.py kl.cache={folder}{over} and this run's other options"
 
 
 def write_answers(config: Config) -> None:
@@ -302,8 +327,8 @@ def write_answers(config: Config) -> None:
     (folder / TEACHER).unlink(missing_ok=True)  # from here on the old cache is incomplete
     if process == 0:
         (folder / SKIPPED_FILE).unlink(missing_ok=True)
-        for old in folder.glob("teacher-*.arrow"):
-            if not old.name.endswith(f"-of-{world:05d}.arrow"):
+        for old in folder.glob("teacher-*"):  # also what an interruption has left
+            if not old.stem.endswith(f"-of-{world:05d}"):
                 old.unlink()
     pad = student.processor.tokenizer.pad_token_id
     size, share = config.train.batch_size, range(process, len(dataset), world)
@@ -330,7 +355,9 @@ def write_answers(config: Config) -> None:
     except (ValueError, OSError) as error:  # a row that must not be left out, a full disk
         raise SystemExit(error_line(error)) from error
     if process == 0:
-        (folder / TEACHER).write_text(json.dumps({**facts, "files": world}, indent=1) + "\n")
+        (folder / TEACHER).write_text(
+            json.dumps({**facts, "files": world, "rows": len(dataset)}, indent=1) + "\n"
+        )
         written = sum(file.stat().st_size for file in folder.glob("teacher-*.arrow"))
         by = f" by the first of {world} processes" if world > 1 else ""
         print(

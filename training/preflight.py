@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,11 +25,12 @@ from latefusion.recipes.launcher import rank, world_size
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, Tune
 from latefusion.training.checkpoints import checkpoints, find
-from latefusion.training.run_folder import check_launch, check_unclaimed, check_writable
+from latefusion.training.run_folder import check_launch, check_unclaimed, check_unfinished, check_writable
 
 Result = TypeVar("Result")
 
 CONFIG = "config.yaml"  # in the folder of a run
+TEACHER = "teacher.json"  # in a `kl.cache`: who taught
 MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
     *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
     *("train.steps", "train.epochs", "train.threads", "train.workers", "train.prefetch", "train.trackers"),
@@ -115,6 +117,20 @@ def check_teaching(config: Config) -> None:
     check_launch(config.engine.processes)
     check_inputs(config)
     check_writable(config.kl.cache, key="kl.cache")
+    if config.resume is not False:
+        raise ValueError(
+            f"resume={str(config.resume).lower()} would not be read: answers are written in one go; leave it out."
+        )
+    if holds_answers(config.kl.cache):
+        check_unfinished(config.kl.cache, TEACHER, overwrite=config.overwrite, key="kl.cache")
+
+
+def holds_answers(cache: str | Path) -> bool:
+    """Whether a `kl.cache` is complete and not empty."""
+    try:
+        return bool(json.loads((Path(cache) / TEACHER).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_inputs(config: Config) -> None:

@@ -60,6 +60,19 @@ def check_writable(folder: str | Path, key: str = "output_dir") -> None:
         raise ValueError(f"{key}={folder} cannot be written ({why}); choose another {key}=FOLDER.")
 
 
+def check_unfinished(folder: str | Path, result: str, *, overwrite: bool, key: str = "output") -> None:
+    """Raise ValueError if a folder holds finished work, which only `overwrite=true` replaces.
+
+    Args:
+        result: the file that holds it; without it the work was interrupted, and goes on.
+    """
+    file = Path(folder) / result
+    if rank() == 0 and file.exists() and not overwrite:
+        raise ValueError(
+            f"{file} is there already; replace it with overwrite=true, or choose another {key}=FOLDER."
+        )
+
+
 def check_unclaimed(output_dir: str | Path) -> None:
     """Raise ValueError if another run holds the folder now."""
     path = Path(output_dir) / LOCK

@@ -15,9 +15,11 @@ from scipy import stats
 from latefusion.eval.fusion.effects import by_image
 from latefusion.eval.metrics import accuracy, paired
 from latefusion.eval.thresholds.accept import Accepted
+from latefusion.eval.thresholds.settings import POLICY
 from latefusion.models.flops import prefill_share
 from latefusion.recipes.printable import printable
 
+TABLE = "table.md"
 ROWS = 12  # of the table
 HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "decoder FLOPs, %")
 WHOLE = "whole prefill, %"
@@ -74,6 +76,8 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         "settings": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (TABLE, POLICY):
+        (folder / name).unlink(missing_ok=True)  # of an earlier calibration, if this one accepts no setting
     (folder / "calibration.json").write_text(json.dumps(out, indent=1) + "\n")
     if best is None and tried:
         least = min(tried, key=lambda one: one["limit"])
@@ -90,8 +94,8 @@ def write(results: dict[str, Any], folder: Path, console: Console) -> dict[str, 
         )
     header = HEADER + (() if outside is None else (WHOLE,)) + (LABELLED if correct is not None else ())
     bold = shown.index(best)
-    (folder / "table.md").write_text(markdown(header, lines, bold))
-    (folder / "policy.yaml").write_text(recipe(rows[best], out))
+    (folder / TABLE).write_text(markdown(header, lines, bold))
+    (folder / POLICY).write_text(recipe(rows[best], out))
     report(out, header, lines, bold, console, folder)
     return out
 

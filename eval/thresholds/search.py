@@ -244,7 +244,11 @@ class Search:
 
     def fingerprint(self) -> str:
         """Hash of everything that a batch's numbers depend on: arguments, model, processor, prompts with images."""
-        arguments = {name: value for name, value in asdict(self.arguments).items() if name != "output"}
+        arguments = {
+            name: value
+            for name, value in asdict(self.arguments).items()
+            if name not in ("output", "overwrite")
+        }
         model = model_identity(
             self.arguments.model, processor=self.prompts.processor, dtype=self.attachment.model.dtype
         )
@@ -255,7 +259,7 @@ class Search:
         dense = {name: self.dense[name] for name in ("right", "dense_flops", "dense_vision")}
         outside = self.prompts.outside_flops()
         return {
-            "arguments": asdict(self.arguments),
+            "arguments": {k: v for k, v in asdict(self.arguments).items() if k != "overwrite"},
             "settings": self.settings,
             "shallow_limit": self.limit,
             "columns": self.scores.columns | dense,

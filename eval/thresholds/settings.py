@@ -17,6 +17,7 @@ from latefusion.training.run_folder import check_writable
 if TYPE_CHECKING:
     from latefusion.models.policies.visipruner.settings import VisiPruner
 
+POLICY = "policy.yaml"  # the result
 Setting = dict[str, Any]  # arguments of VisiPruner that are searched
 
 
@@ -38,6 +39,7 @@ class Arguments:
         max_new_tokens: longest answer.
         batch_size: prompts a forward.
         output: folder for the results.
+        overwrite: replace the policy in it.
     """
 
     model: str = "embedded"
@@ -59,6 +61,7 @@ class Arguments:
     max_new_tokens: int = 16
     batch_size: int = 32
     output: str = "outputs/calibration"
+    overwrite: bool = False
 
 
 def check(arguments: Arguments) -> None:

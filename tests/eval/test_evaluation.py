@@ -15,6 +15,7 @@ from helpers.evaluated_student import HEADS, MLP, SYSTEMS, VISION, WIDTH, tiny_m
 from latefusion.data.prompts import prompt_inputs
 from latefusion.data.scenes import load_scenes
 from latefusion.data.sources import scenes as scene_samples
+from latefusion.eval import calibrate, profile_model
 from latefusion.eval.comparison import cost
 from latefusion.eval.comparison.answers import answer_questions, check_longest
 from latefusion.eval.comparison.systems import System, running
@@ -341,6 +342,37 @@ def test_a_question_that_is_longer_than_the_model_has_positions_is_refused_befor
         )
     assert not calls
     check_longest(student.model, processor, evaluated_student.task())
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "result"),
+    [
+        (main, ["policies=[fastv]"], "report.json"),
+        (calibrate.main, [], "policy.yaml"),
+        (profile_model.main, [], "profile.json"),
+    ],
+)
+def test_a_finished_result_is_replaced_only_with_overwrite(command, words, result, tmp_path, monkeypatch):
+    (tmp_path / result).touch()
+    monkeypatch.setattr(sys.modules[command.__module__], "claimed", began)
+    words = [*words, "model=embedded", f"output={tmp_path}"]
+    with pytest.raises(
+        SystemExit, match=rf"{result} is there already; replace it with overwrite=true, or choose"
+    ):
+        command(words)
+    with pytest.raises(Began):
+        command([*words, "overwrite=true"])
+    (tmp_path / result).unlink()  # an interrupted one goes on
+    with pytest.raises(Began):
+        command(words)
+
+
+class Began(Exception):
+    """All checks before the work have passed."""
+
+
+def began(*_, **__):
+    raise Began
 
 
 def test_two_evaluations_do_not_write_into_one_folder(tmp_path, monkeypatch):

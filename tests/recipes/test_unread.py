@@ -53,6 +53,13 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
         (["entry.kind=scale", "entry.rank=4"], "entry.kind=scale has no rank; leave one of the two out"),
         (["entry.later_rank=4"], "it is of the maps of frozen vision tokens; choose recipe=cross_only"),
         (["recipe=cross_only", "entry.later=false", "entry.later_rank=4"], "it is of the maps of frozen"),
+        (["entry.later=true"], r"it is for frozen tokens that several layers read \(schedule\.cross\)"),
+        (["recipe=cross_only", "schedule.cross=[4]", "entry.later=true"], "it is for frozen tokens"),
+        (["recipe=cross_only", "entry.init=identity", "entry.later=true"], "entry.init=identity calibrates"),
+        (
+            ["recipe=cross_only", "entry.kind=none", "entry.later=true"],
+            "entry.kind=none has no entry adapter",
+        ),
     ],
 )
 def test_what_a_run_would_not_read_is_refused(words, reason):

@@ -18,7 +18,7 @@ from latefusion.models.policies.configured import teacher
 from latefusion.recipes.check import check_config
 from latefusion.training import assemble
 from latefusion.training.loss import distillation, distillation_from
-from latefusion.training.offline import Taught, expected
+from latefusion.training.offline import Taught, expected, write
 
 VOCABULARY = 10_000  # more than there are tokens: all of them
 QUICK = (
@@ -81,17 +81,21 @@ def test_no_teacher_runs(base, cache):
         ("data.isolate=false", r"written with isolate=True, but this run has False"),
         (
             "data.scenes=4",
+            r"are to the \d+ rows of other data, but this run has \d+; write it with .* overwrite=true",
+        ),
+        (
+            "data.scenes=1 data.seed=1",
             r"sample train-\S+: the teacher's answers in .* were written without it; write it with",
         ),
         (
-            "data.turns=2",
+            "data.scenes=1 data.turns=5",
             r"sample train-\S+: the teacher's answers in .* for another prompt, ranking, tokenizer or image;",
         ),
     ],
 )
 def test_a_stale_cache_is_refused_before_training(base, cache, tmp_path, change, message):
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
-        run_config(options(base, cache, f"output_dir={tmp_path}", change, "train.steps=9"))
+        run_config(options(base, cache, f"output_dir={tmp_path}", *change.split(), "train.steps=9"))
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -168,6 +172,64 @@ def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
     )
     with pytest.raises(SystemExit, match=r"0 of 2 files are in kl.cache="):
         run_config(options(base, tmp_path, f"output_dir={tmp_path}"))
+
+
+ROWS = "teacher-00000-of-00001.arrow"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (ROWS, lambda whole: whole[: len(whole) // 2]),
+        (ROWS, lambda whole: whole[:-90]),
+        (ROWS, lambda whole: b""),
+        (ROWS, lambda whole: b"hello\n"),
+        ("teacher.json", lambda whole: whole[:100]),
+        ("teacher.json", lambda whole: b"[]"),
+        ("teacher.json", lambda whole: b'["files"]'),
+        ("teacher.json", lambda whole: b"{}"),
+        ("teacher.json", lambda whole: b"3"),
+    ],
+)
+def test_a_damaged_cache_is_named(base, cache, tmp_path, file, change):
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    (folder / file).write_bytes(change((cache / file).read_bytes()))
+    with pytest.raises(SystemExit, match=rf"^error: .*{file} is damaged; write it with python") as error:
+        run_config(options(base, folder, f"output_dir={tmp_path / 'out'}"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_cache_is_replaced_only_with_overwrite(base, cache, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    with pytest.raises(SystemExit, match=r"teacher\.json is there already; replace it with overwrite=true"):
+        teach_config(options(base, folder, "kl.temperature=2"))
+    assert (folder / ROWS).read_bytes() == (cache / ROWS).read_bytes()
+    with pytest.raises(SystemExit, match=r"resume=true would not be read"):
+        teach_config(options(base, folder, "resume=true"))
+    teach_config(options(base, folder, "kl.temperature=2", "overwrite=true"))
+    assert json.loads((folder / "teacher.json").read_text())["temperature"] == 2
+
+
+def test_a_process_that_stops_leaves_none_of_its_older_answers(tmp_path):
+    """Its file would otherwise count as one of the new teacher's."""
+    row = {"sample": "a", "prompt": "b", "tokens": [1], "logprobs": [0.0]}
+    write(tmp_path, iter([[row]]), rank=1, world=2)
+
+    def stopped():
+        yield [row]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, stopped(), rank=1, world=2)
+    assert not list(tmp_path.glob("*.arrow"))
+
+
+@pytest.mark.parametrize("override", ["kl.weight=0", "teacher=none"])
+def test_a_cache_without_a_teacher_is_refused_before_anything_is_loaded(base, tmp_path, override):
+    with pytest.raises(SystemExit, match=r"kl.cache needs a teacher; .* or leave out kl.cache"):
+        teach_config(options(base, tmp_path, override))
 
 
 def test_processes_share_the_samples(base, cache, tmp_path, monkeypatch):
