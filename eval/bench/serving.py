@@ -146,7 +146,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 
     def answered(prompts: list[Any], tokens: int) -> tuple[float, list[float]]:
         """Seconds until all are answered, and until the first token of each."""
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens)
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         start = clock()
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         end = clock()

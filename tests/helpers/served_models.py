@@ -97,6 +97,7 @@ class Answer:
 def in_transformers(folder, batch, steps, dense=False):
     """Answers of `latefusion.load`, one request at a time."""
     model, processor = load(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # it is a word as any other here, as for `in_vllm`
     if dense:
         attached(model).policy = VisionSchedule()
     answers = []
@@ -112,7 +113,6 @@ def in_transformers(folder, batch, steps, dense=False):
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=steps,
-                min_new_tokens=steps,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_logits=True,
@@ -151,7 +151,7 @@ def in_vllm(llm, batch, steps):
     """Greedy answers to all requests at once."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=steps, min_tokens=steps, logprobs=TOP)
+    parameters = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=TOP)
     outputs = llm.generate([request.prompt for request in batch], parameters, use_tqdm=False)
     return [
         Answer(
