@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from safetensors import SafetensorError, safe_open
 
 from latefusion.models.smollm_icons import folder as smollm_icons
 
@@ -15,6 +16,8 @@ EMBEDDED = "embedded"
 EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 SMOLLM_ICONS = "smollm_icons"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # beside it
+ENTRY = "vision_entry"  # the entry adapter's name in a student's weights
 WEIGHTS = ("*.safetensors", "*.bin")
 SCHEDULE_KEY = "vision_schedule"  # in a merged student's config.json
 BASE = "base_model_name_or_path"  # in it: the path or hub id of the base
@@ -206,6 +209,28 @@ def adapter_settings(student: str | Path) -> dict[str, Any]:
     raise ValueError(
         f"{file} is not an adapter configuration with a {BASE}; name a folder that training wrote."
     )
+
+
+def saved_shapes(student: str | Path) -> dict[str, list[int]]:
+    """The shapes of a student's trained weights by name, read from the head of their file.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+        ValueError: it is damaged.
+    """
+    file = Path(student) / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, framework="numpy") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no student at {student}: it has no {file.name}.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); name another checkpoint.") from None
+
+
+def entry_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Of `saved_shapes` those of the entry adapter, by its own names."""
+    return {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
 
 
 def decoder_layers(path: str, revision: str | None = None) -> int | None:

@@ -34,7 +34,8 @@ from latefusion.models.profile_folder import ENTRY_FILE, SCHEDULE_FILE, read_ent
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
-from latefusion.recipes.launcher import local_world_size, world_size
+from latefusion.models.student.save import has_entry, saved_start
+from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
 
 PROFILE_FOLDER = "profile"  # the profile of schedule=auto, in the run's folder
@@ -227,7 +228,7 @@ def settle_entry(
     rows: Callable[[], Sequence[Any]],
     resumed: Path | None = None,
 ) -> None:
-    """Write the map that the entry adapter starts from (`entry.init=calibrated`), unless a profile has it already.
+    """Write the map that the entry adapter starts from (`entry.init=calibrated`), unless a profile or `init` has it.
 
     The first process fits it on images of the training set, on a GPU if there is one; all others read it. This comes
     before the engine is prepared, since ZeRO-3 shards every model that is loaded later. The fit holds a whole model of
@@ -244,6 +245,10 @@ def settle_entry(
             and must not be left out.
     """
     if not calibrated(config):
+        return
+    if _entry_in_init(config):
+        if rank() == 0:
+            print(f"The entry adapter comes from init={config.init}: nothing is calibrated.", flush=True)
         return
     processor = processor_fingerprint(collator.processor)
     if _from_profile(config, processor) is not None:
@@ -272,9 +277,13 @@ def calibrated(config: Config) -> bool:
 def entry_start(config: Config) -> CalibratedEntry | None:
     """The map that `settle_entry` wrote or a profile has; None: the entry adapter starts as the identity.
 
+    Where the student in `init` has an entry adapter, its sizes alone count: its weights come in later.
+
     Raises:
         FileNotFoundError: this process does not see what the first one wrote.
     """
+    if config.init is not None and _entry_in_init(config):
+        return saved_start(config.init)
     if not calibrated(config):
         return None
     folder = Path(config.output_dir) / FITTED
@@ -285,6 +294,11 @@ def entry_start(config: Config) -> CalibratedEntry | None:
             "machines share."
         )
     return entry
+
+
+def _entry_in_init(config: Config) -> bool:
+    """Whether the student to start from brings its own entry adapter, which was fitted or learnt already."""
+    return config.init is not None and has_entry(config.init)
 
 
 def _from_profile(config: Config, processor: str | None = None) -> CalibratedEntry | None:
@@ -327,8 +341,8 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
             f"{len(samples)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted "
             "to, the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
         )
-    rank, numbers = calibration.entry.later_rank, calibration.entry.numbers()
-    maps = "whole matrices" if rank is None else f"maps of rank {rank}"
+    later_rank, numbers = calibration.entry.later_rank, calibration.entry.numbers()
+    maps = "whole matrices" if later_rank is None else f"maps of rank {later_rank}"
     print(
         f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains {unseen:.1%} of the "
         f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%})"

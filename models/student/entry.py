@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latefusion.models.inputs import unwrapped
-
-ENTRY = "vision_entry"
+from latefusion.models.locate import ENTRY as ENTRY
 
 
 class CalibratedEntry(nn.Module):

@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,17 +22,19 @@ from latefusion.models.base_model import compute_dtype, load_base, load_processo
 from latefusion.models.inputs import unwrapped
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     BASE,
     adapter_settings,
     check_base_of,
     check_no_model,
+    entry_shapes,
+    saved_shapes,
 )
 from latefusion.models.schedule import SCHEDULE_FILE, VisionSchedule
 from latefusion.models.student.build import Student, hold_frozen
-from latefusion.models.student.entry import ENTRY, entry_sizes, install_entry
+from latefusion.models.student.entry import ENTRY, CalibratedEntry, entry_sizes, install_entry
 from latefusion.models.student.whole import forget, record
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_TYPE = (
     "LATEFUSION (a student: load its folder with latefusion.load, from pip install 'latefusion[train]')"
 )
@@ -124,8 +125,8 @@ def load_student(
                 f"no student at {path}: it has no {name}; name a folder that training wrote."
             )
     config = lora_config(folder)
-    shapes = _saved_shapes(folder / ADAPTER_WEIGHTS)
-    entry = {name.partition(f"{ENTRY}.")[2]: shape for name, shape in shapes.items() if f"{ENTRY}." in name}
+    shapes = saved_shapes(folder)
+    entry = entry_shapes(shapes)
     if ENTRY in (config.modules_to_save or ()) and not entry:
         raise ValueError(
             f"the student at {path} was trained with an entry adapter, but {ADAPTER_WEIGHTS} does not hold it: it was "
@@ -182,14 +183,22 @@ def lora_config(folder: Path) -> LoraConfig:
     return LoraConfig(**{name: settings[name] for name in names if name in settings})
 
 
-def _saved_shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no student at {file.parent}: it has no {file.name}.") from None
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); name another checkpoint.") from None
+def saved_start(folder: str | Path) -> CalibratedEntry | None:
+    """A start of the sizes that the entry adapter in a student's folder has, all zero; None: it has no such start.
+
+    Raises:
+        FileNotFoundError: the folder holds no student.
+        ValueError: its weights are damaged.
+    """
+    shapes = entry_shapes(saved_shapes(folder))
+    sizes = entry_sizes(shapes)
+    sizes.pop("rank")
+    return CalibratedEntry(hidden_size=shapes["scale"][0], **sizes) if sizes["places"] else None
+
+
+def has_entry(folder: str | Path) -> bool:
+    """Whether a student's folder holds an entry adapter; raises as `saved_start`."""
+    return bool(entry_shapes(saved_shapes(folder)))
 
 
 # ---------------------------------------------------------------- start from, merge
@@ -216,16 +225,18 @@ def start_from(student: Student, folder: str | Path) -> None:
                 f"the student at {folder} trained {name}, which this one does not; set "
                 f"{'entry.kind and schedule.enter' if name == ENTRY else 'lora.train_projector=true'} as there."
             )
-    try:
-        result: Any = set_peft_model_state_dict(student.model, load_file(path / ADAPTER_WEIGHTS))
-    except RuntimeError as error:
-        raise ValueError(
-            f"the student at {folder} has weights of other shapes: {str(error).splitlines()[-1]}"
-        ) from None
-    if result.unexpected_keys:
-        raise ValueError(
-            f"the student at {folder} trained {result.unexpected_keys[0]}, which this one does not have."
-        )
+    weights = load_file(path / ADAPTER_WEIGHTS)
+    own = get_peft_model_state_dict(student.model, save_embedding_layers=False)
+    for name, weight in sorted(weights.items()):
+        if name not in own:
+            fix = "; set lora.layers, lora.targets and lora.variant as there" if "lora_" in name else ""
+            raise ValueError(f"the student at {folder} trained {name}, which this one does not have{fix}.")
+        if weight.shape != own[name].shape:
+            raise ValueError(
+                f"the student at {folder} has {name} of shape {tuple(weight.shape)}, where this one has "
+                f"{tuple(own[name].shape)}; set lora.r and entry.rank as there."
+            )
+    set_peft_model_state_dict(student.model, own | weights)
 
 
 def merge(

@@ -21,11 +21,12 @@ from latefusion.models.attach import attach
 from latefusion.models.base_model import unquantised
 from latefusion.models.flops import decoder_flops
 from latefusion.models.schedule import VisionSchedule
-from latefusion.models.student.entry import entry_of
+from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import load_student, merge, save_student
 from latefusion.recipes.schema import Layers, LoraConfig
 from latefusion.training import assemble
+from latefusion.training.prepare import entry_start, settle_entry
 from latefusion.training.step_cost import (
     activation_bytes,
     backward_ends,
@@ -164,10 +165,49 @@ def test_a_second_stage_starts_from_the_first_and_its_teacher_does_not(tmp_path,
         tiny_student(f"init={tmp_path / 'align'}")
     with pytest.raises(ValueError, match=r"trained vision_entry, which this one does not; set entry\.kind"):
         tiny_student(*options, "entry.kind=none")
-    with pytest.raises(ValueError, match="weights of other shapes"):
+    with pytest.raises(
+        ValueError, match=r"vision_entry\.\S+ of shape \(.*; set lora\.r and entry\.rank as there"
+    ):
         tiny_student(*options, "entry.rank=2")
     with pytest.raises(FileNotFoundError, match="no student at nowhere: it has no adapter_config"):
         tiny_student("lora.train_projector=true", "init=nowhere")
+
+
+def test_a_student_may_start_from_one_that_trained_less(tmp_path, samples):
+    """What the earlier one did not train (projector, LoRA, entry adapter) starts as in any new student."""
+    first = tiny_student("entry.kind=none")[1]
+    shake(first, 0.1)
+    save_student(first, tmp_path / "first")
+    inputs = student_inputs(first, samples)
+    second = tiny_student("lora.train_projector=true", f"init={tmp_path / 'first'}")[1]
+    assert entry_of(second.model) is not None
+    assert torch.equal(student_logits(second.model, inputs), student_logits(first.model, inputs))
+    with pytest.raises(
+        ValueError, match=r"lora_A\S+, which this one does not have; set lora\.layers, lora\.targets"
+    ):
+        tiny_student(f"init={tmp_path / 'first'}", "lora.targets=[q_proj]")
+
+
+def test_a_calibrated_entry_comes_from_the_student_to_start_from(tmp_path, base, samples):
+    """It is not fitted a second time, whatever the new run's `entry.init` says; its sizes are the earlier one's."""
+    calibrated = CalibratedEntry(hidden_size=32, places=4)
+    calibrated.weight.normal_(generator=torch.Generator().manual_seed(2))
+    folder, output = tmp_path / "first", f"output_dir={tmp_path / 'out'}"
+    first = assemble.student_from(configured(*BAND, *SMALL), *tiny_base(), calibrated)
+    shake(first, 0.1)
+    save_student(first, folder)
+
+    def never():
+        raise AssertionError("fitted again")
+
+    for init in ("calibrated", "identity"):
+        config = configured(
+            *BAND, *SMALL, f"entry.init={init}", f"init={folder}", f"model.path={base}", output
+        )
+        settle_entry(config, assemble.collator_of(first), never, never)
+        second = assemble.student_from(config, *tiny_base(), entry_start(config))
+        inputs = student_inputs(first, samples)
+        assert torch.equal(student_logits(second.model, inputs), student_logits(first.model, inputs))
 
 
 def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, samples):

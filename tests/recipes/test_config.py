@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers.tiny_base import composed, configured
+from safetensors.numpy import save_file
 
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import compose_tree, print_configuration
@@ -257,6 +259,49 @@ def test_a_student_to_start_from_is_of_this_base_and_its_projector_trains_on(tmp
         ValueError, match=r"has the base a/b, but model\.path=embedded; name that base, or, if it"
     ):
         preflight.check(configured(init, "lora.train_projector=true"))
+
+
+@pytest.mark.parametrize(
+    ("words", "about", "weights", "sentence"),
+    [
+        (
+            ["lora.alpha=64"],
+            {},
+            {},
+            r"was trained with lora\.alpha=32, but this run has 64; set lora\.alpha=32\.$",
+        ),
+        (["lora.r=8"], {}, {}, r"was trained with lora\.r=16, but this run has 8; set lora\.r=16\.$"),
+        ([], {"use_rslora": True}, {}, r"was trained with lora\.variant=rslora, but this run has lora; set"),
+        (["tune=align"], {}, {}, r"trained LoRA, which tune=align has not; set tune=lora\.$"),
+        (
+            ["entry.rank=8"],
+            {},
+            {"down.weight": [16, 2]},
+            r"an entry adapter of rank 16, .* 8; set entry\.rank=16\.$",
+        ),
+        ([], {}, {"scale": [2]}, r"an entry adapter of rank 0, .* rank 16; set entry\.kind=scale\.$"),
+        (
+            ["recipe=cross_only", "schedule.cross=[2,4,5]"],
+            {},
+            {"down.weight": [16, 2], "start.later.3.bias": [4, 2], "start.later.5.bias": [4, 2]},
+            r"maps of frozen vision tokens to layers \[3, 5\], which this run does not read; set schedule\.cross",
+        ),
+    ],
+)
+def test_a_student_to_start_from_has_this_run_s_sizes(tmp_path, words, about, weights, sentence):
+    """Another alpha would load, and scale all that the student has learnt."""
+    usual = {"base_model_name_or_path": "embedded", "modules_to_save": None, "r": 16, "lora_alpha": 32}
+    about = {**usual, "target_modules": "a|b", **about}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    weights = {f"base_model.model.vision_entry.{name}": np.zeros(shape) for name, shape in weights.items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    init = (f"init={tmp_path}", f"output_dir={tmp_path / 'out'}")
+    with pytest.raises(ValueError, match=rf"^the student at {tmp_path} .*{sentence}"):
+        preflight.check(configured(*init, *words))
+    if about["target_modules"] == "a|b" and "tune=align" in words:
+        about["target_modules"] = preflight.NO_LORA
+        (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+        preflight.check(configured(*init, *words))
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
