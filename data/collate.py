@@ -23,7 +23,6 @@ from latefusion.models.executor.vision import vision_token_ids
 from latefusion.models.inputs import stop_tokens
 from latefusion.models.layer_kinds import attends
 from latefusion.models.locate import check_base, readable
-from latefusion.models.policies.configured import schedule_of
 from latefusion.models.self_check import isolating
 from latefusion.recipes.schema import Config, Teacher
 
@@ -353,7 +352,7 @@ def collator_without_weights(config: Config, *, dtype: torch.dtype = torch.float
 
 def is_ranked(config: Config) -> bool:
     """Whether the student's schedule or its teacher chooses vision tokens by the text that follows them."""
-    return bool(schedule_of(config.schedule).keep) or config.teacher is Teacher.visipruner
+    return bool(config.schedule.keep) or config.teacher is Teacher.visipruner
 
 
 def mark(offsets: Tensor, spans: Sequence[Sequence[Span]]) -> tuple[Tensor, Tensor]:

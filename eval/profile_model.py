@@ -53,6 +53,8 @@ class Arguments:
         bound: nats of KL per answer token that the schedule may cost, its entry and keeps included: the upper limit of
             the mean over the confirming prompts stays within it.
         budget: decoder FLOPs to stay below, as a share of dense; null: as few as the bound allows.
+        cross: choose also, within the same bound, the layers in which text reads frozen vision tokens
+            (`recipe=cross_only`).
         images: training images that calibrate the entry; no sample shows one of them.
         output: folder; null: outputs/profile_MODEL.
         overwrite: replace the profile in it; measurements that it shares with the new one are not made again.
@@ -67,6 +69,7 @@ class Arguments:
     split: str | None = None
     bound: float = 0.05
     budget: float | None = None
+    cross: bool = False
     images: int = 256
     output: str | None = None
     overwrite: bool = False
@@ -229,7 +232,12 @@ def run(arguments: Arguments, config: Config, console: Console | None = None) ->
         console=console,
         about=about,
         output_dir=output_of(arguments, config),
-        goal=Goal(bound=arguments.bound, budget=arguments.budget, by_hand=schedule_by_hand(config, model)),
+        goal=Goal(
+            bound=arguments.bound,
+            budget=arguments.budget,
+            by_hand=schedule_by_hand(config, model),
+            cross=arguments.cross,
+        ),
         batch_size=arguments.batch_size,
     )
 

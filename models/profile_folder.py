@@ -12,6 +12,7 @@ from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry, start_sizes
 
 PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", "schedule.yaml", "entry.safetensors"
+CROSS_FILE = "cross.yaml"  # of frozen vision tokens
 
 
 def read_schedule(path: str | Path) -> VisionSchedule:
@@ -35,6 +36,25 @@ def read_schedule(path: str | Path) -> VisionSchedule:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
     return VisionSchedule.from_dict(values)
+
+
+def read_cross(path: str | Path) -> VisionSchedule:
+    """The schedule of frozen vision tokens of a profile that was made with `cross=true`.
+
+    Args:
+        path: the folder, or a file in it.
+
+    Raises:
+        FileNotFoundError, ValueError: it has none, in one sentence.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    read_schedule(folder)  # a profile at all
+    if not (folder / CROSS_FILE).is_file():
+        raise FileNotFoundError(
+            f"the profile in {folder} did not look for the layers that read frozen vision tokens; make it again with "
+            "cross=true, or give them without a profile: model.cross=[8,12]."
+        )
+    return read_schedule(folder / CROSS_FILE)
 
 
 def write_entry(folder: Path, entry: CalibratedEntry, weights: str, processor: str) -> None:

@@ -141,13 +141,8 @@ def _check_run(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     """Refuse schedules that contradict how the run changes or shards them."""
-    if config.schedule.cross is not None and (
-        config.train.narrow > 0 or config.schedule.auto or config.schedule.profile
-    ):
-        raise ValueError(
-            "schedule.cross leaves no band that train.narrow could narrow or a profile could choose: use "
-            "train.narrow=0 and schedule=given."
-        )
+    if config.schedule.cross is not None and config.train.narrow > 0:
+        raise ValueError("schedule.cross leaves no band that train.narrow could narrow: use train.narrow=0.")
     if (
         config.schedule.ranking == "hidrop"
         and config.schedule.keep

@@ -132,7 +132,8 @@ def _later(tree: Any, key: str) -> str:
         return "entry.kind=none has no entry adapter; leave one of the two out"
     if entry.init is EntryInit.identity:
         return "entry.init=identity calibrates nothing; add entry.init=calibrated, or leave it out"
-    if len(schedule.cross or ()) < 2:
+    chosen = schedule.cross is not None and (schedule.auto or schedule.profile is not None)  # by a profile
+    if len(schedule.cross or ()) < 2 and not chosen:
         return "it is for frozen tokens that several layers read (schedule.cross); leave it out"
     return ""
 
@@ -147,7 +148,17 @@ def _later_rank(tree: Any, key: str) -> str:
 
 Reason = Callable[[Any, str], str]
 RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does not read them; empty: it does
-    (("schedule.enter", "schedule.exit", "schedule.keep", "schedule.ranking"), _schedule),
+    (
+        (
+            "schedule.enter",
+            "schedule.exit",
+            "schedule.keep",
+            "schedule.ranking",
+            "schedule.cross",
+            "model.cross",
+        ),
+        _schedule,
+    ),
     (("schedule.samples", "schedule.confirm", "schedule.bound", "schedule.budget"), _profiling),
     (("train.narrow",), _narrowing),
     (tuple(f"model.{offer}" for offer in OFFERS), _offer),

@@ -156,9 +156,10 @@ def check_inputs(config: Config) -> None:
             "schedule.profile=FOLDER."
         )
     layers = decoder_layers(path, config.model.revision)
-    if layers is not None and not schedule.auto and schedule.profile is None:
-        check_ends(config, layers)
-    schedule_of(schedule)
+    if not schedule.auto and schedule.profile is None:
+        if layers is not None:
+            check_ends(config, layers)
+        schedule_of(schedule)
     teachers = None if other is None else decoder_layers(other, config.kl.revision)
     check_depths(config, layers, teachers)
 
@@ -264,7 +265,7 @@ def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
     now = dict(_leaves(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)))
     skip = {*MAY_CHANGE, "schedule.profile"}
     if now.get("schedule.auto") or now.get("schedule.profile") is not None:
-        skip |= {"schedule.enter", "schedule.exit", "schedule.keep"}  # the run took them from its profile
+        skip |= {f"schedule.{name}" for name in ("enter", "exit", "keep", "cross")}  # they are its profile's
     changed = [
         key
         for key in before.keys() & now.keys()

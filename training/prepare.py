@@ -30,7 +30,14 @@ from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
 from latefusion.models.fingerprint import model_fingerprint, model_identity, processor_fingerprint
 from latefusion.models.policies.configured import schedule_of
-from latefusion.models.profile_folder import ENTRY_FILE, SCHEDULE_FILE, read_entry, read_schedule, write_entry
+from latefusion.models.profile_folder import (
+    ENTRY_FILE,
+    SCHEDULE_FILE,
+    read_cross,
+    read_entry,
+    read_schedule,
+    write_entry,
+)
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
@@ -149,7 +156,8 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
         ValueError, FileNotFoundError: there is no such profile, or it cannot be made.
     """
     options = config.schedule
-    written = None
+    frozen = options.cross is not None
+    read, written = read_cross if frozen else read_schedule, None
     if options.auto and options.profile is None:
         folder = Path(config.output_dir) / PROFILE_FOLDER
         options.profile = str(folder)
@@ -157,22 +165,31 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
         def make() -> dict[str, Any]:
             if resumed is None or not (folder / SCHEDULE_FILE).is_file():
                 profile(config)
-            return read_schedule(folder).to_dict()
+            return read(folder).to_dict()
 
         written = from_first_process("schedule", make)
     if options.profile is None:
         return
-    schedule = schedule_at(options.profile, written)
+    schedule = schedule_at(options.profile, written, read)
+    if frozen:
+        options.cross = list(schedule.cross or ())
+        cfg.schedule.profile, cfg.schedule.cross = options.profile, options.cross
+        return
     options.enter, options.exit, options.keep = schedule.enter, schedule.exit, dict(schedule.keep)
     options.ranking = schedule.ranking  # the rule that the keeps were measured under
     for name in ("profile", "enter", "exit", "keep", "ranking"):
         cfg.schedule[name] = getattr(options, name)
 
 
-def schedule_at(folder: str, written: dict[str, Any] | None) -> VisionSchedule:
+def schedule_at(
+    folder: str,
+    written: dict[str, Any] | None,
+    read: Callable[[str], VisionSchedule] = read_schedule,
+) -> VisionSchedule:
     """Read the schedule of a profile.
 
     Args:
+        read: its schedule of a band, or that of frozen tokens.
         written: the schedule that the first process wrote there; None: the profile was there before.
 
     Raises:
@@ -180,7 +197,7 @@ def schedule_at(folder: str, written: dict[str, Any] | None) -> VisionSchedule:
         ValueError: this process does not see what the first one wrote.
     """
     try:
-        schedule = read_schedule(folder)
+        schedule = read(folder)
     except FileNotFoundError:
         if written is None:
             raise
@@ -204,6 +221,7 @@ def profile(config: Config) -> None:
         confirm=options.confirm,
         bound=options.bound,
         budget=options.budget,
+        cross=options.cross is not None,
         images=config.entry.images,
         output=options.profile,
         dtype=config.train.dtype,
@@ -302,8 +320,11 @@ def _entry_in_init(config: Config) -> bool:
 
 
 def _from_profile(config: Config, processor: str | None = None) -> CalibratedEntry | None:
-    folder = config.schedule.profile
-    return None if folder is None else read_entry(folder, _weights(config), processor)
+    """Of a band; frozen tokens need maps to the layers that read them, which no profile has."""
+    schedule = config.schedule
+    if schedule.profile is None or schedule.cross is not None:
+        return None
+    return read_entry(schedule.profile, _weights(config), processor)
 
 
 def _weights(config: Config) -> str:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from latefusion.data.bad_rows import SKIPPED_FILE, skipped
-from latefusion.data.collate import collator_without_weights
+from latefusion.data.collate import collator_without_weights, is_ranked
 from latefusion.data.load import check_questions, evaluation_questions, training_data
 from latefusion.data.packing import Packed
 from latefusion.data.samples import Refused, sentence
@@ -92,6 +92,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             settle_threads(config)
             settle_steps(config, cfg, dataset)
             settle_schedule(config, cfg, resumed)
+            plain.ranked = is_ranked(config)  # a profile may have keeps where the recipe had none
             check_keep(config, most)
             if first:
                 print(composed_tree(cfg), flush=True)

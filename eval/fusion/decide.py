@@ -35,11 +35,13 @@ class Goal:
             the mean over confirming prompts (`effects.upper_limit`) stays within it.
         budget: share of dense decoder FLOPs; None: as few as the bound allows.
         by_hand: a schedule that is measured beside the chosen one.
+        cross: choose the layers that text reads frozen vision tokens in, too.
     """
 
     bound: float = 0.05
     budget: float | None = None
     by_hand: VisionSchedule | None = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)

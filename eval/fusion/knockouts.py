@@ -53,6 +53,16 @@ def band_effects(
         yield pair, reference.effect(changed)
 
 
+def reading_effects(
+    runner: Runner, sets: Sequence[Collection[int]]
+) -> Iterator[tuple[Collection[int], Effect]]:
+    """The effect on a batch of text that sees vision only in these layers, for each set of them."""
+    _, reference, runs = cheapest_runs(runner)
+    for read in sets:
+        hidden = [i for i in range(runs.layers) if i not in read]
+        yield read, reference.effect(runs.answers(hidden, 0, None))
+
+
 def blinded(runs: Runs, keys: Collection[Key]) -> Iterator[tuple[Key, Answers]]:
     """The answers under the knock-outs `prefix`, `suffix` and `single` among `keys`, layer by layer."""
     n = runs.layers

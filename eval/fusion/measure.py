@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from latefusion.data.prompt_batches import Batch, Group
 from latefusion.eval.fusion.blind import Runner
 from latefusion.eval.fusion.effects import Answers
-from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs
+from latefusion.eval.fusion.knockouts import band_effects, effects, knock_outs, reading_effects
 from latefusion.eval.fusion.looks import AverageImage, observe
-from latefusion.eval.fusion.plan import HELD, Plan
+from latefusion.eval.fusion.plan import HELD, Plan, reading_prefills
 from latefusion.eval.ledger import Ledger
 from latefusion.models.attach import Attachment
 from latefusion.models.executor.trace import PrefillTrace
@@ -82,6 +82,16 @@ class Measurer:
             return {f"{a} {b}": asdict(effect) for (a, b), effect in band_effects(self._runner(i), pairs)}
 
         return self._gathered(f"bands {list(pairs)}", measure, self.plan.bands)
+
+    def reading(self, sets: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+        """`kl` and `right` of each sample if text sees vision only in these layers, for each set of them."""
+
+        def measure(i: int) -> dict[str, Any]:
+            return {str(read): asdict(effect) for read, effect in reading_effects(self._runner(i), sets)}
+
+        cost = [reading_prefills(len(sets))] * len(self.groups)
+        effects = self._gathered(f"reading {list(sets)}", measure, cost)
+        return [effects[str(read)] for read in sets]
 
     def schedule(
         self, schedule: VisionSchedule, entry: CalibratedEntry | None, flops: float

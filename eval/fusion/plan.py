@@ -97,7 +97,14 @@ class Plan:
     hold: bool
 
 
-def make_plan(config: PretrainedConfig, shapes: Sequence[Shape]) -> Plan:
+def reading_prefills(sets: int) -> float:
+    """Prefills a sample at most that `knockouts.reading_effects` takes: two find the way, one for each set."""
+    return 2.0 + sets
+
+
+def make_plan(
+    config: PretrainedConfig, shapes: Sequence[Shape], reading: float = 0.0, confirming: float = CONFIRM
+) -> Plan:
     """Plan at most `2 L + KNOCK_OUTS` prefills a sample for the knock-outs of L layers, whatever the prompts.
 
     `prefix a`, `single a`, `frozen a` and `late a` run on from layer a with vision tokens, L (L - 1) / 2 layers each:
@@ -105,6 +112,10 @@ def make_plan(config: PretrainedConfig, shapes: Sequence[Shape]) -> Plan:
     is nothing but text. No two of these runs have a state in common behind layer a, so none can be saved. Where they
     would exceed the bound, a batch leaves out `frozen` or `single`, whichever more samples have so far; with two
     batches or more, both are measured on some samples. A single batch leaves nothing out.
+
+    Args:
+        reading: prefills a sample for the layers that text reads frozen tokens in.
+        confirming: prefills a confirming prompt, at most.
     """
     left_out: list[tuple[str, ...]] = []
     costs: list[float] = []
@@ -124,8 +135,8 @@ def make_plan(config: PretrainedConfig, shapes: Sequence[Shape]) -> Plan:
     joint = [band_cost(config, shape) for shape in shapes]
     bands = sum(cost * shape.samples for cost, shape in zip(joint, shapes, strict=True)) / samples
     hold = fits_on_host(config, sum(shape.answers for shape in shapes))
-    deciding = bands + SEARCH + (0 if hold else SCHEDULES)
-    return Plan(Cost(1.0, spent / samples, deciding), left_out, costs, joint, hold)
+    deciding = bands + SEARCH + (0 if hold else SCHEDULES) + reading
+    return Plan(Cost(1.0, spent / samples, deciding, confirming), left_out, costs, joint, hold)
 
 
 def fits_on_host(config: PretrainedConfig, answers: int) -> bool:

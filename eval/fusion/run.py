@@ -20,7 +20,8 @@ from latefusion.data.samples import videos_of_sample
 from latefusion.eval.fusion.blind import CachedRuns, Runner, cacheable, cheapest_runs
 from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.measure import EXAMPLES, Measurer
-from latefusion.eval.fusion.plan import Cost, Shape, fits_on_host, make_plan
+from latefusion.eval.fusion.plan import CONFIRM, Cost, Shape, fits_on_host, make_plan, reading_prefills
+from latefusion.eval.fusion.reading_layers import CONFIRMED, nested_sets
 from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import summarise, write
 from latefusion.eval.ledger import Ledger
@@ -66,8 +67,9 @@ def profile(
 ) -> dict[str, Any]:
     """Measure where `model` fuses vision into text on its prompts, and write the schedule that follows.
 
-    Writes `profile.json`, `schedule.yaml`, `entry.safetensors`, `report.html` with its pictures and tables, and
-    `measured.jsonl` and `confirmed.jsonl`, from which the next call with the same `about` goes on.
+    Writes `profile.json`, `schedule.yaml`, `entry.safetensors` (and `cross.yaml`, with `goal.cross`), `report.html`
+    with its pictures and tables, and `measured.jsonl` and `confirmed.jsonl`, from which the next call with the same
+    `about` goes on.
 
     Args:
         about: what the measurements depend on (weights, data, seed, dtype) beside the samples' contents, for
@@ -117,7 +119,11 @@ def profile(
 
     ledger, confirmed = ledger_of("measured.jsonl", groups), ledger_of("confirmed.jsonl", confirming)
     with attach(model, VisionSchedule()) as attachment:
-        plan = make_plan(model.config, shapes(attachment, groups))
+        extra = {}
+        if goal.cross:
+            sets = len(nested_sets(range(layers)))
+            extra = {"reading": reading_prefills(sets), "confirming": CONFIRM + reading_prefills(CONFIRMED)}
+        plan = make_plan(model.config, shapes(attachment, groups), **extra)
         announce(console, plan.cost, len(samples), len(prompts.confirming), layers, len(prompts.calibrating))
         if resumed := ledger.resumed + confirmed.resumed:
             console.print(f"{resumed} measurements are there already; going on from them.")
@@ -261,4 +267,10 @@ def report(console: Console, folder: Path, results: dict[str, Any], note: str) -
             f"{entry['kl_ceiling']:.4f} with the dense model's own vision states."
         )
     console.print(f"Chosen for {chosen['why']}. {note}".strip(), markup=False)
+    if (reading := results["reading"]) is not None:
+        console.print(
+            f"Frozen vision tokens (recipe=cross_only): text reads them in layers "
+            f"{', '.join(map(str, reading['layers']))}; with the dense model's own states KL {reading['kl']:.4f} nats "
+            f"(upper limit {reading['limit']:.4f}), {reading['why']}."
+        )
     console.print(f"{folder / 'report.html'}, {folder / 'schedule.yaml'}")

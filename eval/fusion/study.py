@@ -34,6 +34,7 @@ from latefusion.eval.fusion.decide import (
 from latefusion.eval.fusion.effects import interval, upper_limit
 from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.plan import KEEP_LAYERS, PROBES, SINGLES, START
+from latefusion.eval.fusion.reading_layers import by_need, nested_sets, to_confirm
 from latefusion.models.layer_kinds import attends
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
@@ -166,6 +167,7 @@ class Study:
                 for rung in rungs
             ],
             "confirmed": self._confirmation(best),
+            "reading": self._reading(effects) if goal.cross else None,
             "chosen": chosen.to_dict() | {"why": why, "band_kl": band_kl.get((a, b), whole.kl)},
             "note": " ".join(notes),
         }
@@ -315,6 +317,42 @@ class Study:
             "dense_accuracy": float(np.mean(dense_right)) if self.labelled else None,
             "lost": pairs.count((True, False)),
             "gained": pairs.count((False, True)),
+        }
+
+    def _reading(self, effects: Mapping[str, Any]) -> dict[str, Any]:
+        """The smallest of the nested sets of layers that the bound allows text to read vision in alone."""
+        attention = attends(self.measurer.model.config)
+        order = [i for i in by_need(effects, self.measurer.layers) if attention[i]]
+        sets = nested_sets(order)
+        kl = [float(np.mean(effect["kl"])) for effect in self.measurer.reading(sets)]
+        asked, bound = to_confirm(sets, kl, self.goal.bound), self.goal.bound
+        confirmed = [
+            self._read(read, effect)
+            for read, effect in zip(asked, (self.confirmer or self.measurer).reading(asked), strict=True)
+        ]
+        within = next((one for one in confirmed if one["limit"] <= bound), None)
+        why = f"the fewest layers with an upper limit of at most {bound:g} nats"
+        if within is None:
+            why = f"the lowest upper limit, as no set of layers that was tried stays within the bound of {bound:g} nats"
+        return {
+            "order": order,
+            "sets": [{"layers": list(read), "kl": value} for read, value in zip(sets, kl, strict=True)],
+            "confirmed": confirmed,
+            **(within or min(confirmed, key=lambda one: one["limit"])),
+            "why": why,
+        }
+
+    def _read(self, layers: Sequence[int], effect: Mapping[str, Any]) -> dict[str, Any]:
+        """What hiding vision from the text in all other layers does to the confirming prompts."""
+        mean, low, high = interval(effect["kl"], self._images_of_rungs)
+        return {
+            "layers": list(layers),
+            "flops": self.flops(VisionSchedule(cross=layers)),
+            "kl": mean,
+            "low": low,
+            "high": high,
+            "limit": upper_limit(effect["kl"], self._images_of_rungs),
+            "accuracy": float(np.mean(effect["right"])) if self.labelled else None,
         }
 
     def _kept(

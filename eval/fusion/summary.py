@@ -18,7 +18,8 @@ from latefusion.eval.fusion.knockouts import KINDS
 from latefusion.eval.fusion.looks import Look, fusion_layer
 from latefusion.eval.metrics import quartiles
 from latefusion.models.flops import prefill_share, shares_in_words
-from latefusion.models.profile_folder import ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
+from latefusion.models.profile_folder import CROSS_FILE, ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
+from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration
 
 if TYPE_CHECKING:
@@ -186,6 +187,9 @@ def write(
 
     (folder / PROFILE_FILE).write_text(json.dumps(results, indent=1, allow_nan=False, default=_plain) + "\n")
     (folder / SCHEDULE_FILE).write_text(schedule_yaml(results))
+    (folder / CROSS_FILE).unlink(missing_ok=True)
+    if results["reading"] is not None:
+        (folder / CROSS_FILE).write_text(cross_yaml(results["reading"]))
     (folder / ENTRY_FILE).unlink(missing_ok=True)
     if calibration is not None:
         about = results["about"]
@@ -208,6 +212,18 @@ def schedule_yaml(results: dict[str, Any]) -> str:
         {**chosen["schedule"], "keep": keep},  # with the ranking that was measured
         sort_keys=False,
         default_flow_style=None,
+    )
+
+
+def cross_yaml(reading: dict[str, Any]) -> str:
+    """The layers that read frozen vision tokens, as `recipe=cross_only schedule.profile=FOLDER` reads them."""
+    note = (
+        f"# KL {reading['kl']:.4f} nats per answer token if text reads the dense model's vision states in these layers "
+        f"alone, upper limit {reading['limit']:.4f}: {reading['why']}.\n"
+    )
+    schedule = VisionSchedule(cross=reading["layers"]).to_dict()
+    return note + yaml.safe_dump(
+        {**schedule, "cross": list(reading["layers"])}, sort_keys=False, default_flow_style=None
     )
 
 

@@ -22,7 +22,7 @@ from latefusion.eval.fusion.blind import (
     position_ids_of,
 )
 from latefusion.eval.fusion.effects import Answers
-from latefusion.eval.fusion.knockouts import KINDS, bands, blinded, effects, knock_outs
+from latefusion.eval.fusion.knockouts import KINDS, bands, blinded, effects, knock_outs, reading_effects
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 
@@ -114,6 +114,29 @@ def test_bands_equal_the_masked_oracle(family: str, rows: list[str]) -> None:
         ):
             logits = model(**batch.fresh(), use_cache=False).logits
         assert close(answers, Answers.of(batch, logits[:, batch.columns], batch.columns)), (a, b)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [("llava", ONE_IMAGE), ("llava", MIXED), ("gemma3", ONE_IMAGE), ("qwen3_5", ONE_IMAGE)],
+)
+def test_text_that_reads_in_some_layers_alone_equals_the_masked_oracle(family: str, rows: list[str]) -> None:
+    model, batch = shared(family), batch_of(family, rows)
+    sets = [(3,), (0, 4), (1, 2, 5), tuple(range(LAYERS))]
+    with attach(model, VisionSchedule()) as attachment:
+        runner = Runner(model, attachment, batch)
+        dense = runner.answers(VisionSchedule())
+        found = dict(reading_effects(runner, sets))
+    assert list(found) == sets
+    for read, effect in found.items():
+        hidden = [i for i in range(LAYERS) if i not in read]
+        with (
+            torch.no_grad(),
+            blinded_oracle(model, batch.vision, hidden, padding=batch.inputs["attention_mask"]),
+        ):
+            logits = model(**batch.fresh(), use_cache=False).logits
+        expected = dense.effect(Answers.of(batch, logits[:, batch.columns], batch.columns))
+        assert effect.kl == pytest.approx(expected.kl, abs=1e-5) and effect.right == expected.right, read
 
 
 @pytest.mark.parametrize(

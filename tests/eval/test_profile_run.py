@@ -47,6 +47,7 @@ def profiled(base, tmp_path_factory):
         "batch_size=4",
         "dtype=float32",
         f"output={folder}",
+        "cross=true",
     ]
     arguments, config = profile_model.parse([*words, "bound=0.02"])
     return folder, profile_model.run(arguments, config)
@@ -69,7 +70,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     folder, result = profiled
     text = (folder / "report.html").read_text()
     page = Page(text)
-    sections = {"stages", "decision", "agreement", "attention", "examples", "lenses", "method"}
+    sections = {"stages", "decision", "reading", "agreement", "attention", "examples", "lenses", "method"}
     assert sections <= set(page.ids) and len(page.ids) == len(set(page.ids)) and page.tags.count("svg") == 8
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.refers)
     assert "http:" not in text and "https:" not in text and not {"script", "link", "iframe"} & set(page.tags)

@@ -105,10 +105,6 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
             ["schedule.cross=[2]", "train.narrow=0.5"],
             "schedule.cross leaves no band that train.narrow could narrow",
         ),
-        (
-            ["recipe=cross_only", "schedule.profile=x"],
-            "or a profile could choose: use train.narrow=0 and sched",
-        ),
     ],
 )
 def test_a_bad_value_is_a_sentence(overrides, sentence):

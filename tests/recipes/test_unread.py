@@ -29,6 +29,14 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
             "the schedule is dense from the first step on; set schedule.enter",
         ),
         (["model.cross=[2]"], "this recipe takes nothing from model.cross; set schedule itself"),
+        (
+            ["recipe=cross_only", "schedule=auto", "model.cross=[2,4]"],
+            "schedule=auto takes the schedule from a profile",
+        ),
+        (
+            ["schedule.profile=p", "schedule.cross=[2]"],
+            "schedule.profile=p takes the schedule from a profile",
+        ),
         (["recipe=cross_only", "model.schedule.enter=3"], "this recipe takes nothing from model.schedule"),
         (
             ["teacher=none", "model.teacher=dense"],
@@ -80,6 +88,7 @@ def test_what_a_run_would_not_read_is_refused(words, reason):
             "model.schedule.enter=3",
         ],  # the shipped model's pyramid is its schedule
         ["recipe=cross_only", "model.cross=[2]"],
+        ["recipe=cross_only", "model.cross=[]", "schedule=auto", "entry.later=true"],
         ["recipe=cross_only", "entry.later=true", "entry.later_rank=4"],
         ["data=dataset", "data.path=a", "data.turns=1", "data.noise=0"],
         ["teacher=none", "kl.weight=0", "kl.trust=auto"],

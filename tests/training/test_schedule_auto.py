@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.data_rows import IMAGE_PART, grey_image, turn, write_rows
 from helpers.launch import free_port, launch
-from helpers.quick_runs import run_config
+from helpers.quick_runs import QUICK, run_config
 from helpers.tiny_base import composed, configured
 
 from latefusion.models import profile_folder
@@ -145,3 +146,24 @@ def test_too_few_rows_name_the_key_of_the_run(base, tmp_path) -> None:
     config = configured(f"model.path={base}", f"output_dir={tmp_path}", *AUTO, *data)
     with pytest.raises(ValueError, match=r"^schedule\.samples=4 is more than the 0 samples with images"):
         prepare.profile(config)
+
+
+@pytest.mark.parametrize("keep", ["{}", "{2: 2}"])
+def test_rows_are_held_to_the_keeps_of_the_profile(keep, base, tmp_path) -> None:
+    """An image behind an answer could only be ranked by text that has read that answer; no recipe has keeps here."""
+    grey_image(200).save(tmp_path / "a.png")
+    (tmp_path / "schedule.yaml").write_text(f"enter: 1\nexit: 4\nkeep: {keep}\n")
+    ask, answer = turn("user", IMAGE_PART, "how many?"), turn("assistant", "2")
+    row = {"messages": [ask, answer, ask, answer], "images": ["a.png", "a.png"]}
+    data = (
+        "data=dataset",
+        f"data.path={write_rows(tmp_path, *[row] * 4, name='rows.jsonl')}",
+        "data.scenes=null",
+    )
+    model = ("model=other", f"model.path={base}", "teacher=none", "recipe=dense", "entry.init=identity")
+    words = (*QUICK, *data, *model, f"schedule.profile={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    if keep == "{}":
+        run_config(composed(*words))
+        return
+    with pytest.raises(SystemExit, match="has an image after an answer; that takes a schedule without keep"):
+        run_config(composed(*words))
