@@ -50,6 +50,8 @@ def check_images(folder: str) -> None:
 
 def check_questions_file(path: str, key: str = "data") -> None:
     """Raise FileNotFoundError if there is no file of questions at `path`."""
+    if path in [source.value for source in QUESTION_SETS] and not Path(path).exists():
+        raise FileNotFoundError(f"{key}={path} is a question set, not a file; ask it with tasks=[{path}].")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no questions at {path}; name a JSONL file with {key}=FILE.")
 

@@ -8,10 +8,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from latefusion.models.locate import PROFILE_SCHEDULE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry, start_sizes
 
-PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", "schedule.yaml", "entry.safetensors"
+PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", PROFILE_SCHEDULE, "entry.safetensors"
 CROSS_FILE = "cross.yaml"  # of frozen vision tokens
 
 

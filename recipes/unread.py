@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from latefusion.recipes.schema import QUESTION_SETS, EntryInit, EntryKind, Source, Teacher, Tune
+from latefusion.recipes.schema import QUESTION_SETS, EntryInit, EntryKind, Scheduler, Source, Teacher, Tune
 
 NOTHING = ("null", "", "[]", "{}")  # values that take a setting back
 OFFERS = ("schedule", "pyramid", "cross", "teacher")  # keys of `model` that recipes take settings from
@@ -116,32 +116,83 @@ def _lora(tree: Any, key: str) -> str:
     return "" if tune is Tune.lora else f"tune={tune.value} trains no LoRA; leave one of the two out"
 
 
+def _ranking(tree: Any, key: str) -> str:
+    unranked = not (tree.schedule.keep or _schedule(tree, key))
+    return (
+        "the schedule ranks no tokens; add schedule.keep={LAYER: TOKENS}, or leave it out" if unranked else ""
+    )
+
+
+def _warmup(tree: Any, key: str) -> str:
+    constant = tree.train.scheduler is Scheduler.constant and tree.train.warmup
+    return "train.scheduler=constant has no warm-up; use constant_with_warmup" if constant else ""
+
+
+def _prefetch(tree: Any, key: str) -> str:
+    return "" if tree.train.workers else "it is for workers that load ahead; add train.workers=N"
+
+
+def _too_long(tree: Any, key: str) -> str:
+    return "" if tree.data.max_length else "no sample is too long without data.max_length=N; add it"
+
+
+def _cross(tree: Any) -> Sequence[Any]:
+    """The layers of `schedule.cross`; none where there are none, or where it is no list, which is refused later."""
+    cross = tree.schedule.cross
+    return cross if isinstance(cross, ListConfig) else ()
+
+
+def _maps(tree: Any) -> bool:
+    """Whether several layers read frozen tokens, or a profile will say which."""
+    schedule = tree.schedule
+    chosen = schedule.cross is not None and (schedule.auto or schedule.profile is not None)
+    return chosen or len(_cross(tree)) > 1
+
+
+def _no_entry(tree: Any) -> str:
+    """Why the run has no entry adapter; empty: it has one, or a profile will say."""
+    schedule, entry = tree.schedule, tree.entry
+    if entry.kind is EntryKind.none:
+        return "entry.kind=none has no entry adapter; leave one of the two out"
+    if schedule.auto or schedule.profile is not None:
+        return ""
+    at_once = schedule.enter == 0 if schedule.cross is None else 0 in _cross(tree)
+    return "vision tokens enter at layer 0, where no entry adapter stands; leave it out" if at_once else ""
+
+
 def _entry(tree: Any, key: str) -> str:
     entry = tree.entry
     if key == "entry.init" and entry.init is EntryInit.identity:
         return ""
-    if entry.kind is EntryKind.none:
-        return "entry.kind=none has no entry adapter; leave one of the two out"
     scale = entry.kind is EntryKind.scale and key == "entry.rank"
-    return "entry.kind=scale has no rank; leave one of the two out" if scale else ""
+    return _no_entry(tree) or ("entry.kind=scale has no rank; leave one of the two out" if scale else "")
+
+
+def _images(tree: Any, key: str) -> str:
+    if tree.schedule.auto and tree.schedule.profile is None:  # the profile fits entries, too
+        return ""
+    identity = tree.entry.init is EntryInit.identity
+    fix = "entry.init=identity calibrates nothing; add entry.init=calibrated, or leave it out"
+    return _no_entry(tree) or (fix if identity else "")
 
 
 def _later(tree: Any, key: str) -> str:
-    schedule, entry = tree.schedule, tree.entry
-    if entry.kind is EntryKind.none:
-        return "entry.kind=none has no entry adapter; leave one of the two out"
+    entry = tree.entry
+    if why := _no_entry(tree):
+        return why
     if entry.init is EntryInit.identity:
         return "entry.init=identity calibrates nothing; add entry.init=calibrated, or leave it out"
-    chosen = schedule.cross is not None and (schedule.auto or schedule.profile is not None)  # by a profile
-    if len(schedule.cross or ()) < 2 and not chosen:
+    if not _maps(tree):
         return "it is for frozen tokens that several layers read (schedule.cross); leave it out"
     return ""
 
 
 def _later_rank(tree: Any, key: str) -> str:
     entry = tree.entry
-    fits = entry.later and entry.init is EntryInit.calibrated and entry.kind is not EntryKind.none
-    if fits and tree.schedule.cross is not None:
+    if tree.schedule.cross is not None and (why := _no_entry(tree)):
+        return why
+    fits = entry.later and entry.init is EntryInit.calibrated
+    if fits and _maps(tree):
         return ""
     return "it is of the maps of frozen vision tokens; choose recipe=cross_only entry.init=calibrated entry.later=true"
 
@@ -160,17 +211,22 @@ RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does 
         _schedule,
     ),
     (("schedule.samples", "schedule.confirm", "schedule.bound", "schedule.budget"), _profiling),
+    (("schedule.ranking",), _ranking),
     (("train.narrow",), _narrowing),
+    (("train.warmup",), _warmup),
+    (("train.prefetch",), _prefetch),
     (tuple(f"model.{offer}" for offer in OFFERS), _offer),
     (("data.path", "data.images"), _path),
     (("data.parts",), _parts),
     (("data.scenes", "data.turns", "data.noise"), _of_sets),
     (("data.shuffle_buffer",), _buffer),
+    (("data.too_long",), _too_long),
     (("kl.weight", "kl.temperature", "kl.share", "kl.top_k", "kl.model", "kl.visipruner"), _teacher),
     (("kl.revision", "kl.visipruner"), _other_teacher),
     (("kl.top_k",), _cache),
     (tuple(f"lora.{n}" for n in ("variant", "layers", "r", "alpha", "dropout", "targets")), _lora),
     (("entry.rank", "entry.init"), _entry),
+    (("entry.images",), _images),
     (("entry.later_rank",), _later_rank),
     (("entry.later",), _later),
 )

@@ -188,6 +188,15 @@ def find(output_dir: str | Path, resume: bool | int, *, samples: int) -> Path:
     return checkpoint
 
 
+def check_length(checkpoint: Path, steps: int) -> None:
+    """Raise ValueError if a run of so many steps would go on from a checkpoint behind its end."""
+    if step_of(checkpoint) > steps:
+        raise ValueError(
+            f"{checkpoint} is behind the last step of this run, train.steps={steps}; choose at least "
+            f"{step_of(checkpoint)} steps, or go on from an earlier one with resume=STEP."
+        )
+
+
 def discard_after(output_dir: str | Path, step: int) -> None:
     """Remove the checkpoints of later steps, and files that a killed run left half written."""
     shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)

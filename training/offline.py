@@ -34,7 +34,7 @@ from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryInit, Trust
 from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
-from latefusion.training.preflight import TEACHER, holds_answers
+from latefusion.training.preflight import TEACHER, again_with, no_cache
 from latefusion.training.prepare import count_steps, settle_threads
 from latefusion.training.teacher import check_models, shared_vocabulary
 from latefusion.training.trust import settle_trust
@@ -242,7 +242,7 @@ def facts_in(folder: str, teacher: dict[str, Any]) -> dict[str, Any]:
         written: dict[str, Any] = json.loads((Path(folder) / TEACHER).read_text())
         complete = "files" in written
     except FileNotFoundError:
-        raise FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again_with(folder)}.") from None
+        raise no_cache(folder) from None
     except (ValueError, TypeError):
         complete = False
     if not complete or not isinstance(written, dict):
@@ -262,11 +262,6 @@ def no_answers(folder: str) -> ValueError:
         f"kl.cache={folder} is empty, because its teacher knew no better than the labels that it was asked; "
         f"{again_with(folder)}, and kl.trust=all if they are not to be asked."
     )
-
-
-def again_with(folder: str) -> str:
-    over = " overwrite=true" if holds_answers(folder) else ""
-    return f"write it with python training/teach.py kl.cache={folder}{over} and this run's other options"
 
 
 def write_answers(config: Config) -> None:

@@ -14,9 +14,11 @@ from latefusion.models.locate import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE,
+    PROFILE_SCHEDULE,
     adapter_settings,
     check_base,
     check_four_bits,
+    check_no_model,
     decoder_layers,
     entry_shapes,
     saved_shapes,
@@ -27,7 +29,7 @@ from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryKind, Tune, Variant
-from latefusion.training.checkpoints import checkpoints, find
+from latefusion.training.checkpoints import check_length, checkpoints, find
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_unfinished, check_writable
 
 Result = TypeVar("Result")
@@ -105,6 +107,8 @@ def check(config: Config) -> Path | None:
         )
     if not config.schedule.auto and config.schedule.profile is None:
         check_schedule_set(config)
+    if config.kl.cache is not None and not (Path(config.kl.cache) / TEACHER).is_file():
+        raise no_cache(config.kl.cache)
     if config.init is not None:
         check_init(config, config.init)
     return check_output(config)
@@ -121,6 +125,9 @@ def check_teaching(config: Config) -> None:
     check_launch(config.engine.processes)
     check_inputs(config)
     check_writable(config.kl.cache, key="kl.cache")
+    check_no_model(config.kl.cache, fix="choose another kl.cache=FOLDER")
+    if (Path(config.kl.cache) / CONFIG).is_file():
+        raise ValueError(f"kl.cache={config.kl.cache} holds a run; choose another kl.cache=FOLDER.")
     if config.resume is not False:
         raise ValueError(
             f"resume={str(config.resume).lower()} would not be read: answers are written in one go; leave it out."
@@ -137,6 +144,17 @@ def holds_answers(cache: str | Path) -> bool:
         return False
 
 
+def no_cache(folder: str) -> FileNotFoundError:
+    """The error of a run whose `kl.cache` was not written, or not to its end."""
+    return FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again_with(folder)}.")
+
+
+def again_with(folder: str) -> str:
+    """How to write a `kl.cache` again."""
+    over = " overwrite=true" if holds_answers(folder) else ""
+    return f"write it with python training/teach.py kl.cache={folder}{over} and this run's other options"
+
+
 def check_inputs(config: Config) -> None:
     """Check that models and data exist, and that schedule and thresholds fit the models' depths.
 
@@ -150,9 +168,10 @@ def check_inputs(config: Config) -> None:
         check_base(other, fix="with kl.model=PATH")
     check_local_files(config.data)
     schedule = config.schedule
-    if schedule.profile is not None and not Path(schedule.profile).exists() and not schedule.auto:
+    profile = None if schedule.auto else schedule.profile
+    if profile is not None and not any(map(Path.is_file, (Path(profile), Path(profile) / PROFILE_SCHEDULE))):
         raise FileNotFoundError(
-            f"no profile at {schedule.profile}; name the folder that eval/profile_model.py wrote: "
+            f"no profile at {profile}: it has no {PROFILE_SCHEDULE}; name the folder that eval/profile_model.py wrote: "
             "schedule.profile=FOLDER."
         )
     layers = decoder_layers(path, config.model.revision)
@@ -211,7 +230,7 @@ def _check_init_lora(config: Config, folder: str, earlier: Mapping[str, Any]) ->
 
 
 def _check_init_entry(config: Config, folder: str) -> None:
-    """Refuse an entry adapter of another size, or with maps to layers that this run does not read alike."""
+    """Refuse an entry adapter of another size, or with other maps than this run reads."""
     shapes = entry_shapes(saved_shapes(folder))
     entry, before = config.entry, shapes.get("down.weight", (0,))[0]
     now = entry.rank if entry.kind is EntryKind.low_rank else 0
@@ -221,9 +240,15 @@ def _check_init_entry(config: Config, folder: str) -> None:
             f"the student at {folder} has an entry adapter of rank {before}, but this run's has rank {now}; set "
             f"{setting}."
         )
+    if config.schedule.profile is None and not config.schedule.auto:
+        check_init_maps(config, folder)
+
+
+def check_init_maps(config: Config, folder: str) -> None:
+    """Refuse a student whose frozen tokens are mapped on to layers that this run does not read alike."""
+    shapes = entry_shapes(saved_shapes(folder))
     maps = sorted({int(name.split(".")[2]) for name in shapes if name.startswith("start.later.")})
-    reads = sorted(set(config.schedule.cross or ()))
-    if maps and maps != reads[1:]:
+    if maps and maps != sorted(set(config.schedule.cross or ()))[1:]:
         raise ValueError(
             f"the student at {folder} has maps of frozen vision tokens to layers {maps}, which this run does not "
             "read; set schedule.cross as there."
@@ -237,7 +262,10 @@ def check_output(config: Config) -> Path | None:
     check_unclaimed(output)
     if config.resume is not False:
         samples = train.batch_size * train.accumulation * world_size()
-        return find(output, config.resume, samples=samples)
+        checkpoint = find(output, config.resume, samples=samples)
+        if train.steps is not None:
+            check_length(checkpoint, train.steps)
+        return checkpoint
     written = any(
         (output / name).exists() for name in (ADAPTER_CONFIG, "config.json")
     )  # adapters, or all weights

@@ -44,6 +44,7 @@ from latefusion.models.student.entry_fit import fit_entry
 from latefusion.models.student.save import has_entry, saved_start
 from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
+from latefusion.training.preflight import check_init_maps
 
 PROFILE_FOLDER = "profile"  # the profile of schedule=auto, in the run's folder
 # keys of `eval/profile_model.py`, as its messages begin, and what a run calls them
@@ -264,7 +265,8 @@ def settle_entry(
     """
     if not calibrated(config):
         return
-    if _entry_in_init(config):
+    if config.init is not None and _entry_in_init(config):
+        check_init_maps(config, config.init)  # a profile may have chosen the layers
         if rank() == 0:
             print(f"The entry adapter comes from init={config.init}: nothing is calibrated.", flush=True)
         return

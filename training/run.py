@@ -39,7 +39,7 @@ from latefusion.training.assemble import (
     packing,
     student_of,
 )
-from latefusion.training.checkpoints import CannotSave, discard_after, step_of
+from latefusion.training.checkpoints import CannotSave, check_length, discard_after, step_of
 from latefusion.training.describe import composed_tree, describe
 from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
@@ -91,6 +91,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             identity = settle_identity(config, plain.processor, dataset, resumed)
             settle_threads(config)
             settle_steps(config, cfg, dataset)
+            if resumed is not None:
+                check_length(resumed, config.train.total_steps)
             settle_schedule(config, cfg, resumed)
             plain.ranked = is_ranked(config)  # a profile may have keeps where the recipe had none
             check_keep(config, most)

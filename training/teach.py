@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve other processes
 
@@ -22,6 +23,8 @@ from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
 from latefusion.training.preflight import checked_teaching
 from latefusion.training.run_folder import claimed
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # between PEFT and transformers
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")

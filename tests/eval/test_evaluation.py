@@ -270,6 +270,7 @@ def test_a_broken_configuration_is_named(tmp_path):
         (["model=embedded", "policies=[{fastv: {kep: 1}}]"], "'kep'"),
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]"], "images there"),
         (["model=embedded", "policies=[fastv]", "data=my.jsonl"], "data=FILE"),
+        (["model=embedded", "policies=[fastv]", "data=scenes"], "ask it with tasks=[scenes]"),
         (["model=embedded", "policies=[fastv]", "tasks=[gqa]", "data=my.jsonl"], "exclude each other"),
         (["model=embedded", "policies=[{fastv: 3}]"], "policies={'fastv': 3} is neither a name nor"),
         (["model=embedded", "policies=[3]"], "policies=3 is neither a name nor {NAME: {ARGUMENT: VALUE}}"),

@@ -138,6 +138,11 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
         (["data=dataset", "data.path=some/hub_id", "data.images=nowhere"], "no image folder at nowhere"),
         (["init=nowhere"], "no student at nowhere: it has no adapter_config.json"),
         (["schedule.profile=nowhere"], "no profile at nowhere"),
+        (["schedule.profile=docs"], r"no profile at docs: it has no schedule\.yaml; name the folder"),
+        (
+            ["kl.cache=nowhere"],
+            r"no teacher's answers in kl\.cache=nowhere; write it with python training/teach",
+        ),
         (["model=other", "model.path=./nowhere"], "no model at ./nowhere"),
         (["model.visipruner.stages=[deep]"], "'deep' without 'middle'"),
         (["model.visipruner.layer_threshold=2"], r"layer_threshold=2\.0 is a cosine"),

@@ -59,6 +59,23 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
             "entry.kind=none has no entry adapter; leave one of the",
         ),
         (["entry.kind=scale", "entry.rank=4"], "entry.kind=scale has no rank; leave one of the two out"),
+        (["recipe=dense", "entry.init=calibrated"], "vision tokens enter at layer 0, where no entry adapter"),
+        (["recipe=dense", "entry.rank=8"], "vision tokens enter at layer 0"),
+        (["recipe=dense", "entry.images=8"], "vision tokens enter at layer 0"),
+        (["recipe=cross_only", "schedule.cross=[0,5]", "entry.later=true"], "vision tokens enter at layer 0"),
+        (["recipe=cross_only", "schedule.cross=5", "entry.later=true"], "it is for frozen tokens"),  # no list
+        (
+            ["recipe=cross_only", "schedule.cross=[0,5]", "entry.later_rank=4"],
+            "vision tokens enter at layer 0",
+        ),
+        (["entry.init=identity", "entry.images=8"], "entry.init=identity calibrates nothing"),
+        (["train.scheduler=constant", "train.warmup=0.1"], "train.scheduler=constant has no warm-up; use"),
+        (["train.workers=0", "train.prefetch=4"], "it is for workers that load ahead; add train.workers=N"),
+        (["data.too_long=raise"], "no sample is too long without data.max_length=N; add it"),
+        (
+            ["schedule.keep={}", "schedule.ranking=reading"],
+            "the schedule ranks no tokens; add schedule.keep=",
+        ),
         (["entry.later_rank=4"], "it is of the maps of frozen vision tokens; choose recipe=cross_only"),
         (["recipe=cross_only", "entry.later=false", "entry.later_rank=4"], "it is of the maps of frozen"),
         (["entry.later=true"], r"it is for frozen tokens that several layers read \(schedule\.cross\)"),
@@ -95,6 +112,11 @@ def test_what_a_run_would_not_read_is_refused(words, reason):
         ["kl.model=embedded", "kl.visipruner.boundary=2"],
         ["entry.kind=none", "entry.init=identity"],
         ["train.narrow=0.5"],
+        ["schedule.ranking=reading"],  # the recipe keeps some
+        ["train.scheduler=constant", "train.warmup=0"],
+        ["train.workers=2", "train.prefetch=4"],
+        ["data.max_length=90", "data.too_long=raise"],
+        ["recipe=dense", "schedule=auto", "entry.init=calibrated"],
     ],
 )
 def test_what_a_run_reads_is_not(words):

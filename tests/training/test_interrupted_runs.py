@@ -95,6 +95,11 @@ def test_what_cannot_be_resumed_is_refused(base, cut, tmp_path):
         train(base, cut, "resume=true", "train.accumulation=2")
     with pytest.raises(SystemExit, match=r"resume=true finds no checkpoint in .*; start the run without it"):
         train(base, tmp_path / "nothing", "resume=true")
+    for shorter in (["train.steps=1"], ["train.steps=null", "train.epochs=0.01"]):
+        with pytest.raises(
+            SystemExit, match=r"checkpoint-2 is behind the last step of .* train\.steps=1; choose"
+        ):
+            train(base, cut, "resume=true", *shorter)
     (cut / "checkpoint-2" / "files.json").unlink()
     with pytest.raises(SystemExit, match=r"no earlier one is whole: start again with overwrite=true"):
         train(base, cut, "resume=true")

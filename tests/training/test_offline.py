@@ -348,6 +348,16 @@ def lines_of(role, text):
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
+@pytest.mark.parametrize(
+    ("file", "message"), [("adapter_config.json", "holds a model already"), ("config.yaml", "holds a run")]
+)
+def test_answers_are_not_written_into_the_folder_of_a_run(tmp_path, file, message):
+    """They would take the list of its rows that could not be used with them."""
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(SystemExit, match=rf"{tmp_path} {message}; choose another kl\.cache=FOLDER\.$"):
+        teach_config(composed(*QUICK, f"kl.cache={tmp_path}"))
+
+
 def test_a_stream_is_not_taught(tmp_path):
     with pytest.raises(
         SystemExit, match=r"^error: data\.streaming=true has no end .*; use data\.streaming=false\.$"
