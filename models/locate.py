@@ -185,6 +185,15 @@ def check_base_of(student: str | Path) -> str:
     return base
 
 
+def check_not_whole(folder: str | Path) -> None:
+    """Raise ValueError if a folder holds a whole checkpoint, in which no adapters are left to merge."""
+    if not (Path(folder) / ADAPTER_CONFIG).is_file() and (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is a whole checkpoint already (all its weights were trained, or adapters were merged into "
+            f"them): use it as it is, or publish it with `hf upload NAME {folder}`."
+        )
+
+
 def check_no_model(folder: str | Path, fix: str) -> None:
     """Raise ValueError if a model cannot be written to a folder, since it holds one or is a file."""
     path = Path(folder)

@@ -10,13 +10,15 @@ the base's type, without its schedule: everything loads it, and runs it dense.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_no_model
+from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_no_model, check_not_whole
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
@@ -53,20 +55,19 @@ def check(arguments: Arguments) -> None:
 
     Raises:
         FileNotFoundError: the checkpoint holds no student, or its base is not there.
-        ValueError: the checkpoint is whole already; or the output holds a model, or cannot be written.
+        ValueError: the checkpoint is whole already; the output holds a model, or cannot be written; or a setting would
+            not be read.
     """
     source, target = Path(arguments.checkpoint), Path(arguments.output)
     if arguments.merge not in (True, False, PLAIN):
         raise ValueError(f"merge={arguments.merge} does not exist; choose one of true, {PLAIN}, false.")
-    if not (source / ADAPTER_CONFIG).is_file() and (source / "config.json").is_file():
-        raise ValueError(
-            f"{source} is a whole checkpoint already (all its weights were trained, or adapters were merged into "
-            f"them): use it as it is, or publish it with `hf upload NAME {source}`."
-        )
+    check_not_whole(source)
     if not (source / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(
             f"no student at {source}: it has no {ADAPTER_CONFIG}; name a folder that training wrote."
         )
+    if not arguments.private and arguments.push_to_hub is None:
+        raise ValueError("private=false would not be read: nothing is published; add push_to_hub=NAME.")
     check_writable(target, key="output")
     check_no_model(target, fix="choose another output=FOLDER")
     check_base_of(source)
@@ -77,7 +78,7 @@ def export(arguments: Arguments) -> str:
 
     Raises:
         FileNotFoundError: the student's base is not there.
-        ValueError: merging would change nothing.
+        ValueError: merging would change nothing; or the hub does not take the folder.
     """
     import torch  # lazy: keeps argument errors fast
     from huggingface_hub import HfApi
@@ -87,6 +88,10 @@ def export(arguments: Arguments) -> str:
     from latefusion.training.model_card import Form, model_card, without_schedule
 
     source, target = Path(arguments.checkpoint), Path(arguments.output)
+    api, name = HfApi(), arguments.push_to_hub
+    if name is not None:  # before the work: there may be no network, no token, no such place
+        with _in_a_sentence(f"{name} cannot be published to, and nothing is written"):
+            api.create_repo(name, private=arguments.private, exist_ok=True)
     dtype = None if arguments.dtype is Dtype.auto else getattr(torch, arguments.dtype.value)
     if arguments.merge:
         merged = merge(source, target, dtype=dtype, plain=arguments.merge == PLAIN)
@@ -105,12 +110,24 @@ def export(arguments: Arguments) -> str:
     form = {True: Form.merged, False: Form.adapters, PLAIN: Form.plain}[arguments.merge]
     card = model_card(source, folder=folder, form=form, entry=entry_of(model) is not None)
     (target / "README.md").write_text(card)
-    if arguments.push_to_hub is not None:
-        api = HfApi()
-        api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True)
-        address = api.upload_folder(repo_id=arguments.push_to_hub, folder_path=str(target))
+    if name is not None:
+        with _in_a_sentence(f"{target} is written, but was not published to {name}"):
+            address = api.upload_folder(repo_id=name, folder_path=str(target))
         summary += f" Published: {address}"
     return f"{target} is written. {summary}"
+
+
+@contextmanager
+def _in_a_sentence(what: str) -> Iterator[None]:
+    """Raise whatever fails on the way to the hub as a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # every way a network, a hub or a name can fail
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{what} ({reason}); see to the network and to `hf auth login`, or name another place with "
+            "push_to_hub=NAME."
+        ) from None
 
 
 def main(arguments: list[str]) -> None:

@@ -32,11 +32,13 @@ def load(
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
-        ValueError: its files contradict each other, or it holds adapters and PEFT is not installed.
+        ValueError: its files contradict each other, it holds adapters and PEFT is not installed, or none to keep apart.
     """
     folder = found_student(path)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapters(folder, path, dtype, merge)
+    if not merge:
+        raise ValueError(f"{path} is whole, without adapters to keep apart; load it without merge=False.")
     return load_whole(folder, dtype=dtype or compute_dtype())
 
 

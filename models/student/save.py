@@ -27,6 +27,7 @@ from latefusion.models.locate import (
     adapter_settings,
     check_base_of,
     check_no_model,
+    check_not_whole,
     entry_shapes,
     saved_shapes,
 )
@@ -254,9 +255,10 @@ def merge(
 
     Raises:
         FileNotFoundError: `source` holds no student, or its base is not there.
-        ValueError: `target` holds a model or is a file; or merging changes nothing: the adapters never trained, or
-            the changes are too small for the dtype.
+        ValueError: `source` is whole already; `target` holds a model or is a file; or merging changes nothing: the
+            adapters never trained, or the changes are too small for the dtype.
     """
+    check_not_whole(source)
     check_no_model(target, fix="choose another folder to merge into")
     student = load_student(source, dtype=dtype)
     done = merge_adapters(student)

@@ -15,7 +15,7 @@ from latefusion.data import sources
 from latefusion.models.locate import BASE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.restore import load
-from latefusion.models.student.save import save_student
+from latefusion.models.student.save import merge, save_student
 from latefusion.training import assemble, export
 from latefusion.training.model_card import Form, model_card, without_schedule
 
@@ -139,6 +139,43 @@ def test_publishing_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_
     assert done[0] == ("me/student", True) and done[1]["repo_id"] == "me/student"
     assert "Published: https://hub/me/student" in capsys.readouterr().out
     assert 'lf.load("me/student")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_the_hub_refuses_is_a_sentence(checkpoint, tmp_path, monkeypatch):
+    """Before the work if the repository cannot be made; after it the folder stays."""
+
+    def unreachable(self, *args, **kwargs):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    arguments = [f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}", "push_to_hub=me/student"]
+    with pytest.raises(
+        SystemExit, match=r"^error: me/student cannot be published to, .* \(no network\); see to"
+    ):
+        export.main(arguments)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: None)
+    monkeypatch.setattr(HfApi, "upload_folder", unreachable)
+    with pytest.raises(
+        SystemExit, match=r"^error: .*out is written, but was not published to me/student \(no net"
+    ):
+        export.main(arguments)
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_a_repository_that_nothing_goes_to_is_not_public(checkpoint, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"^error: private=false would not be read: .*; add push_to_hub=NAME\.$"
+    ):
+        export.main([f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}", "private=false"])
+
+
+def test_a_whole_student_has_no_adapters_to_merge_or_to_keep_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "latefusion"}')
+    with pytest.raises(ValueError, match="is a whole checkpoint already"):
+        merge(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="is whole, without adapters to keep apart"):
+        load(tmp_path, merge=False)
 
 
 def test_a_student_of_frozen_tokens_goes_the_same_way(tmp_path):
