@@ -21,12 +21,16 @@ START = 0.5  # of the bound: the samples' mean KL under the set that the confirm
 def by_need(effects: Mapping[str, Any], layers: int) -> list[int]:
     """All layers, least needed first: by the mean KL of text that sees no vision in that layer alone.
 
+    Layer 0 comes first whatever it costs: where it reads, nothing can be calibrated before it, so a student has neither
+    entry nor maps, and its tokens stay the projector's in all layers.
+
     Args:
         effects: `kl` of each sample under the knock-outs `KIND LAYER`.
         layers: of the decoder, two or more.
     """
-    keys = ["prefix 1", *(f"single {i}" for i in range(1, layers - 1)), f"suffix {layers - 1}"]
-    return sorted(range(layers), key=lambda i: float(np.mean(measured(effects[keys[i]]["kl"]))))
+    keys = [*(f"single {i}" for i in range(1, layers - 1)), f"suffix {layers - 1}"]  # of layers 1, 2, ...
+    cost = [float(np.mean(measured(effects[key]["kl"]))) for key in keys]
+    return [0, *sorted(range(1, layers), key=lambda i: cost[i - 1])]
 
 
 def nested_sets(order: Sequence[int]) -> list[tuple[int, ...]]:
