@@ -28,10 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def test_layers_are_given_up_in_the_order_of_what_each_costs_alone() -> None:
-    cost = {"prefix 1": 9, "single 1": 0.1, "single 2": 0.9, "suffix 3": 0.2}
-    effects: dict[str, Any] = {key: {"kl": [value, None, 3 * value]} for key, value in cost.items()}
-    effects["single 2"]["kl"] = [None, 0.0, 0.1]  # means of those measured
-    assert by_need(effects, 4) == [0, 2, 1, 3], "layer 0 first: where it reads, nothing is calibrated"
+    effects: dict[str, Any] = {
+        "prefix 1": {"kl": [9.0, 9.0, 9.0]},  # layer 0 goes first: where it reads, nothing is calibrated
+        "single 1": {"kl": [0.1, None, 0.3]},
+        "single 2": {"kl": [None, 0.0, 0.1]},  # of those measured
+        "single 3": {"kl": [1e-4, 1e-4, 8.0]},  # one sample does not make a layer needed
+        "suffix 4": {"kl": [0.2, 0.2, 0.2]},
+    }
+    assert by_need(effects, 5) == [0, 2, 3, 1, 4]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 30, 48])
@@ -45,11 +49,25 @@ def test_sets_are_nested_from_one_layer_to_all(layers: int) -> None:
 
 
 def test_other_prompts_are_asked_about_the_set_that_the_samples_allow_and_its_neighbours() -> None:
-    sets = [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)]
-    assert to_confirm(sets, [9, 1, 0.04, 0.01, 0, 0], 0.1) == sets[1:5]
-    assert to_confirm(sets, [0.01, 0, 0, 0, 0, 0], 0.1) == sets[:4]
-    assert to_confirm(sets, [9, 9, 9, 9, 9, 9], 0.1) == sets[2:]
-    assert to_confirm(sets[:2], [9, 0], 0.1) == sets[:2]
+    sets = [tuple(range(n)) for n in range(1, 11)]
+    small = [0.01, 0, 0, 0, 0, 0]
+    assert to_confirm(sets, [9, 1, 0.04, 0.01, *small], 0.1) == sets[1:7]
+    assert to_confirm(sets, [*small, 0, 0, 0, 0], 0.1) == sets[:6]
+    assert to_confirm(sets, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], 0.1) == sets[4:]
+    dear = [
+        9,
+        2,
+        0.23,
+        0.2,
+        0.22,
+        0.21,
+        0.3,
+        0.21,
+        0.2,
+        0,
+    ]  # all without the first layer, for one sample's sake
+    assert to_confirm(sets, dear, 0.1) == sets[1:7]
+    assert to_confirm(sets[:1], [0], 0.1) == sets[:1]
 
 
 @pytest.mark.parametrize(("p", "q"), [(1, 4), (2, 3), (1, 6)])
