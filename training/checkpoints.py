@@ -189,10 +189,10 @@ def find(output_dir: str | Path, resume: bool | int, *, samples: int) -> Path:
 
 
 def check_length(checkpoint: Path, steps: int) -> None:
-    """Raise ValueError if a run of so many steps would go on from a checkpoint behind its end."""
+    """Raise ValueError if a run of so many steps would go on from a checkpoint past its end."""
     if step_of(checkpoint) > steps:
         raise ValueError(
-            f"{checkpoint} is behind the last step of this run, train.steps={steps}; choose at least "
+            f"{checkpoint} is past the last step of this run, train.steps={steps}; choose at least "
             f"{step_of(checkpoint)} steps, or go on from an earlier one with resume=STEP."
         )
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_resumed_is_refused(base, cut, tmp_path):
         train(base, tmp_path / "nothing", "resume=true")
     for shorter in (["train.steps=1"], ["train.steps=null", "train.epochs=0.01"]):
         with pytest.raises(
-            SystemExit, match=r"checkpoint-2 is behind the last step of .* train\.steps=1; choose"
+            SystemExit, match=r"checkpoint-2 is past the last step of .* train\.steps=1; choose"
         ):
             train(base, cut, "resume=true", *shorter)
     (cut / "checkpoint-2" / "files.json").unlink()
