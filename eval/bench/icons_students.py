@@ -58,7 +58,10 @@ BOARDS = 400  # to train on
 ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
 BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
-EARLIER = ["schedule.exit=25", "schedule.keep={10: 48, 18: 16}"]  # the recipe's pyramid before 2026-11-29
+UNTRAINED = [
+    "schedule.exit=24",
+    "schedule.keep={11: 36, 17: 16}",
+]  # the pyramid that 42 questions of two types chose
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
@@ -74,7 +77,7 @@ ARMS = {
     "cross_only_unmoved": ["recipe=cross_only", "teacher=none", "entry.later=false"],
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
-    "earlier_pyramid": ["recipe=late_fusion_pyramid", "teacher=none", *EARLIER],
+    "pyramid_chosen_untrained": ["recipe=late_fusion_pyramid", "teacher=none", *UNTRAINED],
     "pyramid_gentle": ["recipe=late_fusion_pyramid", "teacher=none", "train.learning_rate=1e-4"],
     "profiled": ["recipe=late_fusion", "teacher=none", f"schedule.profile={PROFILE}"],
     # the profile's band with fewer tokens: under 40% of the whole prefill, under 20% of the decoder's

@@ -82,12 +82,15 @@ def test_the_tables_are_what_the_script_makes_of_their_files() -> None:
 def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:
     page, students = (ROOT / "docs/evidence.md").read_text(), results("icons_students")
     assert insert(page, "students", icons_students.markdown(students) + "\n") == page
+    more = icons_students.merged(ROOT / "docs/results/icons_students")
+    assert insert(page, "students_of_more_boards", icons_students.markdown(more) + "\n") == page
     schedules = icons_schedules.markdown(results("icons_schedules"))
     assert insert(page, "schedules", schedules + "\n") == page
     assert insert(page, "maps", icons_maps.markdown(results("icons_maps")) + "\n") == page
     (table,) = re.findall(r"<!-- icons -->\n(.*?)<!-- /icons -->", README, flags=re.DOTALL)
     rows = {row["arm"]: row for row in students["rows"]}
-    arms = ("base, dense", "base, pruned", "base, profiled", "late_fusion_no_teacher")
+    rows |= {"more boards": next(row for row in more["rows"] if row.get("train_boards") == 2400)}
+    arms = ("base, dense", "base, pruned", "base, profiled", "late_fusion_no_teacher", "more boards")
     for arm, line in zip(arms, table.splitlines()[2:], strict=True):
         test, row = rows[arm]["tests"]["test"], rows[arm]
         right = f"{test['mean']:.1f} ({test['low']:.1f}–{test['high']:.1f})"
