@@ -364,6 +364,13 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
             f"{len(samples)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted "
             "to, the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
         )
+    poor = [str(layer) for layer, share in zip(later, calibration.later, strict=True) if share <= 0]
+    if poor:
+        raise ValueError(
+            f"{len(samples)} images are too few to calibrate the maps to the layers that read later: on images they "
+            f"were not fitted to, those to layers {', '.join(poor)} are no better than one constant a place; use more "
+            "(entry.images, rows that can be read) or entry.later=false."
+        )
     later_rank, numbers = calibration.entry.later_rank, calibration.entry.numbers()
     maps = "whole matrices" if later_rank is None else f"maps of rank {later_rank}"
     print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from latefusion.models.student.entry import CalibratedEntry, entry_of
 from latefusion.models.student.entry_fit import RIDGE, Moments, _Sums, fit_entry, installed
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import merge, save_student
-from latefusion.training import assemble
+from latefusion.training import assemble, prepare
 from latefusion.training.prepare import FITTED, settle_entry
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -412,6 +413,22 @@ def test_too_few_images_are_refused_before_training(base, tmp_path, images, mess
     with pytest.raises(ValueError, match=message) as error:
         made(config, rows)
     assert "\n" not in str(error.value) and "entry.init=identity" in str(error.value)
+
+
+def test_maps_to_later_layers_that_explain_nothing_are_refused(base, tmp_path, monkeypatch) -> None:
+    """Of images that they were not fitted to; the map to the first layer needs fewer images."""
+    words = ("recipe=cross_only", "entry.later=true", "model.cross=[1,2,3]", *OPTIONS[:2])
+    config = configured(*words, f"model.path={base}", f"output_dir={tmp_path}")
+
+    def poor(*args, **options):
+        return replace(fit_entry(*args, **options), later=(0.2, -0.1))
+
+    monkeypatch.setattr(prepare, "fit_entry", poor)
+    with pytest.raises(
+        ValueError, match=r"the maps to the layers that read later: .* those to layers 3 are no"
+    ) as error:
+        made(config)
+    assert "\n" not in str(error.value) and "entry.later=false" in str(error.value)
 
 
 def test_a_process_that_does_not_see_the_entry_says_so(base, tmp_path) -> None:
