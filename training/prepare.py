@@ -268,7 +268,13 @@ def settle_entry(
     if config.init is not None and _entry_in_init(config):
         check_init_maps(config, config.init)  # a profile may have chosen the layers
         if rank() == 0:
-            print(f"The entry adapter comes from init={config.init}: nothing is calibrated.", flush=True)
+            before, now = VisionSchedule.load(config.init).enter, schedule_of(config.schedule).enter
+            moved = (
+                f" It was made for layer {before}, and enters at layer {now} here." if before != now else ""
+            )
+            print(
+                f"The entry adapter comes from init={config.init}: nothing is calibrated.{moved}", flush=True
+            )
         return
     processor = processor_fingerprint(collator.processor)
     if _from_profile(config, processor) is not None:

@@ -210,6 +210,19 @@ def test_a_calibrated_entry_comes_from_the_student_to_start_from(tmp_path, base,
         assert torch.equal(student_logits(second.model, inputs), student_logits(first.model, inputs))
 
 
+def test_an_entry_that_was_made_for_another_layer_is_said(tmp_path, base, capsys):
+    folder, output = tmp_path / "first", f"output_dir={tmp_path / 'out'}"
+    calibrated = CalibratedEntry(hidden_size=32, places=4)
+    first = assemble.student_from(configured(*BAND, *SMALL), *tiny_base(), calibrated)
+    save_student(first, folder)
+    more = ("entry.init=calibrated", f"init={folder}", f"model.path={base}", output)
+    moved = "It was made for layer 2, and enters at layer 3 here."
+    for words, says in (((), False), (("schedule.enter=3",), True)):
+        settle_entry(configured(*BAND, *SMALL, *words, *more), assemble.collator_of(first), None, None)
+        printed = capsys.readouterr().out
+        assert "nothing is calibrated." in printed and (moved in printed) == says
+
+
 def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, samples):
     student = student_on(base, "tune=full", "teacher=none")
     names = trainable(student)
