@@ -28,6 +28,8 @@ from latefusion.models.student.entry import CalibratedEntry
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SMALL = ("data=scenes", "samples=6", "confirm=6", "images=16", "batch_size=4", "dtype=float32")
+SMALL += ("bound=0.02", "cross=true")
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +40,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profiled(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    words = [
-        f"model={base}",
-        "data=scenes",
-        "samples=6",
-        "confirm=6",
-        "images=16",
-        "batch_size=4",
-        "dtype=float32",
-        f"output={folder}",
-        "cross=true",
-    ]
-    arguments, config = profile_model.parse([*words, "bound=0.02"])
+    arguments, config = profile_model.parse([*SMALL, f"model={base}", f"output={folder}"])
     return folder, profile_model.run(arguments, config)
 
 
@@ -146,16 +137,8 @@ def test_a_profile_that_was_cut_off_leaves_the_same_files(profiled, base, tmp_pa
     folder, _ = profiled
     lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:30])
-    words = [
-        f"model={base}",
-        "data=scenes",
-        "samples=6",
-        "confirm=6",
-        "images=16",
-        "batch_size=4",
-        "dtype=float32",
-    ]
-    arguments, config = profile_model.parse([*words, "bound=0.02", f"output={tmp_path}"])
+    words = [*SMALL, f"model={base}", f"output={tmp_path}"]
+    arguments, config = profile_model.parse(words)
     output = io.StringIO()
     profile_model.run(arguments, config, console=Console(file=output, width=200))
     assert f"{len(lines) // 2 - 1} measurements are there already; going on from them." in output.getvalue()
