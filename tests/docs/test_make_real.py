@@ -20,7 +20,7 @@ SHORT = {
     "PROFILE": "samples=2 confirm=2 images=12 batch_size=2",
     "CALIBRATION": "samples=4 confirm=0 batch_size=4 layer_thresholds=[0.98] tokens_thresholds=[0.5] "
     "boundaries=[18,22] kl=1",
-    "TRAINING": "train.steps=2 train.batch_size=1 data.scenes=12 entry.images=12",
+    "TRAINING": "train.steps=2 train.batch_size=1 data.scenes=32 entry.images=32",
     "QUESTIONS": "samples=6 batch_size=6",
 }
 
