@@ -58,10 +58,7 @@ BOARDS = 400  # to train on
 ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
 BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
-UNTRAINED = [
-    "schedule.exit=24",
-    "schedule.keep={11: 36, 17: 16}",
-]  # the pyramid that 42 questions of two types chose
+UNTRAINED = ["schedule.exit=24", "schedule.keep={11: 36, 17: 16}"]  # chosen without training
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],

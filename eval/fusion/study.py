@@ -325,10 +325,13 @@ class Study:
         order = [i for i in by_need(effects, self.measurer.layers) if attention[i]]
         sets = nested_sets(order)
         kl = [float(np.mean(effect["kl"])) for effect in self.measurer.reading(sets)]
-        asked, bound = to_confirm(sets, kl, self.goal.bound), self.goal.bound
+        bound = self.goal.bound
+        candidates = to_confirm(sets, kl, bound)
         confirmed = [
             self._read(read, effect)
-            for read, effect in zip(asked, (self.confirmer or self.measurer).reading(asked), strict=True)
+            for read, effect in zip(
+                candidates, (self.confirmer or self.measurer).reading(candidates), strict=True
+            )
         ]
         within = next((one for one in confirmed if one["limit"] <= bound), None)
         why = f"the fewest layers with an upper limit of at most {bound:g} nats"

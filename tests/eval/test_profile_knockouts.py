@@ -126,9 +126,9 @@ def test_text_that_reads_in_some_layers_alone_equals_the_masked_oracle(family: s
     with attach(model, VisionSchedule()) as attachment:
         runner = Runner(model, attachment, batch)
         dense = runner.answers(VisionSchedule())
-        found = dict(reading_effects(runner, sets))
-    assert list(found) == sets
-    for read, effect in found.items():
+        changed = dict(reading_effects(runner, sets))
+    assert list(changed) == sets
+    for read, effect in changed.items():
         hidden = [i for i in range(LAYERS) if i not in read]
         with (
             torch.no_grad(),

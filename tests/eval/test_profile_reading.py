@@ -71,7 +71,7 @@ def test_other_prompts_are_asked_about_the_set_that_the_samples_allow_and_its_ne
 
 
 @pytest.mark.parametrize(("p", "q"), [(1, 4), (2, 3), (1, 6)])
-def test_a_model_that_reads_in_some_layers_is_found_to_need_these(p: int, q: int, tmp_path: Path) -> None:
+def test_the_layers_that_a_planted_model_reads_in_are_chosen(p: int, q: int, tmp_path: Path) -> None:
     model = planted("llava", p, q)
     with attach(model, VisionSchedule()) as attachment:
         batch, other = planted_batch(model), planted_batch(model, seed=5)
@@ -82,13 +82,13 @@ def test_a_model_that_reads_in_some_layers_is_found_to_need_these(p: int, q: int
             True,
             *counts(made.groups),
         )
-        found = study.run(lambda a: fit_entry(attachment, [(batch.fresh(), batch.vision)], a))["reading"]
-    assert found["layers"] == list(range(p, q)) and found["limit"] <= BOUND and found["accuracy"] == 1.0
-    assert "the fewest layers with an upper limit" in found["why"]
-    smaller = [one for one in found["confirmed"] if len(one["layers"]) < q - p]
+        reading = study.run(lambda a: fit_entry(attachment, [(batch.fresh(), batch.vision)], a))["reading"]
+    assert reading["layers"] == list(range(p, q)) and reading["limit"] <= BOUND and reading["accuracy"] == 1.0
+    assert "the fewest layers with an upper limit" in reading["why"]
+    smaller = [one for one in reading["confirmed"] if len(one["layers"]) < q - p]
     assert all(one["limit"] > BOUND for one in smaller) and bool(smaller) == (q - p > 1)
     (tmp_path / "schedule.yaml").write_text("enter: 0\nexit: null\nkeep: {}\n")
-    (tmp_path / "cross.yaml").write_text(cross_yaml(found))
+    (tmp_path / "cross.yaml").write_text(cross_yaml(reading))
     assert read_cross(tmp_path) == VisionSchedule(cross=tuple(range(p, q)))
 
 
@@ -102,9 +102,9 @@ def test_where_no_set_holds_the_lowest_limit_is_taken_and_said(tmp_path: Path) -
         batch = planted_batch(model)
         made = measurer(model, attachment, [batch], tmp_path / "measured.jsonl")
         study = Limits(made, None, Goal(bound=BOUND, cross=True), True, *counts(made.groups))
-        found = study._reading(made.knock_outs())
-    assert found["layers"] == found["confirmed"][-1]["layers"]
-    assert found["why"].startswith("the lowest upper limit, as no set of layers that was tried")
+        reading = study._reading(made.knock_outs())
+    assert reading["layers"] == reading["confirmed"][-1]["layers"]
+    assert reading["why"].startswith("the lowest upper limit, as no set of layers that was tried")
 
 
 @pytest.fixture(scope="module")
