@@ -22,6 +22,7 @@ from rich.console import Console
 
 from latefusion.data.local_files import FORMATS, JSON, check_local_files
 from latefusion.models.locate import check_base, check_four_bits
+from latefusion.models.profile_schedule import PROFILE_FILE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.recipes.compose import (
     HELP,
@@ -79,7 +80,6 @@ class Arguments:
     new_tokens: int = 16
 
 
-PROFILE = "profile.json"  # as models/profile_folder.py names it, which needs torch
 NAMES = [field.name for field in fields(Arguments)]
 KEYS = ["model", "data", *NAMES]
 
@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> None:
         arguments, config = parse(words)
         if printed:
             print_and_exit(lambda: {**vars(arguments), "model": config.model, "data": config.data})
-        check_unfinished(output_of(arguments, config), PROFILE, overwrite=arguments.overwrite)
+        check_unfinished(output_of(arguments, config), PROFILE_FILE, overwrite=arguments.overwrite)
         check(arguments, config)
         with claimed(output_of(arguments, config), key="output"):
             run(arguments, config)

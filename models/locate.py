@@ -17,7 +17,6 @@ EMBEDDED_WEIGHTS = Path(__file__).parent / EMBEDDED / "weights"
 SMOLLM_ICONS = "smollm_icons"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT writes it into a student's folder
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # beside it
-PROFILE_SCHEDULE = "schedule.yaml"  # in a profile's folder
 ENTRY = "vision_entry"  # the entry adapter's name in a student's weights
 WEIGHTS = ("*.safetensors", "*.bin")
 SCHEDULE_KEY = "vision_schedule"  # in a merged student's config.json

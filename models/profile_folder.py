@@ -1,61 +1,15 @@
-"""The files of a profile's folder that training reads: the schedule and the calibrated entry."""
+"""The calibrated entry in a profile's folder; models/profile_schedule.py reads its schedules."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from latefusion.models.locate import PROFILE_SCHEDULE
-from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry, start_sizes
 
-PROFILE_FILE, SCHEDULE_FILE, ENTRY_FILE = "profile.json", PROFILE_SCHEDULE, "entry.safetensors"
-CROSS_FILE = "cross.yaml"  # of frozen vision tokens
-
-
-def read_schedule(path: str | Path) -> VisionSchedule:
-    """The schedule of a profile: its folder, or its `schedule.yaml` or `profile.json`.
-
-    Raises:
-        FileNotFoundError, ValueError: it is not a profile, in one sentence.
-    """
-    file = Path(path) / SCHEDULE_FILE if Path(path).is_dir() else Path(path)
-    if file.name == PROFILE_FILE:
-        file = file.with_name(SCHEDULE_FILE)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no {SCHEDULE_FILE} at {path}; name the folder that eval/profile_model.py wrote: schedule.profile=FOLDER."
-        )
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(error).splitlines()[0].strip()
-        raise ValueError(f"{file} is not a schedule in YAML ({reason}); profile the model again.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no schedule; it should have enter, exit and keep.")
-    return VisionSchedule.from_dict(values)
-
-
-def read_cross(path: str | Path) -> VisionSchedule:
-    """The schedule of frozen vision tokens of a profile that was made with `cross=true`.
-
-    Args:
-        path: the folder, or a file in it.
-
-    Raises:
-        FileNotFoundError, ValueError: it has none, in one sentence.
-    """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    read_schedule(folder)  # a profile at all
-    if not (folder / CROSS_FILE).is_file():
-        raise FileNotFoundError(
-            f"the profile in {folder} did not look for the layers that read frozen vision tokens; make it again with "
-            "cross=true, or give them without a profile: model.cross=[8,12]."
-        )
-    return read_schedule(folder / CROSS_FILE)
+ENTRY_FILE = "entry.safetensors"
 
 
 def write_entry(folder: Path, entry: CalibratedEntry, weights: str, processor: str) -> None:

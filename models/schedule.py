@@ -154,7 +154,10 @@ class VisionSchedule:
                 )
 
     def validate(self, num_layers: int) -> None:
-        for name, layer in (("enter", self.enter), ("exit", self.exit), *(("keep", i) for i in self.keep)):
+        ends = (
+            (("enter", self.enter), ("exit", self.exit)) if not self.cross else (("cross", self.cross[-1]),)
+        )
+        for name, layer in (*ends, *(("keep", i) for i in self.keep)):
             check_depth(name, layer, num_layers)
 
     def check_keep(self, n_vision: int, whose: str) -> None:
@@ -371,7 +374,7 @@ class VisionSchedule:
 
 
 def check_depth(name: str, layer: int | None, num_layers: int) -> None:
-    """Raise ValueError if the layer that `enter`, `exit` or `keep` names is beyond the decoder's."""
+    """Raise ValueError if the layer that `enter`, `exit`, `keep` or `cross` names is beyond the decoder's."""
     limit = num_layers if name == "exit" else num_layers - 1
     if layer is not None and layer > limit:
         raise ValueError(

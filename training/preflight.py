@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from latefusion.models.locate import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE,
-    PROFILE_SCHEDULE,
     adapter_settings,
     check_base,
     check_four_bits,
@@ -23,7 +23,15 @@ from latefusion.models.locate import (
     entry_shapes,
     saved_shapes,
 )
-from latefusion.models.policies.configured import check_depths, check_ends, check_schedule_set, schedule_of
+from latefusion.models.policies.configured import (
+    check_depths,
+    check_ends,
+    check_schedule_set,
+    is_known,
+    profiled,
+    schedule_of,
+    take,
+)
 from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
@@ -35,6 +43,7 @@ from latefusion.training.run_folder import check_launch, check_unclaimed, check_
 Result = TypeVar("Result")
 
 CONFIG = "config.yaml"  # in the folder of a run
+PROFILE_FOLDER = "profile"  # in it: the profile of schedule=auto
 TEACHER = "teacher.json"  # in a `kl.cache`: who taught
 NO_LORA = "dummy-target-modules"  # what PEFT writes as the target_modules of `tune=align`
 MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
@@ -69,7 +78,7 @@ def checked(cfg: DictConfig) -> tuple[Config, Path | None]:
 
     def checks(config: Config) -> Path | None:
         resumed = check(config)
-        notes = [] if resumed is None else check_unchanged(cfg, config.output_dir)
+        notes = [] if resumed is None else check_unchanged(cfg, config)
         if notes and rank() == 0:
             print("\n".join(notes), flush=True)
         return resumed
@@ -158,7 +167,8 @@ def again_with(folder: str) -> str:
 def check_inputs(config: Config) -> None:
     """Check that models and data exist, and that schedule and thresholds fit the models' depths.
 
-    A model whose config.json does not state its depth, or one on the hub, is checked again with transformers.
+    The schedule of a profile that is there is put into the configuration. A model whose config.json does not state its
+    depth, or one on the hub, is checked again with transformers.
     """
     path, other = config.model.path, config.kl.model
     if config.model.load_in_4bit:
@@ -168,14 +178,10 @@ def check_inputs(config: Config) -> None:
         check_base(other, fix="with kl.model=PATH")
     check_local_files(config.data)
     schedule = config.schedule
-    profile = None if schedule.auto else schedule.profile
-    if profile is not None and not any(map(Path.is_file, (Path(profile), Path(profile) / PROFILE_SCHEDULE))):
-        raise FileNotFoundError(
-            f"no profile at {profile}: it has no {PROFILE_SCHEDULE}; name the folder that eval/profile_model.py wrote: "
-            "schedule.profile=FOLDER."
-        )
+    if schedule.profile is not None:
+        take(schedule, profiled(schedule, schedule.profile))
     layers = decoder_layers(path, config.model.revision)
-    if not schedule.auto and schedule.profile is None:
+    if is_known(schedule):
         if layers is not None:
             check_ends(config, layers)
         schedule_of(schedule)
@@ -240,7 +246,7 @@ def _check_init_entry(config: Config, folder: str) -> None:
             f"the student at {folder} has an entry adapter of rank {before}, but this run's has rank {now}; set "
             f"{setting}."
         )
-    if config.schedule.profile is None and not config.schedule.auto:
+    if is_known(config.schedule):
         check_init_maps(config, folder)
 
 
@@ -277,8 +283,11 @@ def check_output(config: Config) -> Path | None:
     return None
 
 
-def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
+def check_unchanged(cfg: DictConfig, config: Config) -> list[str]:
     """Compare the configuration with that of the run in the output folder, if there is one.
+
+    Args:
+        cfg, config: as composed, and as `check` has left it.
 
     Returns:
         Lines to print, about paths that have changed.
@@ -286,14 +295,14 @@ def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
     Raises:
         ValueError: another setting has changed, so that the checkpoints would not load, or another run would go on.
     """
+    output_dir = config.output_dir
     file = Path(output_dir) / CONFIG
     if not file.is_file():
         return []
     before = dict(_leaves(OmegaConf.to_container(stored_values(file), resolve=True)))
     now = dict(_leaves(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)))
+    now |= _profiled_now(config)
     skip = {*MAY_CHANGE, "schedule.profile"}
-    if now.get("schedule.auto") or now.get("schedule.profile") is not None:
-        skip |= {f"schedule.{name}" for name in ("enter", "exit", "keep", "cross")}  # they are its profile's
     changed = [
         key
         for key in before.keys() & now.keys()
@@ -311,6 +320,19 @@ def check_unchanged(cfg: DictConfig, output_dir: str | Path) -> list[str]:
         f"note: goes on with {key}={now[key]}, where the run had {before[key]}; the same must lie there."
         for key in sorted(changed)
     ]
+
+
+def _profiled_now(config: Config) -> dict[str, Any]:
+    """The values that a run takes from its profile, by their keys, as the profile has them today."""
+    options = replace(config.schedule)
+    if not is_known(options):
+        options.profile = str(Path(config.output_dir) / PROFILE_FOLDER)
+    if options.profile is None:
+        return {}
+    return {
+        f"schedule.{name}": getattr(options, name)
+        for name in take(options, profiled(options, options.profile))
+    }
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,24 +29,17 @@ from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
 from latefusion.models.fingerprint import model_fingerprint, model_identity, processor_fingerprint
-from latefusion.models.policies.configured import schedule_of
-from latefusion.models.profile_folder import (
-    ENTRY_FILE,
-    SCHEDULE_FILE,
-    read_cross,
-    read_entry,
-    read_schedule,
-    write_entry,
-)
+from latefusion.models.policies.configured import profiled, schedule_of, take
+from latefusion.models.profile_folder import ENTRY_FILE, read_entry, write_entry
+from latefusion.models.profile_schedule import PROFILE_FILE, SCHEDULE_FILE, read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
 from latefusion.models.student.entry_fit import fit_entry
 from latefusion.models.student.save import has_entry, saved_start
 from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
-from latefusion.training.preflight import check_init_maps
+from latefusion.training.preflight import PROFILE_FOLDER, check_init_maps
 
-PROFILE_FOLDER = "profile"  # the profile of schedule=auto, in the run's folder
 # keys of `eval/profile_model.py`, as its messages begin, and what a run calls them
 KEYS_OF_PROFILE = {name: f"schedule.{name}" for name in ("samples", "confirm", "bound", "budget")} | {
     "images": "entry.images"
@@ -156,9 +149,11 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
     Raises:
         ValueError, FileNotFoundError: there is no such profile, or it cannot be made.
     """
-    options = config.schedule
-    frozen = options.cross is not None
-    read, written = read_cross if frozen else read_schedule, None
+    options, written = config.schedule, None
+
+    def read(folder: str | Path) -> VisionSchedule:
+        return profiled(options, folder)
+
     if options.auto and options.profile is None:
         folder = Path(config.output_dir) / PROFILE_FOLDER
         options.profile = str(folder)
@@ -171,15 +166,23 @@ def settle_schedule(config: Config, cfg: DictConfig, resumed: Path | None = None
         written = from_first_process("schedule", make)
     if options.profile is None:
         return
-    schedule = schedule_at(options.profile, written, read)
-    if frozen:
-        options.cross = list(schedule.cross or ())
-        cfg.schedule.profile, cfg.schedule.cross = options.profile, options.cross
-        return
-    options.enter, options.exit, options.keep = schedule.enter, schedule.exit, dict(schedule.keep)
-    options.ranking = schedule.ranking  # the rule that the keeps were measured under
-    for name in ("profile", "enter", "exit", "keep", "ranking"):
+    for name in ("profile", *take(options, schedule_at(options.profile, written, read))):
         cfg.schedule[name] = getattr(options, name)
+    if rank() == 0 and (other := _profiled_weights(options.profile)) and other != _weights(config):
+        print(
+            f"note: the profile in {options.profile} is of other weights than those of model.path={config.model.path}.",
+            flush=True,
+        )
+
+
+def _profiled_weights(path: str) -> str | None:
+    """Fingerprint of the model that a profile is of; None: it does not say."""
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / PROFILE_FILE
+    try:
+        weights = json.loads(file.read_text())["about"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(weights)
 
 
 def schedule_at(

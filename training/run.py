@@ -22,7 +22,7 @@ from latefusion.data.packing import Packed
 from latefusion.data.samples import Refused, sentence
 from latefusion.data.streaming import MARKS, Stream
 from latefusion.models.inputs import PIXELS
-from latefusion.models.policies.configured import evaluates, teaches
+from latefusion.models.policies.configured import evaluates, is_known, teaches
 from latefusion.models.student.build import Student
 from latefusion.models.student.entry import entry_of
 from latefusion.recipes.launcher import rank
@@ -83,8 +83,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             beginning = first_samples(dataset)
             batch = guarded(config, collator, dataset)(beginning)
             most = int(torch.isin(batch["input_ids"], plain.vision_ids).sum(1).max())
-            if config.schedule.profile is None and not config.schedule.auto:
-                check_keep(config, most)  # of a profile's schedule below
+            if is_known(config.schedule):
+                check_keep(config, most)
             check_evaluation(config)
             held.enter_context(claimed(config.output_dir))
             remove_mark(config.output_dir)

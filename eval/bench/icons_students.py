@@ -48,7 +48,7 @@ from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base
 from latefusion.models.flops import head_flops
 from latefusion.models.policies.configured import visipruner
-from latefusion.models.profile_folder import read_schedule
+from latefusion.models.profile_schedule import read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.save import load_student
 from latefusion.recipes.compose import compose_config

@@ -18,7 +18,8 @@ from latefusion.eval.fusion.knockouts import KINDS
 from latefusion.eval.fusion.looks import Look, fusion_layer
 from latefusion.eval.metrics import quartiles
 from latefusion.models.flops import prefill_share, shares_in_words
-from latefusion.models.profile_folder import CROSS_FILE, ENTRY_FILE, PROFILE_FILE, SCHEDULE_FILE, write_entry
+from latefusion.models.profile_folder import ENTRY_FILE, write_entry
+from latefusion.models.profile_schedule import CROSS_FILE, PROFILE_FILE, SCHEDULE_FILE
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import Calibration
 

@@ -1,15 +1,22 @@
-"""The policies of the student and the teacher, as a training configuration states them; no torch needed.
-
-`training/prepare.py` puts a profile's schedule into the configuration.
-"""
+"""The policies of the student and the teacher, as a training configuration states them; no torch needed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latefusion.models.policies.visipruner.settings import VisiPruner
+from latefusion.models.profile_schedule import read_cross, read_schedule
 from latefusion.models.schedule import VisionSchedule, check_depth
-from latefusion.recipes.schema import QUESTION_SETS, Config, ScheduleConfig, Teacher, Tune, VisiPrunerConfig
+from latefusion.recipes.schema import (
+    QUESTION_SETS,
+    Config,
+    RunScheduleConfig,
+    ScheduleConfig,
+    Teacher,
+    Tune,
+    VisiPrunerConfig,
+)
 
 if TYPE_CHECKING:
     from latefusion.models.policies.base import Policy
@@ -40,6 +47,30 @@ def schedule_of(config: ScheduleConfig) -> VisionSchedule:
             "freeze_prefix": config.freeze_prefix,
         }
     )
+
+
+def profiled(options: RunScheduleConfig, folder: str | Path) -> VisionSchedule:
+    """The schedule that a run takes from a profile: that of frozen vision tokens if its recipe freezes them.
+
+    Raises:
+        FileNotFoundError, ValueError: the profile has none, in one sentence.
+    """
+    return read_schedule(folder) if options.cross is None else read_cross(folder)
+
+
+def take(options: RunScheduleConfig, schedule: VisionSchedule) -> list[str]:
+    """Put the schedule of a profile into the configuration; returns the names of the keys that now have its values."""
+    if options.cross is not None:
+        options.cross = list(schedule.cross or ())
+        return ["cross"]
+    options.enter, options.exit, options.keep = schedule.enter, schedule.exit, dict(schedule.keep)
+    options.ranking = schedule.ranking  # the rule that the keeps were measured under
+    return ["enter", "exit", "keep", "ranking"]
+
+
+def is_known(options: RunScheduleConfig) -> bool:
+    """Whether the configuration has the run's schedule: not before `schedule=auto` has made its profile."""
+    return options.profile is not None or not options.auto
 
 
 def _says_how_many(keep: Any) -> bool:
@@ -77,7 +108,7 @@ def check_ends(config: Config, num_layers: int) -> None:
         for name in ("enter", "exit"):
             check_depth(name, getattr(config.schedule, name), num_layers)
     except ValueError as error:
-        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
+        raise _does_not_fit(config, error) from None
 
 
 def check_layers(config: Config, num_layers: int) -> None:
@@ -85,7 +116,14 @@ def check_layers(config: Config, num_layers: int) -> None:
     try:
         schedule_of(config.schedule).validate(num_layers)
     except ValueError as error:
-        raise ValueError(f"the schedule of model.path={config.model.path} does not fit: {error}") from None
+        raise _does_not_fit(config, error) from None
+
+
+def _does_not_fit(config: Config, error: ValueError) -> ValueError:
+    path, profile = config.model.path, config.schedule.profile
+    if profile is not None:
+        return ValueError(f"the profile in {profile} is not of model.path={path}: {error}")
+    return ValueError(f"the schedule of model.path={path} does not fit: {error}")
 
 
 def check_depths(config: Config, layers: int | None, teachers: int | None) -> None:
@@ -98,7 +136,7 @@ def check_depths(config: Config, layers: int | None, teachers: int | None) -> No
     thresholds = visipruner(config.model.visipruner)
     policy = teacher(config) if teaches(config) else None
     if layers is not None:
-        if not config.schedule.auto and config.schedule.profile is None:
+        if is_known(config.schedule):
             check_layers(config, layers)
         if policy is not None and config.kl.model is None:
             policy.validate(layers)

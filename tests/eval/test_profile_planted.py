@@ -22,7 +22,7 @@ from latefusion.eval.fusion.measure import Measurer
 from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import schedule_yaml
 from latefusion.eval.ledger import Ledger
-from latefusion.models import profile_folder
+from latefusion.models import profile_schedule
 from latefusion.models.attach import attach
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
@@ -59,7 +59,7 @@ def test_the_planted_band_is_found_and_its_schedule_answers_as_dense(
     fresh = questions(5, seed=7)
     with torch.no_grad():
         dense = model(**fresh).logits[:, -3:]
-        with attach(model, profile_folder.read_schedule(tmp_path)):
+        with attach(model, profile_schedule.read_schedule(tmp_path)):
             late = model(**questions(5, seed=7)).logits[:, -3:]
     if schedule["keep"]:
         assert torch.equal(dense.argmax(-1), late.argmax(-1))

@@ -20,7 +20,7 @@ from latefusion.eval.fusion.reading_layers import by_need, nested_sets, to_confi
 from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import cross_yaml
 from latefusion.models.attach import attach
-from latefusion.models.profile_folder import read_cross, read_schedule
+from latefusion.models.profile_schedule import read_cross, read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry_fit import fit_entry
 

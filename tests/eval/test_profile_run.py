@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from latefusion.eval import profile_model
 from latefusion.eval.fusion.measure import Measurer
-from latefusion.models import profile_folder
+from latefusion.models import profile_folder, profile_schedule
 from latefusion.models.attach import attach
 from latefusion.models.fingerprint import model_fingerprint
 from latefusion.models.schedule import VisionSchedule
@@ -92,7 +92,7 @@ def test_a_profile_writes_page_pictures_and_numbers(profiled) -> None:
     schedule = yaml.safe_load((folder / "schedule.yaml").read_text())
     assert schedule["enter"] == result["chosen"]["schedule"]["enter"]
     for where in (folder, folder / "schedule.yaml", folder / "profile.json"):
-        assert profile_folder.read_schedule(where).to_dict() == result["chosen"]["schedule"]
+        assert profile_schedule.read_schedule(where).to_dict() == result["chosen"]["schedule"]
 
 
 def test_an_entry_says_which_weights_and_processor_it_was_fitted_with(base, tmp_path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latefusion.models.profile_folder import ENTRY_FILE, SCHEDULE_FILE, read_entry, read_schedule
+from latefusion.models.profile_folder import ENTRY_FILE, read_entry
+from latefusion.models.profile_schedule import SCHEDULE_FILE, read_schedule
 
 
 @pytest.mark.parametrize("text", ["enter: [1", "enter: !!python/object/apply:os.getcwd []", "enter: 1: 2"])

@@ -173,6 +173,81 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides, senten
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "files", "sentence"),
+    [
+        (
+            "cross_only",
+            {"schedule.yaml": "enter: 2"},
+            r"^the profile in .* did not look for the layers .* cross=true, or",
+        ),
+        ("cross_only", {"cross.yaml": "cross: [2]"}, r"^no profile at .*: it has no schedule\.yaml"),
+        (
+            "cross_only",
+            {"cross.yaml": "cross: [2, 3"},
+            r"cross\.yaml is not a schedule in YAML .* profile the",
+        ),
+        (
+            "cross_only",
+            {"cross.yaml": "cross: [2, x]"},
+            r"cross\.yaml holds no schedule: cross has 'x' where a whole",
+        ),
+        (
+            "cross_only",
+            {"cross.yaml": "cross: []"},
+            r"cross\.yaml names no layer that reads \(cross\); make the profile",
+        ),
+        ("cross_only", {"cross.yaml": "enter: 2"}, r"cross\.yaml names no layer that reads \(cross\)"),
+        (
+            "cross_only",
+            {"cross.yaml": "cross: [2, 3]\nkeep: {3: 8}"},
+            r"cross\.yaml has keep, .*; leave keep out\.$",
+        ),
+        (
+            "cross_only",
+            {"cross.yaml": "cross: [2, 99]"},
+            r"^the profile in .* is not of model\.path=embedded: cross names layer 99, but the decoder",
+        ),
+        (
+            "late_fusion",
+            {"schedule.yaml": "enter: 2\nexit: 40"},
+            r"^the profile in .* is not of model\.path=embedded: exit",
+        ),
+        (
+            "late_fusion",
+            {"schedule.yaml": "enter: 9\nexit: 4"},
+            r"schedule\.yaml holds no schedule: enter=9 must",
+        ),
+        (
+            "late_fusion",
+            {"schedule.yaml": "cross: [2, 3]"},
+            r"schedule\.yaml names layers that read frozen .* recipe=cross_only",
+        ),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path, recipe, files, sentence
+):
+    if "frozen" not in sentence and "no profile" not in sentence:
+        (tmp_path / "schedule.yaml").write_text("enter: 2\nexit: 9\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for auto in ((), ("schedule=auto",)):  # which reads a profile that is named
+        words = (f"recipe={recipe}", f"schedule.profile={tmp_path}", f"output_dir={tmp_path / 'out'}", *auto)
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+            preflight.check(configured(*words))
+        assert "\n" not in str(error.value)
+
+
+def test_a_profile_s_file_of_frozen_tokens_is_no_band(tmp_path):
+    """Its first and last layer would otherwise train as one."""
+    (tmp_path / "cross.yaml").write_text("enter: 2\nexit: 5\nkeep: {}\ncross: [2, 4]\n")
+    with pytest.raises(
+        ValueError, match=r"cross\.yaml names layers that read frozen vision tokens \(cross\)"
+    ):
+        preflight.check(configured(f"schedule.profile={tmp_path / 'cross.yaml'}"))
+
+
 WITHOUT_TORCH = """
 import runpy, sys
 for sys.argv in {runs!r}:
@@ -198,7 +273,9 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
         ["model.visipruner.boundary=15"],
         ["data=llava_mix665k", "data.path=missing.json"],
     ]
+    (tmp_path / "schedule.yaml").write_text("enter: 2\n")
     train = [[f"output_dir={tmp_path}"], [f"output_dir={tmp_path}", "resume=true"]]
+    train += [["recipe=cross_only", f"schedule.profile={tmp_path}", f"output_dir={tmp_path / 'out'}"]]
     teach = [[], ["kl.cache=x", "data=dataset", "data.path=x", "data.streaming=true"], ["kl.cache=README.md"]]
     export = [["checkpoint=x"], ["checkpoint=x", "output=y"], ["chekpoint=x"]]
     image = tmp_path / "broken.png"

@@ -16,7 +16,7 @@ import latefusion as lf
 from latefusion.data.collate import collator_without_weights
 from latefusion.data.scenes import load_scenes
 from latefusion.eval.evaluate import Arguments, evaluate
-from latefusion.models import profile_folder
+from latefusion.models.profile_schedule import read_schedule
 from latefusion.training.embedded.architecture import build_config
 from latefusion.training.embedded.vocabulary import BOS, EOS, PAD, VOCABULARY, build_processor
 
@@ -86,7 +86,7 @@ def test_a_hybrid_goes_from_its_profile_to_one_merged_folder(
     words += ("data.isolate=false", "data.turns=1")
     run_config(composed("model=other", *QUICK, *SMALL, *words))
     schedule = json.loads((student / "vision_schedule.json").read_text())
-    assert schedule == profile_folder.read_schedule(student / "profile").to_dict()
+    assert schedule == read_schedule(student / "profile").to_dict()
     curves = json.loads((student / "profile" / "profile.json").read_text())["curves"]
     assert all(len(curve) >= LAYERS for curve in curves.values() if isinstance(curve, list))
     losses = [entry["loss"] for entry in metrics_entries(student) if "loss" in entry]

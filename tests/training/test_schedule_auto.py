@@ -14,7 +14,7 @@ from helpers.launch import free_port, launch
 from helpers.quick_runs import QUICK, run_config
 from helpers.tiny_base import composed, configured
 
-from latefusion.models import profile_folder
+from latefusion.models import profile_schedule
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import RANKINGS, VisionSchedule
 from latefusion.training import prepare
@@ -28,7 +28,7 @@ def test_two_processes_profile_once_and_a_resumed_run_not_at_all(base, tmp_path)
     printed = launch("torchrun", base, tmp_path, *AUTO, "entry.init=calibrated")
     assert "in 2 process(es)" in printed and printed.count("4 samples, 6 layers: up to") == 1
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
-    assert trained == profile_folder.read_schedule(tmp_path / "profile").to_dict()
+    assert trained == profile_schedule.read_schedule(tmp_path / "profile").to_dict()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "profile").iterdir()}
     printed = launch(
         "torchrun", base, tmp_path, *AUTO, "entry.init=calibrated", "resume=true", "train.steps=4"
@@ -44,7 +44,7 @@ def test_one_process_profiles_first(base, tmp_path) -> None:
     small += ("eval.enabled=false", "model=other", "model.visipruner.boundary=1", "lora.r=2", "entry.rank=2")
     run_config(composed(*small, f"model.path={base}", f"output_dir={tmp_path}", *AUTO))
     trained = json.loads((tmp_path / "vision_schedule.json").read_text())
-    assert trained == profile_folder.read_schedule(tmp_path / "profile").to_dict()
+    assert trained == profile_schedule.read_schedule(tmp_path / "profile").to_dict()
 
 
 WORK = """
@@ -112,6 +112,39 @@ def test_a_resumed_run_reads_its_profile_and_another_run_makes_its_own(base, tmp
         assert cfg.schedule.enter == 1 and cfg.schedule.profile == str(tmp_path / "profile")
 
 
+@pytest.mark.parametrize("where", [(), ("schedule=auto",)])
+def test_a_resumed_run_does_not_go_on_under_a_profile_that_has_changed(where, base, tmp_path) -> None:
+    """Its weights learnt under the schedule that the profile had before."""
+    run, folder = tmp_path / "run", tmp_path / ("run/profile" if where else "made_before")
+    folder.mkdir(parents=True)
+    file = folder / "schedule.yaml"
+    file.write_text("enter: 1\nexit: 4\nkeep: {2: 2}\n")
+    words = (*where, f"output_dir={run}", f"model.path={base}", "model=other", "recipe=dense", "teacher=none")
+    words += ("entry.init=identity", *(() if where else (f"schedule.profile={folder}",)))
+    steps = ("train.steps=1", "resume=false")
+    run_config(composed(*QUICK, *words, *steps, f"schedule.profile={folder}"))
+    again = (*QUICK, *words, "train.steps=2", "resume=true")
+    file.write_text("enter: 1\nexit: 3\nkeep: {}\n")
+    with pytest.raises(
+        SystemExit, match=r"with other settings: schedule\.exit=3 \(it had 4\), schedule\.keep"
+    ):
+        run_config(composed(*again))
+    file.unlink()
+    with pytest.raises(SystemExit, match="no profile at"):
+        run_config(composed(*again))
+    file.write_text("enter: 1\nexit: 4\nkeep: {2: 2}\n")
+    run_config(composed(*again))
+
+
+def test_a_profile_of_other_weights_is_noted(base, tmp_path, capsys) -> None:
+    (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 4\n")
+    options = (f"model.path={base}", f"schedule.profile={tmp_path}")
+    for weights, noted in (("others", True), (prepare.model_fingerprint(str(base)), False)):
+        (tmp_path / "profile.json").write_text(json.dumps({"about": {"weights": weights}}))
+        prepare.settle_schedule(configured(*options), composed(*options))
+        assert ("is of other weights than those of model.path" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_a_run_ranks_by_the_rule_that_the_profile_measured(ranking, base, tmp_path) -> None:
     """Whatever rule the configuration names."""
@@ -135,7 +168,7 @@ def test_a_folder_that_machines_do_not_share_is_refused(tmp_path: Path) -> None:
         prepare.schedule_at(str(tmp_path), schedule)
     (tmp_path / "schedule.yaml").write_text("enter: 1\nexit: 3\n")
     assert prepare.schedule_at(str(tmp_path), schedule).to_dict() == schedule
-    with pytest.raises(FileNotFoundError, match=r"no schedule.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no profile at"):
         prepare.schedule_at(str(tmp_path / "nowhere"), None)
 
 
