@@ -184,8 +184,13 @@ def _check_weights(config: Config) -> None:
         raise ValueError(
             "entry.init=calibrated needs an entry adapter; set entry.rank to 1 or more, or entry.init=identity."
         )
-    if config.tune is Tune.full and (config.model.load_in_4bit or config.init is not None):
-        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false and no init.")
+    if config.tune is Tune.full and config.init is not None:
+        raise ValueError(
+            f"init={config.init} needs adapters to put its weights in, and tune=full trains the weights themselves; "
+            "leave init out, or use tune=lora."
+        )
+    if config.tune is Tune.full and config.model.load_in_4bit:
+        raise ValueError("tune=full trains the weights themselves: use model.load_in_4bit=false.")
     if lora.train_projector and config.model.projector is None:
         raise ValueError(
             "lora.train_projector=true needs model.projector=NAME, the projector's name in this model."

@@ -13,15 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from latefusion.data.local_files import check_local_files
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    BASE,
-    adapter_settings,
     check_base,
     check_four_bits,
     check_no_model,
     decoder_layers,
-    entry_shapes,
-    saved_shapes,
 )
 from latefusion.models.policies.configured import (
     check_depths,
@@ -36,8 +31,9 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import stored_values
 from latefusion.recipes.launcher import rank, world_size
 from latefusion.recipes.printable import error_line
-from latefusion.recipes.schema import Config, EntryKind, Tune, Variant
+from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import check_length, checkpoints, find
+from latefusion.training.earlier_student import check_earlier
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_unfinished, check_writable
 
 Result = TypeVar("Result")
@@ -45,7 +41,6 @@ Result = TypeVar("Result")
 CONFIG = "config.yaml"  # in the folder of a run
 PROFILE_FOLDER = "profile"  # in it: the profile of schedule=auto
 TEACHER = "teacher.json"  # in a `kl.cache`: who taught
-NO_LORA = "dummy-target-modules"  # what PEFT writes as the target_modules of `tune=align`
 MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
     *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
     *("train.steps", "train.epochs", "train.threads", "train.workers", "train.prefetch", "train.trackers"),
@@ -119,7 +114,7 @@ def check(config: Config) -> Path | None:
     if config.kl.cache is not None and not (Path(config.kl.cache) / TEACHER).is_file():
         raise no_cache(config.kl.cache)
     if config.init is not None:
-        check_init(config, config.init)
+        check_earlier(config, config.init)
     return check_output(config)
 
 
@@ -187,78 +182,6 @@ def check_inputs(config: Config) -> None:
         schedule_of(schedule)
     teachers = None if other is None else decoder_layers(other, config.kl.revision)
     check_depths(config, layers, teachers)
-
-
-def check_init(config: Config, folder: str) -> None:
-    """Check the student to start from: this run has its base, and a place of the same size for all that it trained."""
-    file = Path(folder) / ADAPTER_CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no student at {folder}: it has no {ADAPTER_CONFIG}, which training writes and a merged "
-            "student has no longer; name a folder of training with init=FOLDER."
-        )
-    earlier = adapter_settings(folder)
-    if (base := earlier[BASE]) != config.model.path:
-        raise ValueError(
-            f"the student at {folder} has the base {base}, but model.path={config.model.path}; name that base, or, if "
-            f"it only moved, write its new place as base_model_name_or_path in {file}."
-        )
-    projector = config.model.projector
-    trains = config.lora.train_projector or config.tune is not Tune.lora
-    if projector is not None and projector in (earlier["modules_to_save"] or ()) and not trains:
-        raise ValueError(
-            f"the student at {folder} trained {projector}, which this run does not; set lora.train_projector=true."
-        )
-    _check_init_lora(config, folder, earlier)
-    if (Path(folder) / ADAPTER_WEIGHTS).is_file():  # `start_from` names what is not there
-        _check_init_entry(config, folder)
-
-
-def _check_init_lora(config: Config, folder: str, earlier: Mapping[str, Any]) -> None:
-    """Refuse LoRA that this run would not have, or would scale otherwise."""
-    lora = config.lora
-    if earlier.get("target_modules") in (None, NO_LORA):
-        return
-    if config.tune is Tune.align:
-        raise ValueError(f"the student at {folder} trained LoRA, which tune=align has not; set tune=lora.")
-    variant = {(True, False): Variant.rslora, (False, True): Variant.dora}.get(
-        (bool(earlier.get("use_rslora")), bool(earlier.get("use_dora"))), Variant.lora
-    )
-    for key, now, before in (
-        ("lora.r", lora.r, earlier.get("r")),
-        ("lora.alpha", lora.alpha, earlier.get("lora_alpha")),
-        ("lora.variant", lora.variant.value, variant.value),
-    ):
-        if now != before:
-            raise ValueError(
-                f"the student at {folder} was trained with {key}={before}, but this run has {now}; set {key}={before}."
-            )
-
-
-def _check_init_entry(config: Config, folder: str) -> None:
-    """Refuse an entry adapter of another size, or with other maps than this run reads."""
-    shapes = entry_shapes(saved_shapes(folder))
-    entry, before = config.entry, shapes.get("down.weight", (0,))[0]
-    now = entry.rank if entry.kind is EntryKind.low_rank else 0
-    if shapes and entry.kind is not EntryKind.none and now != before:
-        setting = f"entry.rank={before}" if before else "entry.kind=scale"
-        raise ValueError(
-            f"the student at {folder} has an entry adapter of rank {before}, but this run's has rank {now}; set "
-            f"{setting}."
-        )
-    if is_known(config.schedule):
-        check_init_maps(config, folder)
-
-
-def check_init_maps(config: Config, folder: str) -> None:
-    """Refuse a student whose frozen tokens are mapped on to layers that this run does not read alike."""
-    shapes = entry_shapes(saved_shapes(folder))
-    maps = sorted({int(name.split(".")[2]) for name in shapes if name.startswith("start.later.")})
-    if maps and maps != sorted(set(config.schedule.cross or ()))[1:]:
-        raise ValueError(
-            f"the student at {folder} has maps of frozen vision tokens to layers {maps}, which this run does not "
-            "read; set schedule.cross as there."
-        )
 
 
 def check_output(config: Config) -> Path | None:

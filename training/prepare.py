@@ -29,6 +29,7 @@ from latefusion.data.prompt_batches import batches
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype
 from latefusion.models.fingerprint import model_fingerprint, model_identity, processor_fingerprint
+from latefusion.models.locate import entry_shapes, saved_shapes
 from latefusion.models.policies.configured import profiled, schedule_of, take
 from latefusion.models.profile_folder import ENTRY_FILE, read_entry, write_entry
 from latefusion.models.profile_schedule import PROFILE_FILE, SCHEDULE_FILE, read_schedule
@@ -38,7 +39,8 @@ from latefusion.models.student.entry_fit import fit_entry
 from latefusion.models.student.save import has_entry, saved_start
 from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
-from latefusion.training.preflight import PROFILE_FOLDER, check_init_maps
+from latefusion.training.earlier_student import later_maps
+from latefusion.training.preflight import PROFILE_FOLDER
 
 # keys of `eval/profile_model.py`, as its messages begin, and what a run calls them
 KEYS_OF_PROFILE = {name: f"schedule.{name}" for name in ("samples", "confirm", "bound", "budget")} | {
@@ -269,15 +271,8 @@ def settle_entry(
     if not calibrated(config):
         return
     if config.init is not None and _entry_in_init(config):
-        check_init_maps(config, config.init)  # a profile may have chosen the layers
         if rank() == 0:
-            before, now = VisionSchedule.load(config.init).enter, schedule_of(config.schedule).enter
-            moved = (
-                f" It was made for layer {before}, and enters at layer {now} here." if before != now else ""
-            )
-            print(
-                f"The entry adapter comes from init={config.init}: nothing is calibrated.{moved}", flush=True
-            )
+            print(_entry_of_init(config, config.init), flush=True)
         return
     processor = processor_fingerprint(collator.processor)
     if _from_profile(config, processor) is not None:
@@ -293,6 +288,21 @@ def settle_entry(
         return str(folder)
 
     from_first_process("entry", fit)
+
+
+def _entry_of_init(config: Config, folder: str) -> str:
+    """The line about an entry adapter that the student to start from brings."""
+    before, schedule = VisionSchedule.load(folder).enter, schedule_of(config.schedule)
+    line = f"The entry adapter comes from init={folder}: nothing is calibrated."
+    if before != schedule.enter:
+        line += f" It was made for layer {before}, and enters at layer {schedule.enter} here."
+    if (
+        config.entry.later
+        and len(schedule.cross or ()) > 1
+        and not later_maps(entry_shapes(saved_shapes(folder)))
+    ):
+        line += " It has no maps to the layers that read later, so that frozen tokens stay the same there."
+    return line
 
 
 def calibrated(config: Config) -> bool:

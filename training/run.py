@@ -41,6 +41,7 @@ from latefusion.training.assemble import (
 )
 from latefusion.training.checkpoints import CannotSave, check_length, discard_after, step_of
 from latefusion.training.describe import composed_tree, describe
+from latefusion.training.earlier_student import check_earlier
 from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Stale, Taught, no_answers, with_answers
@@ -94,6 +95,8 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
             if resumed is not None:
                 check_length(resumed, config.train.total_steps)
             settle_schedule(config, cfg, resumed)
+            if config.init is not None:
+                check_earlier(config, config.init)  # under the schedule of a profile, too
             plain.ranked = is_ranked(config)  # a profile may have keeps where the recipe had none
             check_keep(config, most)
             if first:

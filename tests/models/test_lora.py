@@ -217,10 +217,18 @@ def test_an_entry_that_was_made_for_another_layer_is_said(tmp_path, base, capsys
     save_student(first, folder)
     more = ("entry.init=calibrated", f"init={folder}", f"model.path={base}", output)
     moved = "It was made for layer 2, and enters at layer 3 here."
-    for words, says in (((), False), (("schedule.enter=3",), True)):
+    cross = ("schedule.enter=0", "schedule.exit=null", "schedule.keep=null", "schedule.cross=[2,4]")
+    later = "It has no maps to the layers that read later"
+    for words, says, lacks in (
+        ((), False, False),
+        (("schedule.enter=3",), True, False),
+        ((*cross, "entry.later=true"), False, True),
+        ((*cross, "entry.later=false"), False, False),
+    ):
         settle_entry(configured(*BAND, *SMALL, *words, *more), assemble.collator_of(first), None, None)
         printed = capsys.readouterr().out
         assert "nothing is calibrated." in printed and (moved in printed) == says
+        assert (later in printed) == lacks
 
 
 def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, samples):
@@ -247,7 +255,10 @@ def test_all_weights_train_and_are_saved_as_a_plain_checkpoint(tmp_path, base, s
     ("overrides", "sentence"),
     [
         (["tune=full"], "tune=full changes the base, which is the teacher=visipruner; use teacher=none"),
-        (["tune=full", "teacher=none", "init=x"], "use model.load_in_4bit=false and no init"),
+        (
+            ["tune=full", "teacher=none", "init=x"],
+            "init=x needs adapters to put its weights in, and tune=full",
+        ),
         (["model.load_in_4bit=true", "engine=deepspeed_zero3"], "does not go with ZeRO-3"),
         (["train.narrow=1.5"], r"train.narrow=1.5 must lie in"),
     ],
