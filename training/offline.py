@@ -27,16 +27,14 @@ from latefusion.data.collate import IGNORE, BadRow, Collator, collator_without_w
 from latefusion.data.load import training_data
 from latefusion.data.samples import videos_of_sample
 from latefusion.models.fingerprint import model_identity
-from latefusion.models.policies.base import Policy
-from latefusion.models.policies.configured import teacher
 from latefusion.recipes.launcher import local_rank, rank, world_size
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryInit, Trust
 from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
-from latefusion.training.preflight import TEACHER, again_with, no_cache
 from latefusion.training.prepare import count_steps, settle_threads
 from latefusion.training.teacher import check_models, shared_vocabulary
+from latefusion.training.teacher_cache import TEACHER, Stale, again_with, facts_in, facts_of
 from latefusion.training.trust import settle_trust
 from latefusion.training.trust_record import Decision
 
@@ -50,23 +48,14 @@ SCHEMA = pa.schema(
 )
 
 
-class Stale(ValueError):
-    """The cache was written with another teacher, prompt, tokenizer or image."""
-
-
-def expected(config: Config, processor: Any, policy: Policy | None) -> dict[str, Any]:
+def expected(config: Config, processor: Any) -> dict[str, Any]:
     """Everything but the samples that must be the same when answers are written and when they are read."""
     model, kl = config.model, config.kl
     path, revision = (model.path, model.revision) if kl.model is None else (kl.model, kl.revision)
     dtype = "nf4" if model.load_in_4bit and kl.model is None else parts.dtype_of(config)
-    return {
-        "model": path,
-        **model_identity(path, revision, processor=processor, dtype=dtype),
-        "teacher": repr(policy),
-        "temperature": kl.temperature,
-        "isolate": config.data.isolate,
-        "k": min(kl.top_k, shared_vocabulary(config)),
-    }
+    identity = model_identity(path, revision, processor=processor, dtype=dtype)
+    identity["train.dtype"] = identity.pop("dtype")
+    return {**facts_of(config), **identity, "kl.top_k": min(kl.top_k, shared_vocabulary(config))}
 
 
 def prompt_hash(ids: Tensor, labels: Tensor, queries: Tensor, pad: int, sample: dict[str, Any]) -> str:
@@ -168,7 +157,7 @@ class Taught:
             raise FileNotFoundError(
                 f"{len(files)} of {written['files']} files are in kl.cache={folder}; {again}."
             )
-        self.collator, self.folder, self.again, self.k = collator, folder, again, written["k"]
+        self.collator, self.folder, self.again, self.k = collator, folder, again, written["kl.top_k"]
         self.pad = collator.processor.tokenizer.pad_token_id
         parts = [answers_in(file, again) for file in files]
         self.rows = datasets.concatenate_datasets(parts).with_format("torch")
@@ -218,7 +207,7 @@ def with_answers(config: Config, collator: Collator, rows: int | None = None) ->
     folder = config.kl.cache
     if folder is None:
         return collator
-    facts = expected(config, collator.processor, teacher(config))
+    facts = expected(config, collator.processor)
     written = facts_in(folder, facts)
     if config.kl.trust is Trust.auto and not written["files"]:
         return collator
@@ -229,31 +218,6 @@ def with_answers(config: Config, collator: Collator, rows: int | None = None) ->
             f"{again_with(folder)}."
         )
     return Taught(collator, folder, facts)
-
-
-def facts_in(folder: str, teacher: dict[str, Any]) -> dict[str, Any]:
-    """What `teacher.json` of a cache says, which must be of this teacher.
-
-    Raises:
-        FileNotFoundError: there is no such cache.
-        Stale: it holds another teacher's answers.
-    """
-    try:
-        written: dict[str, Any] = json.loads((Path(folder) / TEACHER).read_text())
-        complete = "files" in written
-    except FileNotFoundError:
-        raise no_cache(folder) from None
-    except (ValueError, TypeError):
-        complete = False
-    if not complete or not isinstance(written, dict):
-        raise ValueError(f"{Path(folder) / TEACHER} is damaged; {again_with(folder)}.")
-    for key, value in teacher.items():
-        if written.get(key) != value:
-            raise Stale(
-                f"the teacher's answers in {folder} were written with {key}={written.get(key)}, but this run has "
-                f"{value}; {again_with(folder)}."
-            )
-    return written
 
 
 def no_answers(folder: str) -> ValueError:
@@ -277,7 +241,6 @@ def write_answers(config: Config) -> None:
     process, world = rank(), world_size()
     try:
         check_models(config)
-        policy = teacher(config)
         sharded, can_ask = config.engine.in_shards, not (config.engine.in_shards and config.kl.model)
         if sharded and config.kl.model is None:  # the base as a model of its own, without adapters to shard
             model = config.model
@@ -290,7 +253,7 @@ def write_answers(config: Config) -> None:
         collator = collator_without_weights(config, dtype=parts.dtype_of(config))
         parts.guarded(config, collator, dataset)(parts.first_samples(dataset))
         settle_threads(config)
-        facts = expected(config, collator.processor, policy)
+        facts = expected(config, collator.processor)
         if can_ask and config.kl.trust is Trust.auto:
             count_steps(config, dataset)
             decision = settle_trust(config, collator, lambda: parts.base_of(config)[0], dataset, None)
@@ -339,7 +302,9 @@ def write_answers(config: Config) -> None:
             samples, batch = usable_batch(guard, [dataset[i] for i in rows])
             if samples:
                 logits, temperature = answers(batch), config.kl.temperature
-                yield list(rows_of(samples, batch, logits, pad=pad, k=facts["k"], temperature=temperature))
+                yield list(
+                    rows_of(samples, batch, logits, pad=pad, k=facts["kl.top_k"], temperature=temperature)
+                )
             elif blank is not None:
                 answers(blank)  # the other processes wait for this one's shards
             if process == 0 and sys.stderr.isatty():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +34,12 @@ from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import check_length, checkpoints, find
 from latefusion.training.earlier_student import check_earlier
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_unfinished, check_writable
+from latefusion.training.teacher_cache import TEACHER, facts_in, facts_of, holds_answers
 
 Result = TypeVar("Result")
 
 CONFIG = "config.yaml"  # in the folder of a run
 PROFILE_FOLDER = "profile"  # in it: the profile of schedule=auto
-TEACHER = "teacher.json"  # in a `kl.cache`: who taught
 MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
     *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
     *("train.steps", "train.epochs", "train.threads", "train.workers", "train.prefetch", "train.trackers"),
@@ -111,8 +110,8 @@ def check(config: Config) -> Path | None:
         )
     if not config.schedule.auto and config.schedule.profile is None:
         check_schedule_set(config)
-    if config.kl.cache is not None and not (Path(config.kl.cache) / TEACHER).is_file():
-        raise no_cache(config.kl.cache)
+    if config.kl.cache is not None:
+        facts_in(config.kl.cache, facts_of(config))
     if config.init is not None:
         check_earlier(config, config.init)
     return check_output(config)
@@ -138,25 +137,6 @@ def check_teaching(config: Config) -> None:
         )
     if holds_answers(config.kl.cache):
         check_unfinished(config.kl.cache, TEACHER, overwrite=config.overwrite, key="kl.cache")
-
-
-def holds_answers(cache: str | Path) -> bool:
-    """Whether a `kl.cache` is complete and not empty."""
-    try:
-        return bool(json.loads((Path(cache) / TEACHER).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def no_cache(folder: str) -> FileNotFoundError:
-    """The error of a run whose `kl.cache` was not written, or not to its end."""
-    return FileNotFoundError(f"no teacher's answers in kl.cache={folder}; {again_with(folder)}.")
-
-
-def again_with(folder: str) -> str:
-    """How to write a `kl.cache` again."""
-    over = " overwrite=true" if holds_answers(folder) else ""
-    return f"write it with python training/teach.py kl.cache={folder}{over} and this run's other options"
 
 
 def check_inputs(config: Config) -> None:

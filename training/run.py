@@ -44,7 +44,7 @@ from latefusion.training.describe import composed_tree, describe
 from latefusion.training.earlier_student import check_earlier
 from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
-from latefusion.training.offline import Stale, Taught, no_answers, with_answers
+from latefusion.training.offline import Taught, no_answers, with_answers
 from latefusion.training.preflight import CONFIG
 from latefusion.training.prepare import (
     IDENTITY,
@@ -57,6 +57,7 @@ from latefusion.training.prepare import (
 from latefusion.training.run_folder import claimed, leave_mark, remove_mark
 from latefusion.training.signals import PREEMPTED, Preempted
 from latefusion.training.teacher import check_models
+from latefusion.training.teacher_cache import Stale
 from latefusion.training.trust import settle_trust
 from latefusion.training.trust_record import FILE as TRUST_FILE
 

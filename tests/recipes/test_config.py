@@ -16,6 +16,7 @@ from latefusion.recipes.check import check_config
 from latefusion.recipes.compose import compose_tree, print_configuration
 from latefusion.recipes.schema import RECIPES
 from latefusion.training import preflight
+from latefusion.training.teacher_cache import facts_of
 
 TRAIN = Path(preflight.__file__).with_name("train.py")
 EVAL = TRAIN.parents[1] / "eval"
@@ -248,6 +249,38 @@ def test_a_profile_s_file_of_frozen_tokens_is_no_band(tmp_path):
         preflight.check(configured(f"schedule.profile={tmp_path / 'cross.yaml'}"))
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["data.noise=0.2"], r"data\.noise=0\.0, but this run has 0\.2"),
+        (["data.seed=4"], r"data\.seed=0, but this run has 4"),
+        (["data.turns=2"], r"data\.turns=1, but this run has 2"),
+        (["data=icons"], r"data\.source=scenes, but this run has icons"),
+        (["teacher=dense"], r"teacher=visipruner, but this run has dense"),
+        (["model.visipruner.boundary=6"], r"visipruner\.boundary=7, but this run has 6"),
+        (["kl.temperature=2"], r"kl\.temperature=1\.0, but this run has 2\.0"),
+        (["kl.model=embedded"], None),  # the same weights teach
+    ],
+)
+def test_answers_of_another_teacher_or_to_other_rows_are_refused_before_anything_is_loaded(
+    tmp_path, words, sentence
+):
+    """Rows of other noise have the same ids, and most of them the same answers."""
+    facts = facts_of(configured("data.turns=1", "data.isolate=false"))
+    (tmp_path / "teacher.json").write_text(json.dumps({**facts, "files": 1}))
+    run = (f"kl.cache={tmp_path}", f"output_dir={tmp_path / 'out'}", "data.turns=1", "data.isolate=false")
+    preflight.check(configured(*run))
+    config = configured(*run, *words)
+    if sentence is None:
+        config.kl.visipruner = config.model.visipruner
+        preflight.check(config)
+        return
+    with pytest.raises(
+        ValueError, match=rf"^the teacher's answers in .* written with {sentence}; write it with"
+    ):
+        preflight.check(config)
+
+
 WITHOUT_TORCH = """
 import runpy, sys
 for sys.argv in {runs!r}:
@@ -275,6 +308,8 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
     ]
     (tmp_path / "schedule.yaml").write_text("enter: 2\n")
     train = [[f"output_dir={tmp_path}"], [f"output_dir={tmp_path}", "resume=true"]]
+    (tmp_path / "teacher.json").write_text('{"files": 1, "model": "embedded", "teacher": "dense"}')
+    train += [[f"kl.cache={tmp_path}", f"output_dir={tmp_path / 'out'}"]]
     train += [["recipe=cross_only", f"schedule.profile={tmp_path}", f"output_dir={tmp_path / 'out'}"]]
     teach = [[], ["kl.cache=x", "data=dataset", "data.path=x", "data.streaming=true"], ["kl.cache=README.md"]]
     export = [["checkpoint=x"], ["checkpoint=x", "output=y"], ["chekpoint=x"]]
