@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from rich.console import Console
 
-from latefusion.eval.thresholds.settings import POLICY, Arguments, check, grid, policy_of
+from latefusion.eval.thresholds.settings import Arguments, check, grid, policy_of
+from latefusion.models.folder_contents import POLICY
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.launcher import GOES_ON, run_to_exit
 from latefusion.recipes.named_models import named_model

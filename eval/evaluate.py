@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latefusion.data.local_files import check_questions_file
+from latefusion.models.folder_contents import EVALUATION, MODEL, REPORT, RUN, RUN_CONFIG, check_free
 from latefusion.models.locate import SCHEDULE_KEY, check_base, check_student
 from latefusion.models.policies import recipe_of
 from latefusion.recipes.compose import check_words, parse_words, stored_values
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from latefusion.eval.comparison.settings import Settings
     from latefusion.eval.ledger import Processes
     from latefusion.eval.tasks.base import Task
-
-CONFIG = "config.yaml"
-REPORT = "report.json"
 
 
 @dataclass
@@ -152,6 +150,7 @@ def check(arguments: Arguments) -> tuple[Config | None, Mapping[str, Any] | None
     if arguments.data is not None:
         check_questions_file(arguments.data)
     check_writable(output_of(arguments), key="output")
+    check_free(output_of(arguments), fix="choose another output=FOLDER", own=[MODEL, RUN, EVALUATION])
     config = None if arguments.checkpoint is None else config_of(arguments.checkpoint)
     for folder in filter(None, [arguments.checkpoint, *arguments.checkpoints]):
         check_student(folder)
@@ -210,10 +209,10 @@ def config_of(checkpoint: str | Path) -> Config:
         raise FileNotFoundError(
             f"no folder {checkpoint}; name one that training/train.py wrote: checkpoint=FOLDER."
         )
-    if not (folder / CONFIG).is_file():
+    if not (folder / RUN_CONFIG).is_file():
         exported = (folder / f"{SCHEDULE_KEY}.json").is_file()
         raise FileNotFoundError(
-            f"{checkpoint} has no {CONFIG}, which says what the student was trained on and what its baseline is; "
+            f"{checkpoint} has no {RUN_CONFIG}, which says what the student was trained on and what its baseline is; "
             + (
                 f"compare an exported student by model=BASE checkpoints=[{checkpoint}]."
                 if exported
@@ -221,11 +220,11 @@ def config_of(checkpoint: str | Path) -> Config:
             )
         )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), stored_values(folder / CONFIG))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), stored_values(folder / RUN_CONFIG))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(
-            f"{folder / CONFIG} is not a training configuration ({str(error).splitlines()[0]}); name a folder that "
+            f"{folder / RUN_CONFIG} is not a training configuration ({str(error).splitlines()[0]}); name a folder that "
             "training/train.py wrote."
         ) from None
 

@@ -30,10 +30,11 @@ from latefusion.data.images import BadImage, load_image
 from latefusion.data.prompts import check_placeholders, processed
 from latefusion.data.videos import MAX_FRAMES, BadVideo, load_video
 from latefusion.eval.comparison.systems import System, running
-from latefusion.eval.evaluate import CONFIG, config_of
+from latefusion.eval.evaluate import config_of
 from latefusion.eval.lmms_eval_chat import Chat, chat_of, one_question
 from latefusion.models.attach import attach, attached
 from latefusion.models.base_model import compute_dtype, load_base
+from latefusion.models.folder_contents import RUN_CONFIG
 from latefusion.models.inputs import unwrapped
 from latefusion.models.locate import student_folder
 from latefusion.models.policies import tuned
@@ -148,7 +149,7 @@ class LateFusion(lmms):
         frames, thresholds = MAX_FRAMES, {}
         if checkpoint is not None:
             folder = student_folder(checkpoint)
-            if (folder / CONFIG).is_file():
+            if (folder / RUN_CONFIG).is_file():
                 config = config_of(folder)
                 frames, thresholds = config.data.max_frames, dict(vars(config.model.visipruner))
         else:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from latefusion.data.local_files import FORMATS, JSON, check_local_files
+from latefusion.models.folder_contents import PROFILE, check_free
 from latefusion.models.locate import check_base, check_four_bits
 from latefusion.models.profile_schedule import PROFILE_FILE
 from latefusion.models.schedule import VisionSchedule
@@ -164,6 +165,7 @@ def check(arguments: Arguments, config: Config) -> None:
     check_base(config.model.path)
     check_local_files(config.data)
     check_writable(output_of(arguments, config), key="output")
+    check_free(output_of(arguments, config), fix="choose another output=FOLDER", own=[PROFILE])
 
 
 def run(arguments: Arguments, config: Config, console: Console | None = None) -> dict[str, Any]:

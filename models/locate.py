@@ -193,15 +193,6 @@ def check_not_whole(folder: str | Path) -> None:
         )
 
 
-def check_no_model(folder: str | Path, fix: str) -> None:
-    """Raise ValueError if a model cannot be written to a folder, since it holds one or is a file."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{folder} is a file; {fix}.")
-    if any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
-        raise ValueError(f"{folder} holds a model already; {fix}.")
-
-
 def adapter_settings(student: str | Path) -> dict[str, Any]:
     """The adapter configuration in a student's folder, as plain values.
 

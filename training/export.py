@@ -18,7 +18,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_no_model, check_not_whole
+from latefusion.models.folder_contents import check_free
+from latefusion.models.locate import ADAPTER_CONFIG, check_base_of, check_not_whole
 from latefusion.recipes.compose import check_words, parse_words
 from latefusion.recipes.launcher import run_to_exit
 from latefusion.recipes.printable import error_line
@@ -34,10 +35,11 @@ class Arguments:
 
     Attributes:
         checkpoint: folder that `training/train.py` wrote.
-        output: folder to write; must not hold a model.
+        output: folder to write; must not hold a model, nor what another command wrote.
         merge: `true`: one checkpoint with the adapters merged; `plain`: the same as a stock checkpoint that runs
             dense; `false`: the adapters alone.
-        dtype: of the merged weights; `auto`: bfloat16 if the hardware computes in it, else float32.
+        dtype: of the merged weights; `auto`: bfloat16 if the hardware computes in it, else float32. Adapters alone stay
+            as they were trained.
         push_to_hub: name of the repository to upload the folder to, created if it does not exist; None: no upload.
         private: create the repository as a private one.
     """
@@ -55,8 +57,8 @@ def check(arguments: Arguments) -> None:
 
     Raises:
         FileNotFoundError: the checkpoint holds no student, or its base is not there.
-        ValueError: the checkpoint is whole already; the output holds a model, or cannot be written; or a setting would
-            not be read.
+        ValueError: the checkpoint is whole already; the output holds something, or cannot be written; or a setting
+            would not be read.
     """
     source, target = Path(arguments.checkpoint), Path(arguments.output)
     if arguments.merge not in (True, False, PLAIN):
@@ -66,10 +68,15 @@ def check(arguments: Arguments) -> None:
         raise FileNotFoundError(
             f"no student at {source}: it has no {ADAPTER_CONFIG}; name a folder that training wrote."
         )
+    if arguments.merge is False and arguments.dtype is not Dtype.auto:
+        raise ValueError(
+            f"dtype={arguments.dtype.value} would not be read: adapters alone stay as they were trained; add "
+            "merge=true, or leave it out."
+        )
     if not arguments.private and arguments.push_to_hub is None:
         raise ValueError("private=false would not be read: nothing is published; add push_to_hub=NAME.")
     check_writable(target, key="output")
-    check_no_model(target, fix="choose another output=FOLDER")
+    check_free(target, fix="choose another output=FOLDER")
     check_base_of(source)
 
 
@@ -83,8 +90,7 @@ def export(arguments: Arguments) -> str:
     import torch  # lazy: keeps argument errors fast
     from huggingface_hub import HfApi
 
-    from latefusion.models.student.entry import entry_of
-    from latefusion.models.student.save import load_student, merge, save_student
+    from latefusion.models.student.save import copy_adapters, has_entry, merge
     from latefusion.training.model_card import Form, model_card, without_schedule
 
     source, target = Path(arguments.checkpoint), Path(arguments.output)
@@ -95,20 +101,17 @@ def export(arguments: Arguments) -> str:
     dtype = None if arguments.dtype is Dtype.auto else getattr(torch, arguments.dtype.value)
     if arguments.merge:
         merged = merge(source, target, dtype=dtype, plain=arguments.merge == PLAIN)
-        model = merged.model
         summary = f"{merged.changed} of {merged.total} tensors of the base have changed."
         if merged.lost > 0:
             summary += f" Rounding took away {merged.lost:.0%} of what the adapters changed."
     else:
-        student = load_student(source, dtype=dtype)
-        target.mkdir(parents=True, exist_ok=True)
-        save_student(student, target)
-        model, summary = student.model, "The folder holds adapters, to be put on the base."
+        copy_adapters(source, target)
+        summary = "The folder holds adapters, to be put on the base."
     folder = arguments.push_to_hub or str(target)
     if arguments.merge == PLAIN:
         summary += f" {without_schedule(source, folder)}"
     form = {True: Form.merged, False: Form.adapters, PLAIN: Form.plain}[arguments.merge]
-    card = model_card(source, folder=folder, form=form, entry=entry_of(model) is not None)
+    card = model_card(source, folder=folder, form=form, entry=has_entry(source))
     (target / "README.md").write_text(card)
     if name is not None:
         with _in_a_sentence(f"{target} is written, but was not published to {name}"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from latefusion.models.folder_contents import check_free
 from latefusion.models.policies.configured import schedule_of
 from latefusion.recipes.compose import check_words, compose_config, parse_words
 from latefusion.recipes.launcher import run_to_exit
@@ -181,9 +182,8 @@ def check(arguments: Arguments) -> tuple[dict[str, Any], VisionSchedule]:
     options = [f"recipe={arguments.recipe}", *(["model.path=."] if arguments.recipe == "vica_3b" else [])]
     schedule = schedule_of(compose_config(options).schedule)
     schedule.validate(config["num_hidden_layers"])
-    if (target / "config.json").exists():
-        raise ValueError(f"{target} holds a model already; choose another output=FOLDER.")
     check_writable(target, key="output")
+    check_free(target, fix="choose another output=FOLDER")
     return config, schedule
 
 

@@ -27,6 +27,7 @@ from latefusion.data.collate import IGNORE, BadRow, Collator, collator_without_w
 from latefusion.data.load import training_data
 from latefusion.data.samples import videos_of_sample
 from latefusion.models.fingerprint import model_identity
+from latefusion.models.folder_contents import TEACHER
 from latefusion.recipes.launcher import local_rank, rank, world_size
 from latefusion.recipes.printable import error_line
 from latefusion.recipes.schema import Config, EntryInit, Trust
@@ -34,7 +35,7 @@ from latefusion.training import assemble as parts
 from latefusion.training.engines.sharding import place_teacher
 from latefusion.training.prepare import count_steps, settle_threads
 from latefusion.training.teacher import check_models, shared_vocabulary
-from latefusion.training.teacher_cache import TEACHER, Stale, again_with, facts_in, facts_of
+from latefusion.training.teacher_cache import Stale, again_with, facts_in, facts_of
 from latefusion.training.trust import settle_trust
 from latefusion.training.trust_record import Decision
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from latefusion.data.local_files import check_local_files
+from latefusion.models.folder_contents import ANSWERS, EVALUATION, MODEL, RUN, RUN_CONFIG, TEACHER, check_free
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
     check_base,
     check_four_bits,
-    check_no_model,
     decoder_layers,
 )
 from latefusion.models.policies.configured import (
@@ -34,12 +34,11 @@ from latefusion.recipes.schema import Config
 from latefusion.training.checkpoints import check_length, checkpoints, find
 from latefusion.training.earlier_student import check_earlier
 from latefusion.training.run_folder import check_launch, check_unclaimed, check_unfinished, check_writable
-from latefusion.training.teacher_cache import TEACHER, facts_in, facts_of, holds_answers
+from latefusion.training.teacher_cache import facts_in, facts_of, holds_answers
 
 Result = TypeVar("Result")
 
-CONFIG = "config.yaml"  # in the folder of a run
-PROFILE_FOLDER = "profile"  # in it: the profile of schedule=auto
+PROFILE_FOLDER = "profile"  # in the folder of a run: the profile of schedule=auto
 MAY_CHANGE = {  # when a run goes on: where and how fast it computes, what it logs, how long it goes on
     *("resume", "overwrite", "output_dir", "name", "engine.processes", "kl.cache", "data.eval_path"),
     *("train.steps", "train.epochs", "train.threads", "train.workers", "train.prefetch", "train.trackers"),
@@ -128,9 +127,7 @@ def check_teaching(config: Config) -> None:
     check_launch(config.engine.processes)
     check_inputs(config)
     check_writable(config.kl.cache, key="kl.cache")
-    check_no_model(config.kl.cache, fix="choose another kl.cache=FOLDER")
-    if (Path(config.kl.cache) / CONFIG).is_file():
-        raise ValueError(f"kl.cache={config.kl.cache} holds a run; choose another kl.cache=FOLDER.")
+    check_free(config.kl.cache, fix="choose another kl.cache=FOLDER", own=[ANSWERS])
     if config.resume is not False:
         raise ValueError(
             f"resume={str(config.resume).lower()} would not be read: answers are written in one go; leave it out."
@@ -169,6 +166,7 @@ def check_output(config: Config) -> Path | None:
     output, train = Path(config.output_dir), config.train
     check_writable(output)
     check_unclaimed(output)
+    check_free(output, fix="choose another output_dir=FOLDER", own=[MODEL, RUN, EVALUATION])
     if config.resume is not False:
         samples = train.batch_size * train.accumulation * world_size()
         checkpoint = find(output, config.resume, samples=samples)
@@ -199,7 +197,7 @@ def check_unchanged(cfg: DictConfig, config: Config) -> list[str]:
         ValueError: another setting has changed, so that the checkpoints would not load, or another run would go on.
     """
     output_dir = config.output_dir
-    file = Path(output_dir) / CONFIG
+    file = Path(output_dir) / RUN_CONFIG
     if not file.is_file():
         return []
     before = dict(_leaves(OmegaConf.to_container(stored_values(file), resolve=True)))

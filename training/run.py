@@ -21,6 +21,7 @@ from latefusion.data.load import check_questions, evaluation_questions, training
 from latefusion.data.packing import Packed
 from latefusion.data.samples import Refused, sentence
 from latefusion.data.streaming import MARKS, Stream
+from latefusion.models.folder_contents import RUN_CONFIG
 from latefusion.models.inputs import PIXELS
 from latefusion.models.policies.configured import evaluates, is_known, teaches
 from latefusion.models.student.build import Student
@@ -45,7 +46,6 @@ from latefusion.training.earlier_student import check_earlier
 from latefusion.training.model_card import Form, model_card
 from latefusion.training.nonfinite import NonFinite
 from latefusion.training.offline import Taught, no_answers, with_answers
-from latefusion.training.preflight import CONFIG
 from latefusion.training.prepare import (
     IDENTITY,
     settle_entry,
@@ -128,7 +128,7 @@ def train(cfg: DictConfig, config: Config, resumed: Path | None) -> None:
                 print(
                     "data.pack=true packs only batches without images here (docs/data.md says where and why)."
                 )
-            OmegaConf.save(cfg, Path(config.output_dir) / CONFIG, resolve=True)
+            OmegaConf.save(cfg, Path(config.output_dir) / RUN_CONFIG, resolve=True)
             (Path(config.output_dir) / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
             alone = map(guarded(config, plain, dataset), ([sample] for sample in beginning))
             example = next((one for one in alone if any(name in one for name in PIXELS.values())), None)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latefusion.models.folder_contents import TEACHER
 from latefusion.models.policies.configured import teacher
 from latefusion.models.policies.visipruner.settings import VisiPruner
 from latefusion.recipes.schema import QUESTION_SETS, Config
 
-TEACHER = "teacher.json"  # who taught
 IN_WORDS = {  # facts whose values say nothing to a reader
     "weights": "other weights",
     "processor": "another processor (image settings, chat template or tokenizer)",

@@ -27,6 +27,7 @@ from latefusion.eval.report.tables import print_table
 from latefusion.eval.tasks.base import Answer, Task
 from latefusion.eval.tasks.clusters import with_clusters
 from latefusion.models.flops import encoder_flops
+from latefusion.models.folder_contents import REPORT
 from latefusion.models.inputs import unwrapped
 from latefusion.models.policies import named
 from latefusion.models.schedule import VisionSchedule
@@ -276,7 +277,7 @@ def write(settings: Settings, report: dict[str, Any], answers: dict[str, list[An
     """Write the report's files."""
     folder = settings.output
     text = json.dumps(results.plain(report), indent=2, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n")
+    (folder / REPORT).write_text(text + "\n")
     with (folder / "predictions.jsonl").open("w") as lines:
         for of_system in answers.values():
             lines.writelines(json.dumps(answer.to_dict()) + "\n" for answer in of_system)

@@ -15,8 +15,8 @@ from scipy import stats
 from latefusion.eval.fusion.effects import by_image
 from latefusion.eval.metrics import accuracy, paired
 from latefusion.eval.thresholds.accept import Accepted
-from latefusion.eval.thresholds.settings import POLICY
 from latefusion.models.flops import prefill_share
+from latefusion.models.folder_contents import POLICY
 from latefusion.recipes.printable import printable
 
 TABLE = "table.md"

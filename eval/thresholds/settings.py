@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latefusion.data.local_files import check_dataset, check_local_files
+from latefusion.models.folder_contents import THRESHOLDS, check_free
 from latefusion.models.locate import check_base
 from latefusion.recipes.hints import did_you_mean
 from latefusion.recipes.schema import QUESTION_SETS, DataConfig, Source
@@ -17,7 +18,6 @@ from latefusion.training.run_folder import check_writable
 if TYPE_CHECKING:
     from latefusion.models.policies.visipruner.settings import VisiPruner
 
-POLICY = "policy.yaml"  # the result
 Setting = dict[str, Any]  # arguments of VisiPruner that are searched
 
 
@@ -82,6 +82,7 @@ def check(arguments: Arguments) -> None:
         if "middle" not in stages:
             raise ValueError(f"stages={stages} saves nothing without 'middle'; add it.")
     check_writable(arguments.output, key="output")
+    check_free(arguments.output, fix="choose another output=FOLDER", own=[THRESHOLDS])
     check_base(arguments.model)
     sets = [source.value for source in QUESTION_SETS]
     if arguments.data in sets:

@@ -32,8 +32,13 @@ def load(
 
     Raises:
         FileNotFoundError: the folder holds no student, or its base is not there.
-        ValueError: its files contradict each other, it holds adapters and PEFT is not installed, or none to keep apart.
+        ValueError: `merge` is no boolean; its files contradict each other; it holds adapters and PEFT is not installed,
+            or none to keep apart.
     """
+    if not isinstance(merge, bool):
+        raise ValueError(
+            f"merge={merge!r} must be True or False; latefusion.merge(..., plain=True) writes a plain checkpoint."
+        )
     folder = found_student(path)
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapters(folder, path, dtype, merge)

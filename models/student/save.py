@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from latefusion.models.attach import attach
 from latefusion.models.base_model import compute_dtype, load_base, load_processor
+from latefusion.models.folder_contents import check_free
 from latefusion.models.inputs import unwrapped
 from latefusion.models.locate import (
     ADAPTER_CONFIG,
@@ -26,7 +28,6 @@ from latefusion.models.locate import (
     BASE,
     adapter_settings,
     check_base_of,
-    check_no_model,
     check_not_whole,
     entry_shapes,
     saved_shapes,
@@ -92,6 +93,25 @@ def _refuse_stock_peft(folder: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": PEFT_TYPE}, indent=2) + "\n")
 
 
+def copy_adapters(source: str | Path, target: str | Path) -> None:
+    """Write the adapter folder `source` again: its weights byte for byte, without what its run left beside them.
+
+    Raises:
+        FileNotFoundError: `source` holds no student.
+        ValueError: its files are damaged.
+    """
+    folder, copy = _adapter_folder(source), Path(target)
+    lora_config(folder)
+    saved_shapes(folder)
+    schedule = VisionSchedule.load(folder)
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(folder / name, copy / name)
+    _refuse_stock_peft(copy)
+    load_processor(str(folder)).save_pretrained(copy)
+    schedule.save(copy)
+
+
 def spare_deepspeed_the_guess() -> None:
     """Say that there is no GPU: transformers imports DeepSpeed to save, which would guess the device and warn."""
     if not torch.cuda.is_available():
@@ -119,12 +139,7 @@ def load_student(
         FileNotFoundError: the folder holds no student, or its base is not there.
         ValueError: its adapters are damaged, incomplete, or made for another base.
     """
-    folder = Path(path)
-    for name in (ADAPTER_CONFIG, SCHEDULE_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"no student at {path}: it has no {name}; name a folder that training wrote."
-            )
+    folder = _adapter_folder(path)
     config = lora_config(folder)
     shapes = saved_shapes(folder)
     entry = entry_shapes(shapes)
@@ -158,6 +173,15 @@ def load_student(
         attachment=attach(student, schedule),
         schedule=schedule,
     )
+
+
+def _adapter_folder(path: str | Path) -> Path:
+    for name in (ADAPTER_CONFIG, SCHEDULE_FILE):
+        if not (Path(path) / name).is_file():
+            raise FileNotFoundError(
+                f"no student at {path}: it has no {name}; name a folder that training wrote."
+            )
+    return Path(path)
 
 
 def lora_config(folder: Path) -> LoraConfig:
@@ -255,11 +279,13 @@ def merge(
 
     Raises:
         FileNotFoundError: `source` holds no student, or its base is not there.
-        ValueError: `source` is whole already; `target` holds a model or is a file; or merging changes nothing: the
+        ValueError: `source` is whole already; `target` holds something or is a file; or merging changes nothing: the
             adapters never trained, or the changes are too small for the dtype.
     """
+    if not isinstance(plain, bool):
+        raise ValueError(f"plain={plain!r} must be True or False.")
     check_not_whole(source)
-    check_no_model(target, fix="choose another folder to merge into")
+    check_free(target, fix="choose another folder to merge into")
     student = load_student(source, dtype=dtype)
     done = merge_adapters(student)
     if not done.changed:

@@ -495,6 +495,34 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
         preflight.check(configured(here, "resume=true"))
 
 
+@pytest.mark.parametrize(
+    ("file", "what"), [("teacher.json", "a teacher's answers"), ("profile.json", "a profile")]
+)
+def test_a_run_is_not_written_into_what_another_command_wrote(tmp_path, file, what):
+    (tmp_path / file).write_text("{}")
+    for words in ((), ("overwrite=true",)):
+        with pytest.raises(ValueError, match=rf"{tmp_path} holds {what} already; choose another output_dir="):
+            preflight.check(configured(f"output_dir={tmp_path}", *words))
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("profile_model", ["model=embedded", "data=scenes"]),
+        ("evaluate", ["model=embedded", "policies=[fastv]"]),
+        ("calibrate", ["model=embedded", "data=scenes"]),
+    ],
+)
+def test_no_report_is_written_into_what_another_command_wrote(script, words, tmp_path, monkeypatch):
+    """A profile and an evaluation both write report.html."""
+    other = {"evaluate": "profile.json", "calibrate": "report.json", "profile_model": "report.json"}[script]
+    (tmp_path / other).write_text("{}")
+    arguments = [f"{script}.py", *words, f"output={tmp_path}", "overwrite=true"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"error: .* holds an? \w+ already; choose another output=FOLDER"):
+        runpy.run_path(str(EVAL / f"{script}.py"), run_name="__main__")
+
+
 def test_recipes_take_the_model_s_schedule_and_a_command_line_wins():
     def band(*overrides):
         schedule = configured("model=llava_1_5_7b", *overrides).schedule

@@ -47,7 +47,8 @@ def checkpoint(tmp_path_factory):
 def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tmp_path, merged, capsys):
     source, inputs, expected = checkpoint
     target = tmp_path / "out"
-    export.main([f"checkpoint={source}", f"output={target}", f"merge={merged}", "dtype=float32"])
+    dtype = ["dtype=float32"] if merged == "true" else []
+    export.main([f"checkpoint={source}", f"output={target}", f"merge={merged}", *dtype])
     model, processor = load(target, dtype=torch.float32)
     torch.testing.assert_close(student_logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
     assert processor.chat_template
@@ -66,6 +67,8 @@ def test_an_exported_student_gives_the_same_logits_and_has_a_card(checkpoint, tm
     printed = capsys.readouterr().out
     assert f"{target} is written." in printed
     if merged == "false":
+        weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (source, target)]
+        assert weights[0] == weights[1]  # also of a projector that trained, whatever this machine computes in
         names = [
             json.loads((folder / "adapter_config.json").read_text())[BASE] for folder in (source, target)
         ]
@@ -225,6 +228,43 @@ def test_what_cannot_work_is_a_sentence(arguments, sentence):
 def test_a_folder_that_holds_a_model_is_not_overwritten(checkpoint):
     with pytest.raises(SystemExit, match="holds a model already; choose another output=FOLDER"):
         export.main([f"checkpoint={checkpoint[0]}", f"output={checkpoint[0]}", "merge=true"])
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("teacher.json", "a teacher's answers"),
+        ("teacher-00000-of-00002.part", "a teacher's answers"),  # which is being written
+        ("config.yaml", "a run"),
+        ("profile.json", "a profile"),
+        ("policy.yaml", "calibrated thresholds"),
+    ],
+)
+def test_nothing_is_exported_into_what_another_command_wrote(checkpoint, tmp_path, file, what):
+    (tmp_path / file).write_text("{}")
+    for merging in ("true", "false"):
+        with pytest.raises(
+            SystemExit, match=rf"^error: {tmp_path} holds {what} already; choose another output="
+        ):
+            export.main([f"checkpoint={checkpoint[0]}", f"output={tmp_path}", f"merge={merging}"])
+    with pytest.raises(ValueError, match=f"holds {what} already; choose another folder to merge into"):
+        merge(checkpoint[0], tmp_path)
+
+
+def test_a_setting_that_would_not_be_read_is_refused(checkpoint, tmp_path):
+    """Adapters alone stay float32, and the base that they need is not written."""
+    words = [f"checkpoint={checkpoint[0]}", f"output={tmp_path / 'out'}"]
+    with pytest.raises(
+        SystemExit, match=r"^error: dtype=bfloat16 would not be read: .*; add merge=true, or leave"
+    ):
+        export.main([*words, "dtype=bfloat16"])
+    with pytest.raises(
+        ValueError, match=r"^merge='plain' must be True or False; latefusion\.merge\(\.\.\., plain=T"
+    ):
+        load(checkpoint[0], merge="plain")
+    with pytest.raises(ValueError, match=r"^plain='false' must be True or False"):
+        merge(checkpoint[0], tmp_path / "out", plain="false")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layers", [5, 7])

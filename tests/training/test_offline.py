@@ -355,7 +355,12 @@ def lines_of(role, text):
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("adapter_config.json", "holds a model already"), ("config.yaml", "holds a run")]
+    ("file", "message"),
+    [
+        ("adapter_config.json", "holds a model already"),
+        ("config.yaml", "holds a run already"),
+        ("schedule.yaml", "holds a profile already"),
+    ],
 )
 def test_answers_are_not_written_into_the_folder_of_a_run(tmp_path, file, message):
     """They would take the list of its rows that could not be used with them."""
