@@ -1,7 +1,7 @@
 """Whether the setting that `eval/calibrate.py` accepts holds its bound on new prompts: the choice on random subsets.
 
     python eval/bench/threshold_holds.py --measure --table outputs/thresholds.npz
-    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --json outputs/threshold_holds.json
+    python eval/bench/threshold_holds.py --table outputs/thresholds.npz --sizes 256:768 64:96 --json outputs/holds.json
 
 The first command runs VisiPruner's settings of the default grid on validation questions of the embedded base, in a
 quarter of an hour of one CPU thread: all of them on the first questions, then those that a calibration could choose
@@ -205,6 +205,24 @@ class Settings:
         }
 
 
+def markdown(out: dict[str, Any]) -> str:
+    """The table for docs/inference.md."""
+    head = (
+        "searched on", "accepted on", "a setting was accepted", f"and holds {out['settings']['bound']:g} nats on new",
+        "its KL there at most", "decoder FLOPs: median, least, most",
+    )  # fmt: skip
+    lines = [head, ["---:"] * len(head)]
+    for choice in out["choices"]:
+        found, shares = choice["summary"], [choice["summary"]["flops_median"]]
+        shares += found["flops_least_and_most"]
+        worst = max(subset["new"]["kl"] for subset in choice["subsets"] if subset["setting"])
+        lines.append([
+            str(choice["samples"]), str(choice["confirm"]), f"{found['chosen']} of {found['subsets']}",
+            f"{found['hold_on_new']} of {found['chosen']}", f"{worst:.3f}", ", ".join(f"{one:.0%}" for one in shares),
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -215,8 +233,10 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=640, help="about other scenes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--subsets", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=Arguments.samples)
-    parser.add_argument("--confirm", type=int, default=Arguments.confirm)
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="SAMPLES:CONFIRM", default=[f"{Arguments.samples}:{Arguments.confirm}"],
+        help="questions to search on and others to accept on",
+    )  # fmt: skip
     parser.add_argument("--bound", type=float, default=Arguments.kl)
     parser.add_argument("--fresh", type=int, default=600, help="new questions that a subset is judged on")
     parser.add_argument("--json", type=Path)
@@ -225,24 +245,29 @@ def main() -> None:
         measure(options.table, (options.questions, options.new), options.bound, options.device)
         return
     settings = Settings.read(options.table)
-    subsets = [
-        settings.choose(number, options.samples, options.confirm, options.bound, options.fresh)
-        for number in range(options.subsets)
-    ]
+    choices = []
+    for sizes in options.sizes:
+        samples, confirm = map(int, sizes.split(":"))
+        subsets = [
+            settings.choose(number, samples, confirm, options.bound, options.fresh)
+            for number in range(options.subsets)
+        ]
+        found = summary(subsets, options.bound)
+        choices.append({"samples": samples, "confirm": confirm, "summary": found, "subsets": subsets})
     out = {
-        "settings": {name: vars(options)[name] for name in ("samples", "confirm", "bound", "fresh")}
-        | {
+        "settings": {
+            "bound": options.bound,
+            "fresh": options.fresh,
             "grid": len(settings.names),
             "on_all": int((~np.isnan(settings.kl)).all(1).sum()),
             "drawn_from": int((~settings.new).sum()),
             "new": int(settings.new.sum()),
         },
-        "summary": summary(subsets, options.bound),
-        "subsets": subsets,
+        "choices": choices,
     }
-    print(json.dumps(out["summary"], indent=1))
+    print(markdown(out))
     if options.json:
-        options.json.write_text(json.dumps(out, indent=1) + "\n")
+        options.json.write_text(json.dumps(out) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from latefusion.data.videos import unreadable_by
 from latefusion.eval.thresholds.settings import Arguments
 from latefusion.recipes.schema import DataConfig, Source
 
+ENOUGH = 384  # confirming prompts whose choices held on new prompts: docs/results/threshold_holds.json
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -92,6 +94,11 @@ def split(prompts: Questions, arguments: Arguments) -> tuple[Questions, Question
         remarks.append(
             f"The data have {n} prompts, so {searched} search and {n - searched} confirm the setting: more prompts "
             "narrow its upper limit, and a cheaper setting may do."
+        )
+    if 0 < n - searched < ENOUGH:
+        remarks.append(
+            f"Only {n - searched} other prompts confirm the setting: so few may miss the ones that it costs most; "
+            f"{ENOUGH} or more held on the embedded base (docs/inference.md)."
         )
 
     def part(numbers: range) -> Questions:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from latefusion.eval.bench import icons_maps, icons_schedules, icons_students
+from latefusion.eval.bench import icons_maps, icons_schedules, icons_students, threshold_holds
 from latefusion.eval.report import tables
 from latefusion.eval.report.__main__ import insert
 
@@ -77,6 +77,12 @@ def test_the_tables_are_what_the_script_makes_of_their_files() -> None:
         [results(f"cross_only_seed{seed}") for seed in (0, 1, 2)],
     )
     assert insert(page, "cross_only", tables.seeds(runs)) == page
+
+
+def test_the_table_of_thresholds_is_that_of_its_file() -> None:
+    page = (ROOT / "docs/inference.md").read_text()
+    table = threshold_holds.markdown(results("threshold_holds"))
+    assert insert(page, "threshold_holds", table + "\n\n") == page
 
 
 def test_the_tables_of_the_second_base_are_those_of_their_files() -> None:

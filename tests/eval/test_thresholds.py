@@ -369,11 +369,17 @@ def test_the_prompts_of_the_search_do_not_confirm_it(base: str, tmp_path: Any) -
     searched, others = questions.read(few)
     assert others is not None and (len(searched), len(others)) == (12, 5)
     ids = [{row["id"] for row in part.records} for part in (searched, others)]
-    assert not ids[0] & ids[1] and not searched.remarks
+    assert not ids[0] & ids[1]
+    assert [remark.split(":")[0] for remark in searched.remarks] == [
+        "Only 5 other prompts confirm the setting"
+    ]
     rows = load_scenes("validation", n_scenes=1).select(range(7))
     searched, others = questions.split(questions.of_rows(rows), few)
     assert others is not None and (len(searched), len(others)) == (3, 4)
     assert "3 search and 4 confirm" in searched.remarks[0]
+    rows = load_scenes("validation", n_scenes=80).select(range(questions.ENOUGH + 12))
+    enough = arguments_for(base, tmp_path, samples=12, confirm=questions.ENOUGH)
+    assert not questions.split(questions.of_rows(rows), enough)[0].remarks
 
 
 @pytest.mark.parametrize(
