@@ -10,7 +10,16 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from latefusion.recipes.schema import QUESTION_SETS, EntryInit, EntryKind, Scheduler, Source, Teacher, Tune
+from latefusion.recipes.schema import (
+    QUESTION_SETS,
+    EntryInit,
+    EntryKind,
+    Scheduler,
+    Source,
+    Teacher,
+    Trust,
+    Tune,
+)
 
 NOTHING = ("null", "", "[]", "{}")  # values that take a setting back
 OFFERS = ("schedule", "pyramid", "cross", "teacher")  # keys of `model` that recipes take settings from
@@ -96,9 +105,49 @@ def _buffer(tree: Any, key: str) -> str:
     return "" if tree.data.streaming else "it is for data.streaming=true"
 
 
+def _split(tree: Any, key: str) -> str:
+    mixture = tree.data.source is Source.mixture
+    return (
+        "each part of a mixture has its own; put it there, as 'data.parts=[{path: PATH, split: SPLIT}]'"
+        if mixture
+        else ""
+    )
+
+
+def _drawn(tree: Any, key: str) -> str:
+    data = tree.data
+    as_they_are = data.source in (Source.dataset, Source.llava) and not data.streaming
+    return (
+        "it draws question sets, mixtures and streams, which these data are none of; leave it out"
+        if as_they_are
+        else ""
+    )
+
+
+def _frames(tree: Any, key: str) -> str:
+    data = tree.data
+    none = data.source in QUESTION_SETS and data.eval_path is None
+    return f"data={data.source.value} has no videos; leave it out" if none else ""
+
+
+def _evaluation(tree: Any, key: str) -> str:
+    """`training/run.py` evaluates what has questions, against a base that is still there."""
+    if not tree.eval.enabled:
+        return "eval.enabled=false asks no questions; leave one of the two out"
+    if tree.tune is Tune.full:
+        return "tune=full leaves no base to compare with, so nothing is evaluated; leave it out"
+    if tree.data.eval_path is None and tree.data.source not in QUESTION_SETS:
+        return "these data have no questions of their own; add data.eval_path=QUESTIONS"
+    return ""
+
+
 def _teacher(tree: Any, key: str) -> str:
     none = tree.teacher is Teacher.none and (key != "kl.weight" or tree.kl.weight > 0)
     return "teacher=none has no answers to learn from; choose teacher=visipruner or dense" if none else ""
+
+
+def _trust(tree: Any, key: str) -> str:
+    return _teacher(tree, key) if tree.kl.trust is Trust.all else ""
 
 
 def _other_teacher(tree: Any, key: str) -> str:
@@ -114,6 +163,11 @@ def _cache(tree: Any, key: str) -> str:
 def _lora(tree: Any, key: str) -> str:
     tune = tree.tune
     return "" if tune is Tune.lora else f"tune={tune.value} trains no LoRA; leave one of the two out"
+
+
+def _projector(tree: Any, key: str) -> str:
+    tune = tree.tune
+    return "" if tune is Tune.lora else f"tune={tune.value} trains the projector in any case; leave it out"
 
 
 def _ranking(tree: Any, key: str) -> str:
@@ -168,6 +222,10 @@ def _entry(tree: Any, key: str) -> str:
     return _no_entry(tree) or ("entry.kind=scale has no rank; leave one of the two out" if scale else "")
 
 
+def _kind(tree: Any, key: str) -> str:
+    return "" if tree.entry.kind is EntryKind.none else _no_entry(tree)
+
+
 def _images(tree: Any, key: str) -> str:
     if tree.schedule.auto and tree.schedule.profile is None:  # the profile fits entries, too
         return ""
@@ -219,12 +277,19 @@ RULES: tuple[tuple[Sequence[str], Reason], ...] = (  # keys, and why a run does 
     (("data.path", "data.images"), _path),
     (("data.parts",), _parts),
     (("data.scenes", "data.turns", "data.noise"), _of_sets),
+    (("data.split",), _split),
+    (("data.seed",), _drawn),
+    (("data.max_frames",), _frames),
+    (("eval.split", "eval.samples", "eval.batch_size"), _evaluation),
     (("data.shuffle_buffer",), _buffer),
     (("data.too_long",), _too_long),
     (("kl.weight", "kl.temperature", "kl.share", "kl.top_k", "kl.model", "kl.visipruner"), _teacher),
+    (("kl.trust",), _trust),
     (("kl.revision", "kl.visipruner"), _other_teacher),
     (("kl.top_k",), _cache),
     (tuple(f"lora.{n}" for n in ("variant", "layers", "r", "alpha", "dropout", "targets")), _lora),
+    (("lora.train_projector",), _projector),
+    (("entry.kind",), _kind),
     (("entry.rank", "entry.init"), _entry),
     (("entry.images",), _images),
     (("entry.later_rank",), _later_rank),

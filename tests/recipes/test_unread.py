@@ -62,6 +62,24 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
         (["recipe=dense", "entry.init=calibrated"], "vision tokens enter at layer 0, where no entry adapter"),
         (["recipe=dense", "entry.rank=8"], "vision tokens enter at layer 0"),
         (["recipe=dense", "entry.images=8"], "vision tokens enter at layer 0"),
+        (["recipe=dense", "entry.kind=scale"], "vision tokens enter at layer 0"),
+        (
+            ["data=mixture", "data.parts=[{path: a}]", "data.split=b"],
+            "each part of a mixture has its own; put",
+        ),
+        (
+            ["data=dataset", "data.path=a", "data.seed=3"],
+            "it draws question sets, mixtures and streams, which",
+        ),
+        (["data.max_frames=3"], "data=scenes has no videos; leave it out"),
+        (
+            ["eval.enabled=false", "eval.samples=3"],
+            "eval.enabled=false asks no questions; leave one of the two",
+        ),
+        (["tune=full", "teacher=none", "eval.split=validation"], "tune=full leaves no base to compare with"),
+        (["data=dataset", "data.path=a", "eval.samples=3"], "these data have no questions of their own; add"),
+        (["recipe=late_fusion_no_teacher", "kl.trust=all"], "teacher=none has no answers to learn from"),
+        (["recipe=align", "lora.train_projector=true"], "tune=align trains the projector in any case; leave"),
         (["recipe=cross_only", "schedule.cross=[0,5]", "entry.later=true"], "vision tokens enter at layer 0"),
         (["recipe=cross_only", "schedule.cross=5", "entry.later=true"], "it is for frozen tokens"),  # no list
         (
@@ -117,6 +135,24 @@ def test_what_a_run_would_not_read_is_refused(words, reason):
         ["train.workers=2", "train.prefetch=4"],
         ["data.max_length=90", "data.too_long=raise"],
         ["recipe=dense", "schedule=auto", "entry.init=calibrated"],
+        ["recipe=dense", "entry.kind=none"],
+        [
+            "data.seed=3",
+            "data.split=validation",
+            "eval.split=validation",
+            "eval.samples=3",
+            "eval.batch_size=2",
+        ],
+        ["data=dataset", "data.path=a", "data.streaming=true", "data.seed=3", "train.steps=3"],
+        [
+            "data=dataset",
+            "data.path=a",
+            "data.split=b",
+            "data.max_frames=3",
+            "data.eval_path=b",
+            "eval.samples=3",
+        ],
+        ["data.eval_path=b", "data.max_frames=3"],
     ],
 )
 def test_what_a_run_reads_is_not(words):
