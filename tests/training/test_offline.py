@@ -177,7 +177,7 @@ def test_an_unfinished_cache_is_refused(base, cache, tmp_path):
         (cache / "teacher.json").read_text().replace('"files": 1', '"files": 2')
     )
     with pytest.raises(SystemExit, match=r"0 of 2 files are in kl.cache="):
-        run_config(options(base, tmp_path, f"output_dir={tmp_path}"))
+        run_config(options(base, tmp_path, f"output_dir={tmp_path / 'out'}"))
 
 
 ROWS = "teacher-00000-of-00001.arrow"
