@@ -104,8 +104,9 @@ def test_skipping_ends_when_nothing_else_happens(tmp_path):
 # ---------------------------------------------------------------- logs
 
 
-def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path, capsys):
-    train(base, tmp_path, "train.steps=2")
+@pytest.mark.parametrize("engine", ["accelerate", "lightning"])
+def test_metrics_hold_every_log_entry_and_the_console_shows_them(base, tmp_path, capsys, engine):
+    train(base, tmp_path, "train.steps=2", f"engine={engine}")
     first, second = (e for e in metrics_entries(tmp_path) if "loss" in e)
     assert (first["step"], second["step"]) == (1, 2)
     for name in (

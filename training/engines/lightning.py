@@ -20,6 +20,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
+from latefusion.data.bad_rows import skipped
 from latefusion.data.collate import IGNORE, Collator
 from latefusion.models.student.build import Student
 from latefusion.models.student.save import save_student
@@ -119,7 +120,7 @@ def fit(
     objective.counts = monitor.peak is not None
     if objective.kl.other is not None:
         place_teacher(config, objective.kl.other, trainer.strategy.root_device)
-    module = StudentModule(config, student, objective, watch, monitor)
+    module = StudentModule(config, student, objective, order, watch, monitor)
     life = Life(config, student, order, monitor)
     trainer.callbacks.append(life)  # type: ignore[attr-defined]
 
@@ -218,12 +219,18 @@ class StudentModule(pl.LightningModule):
     strict_loading = False
 
     def __init__(
-        self, config: Config, student: Student, objective: Objective, watch: Watch, monitor: Monitor
+        self,
+        config: Config,
+        student: Student,
+        objective: Objective,
+        order: Order,
+        watch: Watch,
+        monitor: Monitor,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.config, self.model, self.objective = config, student.model, objective
-        self.watch, self.monitor = watch, monitor
+        self.order, self.watch, self.monitor = order, watch, monitor
         self.pad = student.processor.tokenizer.pad_token_id
         self.sums: dict[str, torch.Tensor] = {}
         self.weights = {n for n, p in self.named_parameters() if p.requires_grad}
@@ -275,8 +282,11 @@ class StudentModule(pl.LightningModule):
         self.sums = {}
         steps = done - self.monitor.last
         logs = {"loss": sums["loss"] / steps, "grad_norm": norm, "learning_rate": rate}
+        logs["epoch"] = self.order.epoch(done)
         logs |= per_token(sums)
         logs |= self.monitor.rates(done, sums["read"], sums.get("flops", 0.0))
+        if left_out := skipped(self.config.output_dir):
+            logs["skipped_rows"] = left_out
         self.log_dict(logs, rank_zero_only=True)
         self.monitor.log(done, logs)
 
