@@ -135,6 +135,10 @@ def _check_run(config: Config) -> None:
     for name in train.trackers:
         if name not in TRACKERS:
             raise ValueError(f"train.trackers names {name!r}; there are {', '.join(TRACKERS)}.")
+        if name == "trackio" and config.engine.trainer is Trainer.lightning:
+            raise ValueError(
+                "train.trackers=trackio is not known to Lightning; use tensorboard or wandb, or engine=accelerate."
+            )
         if name != "tensorboard" and not any(map(find_spec, TRACKERS[name])):
             raise ValueError(f"train.trackers={name} is not installed; pip install {name}.")
 
@@ -160,8 +164,9 @@ def _is_zero3(config: Config) -> bool:
 
 def _check_engine(config: Config) -> None:
     """Refuse what an engine cannot do."""
-    if config.engine.deepspeed and config.engine.trainer is not Trainer.accelerate:
-        raise ValueError("engine.deepspeed needs engine.trainer=accelerate.")
+    for key in ("deepspeed", "fsdp"):
+        if getattr(config.engine, key) and config.engine.trainer is not Trainer.accelerate:
+            raise ValueError(f"engine.{key} needs engine.trainer=accelerate.")
     if config.engine.deepspeed and config.train.on_nonfinite is NonFiniteStep.skip:
         raise ValueError(
             "train.on_nonfinite=skip cannot work with DeepSpeed, which takes the step before the check; use "

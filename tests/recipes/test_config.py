@@ -101,6 +101,11 @@ def test_a_typo_is_a_sentence_that_lists_what_exists(override, sentence):
         (["output_dir=???"], "output_dir is not set; add output_dir=VALUE"),
         (["+train.lr=1"], "train.lr does not exist; there are accumulation, "),
         (["engine=deepspeed_zero2", "engine.trainer=lightning"], "needs engine.trainer=accelerate"),
+        (["engine=fsdp2", "engine.trainer=lightning"], "engine.fsdp needs engine.trainer=accelerate"),
+        (
+            ["engine=lightning", "train.trackers=[trackio]"],
+            "trackio is not known to Lightning; use tensorboard",
+        ),
         (["lora.train_projector=true", "model.projector=null"], "needs model.projector=NAME"),
         (
             ["schedule.cross=[2]", "train.narrow=0.5"],

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.quick_runs import run_config
+from helpers.quick_runs import metrics_entries, run_config
 from helpers.tiny_base import BAND, SMALL, composed, configured, save_tiny_base, tiny_base
 from PIL import Image
 from safetensors.torch import load_file
@@ -341,6 +341,20 @@ def test_lightning_runs_the_same_objective_and_resumes_bit_for_bit(base, tmp_pat
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name
     assert load_student(cut).schedule.exit == 5
+
+
+def test_what_decays_does_not_depend_on_the_engine(base, tmp_path):
+    """Matrices do, norms and biases do not."""
+    options = (
+        "tune=full",
+        "teacher=none",
+        "train.weight_decay=0.5",
+        "train.steps=3",
+        "train.learning_rate=1e-2",
+    )
+    runs = [train(base, tmp_path / name, *options, f"engine={name}") for name in ("accelerate", "lightning")]
+    losses = [[entry["loss"] for entry in metrics_entries(run) if "loss" in entry] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_one_process_uses_one_device(tmp_path, monkeypatch):
