@@ -142,8 +142,13 @@ def _evaluation(tree: Any, key: str) -> str:
 
 
 def _teacher(tree: Any, key: str) -> str:
-    none = tree.teacher is Teacher.none and (key != "kl.weight" or tree.kl.weight > 0)
-    return "teacher=none has no answers to learn from; choose teacher=visipruner or dense" if none else ""
+    if tree.teacher is Teacher.none and (key != "kl.weight" or tree.kl.weight > 0):
+        return "teacher=none has no answers to learn from; choose teacher=visipruner or dense"
+    weightless = tree.kl.weight == 0 and key not in (
+        "kl.weight",
+        "kl.model",
+    )  # which recipes/check.py explains
+    return "kl.weight=0 leaves the teacher out; leave one of the two out" if weightless else ""
 
 
 def _trust(tree: Any, key: str) -> str:

@@ -79,6 +79,8 @@ from latefusion.recipes.compose import compose_tree, refuse_typos
         (["tune=full", "teacher=none", "eval.split=validation"], "tune=full leaves no base to compare with"),
         (["data=dataset", "data.path=a", "eval.samples=3"], "these data have no questions of their own; add"),
         (["recipe=late_fusion_no_teacher", "kl.trust=all"], "teacher=none has no answers to learn from"),
+        (["kl.weight=0", "kl.temperature=2"], "kl.weight=0 leaves the teacher out; leave one of the two"),
+        (["kl.weight=0", "kl.trust=all"], "kl.weight=0 leaves the teacher out; leave one of the two"),
         (["recipe=align", "lora.train_projector=true"], "tune=align trains the projector in any case; leave"),
         (["recipe=cross_only", "schedule.cross=[0,5]", "entry.later=true"], "vision tokens enter at layer 0"),
         (["recipe=cross_only", "schedule.cross=5", "entry.later=true"], "it is for frozen tokens"),  # no list
