@@ -35,7 +35,7 @@ from latefusion.models.profile_folder import ENTRY_FILE, read_entry, write_entry
 from latefusion.models.profile_schedule import PROFILE_FILE, SCHEDULE_FILE, read_schedule
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.entry import CalibratedEntry
-from latefusion.models.student.entry_fit import fit_entry
+from latefusion.models.student.entry_fit import MORE, fit_entry
 from latefusion.models.student.save import has_entry, saved_start
 from latefusion.recipes.launcher import local_world_size, rank, world_size
 from latefusion.recipes.schema import Config, Dtype, EntryInit, EntryKind
@@ -377,32 +377,27 @@ def _fit(config: Config, collator: Collator, model: PreTrainedModel, rows: Seque
             attachment, ((batch.inputs, batch.vision) for batch in made), enter, later=later,
             later_rank=config.entry.later_rank,
         )  # fmt: skip
-    unseen, raw = calibration.unseen, calibration.raw
-    if unseen is None or raw is None or unseen <= raw:
-        raise ValueError(
-            f"{len(samples)} images are too few to calibrate the entry at layer {enter}: on images it was not fitted "
-            "to, the map is no better than none; use more (entry.images, rows that can be read) or entry.init=identity."
-        )
+    calibration.check(len(samples), enter)
     poor = [str(layer) for layer, share in zip(later, calibration.later, strict=True) if share <= 0]
     if poor:
         raise ValueError(
             f"{len(samples)} images are too few to calibrate the maps to the layers that read later: on images they "
-            f"were not fitted to, those to layers {', '.join(poor)} are no better than one constant a place; use more "
-            "(entry.images, rows that can be read) or entry.later=false."
+            f"were not fitted to, those to layers {', '.join(poor)} are no better than one constant a place; {MORE} or "
+            "entry.later=false."
         )
     later_rank, numbers = calibration.entry.later_rank, calibration.entry.numbers()
     maps = "whole matrices" if later_rank is None else f"maps of rank {later_rank}"
-    print(
-        f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains {unseen:.1%} of the "
-        f"dense model's vision states at layer {enter} in those (the projector's output as it is: {raw:.1%})"
-        + (
-            f", and at least {min(calibration.later):.1%} at the layers that read them later, by {maps} with "
-            f"{numbers:,} numbers."
-            if later
-            else "."
-        ),
-        flush=True,
+    explained = (
+        f"Entry calibrated on {len(samples)} images: fitted without the last {size}, it explains "
+        f"{calibration.unseen:.1%} of the dense model's vision states at layer {enter} in those (the projector's "
+        f"output as it is: {calibration.raw:.1%})"
     )
+    if later:
+        explained += (
+            f", and at least {min(calibration.later):.1%} at the layers that read them later, by {maps} with "
+            f"{numbers:,} numbers"
+        )
+    print(f"{explained}.", flush=True)
     return calibration.entry
 
 

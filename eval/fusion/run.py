@@ -217,9 +217,13 @@ def calibrate(
     later: Sequence[int] = (),
     later_rank: int | None = None,
 ) -> Calibration:
-    made = (group.make() for group in batches(attachment.model, collator, samples, batch_size))
+    """Fit the entry at a layer; raises TooFew as `fit_entry`, and if the map does not hold on other images."""
+    size = max(1, min(batch_size, len(samples) // 4))  # the last batch tests the map of the others
+    made = (group.make() for group in batches(attachment.model, collator, samples, size))
     pairs = ((batch.inputs, batch.vision) for batch in made)
-    return fit_entry(attachment, pairs, enter, later=later, later_rank=later_rank)
+    calibration = fit_entry(attachment, pairs, enter, later=later, later_rank=later_rank)
+    calibration.check(len(samples), enter)
+    return calibration
 
 
 def announce(console: Console, cost: Cost, samples: int, confirming: int, layers: int, images: int) -> None:
@@ -242,6 +246,10 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def report(console: Console, folder: Path, results: dict[str, Any], note: str) -> None:
@@ -269,8 +277,8 @@ def report(console: Console, folder: Path, results: dict[str, Any], note: str) -
     console.print(f"Chosen for {chosen['why']}. {note}".strip(), markup=False)
     if (reading := results["reading"]) is not None:
         console.print(
-            f"Frozen vision tokens (recipe=cross_only): text reads them in layers "
-            f"{', '.join(map(str, reading['layers']))}; with the dense model's own states KL {reading['kl']:.4f} nats "
+            "Frozen vision tokens (recipe=cross_only): text reads them in "
+            f"{layers_in_words(reading['layers'])}; with the dense model's own states KL {reading['kl']:.4f} nats "
             f"(upper limit {reading['limit']:.4f}), {reading['why']}."
         )
     console.print(f"{folder / 'report.html'}, {folder / 'schedule.yaml'}")

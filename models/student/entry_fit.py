@@ -23,8 +23,11 @@ LEAST_RANK = 16  # of the maps to later layers, where the fit chooses it
 MAY_LOSE = 5e-4  # share of the variance at any layer that the chosen rank explains less than the full one
 
 
+MORE = "use more images (entry.images of a run, images of a profile, rows that can be read)"
+
+
 class TooFew(ValueError):
-    """There are too few vision tokens to fit the map's weights."""
+    """There are too few images to fit the map's weights, or to fit them well."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,23 @@ class Calibration:
     unseen: float | None
     raw: float | None
     later: tuple[float, ...] = ()
+
+    def check(self, images: int, enter: int) -> None:
+        """Raise TooFew unless the map explains more of images that it was not fitted to than no map does.
+
+        Args:
+            images: number of those that it was fitted on.
+            enter: the layer.
+        """
+        if self.unseen is not None and self.raw is not None and self.unseen > self.raw:
+            return
+        why = "on images it was not fitted to, the map is no better than none"
+        if self.unseen is None:
+            why = "a part of them, to test the map on the others, cannot be fitted"
+        raise TooFew(
+            f"{images} images are too few to calibrate the entry at layer {enter}: {why}; {MORE} or "
+            "entry.init=identity."
+        )
 
 
 @torch.no_grad()
@@ -142,8 +162,7 @@ class Moments:
         if not first.enough():
             raise TooFew(
                 f"{first.tokens} vision tokens, which is all that the usable images have, are too few to fit the "
-                f"calibrated entry's map of {width} inputs and {len(first.n)} biases: use more images (entry.images, "
-                "rows that can be read) or entry.init=identity."
+                f"calibrated entry's map of {width} inputs and {len(first.n)} biases; {MORE} or entry.init=identity."
             )
         before = self.before if self.before is not None and self.before[0].enough() else None
         if self.later and later_rank is None and before is not None:

@@ -15,14 +15,24 @@ from helpers.tiny_base import configured, save_tiny_base, shake, tiny_base
 from safetensors.torch import load_file, save_file
 
 from latefusion.data.collate import collator_without_weights
+from latefusion.data.draw import distinct_images
 from latefusion.data.load import training_data
 from latefusion.data.scenes import load_scenes
+from latefusion.eval.fusion import run as profile_run
 from latefusion.models.attach import attach
 from latefusion.models.profile_folder import ENTRY_FILE, read_entry, write_entry
 from latefusion.models.schedule import VisionSchedule
 from latefusion.models.student.build import Lora, build_student
 from latefusion.models.student.entry import CalibratedEntry, entry_of
-from latefusion.models.student.entry_fit import RIDGE, Moments, _Sums, fit_entry, installed
+from latefusion.models.student.entry_fit import (
+    RIDGE,
+    Calibration,
+    Moments,
+    TooFew,
+    _Sums,
+    fit_entry,
+    installed,
+)
 from latefusion.models.student.restore import load
 from latefusion.models.student.save import merge, save_student
 from latefusion.training import assemble, prepare
@@ -413,6 +423,23 @@ def test_too_few_images_are_refused_before_training(base, tmp_path, images, mess
     with pytest.raises(ValueError, match=message) as error:
         made(config, rows)
     assert "\n" not in str(error.value) and "entry.init=identity" in str(error.value)
+
+
+def test_a_profile_keeps_no_entry_that_holds_on_no_other_image(base) -> None:
+    """By the rule of a run. The images are all in one batch of the size that the profile computes in."""
+    config = configured(*OPTIONS, f"model.path={base}")
+    rows = training_data(config.data)
+    collator = collator_without_weights(config)
+    collator.isolate = None
+    with attach(assemble.base_of(config)[0], VisionSchedule()) as attachment:
+
+        def calibrate(images: int) -> Calibration:
+            samples = distinct_images(rows, images, lambda row: True)
+            return profile_run.calibrate(attachment, collator, samples, 1, batch_size=64)
+
+        with pytest.raises(TooFew, match="10 images are too few to calibrate the entry at layer 1: "):
+            calibrate(10)
+        assert calibrate(60).unseen is not None
 
 
 def test_maps_to_later_layers_that_explain_nothing_are_refused(base, tmp_path, monkeypatch) -> None:
