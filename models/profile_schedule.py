@@ -45,7 +45,7 @@ def read_cross(path: str | Path) -> VisionSchedule:
     Raises:
         FileNotFoundError, ValueError: it has none, in one sentence.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
     read_schedule(folder)  # a profile at all
     file = folder / CROSS_FILE
     if not file.is_file():

@@ -144,6 +144,7 @@ def test_a_bad_value_is_a_sentence(overrides, sentence):
         (["data=dataset", "data.path=some/hub_id", "data.images=nowhere"], "no image folder at nowhere"),
         (["init=nowhere"], "no student at nowhere: it has no adapter_config.json"),
         (["schedule.profile=nowhere"], "no profile at nowhere"),
+        (["recipe=cross_only", "schedule.profile=docs/nowhere"], "no profile at docs/nowhere"),
         (["schedule.profile=docs"], r"no profile at docs: it has no schedule\.yaml; name the folder"),
         (
             ["kl.cache=nowhere"],
