@@ -17,6 +17,7 @@ from latefusion.data.prompt_batches import counts
 from latefusion.eval import profile_model
 from latefusion.eval.fusion.decide import Goal
 from latefusion.eval.fusion.reading_layers import by_need, nested_sets, to_confirm
+from latefusion.eval.fusion.run import layers_in_words
 from latefusion.eval.fusion.study import Study
 from latefusion.eval.fusion.summary import cross_yaml
 from latefusion.models.attach import attach
@@ -154,6 +155,10 @@ def test_a_profile_without_these_layers_is_refused_for_frozen_tokens(base, profi
     with pytest.raises(SystemExit, match=r"error: the profile in .* make it again with cross=true, or give"):
         train(base, tmp_path / "run", f"schedule.profile={tmp_path / 'p'}")
     assert read_schedule(tmp_path / "p") == read_schedule(folder)
+
+
+def test_one_layer_is_no_plural() -> None:
+    assert [layers_in_words(layers) for layers in ([8], [2, 8])] == ["layer 8", "layers 2, 8"]
 
 
 def test_without_the_wish_no_layers_are_looked_for(base, profiled, tmp_path) -> None:

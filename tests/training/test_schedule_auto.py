@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from helpers.data_rows import IMAGE_PART, grey_image, turn, write_rows
 from helpers.launch import free_port, launch
-from helpers.quick_runs import QUICK, run_config
-from helpers.tiny_base import composed, configured
+from helpers.quick_runs import QUICK, run_config, train
+from helpers.tiny_base import SMALL, composed, configured
 
 from latefusion.models import profile_schedule
 from latefusion.models.policies.configured import schedule_of
 from latefusion.models.schedule import RANKINGS, VisionSchedule
-from latefusion.training import prepare
+from latefusion.training import prepare, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = ("schedule=auto", "schedule.samples=4", "schedule.confirm=4", "schedule.bound=0.02", "entry.images=16")
@@ -134,6 +134,25 @@ def test_a_resumed_run_does_not_go_on_under_a_profile_that_has_changed(where, ba
         run_config(composed(*again))
     file.write_text("enter: 1\nexit: 4\nkeep: {2: 2}\n")
     run_config(composed(*again))
+
+
+def test_the_student_to_start_from_has_a_place_under_the_schedule_that_the_profile_finds(
+    base, tmp_path, monkeypatch
+) -> None:
+    """Before anything is fitted or loaded; no command line shows it."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(base, first, "teacher=none", "train.steps=1")
+
+    def profile(config) -> None:
+        (second / "profile").mkdir(parents=True)
+        (second / "profile" / "schedule.yaml").write_text("enter: 0\nexit: 4\n")
+
+    monkeypatch.setattr(prepare, "profile", profile)
+    monkeypatch.delattr(run, "student_of")
+    with pytest.raises(SystemExit, match=r"has an entry adapter, .* \(it enters at layer 2\)"):
+        words = (*QUICK, *SMALL, f"model.path={base}", f"output_dir={second}", "teacher=none", *AUTO)
+        run_config(composed(*words, f"init={first}"))
 
 
 def test_a_profile_of_other_weights_is_noted(base, tmp_path, capsys) -> None:
