@@ -103,7 +103,7 @@ $(EXTRA_INSTALLED): $(VIDEO_INSTALLED)
 # stages end: its own default, layer 15, is for LLaVA-1.5-7B.
 REAL := outputs/real
 PROFILE := samples=32 confirm=96 images=96
-CALIBRATION := samples=64 confirm=384
+CALIBRATION := samples=64 confirm=192
 TRAINING := train.steps=100 train.batch_size=4
 QUESTIONS := samples=300 batch_size=32
 # Two processes of one thread share the questions; on a GPU, one.

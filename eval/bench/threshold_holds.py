@@ -27,7 +27,7 @@ from latefusion.data.scenes import load_scenes
 from latefusion.eval.bench.schedule_holds import described, summary
 from latefusion.eval.thresholds import replay
 from latefusion.eval.thresholds.accept import accept
-from latefusion.eval.thresholds.choose import cheapest
+from latefusion.eval.thresholds.choose import nearly_cheapest
 from latefusion.eval.thresholds.prefills import Prompts
 from latefusion.eval.thresholds.questions import of_rows
 from latefusion.eval.thresholds.search import scale
@@ -175,8 +175,11 @@ class Settings:
         drawn, new = (random.permutation(np.flatnonzero(which)) for which in (~self.new, self.new))
         search, others = drawn[:samples], drawn[samples : samples + confirm]
         kl, flops = self.kl[:, search].mean(1), self.flops[:, search].mean(1)  # NaN for settings left out
+        boundaries = [setting["boundary"] for setting in self.names]
         accepted = accept(
-            lambda most, least: cheapest(np.where(flops >= least, kl, np.inf), flops, most),
+            lambda most, least: nearly_cheapest(
+                np.where(flops >= least, kl, np.inf), flops, most, boundaries
+            ),
             lambda setting: self.kl[setting, others],
             lambda setting: float(flops[setting]),
             bound,

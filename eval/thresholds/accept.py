@@ -33,7 +33,7 @@ class Accepted:
 
 
 def accept(
-    cheapest: Callable[[float, float], int | None],
+    best: Callable[[float, float], int | None],
     kl: Callable[[int], NDArray],
     flops: Callable[[int], float],
     bound: float,
@@ -42,8 +42,8 @@ def accept(
     """The first setting whose limit on the confirming prompts stays within the bound, from few FLOPs to more.
 
     Args:
-        cheapest: the setting of least FLOPs whose KL on the prompts of the search is at most the first number, among
-            those of at least the second in FLOPs; None if no setting is.
+        best: the setting of nearly the least FLOPs whose KL on the prompts of the search is at most the first number,
+            among those of at least the second in FLOPs; None if no setting is.
         kl: of the confirming prompts under a setting: of all of them, or of the first ones, if their sum alone puts
             the mean over all beyond the bound.
         flops: of a setting, as a share of dense.
@@ -52,7 +52,7 @@ def accept(
     limits: dict[int, float] = {}
     least = 0.0
     for tried in range(TRIES):
-        setting = cheapest(START * bound, least)
+        setting = best(START * bound, least)
         if setting is None:
             break
         values = np.asarray(kl(setting)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from latefusion.recipes.printable import printable
 
 TABLE = "table.md"
 ROWS = 12  # of the table
+NEARLY = 1.05  # times the least FLOPs: what a setting may cost that waits longer before it prunes
 HEADER = ("boundary", "layer / tokens threshold", "stages", "KL, nats", "same answer, %", "decoder FLOPs, %")
 WHOLE = "whole prefill, %"
 LABELLED = ("accuracy, %", "against dense, points")
@@ -122,10 +124,27 @@ def confirmed(row: dict[str, Any], limit: float, outcome: dict[str, NDArray]) ->
     }
 
 
-def cheapest(kl: NDArray, flops: NDArray, bound: float) -> int | None:
-    """The setting of least FLOPs with KL at most `bound`, then of least KL, then the first; None: no setting fits."""
+def nearly_cheapest(
+    kl: NDArray, flops: NDArray, bound: float, boundaries: Sequence[int] | NDArray
+) -> int | None:
+    """Of the settings with KL at most `bound` and nearly the least FLOPs, the one that waits longest to prune.
+
+    A few prompts fuse later than all others, and an early boundary costs them everything: prompts that do not have one
+    of these do not tell such a setting from one that waits.
+
+    Args:
+        kl, flops: of each setting.
+        boundaries: of each setting; settings of the same one are ordered by FLOPs, KL and number.
+
+    Returns:
+        Its number; None: no setting fits.
+    """
     fits = np.flatnonzero(kl <= bound)
-    return int(fits[np.lexsort((fits, kl[fits], flops[fits]))[0]]) if len(fits) else None
+    if not len(fits):
+        return None
+    near = fits[flops[fits] <= NEARLY * flops[fits].min()]
+    late = np.asarray(boundaries)[near]
+    return int(near[np.lexsort((near, kl[near], flops[near], -late))[0]])
 
 
 def front(kl: NDArray, flops: NDArray) -> list[int]:

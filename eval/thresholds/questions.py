@@ -15,7 +15,7 @@ from latefusion.data.videos import unreadable_by
 from latefusion.eval.thresholds.settings import Arguments
 from latefusion.recipes.schema import DataConfig, Source
 
-ENOUGH = 384  # confirming prompts whose choices held on new prompts: docs/results/threshold_holds.json
+ENOUGH = 192  # confirming prompts whose choices held on new prompts: docs/results/threshold_holds.json
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latefusion.eval.thresholds.choose import cheapest
+from latefusion.eval.thresholds.choose import NEARLY, nearly_cheapest
 from latefusion.eval.thresholds.replay import Outcome
 
 PROBES = 8  # settings that look good after the first batch, tried together until one is under the bound
@@ -20,6 +21,7 @@ class Scores:
     Args:
         floors: lower bound of each setting's FLOPs on each prompt, `[settings, N]`.
         dense: FLOPs of each prompt's dense prefill, `[N]`.
+        boundaries: of each setting, `[settings]`.
 
     Attributes:
         columns: a setting's numbers on a prompt, `[settings, N]` each; NaN where it did not run.
@@ -27,16 +29,17 @@ class Scores:
         least: FLOPs against dense that a setting has to have.
     """
 
-    def __init__(self, floors: NDArray, dense: NDArray):
-        self.floors, self.dense = floors, dense
+    def __init__(self, floors: NDArray, dense: NDArray, boundaries: Sequence[int]):
+        self.floors, self.dense, self.boundaries = floors, dense, np.asarray(boundaries)
         empty = partial(np.full, floors.shape, np.nan)
         self.columns: dict[str, NDArray] = {name: empty() for name in Outcome.__annotations__}
         self.bound, self.least = np.inf, 0.0
 
-    def cheapest(self) -> int | None:
-        """The setting of least FLOPs, but not below `least`, whose KL on all prompts is at most `bound`."""
-        kl, flops = np.nanmean(self.columns["kl"], 1), self.least_flops()
-        return cheapest(np.where(self.ran().all(1) & (flops >= self.least), kl, np.inf), flops, self.bound)
+    def chosen(self) -> int | None:
+        """Of the settings that ran on all prompts and have `least` FLOPs, the `nearly_cheapest` within the bound."""
+        kl, flops = np.nansum(self.columns["kl"], 1), self.least_flops()
+        known = np.where(self.ran().all(1) & (flops >= self.least), kl, np.inf)
+        return nearly_cheapest(known, flops, self.most, self.boundaries)
 
     def ran(self) -> NDArray[np.bool_]:
         """Which settings ran on which prompts, bool `[settings, N]`."""
@@ -61,7 +64,13 @@ class Scores:
     def alive(self) -> NDArray[np.bool_]:
         """The settings that are neither known to the end nor ruled out."""
         under = np.nansum(self.columns["kl"], 1) <= self.most
-        return ~self.ran().all(1) & under & (self.least_flops() <= self.best() * (1 + EXACT))
+        flops, best, chosen = self.least_flops(), self.best() * (1 + EXACT), self.chosen()
+        better = flops <= best  # than the cheapest that is known, or than the one that is chosen beside it
+        if chosen is not None:
+            later = self.boundaries > self.boundaries[chosen]
+            same = (self.boundaries == self.boundaries[chosen]) & (flops <= flops[chosen] * (1 + EXACT))
+            better |= (later | same) & (flops <= NEARLY * best)
+        return ~self.ran().all(1) & under & better
 
     def promising(self) -> NDArray[np.bool_]:
         """The settings to try next: the cheapest of those that are under the bound so far, or the nearest to it."""

@@ -1,9 +1,9 @@
-"""Finds the setting of VisiPruner of least FLOPs whose KL to dense stays under a bound; other prompts accept it.
+"""Finds the setting of VisiPruner of nearly the least FLOPs whose KL to dense stays under a bound; others accept it.
 
 The same setting that trying all of them would find, for a fraction of it (branch and bound). Two facts rule settings
 out for sure. KL is never negative, so a setting is above the bound once the KL of the prompts that it ran on adds up to
 more than all prompts together may have. And a prefill of each prompt says what a setting computes at least
-(`flops_bound`), so nothing dearer than a setting known to be under the bound need run.
+(`flops_bound`), so nothing much dearer than a setting known to be under the bound need run.
 """
 
 from __future__ import annotations
@@ -121,12 +121,13 @@ class Search:
                 [layer_flops(self.attachment.model.config, n) for n in range(most + 1)], float
             )
             floors = np.stack([self.bound_of(setting) for setting in self.settings])  # [settings, N]
-            self.scores = Scores(floors, self.dense["dense_flops"])
+            boundaries = [setting["boundary"] for setting in self.settings]
+            self.scores = Scores(floors, self.dense["dense_flops"], boundaries)
             if self.confirming is None:
-                accepted = Accepted(self.cheapest(self.arguments.kl, 0.0, progress))
+                accepted = Accepted(self.best(self.arguments.kl, 0.0, progress))
             else:
                 accepted = accept(
-                    partial(self.cheapest, progress=progress),
+                    partial(self.best, progress=progress),
                     lambda setting: self.confirmed(setting, progress)["kl"],
                     lambda setting: float(self.scores.least_flops()[setting]),
                     self.arguments.kl,
@@ -134,15 +135,16 @@ class Search:
                 )
             return self.results(self.correct(progress), accepted)
 
-    def cheapest(self, bound: float, least: float, progress: Any) -> int | None:
-        """The setting of least FLOPs, but not below `least`, whose KL on all prompts is at most `bound`."""
+    def best(self, bound: float, least: float, progress: Any) -> int | None:
+        """The `nearly_cheapest` setting whose KL on all prompts is at most `bound`, among those of `least` FLOPs."""
         scores, batches = self.scores, len(self.prompts.batches)
         scores.bound, scores.least = bound, least
         self.sweep(scores.alive(), 1, progress)
         while not np.isfinite(scores.best()) and scores.alive().any():
             self.sweep(scores.promising(), batches, progress)
-        self.sweep(scores.alive(), batches, progress)
-        return scores.cheapest()
+        while scores.alive().any():
+            self.sweep(scores.alive(), batches, progress)
+        return scores.chosen()
 
     def confirmed(self, number: int, progress: Any) -> dict[str, NDArray]:
         """What a setting does to the confirming prompts: `kl`, `same` and `flops` against dense, `[N]` each.

@@ -66,7 +66,7 @@ def test_thresholds_that_other_prompts_accept_hold_where_the_cheapest_on_the_sam
     kl = true[:, None] * weight * random.lognormal(-(0.7**2) / 2, 0.7, (200, n))
     flops = np.repeat(np.linspace(0.4, 0.9, 200)[:, None], n, 1)
     new = np.arange(n) >= n // 2
-    settings = Settings([{"number": i} for i in range(200)], kl, flops, new, np.arange(n))
+    settings = Settings([{"number": i, "boundary": 0} for i in range(200)], kl, flops, new, np.arange(n))
     subsets = [settings.choose(number, 256, 1536, bound, 600) for number in range(40)]
     kept = [subset for subset in subsets if subset["setting"] is not None]
     held = [true[subset["setting"]["number"]] <= bound for subset in kept]

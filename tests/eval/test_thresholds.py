@@ -124,11 +124,16 @@ def test_an_answer_behind_its_prompt_is_judged_as_if_generated() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_cheapest_and_front() -> None:
+def test_nearly_cheapest_and_front() -> None:
     kl, flops = np.array([0.5, 0.01, 0.02, 0.03, 0.02]), np.array([0.2, 0.8, 0.6, 0.5, 0.6])
-    assert choose.cheapest(kl, flops, 0.02) == 2
-    assert choose.cheapest(kl, flops, 1.0) == 0
-    assert choose.cheapest(kl, flops, 0.001) is None
+    assert choose.nearly_cheapest(kl, flops, 0.02, [3] * 5) == 2
+    assert choose.nearly_cheapest(kl, flops, 1.0, [1, 9, 9, 9, 9]) == 0, "the others are far dearer"
+    assert choose.nearly_cheapest(kl, flops, 0.001, [3] * 5) is None
+    flops, boundaries = np.array([0.5, 0.52, 0.524, 0.53, 0.523]), [4, 6, 6, 9, 5]
+    assert choose.nearly_cheapest(np.full(5, 0.01), flops, 0.02, boundaries) == 1, (
+        "it waits till 6, 9 is too dear"
+    )
+    kl, flops = np.array([0.5, 0.01, 0.02, 0.03, 0.02]), np.array([0.2, 0.8, 0.6, 0.5, 0.6])
     assert choose.front(kl, flops) == [0, 3, 2, 1]
     assert choose.around([0, 3, 2, 1], 2, 3) == [3, 2, 1] and choose.around([0, 3, 2, 1], 0, 2) == [0, 3]
 
@@ -182,7 +187,11 @@ def test_the_command_goes_on_where_it_stopped_and_says_the_same(
     assert "of the whole prefill's) at KL" in (tmp_path / "cut" / "policy.yaml").read_text()
     assert whole["confirmed"][-1]["prompts"] == 6 and whole["confirmed"][-1]["limit"] <= 0.5
     assert {whole["confirmed"][-1][name] for name in ("boundary",)} == {best["boundary"]}
-    cheaper = [s for s in whole["settings"] if s["prompts"] == 12 and s["flops_ratio"] < best["flops_ratio"]]
+    cheaper = [
+        s
+        for s in whole["settings"]
+        if s["prompts"] == 12 and choose.NEARLY * s["flops_ratio"] < best["flops_ratio"]
+    ]
     refused = len(whole["confirmed"]) - 1
     assert sum(s["kl"] <= accept.START * 0.5 for s in cheaper) <= refused
     table = (tmp_path / "cut" / "table.md").read_text()
@@ -230,19 +239,24 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
                 processor,
                 rows,
             )
-            columns = search.run()["columns"]
+            found = search.run()
+            columns = found["columns"]
             scores = search.scores
             ran, floors = scores.ran().all(1), (scores.floors / scores.dense).mean(1)
             assert (floors <= cost + 1e-9).all() and floors.max() <= 1
             np.testing.assert_allclose(columns["kl"].mean(1)[ran], kl[ran], atol=1e-5)
             np.testing.assert_allclose(scores.least_flops()[ran], cost[ran])
-            cheapest = choose.cheapest(kl, cost, bound)
-            result = choose.cheapest(
-                np.where(ran, columns["kl"].mean(1), np.inf), scores.least_flops(), bound
+            waits = scores.boundaries
+            expected = choose.nearly_cheapest(kl, cost, bound, waits)
+            result = choose.nearly_cheapest(
+                np.where(ran, columns["kl"].mean(1), np.inf), scores.least_flops(), bound, waits
             )
-            assert (result is None) == (cheapest is None)
-            if result is not None and cheapest is not None:
-                assert (cost[result], kl[result]) == pytest.approx((cost[cheapest], kl[cheapest]))
+            assert (result is None) == (expected is None)
+            assert found["accepted"].setting == result
+            if result is not None and expected is not None:
+                assert (waits[result], cost[result], kl[result]) == pytest.approx(
+                    (waits[expected], cost[expected], kl[expected])
+                )
             ruled_out += int((~ran).sum())
     assert ruled_out > len(kl), "hardly anything was ruled out"
 
@@ -331,7 +345,7 @@ def test_other_prompts_accept_a_setting_or_a_dearer_one() -> None:
     others = {0: np.full(50, 0.2), 2: np.r_[np.zeros(48), 0.3, 0.3], 3: np.full(50, 0.004)}
 
     def cheapest(bound: float, least: float) -> int | None:
-        return choose.cheapest(np.where(cost >= least, search, np.inf), cost, bound)
+        return choose.nearly_cheapest(np.where(cost >= least, search, np.inf), cost, bound, [0] * 5)
 
     accepted = accept.accept(cheapest, others.__getitem__, cost.__getitem__, 0.02)
     assert accepted.setting == 3 and list(accepted.limits) == [0, 2, 3]
