@@ -408,7 +408,7 @@ def test_it_says_what_it_is() -> None:
     assert schedule.vision_tokens(6, 9) == [0, 9, 0, 0, 2, 0]
     assert VisionSchedule.from_dict(schedule.to_dict()) == schedule
     assert VisionSchedule().to_dict() == {"enter": 0, "exit": None, "keep": {}}
-    with pytest.raises(ValueError, match=r"^exit names layer 5, .* choose at most 4"):
+    with pytest.raises(ValueError, match=r"^cross names layer 4, .* choose at most 3"):
         schedule.validate(4)
     with pytest.raises(
         ValueError, match=r"^cross=\[1, 4\] has no band that could narrow; use train\.narrow=0"
