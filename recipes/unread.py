@@ -106,22 +106,18 @@ def _buffer(tree: Any, key: str) -> str:
 
 
 def _split(tree: Any, key: str) -> str:
-    mixture = tree.data.source is Source.mixture
-    return (
-        "each part of a mixture has its own; put it there, as 'data.parts=[{path: PATH, split: SPLIT}]'"
-        if mixture
-        else ""
-    )
+    if tree.data.source is Source.mixture:
+        return (
+            "each part of a mixture has its own; put it there, as 'data.parts=[{path: PATH, split: SPLIT}]'"
+        )
+    return ""
 
 
 def _drawn(tree: Any, key: str) -> str:
     data = tree.data
-    as_they_are = data.source in (Source.dataset, Source.llava) and not data.streaming
-    return (
-        "it draws question sets, mixtures and streams, which these data are none of; leave it out"
-        if as_they_are
-        else ""
-    )
+    if data.source in (Source.dataset, Source.llava) and not data.streaming:
+        return "it draws question sets, mixtures and streams, which these data are none of; leave it out"
+    return ""
 
 
 def _frames(tree: Any, key: str) -> str:
@@ -144,10 +140,8 @@ def _evaluation(tree: Any, key: str) -> str:
 def _teacher(tree: Any, key: str) -> str:
     if tree.teacher is Teacher.none and (key != "kl.weight" or tree.kl.weight > 0):
         return "teacher=none has no answers to learn from; choose teacher=visipruner or dense"
-    weightless = tree.kl.weight == 0 and key not in (
-        "kl.weight",
-        "kl.model",
-    )  # which recipes/check.py explains
+    # recipes/check.py explains the other two
+    weightless = tree.kl.weight == 0 and key not in ("kl.weight", "kl.model")
     return "kl.weight=0 leaves the teacher out; leave one of the two out" if weightless else ""
 
 

@@ -83,7 +83,7 @@ def _check_lora(config: Config, folder: str, earlier: Mapping[str, Any]) -> None
 
 def _check_adapted(config: Config, folder: str, shapes: Mapping[str, Any]) -> None:
     """Refuse LoRA in layers or linear modules that get none in this run."""
-    adapted = [found.groups() for found in map(LORA.search, shapes) if found]
+    adapted = [match.groups() for match in map(LORA.search, shapes) if match]
     targets = sorted({target for _, target in adapted})
     lora, schedule = config.lora, config.schedule
     if lora.targets is not None and (lost := sorted({*targets} - {*lora.targets})):

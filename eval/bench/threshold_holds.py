@@ -40,7 +40,7 @@ from latefusion.models.schedule import VisionSchedule
 BATCH = 64
 FAR = {128: 5.0, 256: 2.5}  # after so many questions: settings whose KL is beyond so many bounds are left out
 SURE = 0.2  # of the bound: settings that cost less are surely accepted
-DEARER = 1.1  # times the FLOPs of the cheapest of those: the first four tries of `accept`
+DEARER = 1.1  # times the FLOPs of the cheapest of those: the first tries of `accept`
 
 
 @dataclass
@@ -216,12 +216,12 @@ def markdown(out: dict[str, Any]) -> str:
     )  # fmt: skip
     lines = [head, ["---:"] * len(head)]
     for choice in out["choices"]:
-        found, shares = choice["summary"], [choice["summary"]["flops_median"]]
-        shares += found["flops_least_and_most"]
+        totals = choice["summary"]
+        shares = [totals["flops_median"], *totals["flops_least_and_most"]]
         worst = max(subset["new"]["kl"] for subset in choice["subsets"] if subset["setting"])
         lines.append([
-            str(choice["samples"]), str(choice["confirm"]), f"{found['chosen']} of {found['subsets']}",
-            f"{found['hold_on_new']} of {found['chosen']}", f"{worst:.3f}", ", ".join(f"{one:.0%}" for one in shares),
+            str(choice["samples"]), str(choice["confirm"]), f"{totals['chosen']} of {totals['subsets']}",
+            f"{totals['hold_on_new']} of {totals['chosen']}", f"{worst:.3f}", ", ".join(f"{one:.0%}" for one in shares),
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -255,8 +255,8 @@ def main() -> None:
             settings.choose(number, samples, confirm, options.bound, options.fresh)
             for number in range(options.subsets)
         ]
-        found = summary(subsets, options.bound)
-        choices.append({"samples": samples, "confirm": confirm, "summary": found, "subsets": subsets})
+        totals = summary(subsets, options.bound)
+        choices.append({"samples": samples, "confirm": confirm, "summary": totals, "subsets": subsets})
     out = {
         "settings": {
             "bound": options.bound,

@@ -122,8 +122,8 @@ def test_readme_has_the_speed_ups_of_the_benchmarks() -> None:
     requests = {row[:3]: (row[4], row[8]) for row in measured if len(row) == 10}
     seen = 0
     for row in rows_of("README.md"):
-        if found := re.fullmatch(r"([\d,]+), `(\w+)`(, eight at once)?", row[0]):
-            where, name = ("8" if found[3] else "1", found[1].replace(",", "")), found[2]
+        if match := re.fullmatch(r"([\d,]+), `(\w+)`(, eight at once)?", row[0]):
+            where, name = ("8" if match[3] else "1", match[1].replace(",", "")), match[2]
             taught, alone = (steps.get((*where, f"{name}{teacher}"), "–") for teacher in ("", ", no teacher"))
             assert row[1:] == (taught, alone, *requests[(*where, f"{name}, merged")])
             seen += 1

@@ -239,8 +239,8 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
                 processor,
                 rows,
             )
-            found = search.run()
-            columns = found["columns"]
+            results = search.run()
+            columns = results["columns"]
             scores = search.scores
             ran, floors = scores.ran().all(1), (scores.floors / scores.dense).mean(1)
             assert (floors <= cost + 1e-9).all() and floors.max() <= 1
@@ -252,7 +252,7 @@ def test_the_search_finds_what_trying_all_finds(base: str, tmp_path: Any) -> Non
                 np.where(ran, columns["kl"].mean(1), np.inf), scores.least_flops(), bound, waits
             )
             assert (result is None) == (expected is None)
-            assert found["accepted"].setting == result
+            assert results["accepted"].setting == result
             if result is not None and expected is not None:
                 assert (waits[result], cost[result], kl[result]) == pytest.approx(
                     (waits[expected], cost[expected], kl[expected])
