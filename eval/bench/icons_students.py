@@ -59,7 +59,7 @@ ROOT = Path(__file__).parents[2]
 PROFILE = "docs/results/profile_icons"  # of schedule=auto
 BAND = ["schedule.enter=0", "schedule.exit=24"]  # that schedule's
 UNTRAINED = ["schedule.exit=24", "schedule.keep={11: 36, 17: 16}"]  # chosen without training
-READING = [4, 8, 9, 14, 15, 17, 18, 20, 21, 23, 24, 29]  # a profile's `cross.yaml`
+CROSS_PROFILE = "docs/results/profile_icons_cross"  # of the layers that read
 ARMS = {
     "base": [],
     "dense": ["recipe=dense", "teacher=none"],
@@ -72,7 +72,7 @@ ARMS = {
     "cross_only": ["recipe=cross_only", "teacher=visipruner", "kl.trust=all"],
     "cross_only_no_teacher": ["recipe=cross_only", "teacher=none"],
     "cross_only_band": ["recipe=cross_only", "teacher=none", f"schedule.cross={[*range(8, 24)]}"],
-    "cross_only_profiled": ["recipe=cross_only", "teacher=none", f"schedule.cross={READING}"],
+    "cross_only_profiled": ["recipe=cross_only", "teacher=none", f"schedule.profile={CROSS_PROFILE}"],
     "cross_only_unmoved": ["recipe=cross_only", "teacher=none", "entry.later=false"],
     "pyramid": ["recipe=late_fusion_pyramid", "teacher=visipruner", "kl.trust=all"],
     "pyramid_no_teacher": ["recipe=late_fusion_pyramid", "teacher=none"],
